@@ -1,0 +1,84 @@
+"""A saved SAE is a folder: ``cfg.json`` and ``sae_weights.safetensors``. Nothing in it is ever executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kronsae.config import from_dict, to_dict
+from kronsae.core.sae import SAE, SAEConfig
+from kronsae.errors import UserError
+from kronsae.files import atomic_path, read_json, write_json
+
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+FORMAT = 1
+
+
+def save(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write ``sae`` into ``folder``, each file atomically; ``metadata`` is JSON kept beside the config."""
+    folder = Path(folder)
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in sae.state_dict().items()}
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).unlink(missing_ok=True)  # stopped here, a reader finds no SAE and not a mixed one
+    about = {"format": FORMAT, "kronsae_version": version("kronsae"), "architecture": sae.config.architecture}
+    write_json(folder / CONFIG_FILE, about | {"sae": to_dict(sae.config), "metadata": dict(metadata or {})})
+    return folder
+
+
+def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
+    """Read an SAE that `save` wrote: same weights, same dtype, same outputs.
+
+    Raises:
+        UserError: no SAE there, an unknown key, a damaged file, or weights that do not fit the config.
+    """
+    folder = Path(folder)
+    config = from_dict(SAEConfig, read_config(folder)["sae"], where=f"{folder / CONFIG_FILE}: sae")
+    weights = _read_weights(folder / WEIGHTS_FILE, device)
+    with torch.device("meta"):
+        sae = config.build_empty()
+    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
+        detail = "; ".join(f"{name}: expected {expected.get(name)}, found {found.get(name)}" for name in wrong)
+        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} ({detail}). Save the SAE again.")
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        got = ", ".join(sorted(map(str, dtypes)))
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: weights must all have one floating-point dtype; got {got}. Save the SAE again."
+        )
+    sae.load_state_dict(weights, assign=True)
+    return sae
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of ``cfg.json``, checked to be this library's."""
+    config = read_json(folder / CONFIG_FILE, "the saved SAE")
+    if not isinstance(config, dict) or "sae" not in config:
+        raise UserError(f"{folder / CONFIG_FILE} is not a config written by kronsae: it has no 'sae' entry.")
+    if config.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / CONFIG_FILE} has format {config.get('format')!r}; this version reads format {FORMAT}. "
+            f"It was written by kronsae {config.get('kronsae_version')}: install that version."
+        )
+    known = {"format", "kronsae_version", "architecture", "sae", "metadata"}
+    if unknown := sorted(config.keys() - known):
+        raise UserError(f"{folder / CONFIG_FILE} has unknown keys {', '.join(unknown)}; remove them.")
+    return config
+
+
+def _read_weights(path: Path, device: torch.device | str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path, device=str(device))
+    except FileNotFoundError:
+        raise UserError(f"the saved SAE: {path} does not exist.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the saved SAE: {path} is damaged ({error}). Save or download it again.") from None

@@ -1,0 +1,17 @@
+"""Checks that several configs share."""
+
+from __future__ import annotations
+
+from kronsae.errors import UserError
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Refuse a number that is not above 0; None passes, meaning "not given"."""
+    if value is not None and not value > 0:
+        raise UserError(f"{name} must be above 0; got {value!r}.")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} must be a whole number above 0; got {value!r}.")

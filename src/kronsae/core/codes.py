@@ -1,0 +1,66 @@
+"""Sparse codes: what an encoder and a sparsifier give, and a decoder reads.
+
+Shape letters, used as suffixes of local names throughout the library:
+
+====  ==========================================  ====  =====================================
+B     tokens in a batch                           H     heads (``num_heads``)
+D     width of the model, ``d_in``                M     bases per head (``d_base``)
+F     latents in the dictionary, ``d_sae``        N     extensions per head (``d_extension``)
+K     latents kept per token, ``k``               P     pre-latents, ``H * (M + N)``
+S, T  sequences, positions in a sequence          C     a chosen subset of the latents
+====  ==========================================  ====  =====================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """At most K active latents per token, as values and the indices of the latents they belong to.
+
+    A value of exactly 0 is padding: the latent at that place is not active. Indices within one token are
+    distinct; their order means nothing.
+
+    Args:
+        values: ``[..., K]`` activations, >= 0.
+        indices: ``[..., K]`` latent numbers in ``[0, d_sae)``, int64.
+        d_sae: F, the number of latents in the dictionary.
+
+    Example:
+        >>> codes = SparseCodes(torch.tensor([[2.0, 0.0]]), torch.tensor([[3, 1]]), d_sae=4)
+        >>> codes.to_dense()
+        tensor([[0., 0., 0., 2.]])
+    """
+
+    values: Float[Tensor, "... K"]
+    indices: Int[Tensor, "... K"]
+    d_sae: int
+
+    @property
+    def active(self) -> Bool[Tensor, "... K"]:
+        """Which places hold an active latent: ``values != 0``."""
+        return self.values != 0
+
+    def l0(self) -> Float[Tensor, ""]:
+        """Active latents per token, mean over tokens."""
+        return self.active.sum(-1).double().mean()
+
+    def to_dense(self) -> Float[Tensor, "... F"]:
+        """The codes as ``[..., d_sae]`` with zeros; differentiable in the values. Large: for small batches."""
+        dense = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
+        return dense.scatter_add(-1, self.indices, self.values)
+
+    def reshape(self, *leading: int) -> SparseCodes:
+        """The same codes with other leading dimensions."""
+        k = self.values.shape[-1]
+        return SparseCodes(self.values.reshape(*leading, k), self.indices.reshape(*leading, k), self.d_sae)
+
+    def counts(self) -> Int[Tensor, " F"]:
+        """On how many tokens each latent is active."""
+        return torch.bincount(self.indices[self.active], minlength=self.d_sae)

@@ -1,0 +1,268 @@
+"""Encoders turn x into latents. Latents are lazy: a sparsifier asks them for its choice, and only that is computed.
+
+The product ``x W^T`` is computed without a graph; the few pre-latents that a choice touches get their gradient
+from `kernels.linear_at`. So forward memory is the pre-latents and backward cost is K rows per token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kronsae import kernels
+from kronsae.core.checks import check_count, check_positive
+from kronsae.core.codes import SparseCodes
+from kronsae.core.gates import GATES, GateName
+from kronsae.errors import UserError
+
+
+@runtime_checkable
+class Latents(Protocol):
+    """The activations of all F latents on a batch, before sparsification, without holding them."""
+
+    def topk(self, k: int) -> SparseCodes:
+        """The k largest latents of each token; differentiable."""
+        ...
+
+    def topk_among(self, k: int, latents_C: Int[Tensor, " C"]) -> SparseCodes:
+        """The k largest of the latents listed, for each token; differentiable. AuxK asks for the dead ones."""
+        ...
+
+    def materialize(self) -> Float[Tensor, "B F"]:
+        """All F activations, by the definition and with plain autograd: the oracle the choices are tested by."""
+        ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What an `SAE` needs of its encoder."""
+
+    d_in: int
+    d_sae: int
+
+    def __call__(self, x_BD: Float[Tensor, "B D"]) -> Latents: ...
+
+    def initialize(self, generator: torch.Generator) -> None: ...
+
+    def initial_decoder_rows(self) -> Float[Tensor, "F D"]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseEncoderConfig:
+    """One row of weights per latent.
+
+    Args:
+        d_sae: F, latents in the dictionary.
+        init_norm: expected norm of an encoder row at the start; None: ``sqrt(d_in / (2 * d_sae))``, the paper's.
+    """
+
+    kind: ClassVar[str] = "dense"
+    d_sae: int
+    init_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check_count("d_sae", self.d_sae)
+        check_positive("init_norm", self.init_norm)
+
+    def build(self, d_in: int) -> DenseEncoder:
+        """The encoder for inputs of width ``d_in``, not yet initialised."""
+        return DenseEncoder(self, d_in)
+
+    def multiply_adds(self, d_in: int) -> int:
+        """Multiply-adds per token of one forward pass: ``D * F`` (paper, eq. 7)."""
+        return d_in * self.d_sae
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerEncoderConfig:
+    """H heads, each the Kronecker product of M bases and N extensions; ``d_sae = H * M * N``.
+
+    Args:
+        num_heads: H.
+        d_base: M, bases per head.
+        d_extension: N, extensions per head.
+        d_sae: optional; if given it must equal ``num_heads * d_base * d_extension``.
+        gate: how a base and an extension compose, a name in `kronsae.core.gates.GATES`.
+        init_norm: expected norm of a pre-latent's row at the start; None: ``sqrt(d_in / (2 * d_sae))``.
+    """
+
+    kind: ClassVar[str] = "kronecker"
+    num_heads: int
+    d_base: int
+    d_extension: int
+    d_sae: int = 0
+    gate: GateName = "mand"
+    init_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "d_base", "d_extension"):
+            check_count(name, getattr(self, name))
+        check_positive("init_norm", self.init_norm)
+        product = self.num_heads * self.d_base * self.d_extension
+        if self.d_sae not in (0, product):
+            raise UserError(
+                f"d_sae must equal num_heads * d_base * d_extension; got {self.d_sae} with "
+                f"{self.num_heads} * {self.d_base} * {self.d_extension} = {product}. Leave d_sae out, or change one."
+            )
+        object.__setattr__(self, "d_sae", product)
+        if self.gate not in GATES:
+            raise UserError(f"gate must be one of {', '.join(GATES)}; got {self.gate!r}.")
+
+    def build(self, d_in: int) -> KroneckerEncoder:
+        """The encoder for inputs of width ``d_in``, not yet initialised."""
+        return KroneckerEncoder(self, d_in)
+
+    def multiply_adds(self, d_in: int) -> int:
+        """Multiply-adds per token of one forward pass: ``D * H * (M + N) + H * M * N`` (paper, eq. 7)."""
+        return d_in * self.num_heads * (self.d_base + self.d_extension) + self.d_sae
+
+
+EncoderConfig = DenseEncoderConfig | KroneckerEncoderConfig
+
+
+class DenseEncoder(nn.Module):
+    """``relu(W_enc x + b_enc)`` with one row of ``W_enc [d_sae, d_in]`` per latent (Gao et al. 2025)."""
+
+    def __init__(self, config: DenseEncoderConfig, d_in: int) -> None:
+        super().__init__()
+        self.config, self.d_in, self.d_sae = config, d_in, config.d_sae
+        self.weight = nn.Parameter(torch.empty(self.d_sae, d_in))
+        self.bias = nn.Parameter(torch.zeros(self.d_sae))
+
+    def forward(self, x_BD: Float[Tensor, "B D"]) -> DenseLatents:
+        return DenseLatents(x_BD, self.weight, self.bias)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Rows ~ Normal(0, 1) scaled to `init_norm` in expectation, bias 0."""
+        _normal_rows(self.weight, self.config.init_norm, self.d_sae, generator)
+        self.bias.zero_()
+
+    @torch.no_grad()
+    def initial_decoder_rows(self) -> Float[Tensor, "F D"]:
+        """``W_dec = W_enc^T`` (the decoder scales the rows to unit norm)."""
+        return self.weight.clone()
+
+
+@dataclass(frozen=True)
+class DenseLatents:
+    """The latents of a `DenseEncoder`; the B x F outputs are computed in chunks of tokens and let go."""
+
+    x_BD: Tensor
+    weight_FD: Tensor
+    bias_F: Tensor
+
+    def topk(self, k: int) -> SparseCodes:
+        with torch.no_grad():
+            values_BK, rows_BK = kernels.linear_topk(self.x_BD, self.weight_FD, self.bias_F, k)
+        return self._codes(values_BK, rows_BK)
+
+    def topk_among(self, k: int, latents_C: Int[Tensor, " C"]) -> SparseCodes:
+        with torch.no_grad():
+            weight_CD, bias_C = self.weight_FD[latents_C], self.bias_F[latents_C]
+            values_BK, rows_BK = kernels.linear_topk(self.x_BD, weight_CD, bias_C, k)
+        return self._codes(values_BK, latents_C[rows_BK])
+
+    def materialize(self) -> Float[Tensor, "B F"]:
+        return torch.addmm(self.bias_F, self.x_BD, self.weight_FD.T).relu()
+
+    def _codes(self, pre_BK: Tensor, indices_BK: Tensor) -> SparseCodes:
+        if torch.is_grad_enabled():
+            pre_BK = kernels.linear_at(self.x_BD, self.weight_FD, self.bias_F, indices_BK, pre_BK)
+        return SparseCodes(pre_BK.relu(), indices_BK, len(self.weight_FD))
+
+
+class KroneckerEncoder(nn.Module):
+    """H heads; head h composes its M bases and N extensions pairwise (arXiv 2505.22255).
+
+    - pre-latents ``u = P x + b_P`` (M per head) and ``v = Q x + b_Q`` (N per head);
+    - post-latent ``z[h, i, j] = gate(u[h, i], v[h, j])``;
+    - latent number ``h*M*N + i*N + j``, so within a head ``vec(z) = gate(p kron q)``.
+
+    ``weight [H, M + N, d_in]`` holds each head's bases, then its extensions: one product serves both.
+    """
+
+    def __init__(self, config: KroneckerEncoderConfig, d_in: int) -> None:
+        super().__init__()
+        self.config, self.d_in, self.d_sae = config, d_in, config.d_sae
+        self.num_heads, self.d_base, self.d_extension = config.num_heads, config.d_base, config.d_extension
+        width = self.d_base + self.d_extension
+        self.weight = nn.Parameter(torch.empty(self.num_heads, width, d_in))
+        self.bias = nn.Parameter(torch.zeros(self.num_heads, width))
+
+    @property
+    def W_base(self) -> Float[Tensor, "H M D"]:
+        """The composition base P of each head, a view of `weight`."""
+        return self.weight[:, : self.d_base]
+
+    @property
+    def W_extension(self) -> Float[Tensor, "H N D"]:
+        """The composition extension Q of each head, a view of `weight`."""
+        return self.weight[:, self.d_base :]
+
+    def pre_latents(self, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B H M"], Float[Tensor, "B H N"]]:
+        """``u`` and ``v`` of every head, before ReLU; differentiable."""
+        pre_BHP = self._all_pre_latents(x_BD)
+        return pre_BHP[..., : self.d_base], pre_BHP[..., self.d_base :]
+
+    def forward(self, x_BD: Float[Tensor, "B D"]) -> KroneckerLatents:
+        with torch.no_grad():
+            pre_BHP = self._all_pre_latents(x_BD)
+        return KroneckerLatents(x_BD, self, pre_BHP)
+
+    def _all_pre_latents(self, x_BD: Tensor) -> Tensor:
+        pre_BP = torch.addmm(self.bias.flatten(), x_BD, self.weight.flatten(0, 1).T)
+        return pre_BP.view(len(x_BD), *self.bias.shape)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Rows ~ Normal(0, 1) scaled to `init_norm` in expectation, biases 0."""
+        _normal_rows(self.weight, self.config.init_norm, self.d_sae, generator)
+        self.bias.zero_()
+
+    @torch.no_grad()
+    def initial_decoder_rows(self) -> Float[Tensor, "F D"]:
+        """``P[h, i] + Q[h, j]`` for latent (h, i, j) (the decoder scales the rows to unit norm)."""
+        return (self.W_base.unsqueeze(2) + self.W_extension.unsqueeze(1)).reshape(self.d_sae, self.d_in)
+
+
+@dataclass(frozen=True)
+class KroneckerLatents:
+    """The latents of a `KroneckerEncoder`, held as their pre-latents: H * (M + N) numbers per token, not F."""
+
+    x_BD: Tensor
+    encoder: KroneckerEncoder
+    pre_BHP: Tensor
+
+    def topk(self, k: int) -> SparseCodes:
+        return self._codes(kernels.kronecker_topk(self.pre_BHP, self.encoder.d_base, k))
+
+    def topk_among(self, k: int, latents_C: Int[Tensor, " C"]) -> SparseCodes:
+        return self._codes(kernels.kronecker_topk_among(self.pre_BHP, self.encoder.d_base, k, latents_C))
+
+    def materialize(self) -> Float[Tensor, "B F"]:
+        u_BHM, v_BHN = self.encoder.pre_latents(self.x_BD)
+        gate = GATES[self.encoder.config.gate]
+        shape = (*u_BHM.shape, v_BHN.shape[-1])
+        return gate(u_BHM.unsqueeze(-1).expand(shape), v_BHN.unsqueeze(-2).expand(shape)).flatten(1)
+
+    def _codes(self, chosen: kernels.KroneckerSelection) -> SparseCodes:
+        encoder = self.encoder
+        rows_BR = torch.cat([chosen.base_rows_BK, chosen.extension_rows_BK], dim=1)
+        pre_BR = self.pre_BHP.flatten(1).gather(1, rows_BR)
+        if torch.is_grad_enabled():
+            weight_PD, bias_P = encoder.weight.flatten(0, 1), encoder.bias.flatten()
+            pre_BR = kernels.linear_at(self.x_BD, weight_PD, bias_P, rows_BR, pre_BR)
+        u_BK, v_BK = pre_BR.chunk(2, dim=1)
+        return SparseCodes(GATES[encoder.config.gate](u_BK, v_BK), chosen.indices_BK, encoder.d_sae)
+
+
+def _normal_rows(weight: Tensor, norm: float | None, d_sae: int, generator: torch.Generator) -> None:
+    """Fill rows with Normal(0, 1) / sqrt(2F), the paper's start, or scaled to an expected norm instead."""
+    scale = (2 * d_sae) ** -0.5 if norm is None else norm / math.sqrt(weight.shape[-1])
+    weight.copy_(torch.randn(weight.shape, generator=generator) * scale)

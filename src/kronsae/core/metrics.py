@@ -1,0 +1,71 @@
+"""The one definition of each quantity that training shows and evaluation reports."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+ROUNDING = 1e-28  # of ||mean||^2 per token: what float64's rounding leaves where activations do not vary
+
+
+class ExplainedVariance:
+    """Explained variance over any number of batches, in float64 and one pass.
+
+    ``EV = 1 - sum(||x - x_hat||^2) / sum(||x - mean||^2)``, the sums over tokens and dimensions and ``mean`` over
+    all tokens seen (a ratio of sums; the mean reconstruction error is not subtracted). 1 is perfect, 0 is as good
+    as the mean, negative is worse. `explained_variance_per_token` is the other reading found in the field.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._error = 0.0
+        self._deviation = 0.0  # sum of ||x - mean||^2 about the running mean
+        self._mean: Tensor | None = None
+
+    def update(self, x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> None:
+        """Take in one batch (Chan's parallel update of mean and deviation)."""
+        if len(x_BD) == 0:
+            return
+        x_BD, x_hat_BD = x_BD.detach().double(), x_hat_BD.detach().double()
+        batch_mean_D = x_BD.mean(0)
+        self._error += float((x_BD - x_hat_BD).square().sum())
+        self._deviation += float((x_BD - batch_mean_D).square().sum())
+        before, self.tokens = self.tokens, self.tokens + len(x_BD)
+        if self._mean is None:
+            self._mean = batch_mean_D
+            return
+        shift_D = batch_mean_D - self._mean
+        self._deviation += float(shift_D.square().sum()) * before * len(x_BD) / self.tokens
+        self._mean = self._mean + shift_D * (len(x_BD) / self.tokens)
+
+    def value(self) -> float:
+        """The explained variance so far; NaN where the activations do not vary."""
+        if self._mean is None or self._deviation <= ROUNDING * self.tokens * float(self._mean.square().sum()):
+            return float("nan")
+        return 1 - self._error / self._deviation
+
+    def mean_squared_error(self) -> float:
+        """``||x - x_hat||^2`` summed over d_in, mean over tokens: the training loss without its extras."""
+        return self._error / self.tokens
+
+    @property
+    def mean_D(self) -> Float[Tensor, " D"]:
+        """Mean activation over the tokens seen, float64."""
+        if self._mean is None:
+            raise ValueError("no batch was taken in yet")
+        return self._mean
+
+
+def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
+    """`ExplainedVariance` of one batch."""
+    accumulator = ExplainedVariance()
+    accumulator.update(x_BD, x_hat_BD)
+    return accumulator.value()
+
+
+def explained_variance_per_token(
+    x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"], mean_D: Float[Tensor, " D"]
+) -> Float[Tensor, " B"]:
+    """``1 - ||x - x_hat||^2 / ||x - mean||^2`` of each token: the paper's listing averages this over tokens."""
+    x_BD, x_hat_BD = x_BD.double(), x_hat_BD.double()
+    return 1 - (x_BD - x_hat_BD).square().sum(-1) / (x_BD - mean_D.double()).square().sum(-1)

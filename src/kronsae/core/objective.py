@@ -1,0 +1,95 @@
+"""What training minimises: squared error, plus AuxK for the latents that died."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kronsae.core.checks import check_count
+from kronsae.core.codes import SparseCodes
+from kronsae.core.sae import SAE
+from kronsae.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxKConfig:
+    """AuxK (Gao et al. 2025): the ``k_aux`` largest dead latents reconstruct the residual of the living.
+
+    Args:
+        weight: coefficient of the loss.
+        k_aux: dead latents asked per token; None: ``d_in // 2``.
+        dead_after_tokens: a latent is dead once it was active on none of this many tokens.
+    """
+
+    weight: float = 1 / 32
+    k_aux: int | None = None
+    dead_after_tokens: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if self.k_aux is not None:
+            check_count("aux_k.k_aux", self.k_aux)
+        check_count("aux_k.dead_after_tokens", self.dead_after_tokens)
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"aux_k.weight must be finite and at least 0; got {self.weight!r}.")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One evaluation of the objective; ``loss`` carries the graph, the rest is for metrics."""
+
+    loss: Float[Tensor, ""]
+    reconstruction_loss: Float[Tensor, ""]
+    auxiliary_loss: Float[Tensor, ""] | None
+    x_hat_BD: Float[Tensor, "B D"]
+    codes: SparseCodes
+
+
+def squared_error(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """``||x - x_hat||^2``: summed over d_in, mean over tokens."""
+    return (x_BD - x_hat_BD).square().sum(-1).mean()
+
+
+def objective(
+    sae: SAE,
+    x_BD: Float[Tensor, "B D"],
+    dead_C: Int[Tensor, " C"] | None = None,
+    aux_k: AuxKConfig | None = None,
+) -> Objective:
+    """``||x - x_hat||^2 + weight * ||e - e_hat||^2`` with ``e = x - x_hat`` held fixed.
+
+    ``e_hat`` is decoded, without bias, from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
+    the encoder and the decoder of dead latents. Without dead latents the second term is absent.
+    """
+    latents = sae.encoder(x_BD)
+    codes = sae.sparsifier(latents)
+    x_hat_BD = sae.decoder(codes)
+    reconstruction_loss = squared_error(x_BD, x_hat_BD)
+    if aux_k is None or aux_k.weight == 0 or dead_C is None or len(dead_C) == 0:
+        return Objective(reconstruction_loss, reconstruction_loss.detach(), None, x_hat_BD.detach(), codes)
+    k_aux = sae.d_in // 2 if aux_k.k_aux is None else aux_k.k_aux
+    aux_codes = latents.topk_among(min(max(1, k_aux), len(dead_C)), dead_C)
+    residual_BD = (x_BD - x_hat_BD).detach()
+    auxiliary_loss = squared_error(residual_BD, sae.decoder.combine(aux_codes))
+    loss = reconstruction_loss + aux_k.weight * auxiliary_loss
+    return Objective(loss, reconstruction_loss.detach(), auxiliary_loss.detach(), x_hat_BD.detach(), codes)
+
+
+class DeadLatents:
+    """How many tokens ago each latent was last active. State of training, saved with it."""
+
+    def __init__(self, d_sae: int, device: torch.device | str = "cpu") -> None:
+        self.tokens_since_active_F = torch.zeros(d_sae, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, codes: SparseCodes) -> None:
+        """Take in the codes of one batch."""
+        self.tokens_since_active_F += codes.values.shape[:-1].numel()
+        self.tokens_since_active_F[codes.indices[codes.active]] = 0
+
+    def dead(self, dead_after_tokens: int) -> Int[Tensor, " C"]:
+        """The latents that no token of the last ``dead_after_tokens`` activated."""
+        return (self.tokens_since_active_F >= dead_after_tokens).nonzero().squeeze(1)

@@ -1,0 +1,20 @@
+"""Errors meant for a person: one sentence that names the argument, the rule, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the caller gave cannot be used.
+
+    The message is one sentence: argument, rule, value, remedy. The command line prints it without a
+    traceback and exits with status 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or ``""`` if none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

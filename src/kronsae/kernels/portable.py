@@ -1,0 +1,215 @@
+"""Plain PyTorch paths: nothing of size B x F, forward or backward; any device, any float dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from kronsae.kernels.rows import AdamW, RowGradient, Term
+from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, parents
+
+CHUNK_ELEMENTS = 2**22  # largest temporary: 16 MB of fp32, about the size at which the CPU's caches stop helping
+PRODUCT_ELEMENTS = 2**24  # outputs of one product: 64 MB of fp32; a product starves on fewer than 64 tokens
+
+
+def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
+    """Exact TopK over all products from the head maxima (the proof is in this folder's README).
+
+    A head outside the k heads of largest ``max(p) * max(q)`` is preceded by k heads that each hold a product at
+    least as large as anything in it. So those k heads are expanded, and only they.
+    """
+    heads, width = pre_BHP.shape[1:]
+    d_extension = width - d_base
+    expanded = min(k, heads)
+    chunk = max(1, CHUNK_ELEMENTS // (expanded * d_base * d_extension))
+    indices = [_topk_chunk(part, d_base, k, expanded) for part in pre_BHP.split(chunk)]
+    return parents(torch.cat(indices), d_base, d_extension)
+
+
+def _topk_chunk(pre_BHP: Tensor, d_base: int, k: int, expanded: int) -> Tensor:
+    d_extension = pre_BHP.shape[-1] - d_base
+    heads_BE = _head_bounds(pre_BHP, d_base).topk(expanded, dim=1, sorted=False).indices
+    chosen_BEP = pre_BHP.gather(1, heads_BE.unsqueeze(-1).expand(-1, -1, pre_BHP.shape[-1])).relu()
+    products_BEMN = chosen_BEP[..., :d_base, None] * chosen_BEP[..., None, d_base:]
+    flat_BK = products_BEMN.flatten(1).topk(k, dim=1, sorted=False).indices
+    cells = d_base * d_extension
+    return heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells
+
+
+def _head_bounds(pre_BHP: Tensor, d_base: int) -> Tensor:
+    return pre_BHP[..., :d_base].amax(-1).relu() * pre_BHP[..., d_base:].amax(-1).relu()
+
+
+def kronecker_topk_among(
+    pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
+) -> KroneckerSelection:
+    """Exact TopK over the products of the given latents only (AuxK: the dead ones); ``k <= C``."""
+    d_extension = pre_BHP.shape[-1] - d_base
+    _, base_rows_C, extension_rows_C = parents(latents_C, d_base, d_extension)
+    chosen = []
+    for part in pre_BHP.flatten(1).split(max(1, CHUNK_ELEMENTS // len(latents_C))):
+        products_BC = part[:, base_rows_C].relu_() * part[:, extension_rows_C].relu_()
+        chosen.append(latents_C[products_BC.topk(k, dim=1, sorted=False).indices])
+    return parents(torch.cat(chosen), d_base, d_extension)
+
+
+def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
+    """The ``total`` largest positive products of the whole batch, from the ``total`` best (token, head) pairs."""
+    tokens, heads, width = pre_BHP.shape
+    d_extension = width - d_base
+    expanded = min(total, tokens * heads)
+    pairs_E = _head_bounds(pre_BHP, d_base).flatten().topk(expanded, sorted=False).indices.sort().values
+    chosen_EP = pre_BHP.flatten(0, 1)[pairs_E].relu()
+    products = (chosen_EP[:, :d_base, None] * chosen_EP[:, None, d_base:]).flatten()
+    best = products.topk(min(total, len(products)), sorted=False).indices.sort().values
+    best = best[products[best] > 0]
+    cells = d_base * d_extension
+    pairs = pairs_E[best // cells]
+    return pad_selection(pairs // heads, pairs % heads * cells + best % cells, tokens, d_base, d_extension)
+
+
+def pad_selection(
+    tokens_N: Tensor, latents_N: Tensor, tokens: int, d_base: int, d_extension: int
+) -> BatchSelection:
+    """Lay out chosen (token, latent) pairs, tokens ascending, as one padded row per token; padding is latent 0."""
+    counts_B = torch.bincount(tokens_N, minlength=tokens)
+    place_N = torch.arange(len(tokens_N), device=tokens_N.device) - (counts_B.cumsum(0) - counts_B)[tokens_N]
+    width = max(1, int(counts_B.max()) if tokens else 1)
+    indices_BK = latents_N.new_zeros(tokens, width)
+    indices_BK[tokens_N, place_N] = latents_N
+    chosen_BK = torch.arange(width, device=tokens_N.device) < counts_B.unsqueeze(1)
+    return BatchSelection(parents(indices_BK, d_base, d_extension), chosen_BK)
+
+
+def kronecker_linear_topk(
+    x_BD: Float[Tensor, "B D"],
+    weight_HPD: Float[Tensor, "H P D"],
+    bias_HP: Float[Tensor, "H P"],
+    d_base: int,
+    choices: Sequence[Choice],
+) -> list[ChosenPairs]:
+    """Several selections over the heads of ``x W^T + b``; the B x H x P products exist chunk by chunk."""
+    heads, width, _ = weight_HPD.shape
+    weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
+    chunk = max(64, PRODUCT_ELEMENTS // len(weight_PD))
+    parts: list[list[ChosenPairs]] = [[] for _ in choices]
+    for part_BD in x_BD.split(chunk):
+        pre_BP = torch.addmm(bias_P, part_BD, weight_PD.T)
+        for choice, chosen in zip(choices, parts, strict=True):
+            pre_BHP = pre_BP.view(-1, heads, width)
+            selection = (
+                kronecker_topk(pre_BHP, d_base, choice.k)
+                if choice.latents_C is None
+                else kronecker_topk_among(pre_BHP, d_base, choice.k, choice.latents_C)
+            )
+            rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
+            chosen.append(ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR)))
+    return [_join(chosen) for chosen in parts]
+
+
+def _join(parts: list[ChosenPairs]) -> ChosenPairs:
+    selection = KroneckerSelection(*map(torch.cat, zip(*(part.selection for part in parts), strict=True)))
+    rows_BR, pre_BR = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # type: ignore[misc]
+    return ChosenPairs(selection, rows_BR, pre_BR)
+
+
+def linear_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The k largest outputs of ``x W^T + b`` per token and their rows; the B x P outputs exist chunk by chunk."""
+    chunk = max(64, PRODUCT_ELEMENTS // len(weight_PD))
+    parts = [torch.addmm(bias_P, part, weight_PD.T).topk(k, sorted=False) for part in x_BD.split(chunk)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def weighted_rows(
+    weights_BR: Float[Tensor, "B R"],
+    rows_BR: Int[Tensor, "B R"],
+    matrix_PD: Float[Tensor, "P D"],
+    bias_D: Float[Tensor, " D"] | None = None,
+) -> Float[Tensor, "B D"]:
+    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``, without the B x R x D tensor of rows."""
+    out_BD = embedding_bag(rows_BR, matrix_PD, per_sample_weights=weights_BR, mode="sum")
+    return out_BD if bias_D is None else out_BD.add_(bias_D)
+
+
+def sampled_products(
+    x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
+) -> Float[Tensor, "B R"]:
+    """``out[b, r] = x[b] . matrix[rows[b, r]]`` in chunks of tokens, so the gathered rows stay small."""
+    chunk = max(1, CHUNK_ELEMENTS // max(1, rows_BR.shape[1] * matrix_PD.shape[1]))
+    parts = zip(x_BD.split(chunk), rows_BR.split(chunk), strict=True)
+    return torch.cat([torch.einsum("bd,brd->br", x, matrix_PD[rows]) for x, rows in parts])
+
+
+def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
+    """Sort the entries of all terms by row, stably."""
+    firsts = [0]
+    for term in terms:
+        firsts.append(firsts[-1] + len(term.x_BD))
+    rows = torch.cat([term.rows_BR.flatten() for term in terms])
+    weights = torch.cat([term.weights_BR.flatten() for term in terms])
+    tokens = torch.cat([
+        torch.arange(first, first + len(term.x_BD), device=rows.device).repeat_interleave(term.rows_BR.shape[1])
+        for first, term in zip(firsts, terms, strict=False)
+    ])  # fmt: skip
+    kept = weights.nonzero().squeeze(1)
+    order = rows[kept].sort(stable=True)
+    kept = kept[order.indices]
+    offsets = torch.zeros(height + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(torch.bincount(order.values, minlength=height), 0, out=offsets[1:])
+    return RowGradient(offsets, tokens[kept], weights[kept], join_inputs(terms))
+
+
+def join_inputs(terms: Sequence[Term]) -> Tensor:
+    """The inputs of all terms, one term after another."""
+    return terms[0].x_BD if len(terms) == 1 else torch.cat([term.x_BD for term in terms])
+
+
+def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
+    """The gradient as a tensor. Each row is one bag of tokens summed in a fixed order: the same bits every time."""
+    return embedding_bag(
+        gradient.tokens_N,
+        gradient.x_BD,
+        gradient.offsets,
+        mode="sum",
+        per_sample_weights=gradient.weights_N,
+        include_last_offset=True,
+    )
+
+
+def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
+    """``|G|^2``, in float64."""
+    return gradient_rows(gradient).square().sum(dtype=torch.float64)
+
+
+def adamw(
+    weight_PD: Float[Tensor, "P D"],
+    moment_PD: Float[Tensor, "P D"],
+    second_PD: Float[Tensor, "P D"],
+    gradient: RowGradient | Float[Tensor, "P D"],
+    settings: AdamW,
+) -> None:
+    """One step of `AdamW`, in place on the weight and its two moments."""
+    grad_PD = gradient_rows(gradient) if isinstance(gradient, RowGradient) else gradient
+    if settings.grad_scale != 1:
+        grad_PD = grad_PD * settings.grad_scale
+    tensors = [weight_PD, moment_PD, second_PD, grad_PD]
+    touched = None
+    if settings.only_touched and isinstance(gradient, RowGradient):
+        touched = gradient.offsets.diff().nonzero().squeeze(1)
+        tensors = [tensor[touched] for tensor in tensors]
+    weight, moment, second, grad = tensors
+    weight.mul_(settings.decay)
+    moment.lerp_(grad, 1 - settings.beta1)
+    second.mul_(settings.beta2).addcmul_(grad, grad, value=1 - settings.beta2)
+    weight.addcdiv_(moment, second.sqrt().mul_(settings.root_scale).add_(settings.eps), value=-settings.step_size)
+    if settings.unit_norm:
+        weight.div_(weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny))
+    if touched is not None:
+        for whole, part in zip((weight_PD, moment_PD, second_PD), (weight, moment, second), strict=True):
+            whole[touched] = part

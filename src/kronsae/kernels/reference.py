@@ -1,0 +1,181 @@
+"""What every kernel must compute, written as its definition: materialised, slow, differentiated by autograd.
+
+Nothing here is used in training; the fast paths are compared with it, values and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kronsae.kernels.rows import AdamW, RowGradient, Term
+from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, parents
+
+
+def kronecker_products(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> Float[Tensor, "B H M N"]:
+    """``relu(u_i) * relu(v_j)`` for every head, base i and extension j: the whole dictionary's activations."""
+    base_BHM, extension_BHN = pre_BHP.relu().split([d_base, pre_BHP.shape[-1] - d_base], dim=-1)
+    return base_BHM.unsqueeze(-1) * extension_BHN.unsqueeze(-2)
+
+
+def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
+    """The k largest of all ``H*M*N`` products of each token; of equal ones, the smaller index."""
+    products_BF = kronecker_products(pre_BHP, d_base).flatten(1)
+    return parents(_first_of_sorted(products_BF, k), d_base, pre_BHP.shape[-1] - d_base)
+
+
+def kronecker_topk_among(
+    pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
+) -> KroneckerSelection:
+    """The k largest products of the listed latents of each token; of equal ones, the smaller index."""
+    latents_C = latents_C.sort().values
+    products_BC = kronecker_products(pre_BHP, d_base).flatten(1)[:, latents_C]
+    return parents(latents_C[_first_of_sorted(products_BC, k)], d_base, pre_BHP.shape[-1] - d_base)
+
+
+def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
+    """The ``total`` largest positive products of the batch; of equal ones, the earlier token, then latent."""
+    products_BF = kronecker_products(pre_BHP, d_base).flatten(1)
+    order = products_BF.flatten().sort(stable=True, descending=True).indices[:total]
+    chosen_BF = torch.zeros_like(products_BF, dtype=torch.bool)
+    chosen_BF.view(-1)[order] = True
+    chosen_BF &= products_BF > 0
+    width = max(1, int(chosen_BF.sum(1).max()))
+    chosen_BK, indices_BK = chosen_BF.to(torch.int8).sort(dim=1, stable=True, descending=True)
+    chosen_BK, indices_BK = chosen_BK[:, :width].bool(), indices_BK[:, :width]
+    indices_BK = indices_BK.masked_fill(~chosen_BK, 0)
+    return BatchSelection(parents(indices_BK, d_base, pre_BHP.shape[-1] - d_base), chosen_BK)
+
+
+def _first_of_sorted(values_BF: Tensor, k: int) -> Tensor:
+    return values_BF.sort(dim=1, stable=True, descending=True).indices[:, :k]
+
+
+def kronecker_linear_topk(
+    x_BD: Float[Tensor, "B D"],
+    weight_HPD: Float[Tensor, "H P D"],
+    bias_HP: Float[Tensor, "H P"],
+    d_base: int,
+    choices: Sequence[Choice],
+) -> list[ChosenPairs]:
+    """The selections of `kronecker_topk` and `kronecker_topk_among` over ``x W^T + b``."""
+    pre_BHP = torch.einsum("bd,hpd->bhp", x_BD, weight_HPD) + bias_HP
+    results = []
+    for choice in choices:
+        selection = (
+            kronecker_topk(pre_BHP, d_base, choice.k)
+            if choice.latents_C is None
+            else kronecker_topk_among(pre_BHP, d_base, choice.k, choice.latents_C)
+        )
+        rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
+        results.append(ChosenPairs(selection, rows_BR, pre_BHP.flatten(1).gather(1, rows_BR)))
+    return results
+
+
+def linear_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows."""
+    pre_BP = x_BD @ weight_PD.T + bias_P
+    rows_BK = _first_of_sorted(pre_BP.relu(), k)
+    return pre_BP.gather(1, rows_BK), rows_BK
+
+
+def linear_at(
+    x_BD: Float[Tensor, "B D"],
+    weight_PD: Float[Tensor, "P D"],
+    bias_P: Float[Tensor, " P"],
+    rows_BR: Int[Tensor, "B R"],
+) -> Float[Tensor, "B R"]:
+    """The outputs ``rows`` of the linear layer ``x W^T + b``; differentiable."""
+    return (x_BD @ weight_PD.T + bias_P).gather(1, rows_BR)
+
+
+def decode(
+    values_BK: Float[Tensor, "B K"],
+    indices_BK: Int[Tensor, "B K"],
+    W_dec_FD: Float[Tensor, "F D"],
+    b_dec_D: Float[Tensor, " D"],
+) -> Float[Tensor, "B D"]:
+    """``f W_dec + b_dec`` with f the dense B x F activations; an index that occurs twice counts twice."""
+    return weighted_rows(values_BK, indices_BK, W_dec_FD, b_dec_D)
+
+
+def _dense(weights_BR: Tensor, rows_BR: Tensor, height: int) -> Tensor:
+    return weights_BR.new_zeros(len(weights_BR), height).scatter_add(1, rows_BR, weights_BR)
+
+
+def weighted_rows(
+    weights_BR: Float[Tensor, "B R"],
+    rows_BR: Int[Tensor, "B R"],
+    matrix_PD: Float[Tensor, "P D"],
+    bias_D: Float[Tensor, " D"] | None = None,
+) -> Float[Tensor, "B D"]:
+    """The weights laid out as a B x P matrix, times the matrix."""
+    out_BD = _dense(weights_BR, rows_BR, len(matrix_PD)) @ matrix_PD
+    return out_BD if bias_D is None else out_BD + bias_D
+
+
+def sampled_products(
+    x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
+) -> Float[Tensor, "B R"]:
+    """Entries ``rows`` of ``x matrix^T``."""
+    return (x_BD @ matrix_PD.T).gather(1, rows_BR)
+
+
+def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
+    """Walk through the rows and collect each one's entries."""
+    offsets, tokens, weights = [0], [], []
+    for row in range(height):
+        first_token = 0
+        for term in terms:
+            for token, place in ((term.rows_BR == row) & (term.weights_BR != 0)).nonzero().tolist():
+                tokens.append(first_token + token)
+                weights.append(term.weights_BR[token, place])
+            first_token += len(term.x_BD)
+        offsets.append(len(tokens))
+    x_BD = torch.cat([term.x_BD for term in terms])
+    weights_N = torch.stack(weights) if weights else x_BD.new_zeros(0)
+    long = {"dtype": torch.int64, "device": x_BD.device}
+    return RowGradient(torch.tensor(offsets, **long), torch.tensor(tokens, **long), weights_N, x_BD)  # type: ignore[arg-type]
+
+
+def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
+    """``G = A^T x`` with A the B x P matrix of the entries."""
+    rows_N = torch.arange(gradient.height, device=gradient.x_BD.device).repeat_interleave(gradient.offsets.diff())
+    A_BP = gradient.x_BD.new_zeros(len(gradient.x_BD), gradient.height)
+    A_BP.index_put_((gradient.tokens_N, rows_N), gradient.weights_N, accumulate=True)
+    return A_BP.T @ gradient.x_BD
+
+
+def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
+    """``|G|^2``, in float64."""
+    return gradient_rows(gradient).double().square().sum()
+
+
+def adamw(
+    weight_PD: Float[Tensor, "P D"],
+    moment_PD: Float[Tensor, "P D"],
+    second_PD: Float[Tensor, "P D"],
+    gradient: RowGradient | Float[Tensor, "P D"],
+    settings: AdamW,
+) -> None:
+    """The formula of `AdamW`, in place."""
+    grad_PD = gradient_rows(gradient) if isinstance(gradient, RowGradient) else gradient
+    grad_PD = grad_PD * settings.grad_scale
+    moment = settings.beta1 * moment_PD + (1 - settings.beta1) * grad_PD
+    second = settings.beta2 * second_PD + (1 - settings.beta2) * grad_PD.square()
+    root = (second / (1 - settings.beta2**settings.step)).sqrt()
+    update = settings.lr / (1 - settings.beta1**settings.step) * moment / (root + settings.eps)
+    weight = weight_PD * (1 - settings.lr * settings.weight_decay) - update
+    if settings.unit_norm:
+        norm = weight.norm(dim=1, keepdim=True)
+        weight = torch.where(norm > 0, weight / norm, weight)
+    touched_P = torch.ones(len(weight_PD), dtype=torch.bool, device=weight_PD.device)
+    if settings.only_touched and isinstance(gradient, RowGradient):
+        touched_P = gradient.offsets.diff() > 0
+    for whole, new in zip((weight_PD, moment_PD, second_PD), (weight, moment, second), strict=True):
+        whole.copy_(torch.where(touched_P.unsqueeze(1), new, whole))
