@@ -1,0 +1,53 @@
+# Every target sets up .venv first if need be (once: the stamp file is written last, and only if all went well).
+# Needs Python >= 3.11 and make, no compiler. Another Python: make test PYTHON=/path/to/python
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAINTS := constraints.txt
+ARGS ?=
+
+# Two names for two generations of pip: either one pins what builds the package as well as what it needs.
+PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format lock clean
+
+help: ## show this list
+	@echo "make <target>:"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s%s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## make .venv with the pinned packages of constraints.txt
+
+quickstart: $(STAMP) ## train a TopK SAE and a KronSAE on the bundled language model, compare them
+	$(BIN)/kronsae quickstart $(ARGS)
+
+test: $(STAMP) ## run the tests; some of them: make test ARGS="tests/core -m 'not slow'"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## resolve constraints.txt anew
+	@python=$$(PYTHON="$(PYTHON)" sh scripts/find_python.sh) && PYTHON="$$python" sh scripts/lock.sh
+
+clean: ## remove .venv and the caches; runs/ stays
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv that is there and works is kept: after a failure halfway the next run goes on from what is installed.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  python=$$(PYTHON="$(PYTHON)" sh scripts/find_python.sh) && \
+	  echo "Making $(VENV) with $$($$python --version)." && \
+	  $$python -m venv --clear $(VENV); \
+	fi
+	@echo "Installing the packages of $(CONSTRAINTS); some minutes the first time, nothing the next."
+	@$(PIP_ENV) $(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $(STAMP)

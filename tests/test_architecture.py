@@ -1,0 +1,280 @@
+"""The house rules that a reader can rely on, held by reading the source (``ast``), functions included.
+
+A room is a folder or a module directly under ``src/kronsae``. ``ARROWS`` says which rooms a room may import;
+a room that is not in the table is an error, so a new one has to be given its place here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kronsae
+
+SRC = Path(__file__).parents[1] / "src" / "kronsae"
+MAX_LINES = 500
+
+LEAVES = {"errors", "config", "files", "vector_math"}
+"""Small modules without a room's knowledge: everyone may import them."""
+
+ARROWS: dict[str, set[str]] = {
+    **{leaf: set() for leaf in LEAVES},
+    "kernels": set(),
+    "core": {"kernels"},
+    "train": {"core", "kernels"},
+    "eval": {"core", "kernels"},
+    "interop": {"core", "kernels"},
+    "report": {"eval", "core"},
+    # `bundled` is the address of the model folder, no more; the scripts that made the model read the corpus.
+    "bundled": set(),
+    "bundled scripts": {"bundled", "data"},
+    "data": {"bundled"},
+}
+TOP = {path.stem for path in SRC.glob("*.py")} - LEAVES - {"__init__"}
+"""Modules beside the rooms (``run``, ``recipes``, ``cli``, ...) that put them together: they import any room and
+each other, and no room imports them."""
+
+ROOT = "(root)"
+"""``kronsae/__init__.py``: it gathers the public names, so a room that imported it would import every room."""
+
+FORBIDDEN_PACKAGES: dict[str, set[str]] = {
+    "core": {"transformers", "datasets", "huggingface_hub", "torch.distributed"},
+    "kernels": {"transformers", "datasets", "huggingface_hub", "torch.distributed"},
+}
+
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+"""Reading one of these runs code chosen by whoever wrote the file; weights are safetensors, the rest is JSON."""
+
+SCRIPTS = {"cli.py"}
+"""Where ``print`` is the job."""
+
+
+def _files() -> list[Path]:
+    return sorted(SRC.rglob("*.py"))
+
+
+def _module(path: Path) -> str:
+    parts = ["kronsae", *path.relative_to(SRC).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_module(path) for path in _files()}
+EVERY_FILE = pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(SRC)))
+
+
+def _room(module: str) -> str:
+    """The room of a dotted module name: ``kronsae.core.sae`` -> ``core``, ``kronsae`` -> ``(root)``."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return ROOT
+    return "bundled scripts" if parts[1] == "bundled" and len(parts) > 2 else parts[1]
+
+
+def _dotted(node: ast.expr) -> str:
+    """``a.b.c`` of an attribute chain, ``""`` of anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        before = _dotted(node.value)
+        return f"{before}.{node.attr}" if before else ""
+    return ""
+
+
+def imports(source: str, module: str, *, package: bool = False) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of every import of ``source``, wherever it stands.
+
+    ``module`` is the importing module's name, ``package`` whether it is an ``__init__``: relative imports count
+    from there. ``from x import y`` is ``x.y`` where that is a module of ours or y may be one of another package's.
+    Also found: imports under ``TYPE_CHECKING``, in functions, ``import_module("x")``, ``__import__("x")`` and the use
+    of a submodule through its parent (``torch.distributed.barrier``).
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".") if package else module.split(".")[:-1]
+                anchor = parents[: len(parents) - (node.level - 1)]
+                base = ".".join([*anchor, node.module] if node.module else anchor)
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield node.lineno, base if base.split(".")[0] == "kronsae" and name not in MODULES else name
+        elif isinstance(node, ast.Call) and _dotted(node.func).split(".")[-1] in ("import_module", "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+        elif isinstance(node, ast.Attribute) and _dotted(node).startswith("torch."):
+            yield node.lineno, _dotted(node)
+
+
+def wrong_arrows(source: str, module: str, *, package: bool = False) -> list[str]:
+    """What the imports of ``source`` break, as sentences; empty if they keep to ``ARROWS``."""
+    room = _room(module)
+    if room == ROOT or room in TOP:
+        return []
+    if room not in ARROWS:
+        return [f"{module}: room '{room}' has no place in the table ARROWS of tests/test_architecture.py; add it."]
+    allowed = {room, *LEAVES, *ARROWS[room]}
+    found = set()
+    for line, name in imports(source, module, package=package):
+        if name.split(".")[0] == "kronsae" and _room(name) not in allowed:
+            found.add((line, f"{room} may not import {_room(name)} ({name}), only {', '.join(sorted(allowed))}."))
+        for package_name in FORBIDDEN_PACKAGES.get(room, ()):
+            if f"{name}.".startswith(f"{package_name}."):
+                found.add((line, f"{room} may not use {package_name}."))
+    return [f"{module}:{line}: {sentence}" for line, sentence in sorted(found)]
+
+
+def unsafe_calls(source: str) -> list[str]:
+    """Lines of ``source`` that would run code out of a file: pickle, torch.load, eval, exec, trust_remote_code."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and _dotted(node.func) in ("eval", "exec"):
+            found.add((node.lineno, f"{_dotted(node.func)}()"))
+        elif isinstance(node, ast.keyword | ast.Dict):
+            keys = [ast.Constant(node.arg)] if isinstance(node, ast.keyword) else node.keys
+            for key, value in zip(keys, [node.value] if isinstance(node, ast.keyword) else node.values, strict=True):
+                name = key.value if isinstance(key, ast.Constant) else None
+                is_false = isinstance(value, ast.Constant) and value.value is False
+                if name in ("trust_remote_code", "allow_pickle") and not is_false:
+                    found.add((value.lineno, f"{name} may only be False"))
+    for line, name in imports(source, "kronsae.x"):
+        if name.split(".")[0] in PICKLES or name == "torch.load":
+            found.add((line, f"{name} reads pickles; weights are safetensors, the rest is JSON"))
+    return [f"line {line}: {sentence}" for line, sentence in sorted(found)]
+
+
+def prints(source: str) -> list[int]:
+    """Line numbers of the calls of ``print``."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [node.lineno for node in calls if _dotted(node.func) == "print"]
+
+
+@EVERY_FILE
+def test_imports_point_one_way(path: Path) -> None:
+    assert wrong_arrows(path.read_text("utf-8"), _module(path), package=path.name == "__init__.py") == []
+
+
+@EVERY_FILE
+def test_nothing_runs_code_out_of_a_file(path: Path) -> None:
+    assert unsafe_calls(path.read_text("utf-8")) == []
+
+
+@EVERY_FILE
+def test_only_the_command_line_prints(path: Path) -> None:
+    if path.relative_to(SRC).as_posix() not in SCRIPTS:
+        assert prints(path.read_text("utf-8")) == []
+
+
+@EVERY_FILE
+def test_files_stay_short(path: Path) -> None:
+    lines = len(path.read_text("utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{path.name} has {lines} lines, more than {MAX_LINES}: split it."
+
+
+def test_the_table_names_no_vanished_room() -> None:
+    gone = {room for room in ARROWS if room != "bundled scripts"} - {_room(module) for module in MODULES}
+    assert gone == set()
+
+
+def test_the_arrows_hold_no_circle() -> None:
+    def reached(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, f"the table goes in a circle: {' -> '.join((*path, room))}"
+        for below in ARROWS[room]:
+            reached(below, (*path, room))
+
+    for room in ARROWS:
+        reached(room, ())
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kronsae.core.sae", "import kronsae.train"),
+        ("kronsae.core.sae", "from kronsae.data import text"),
+        ("kronsae.core.sae", "from kronsae import train"),
+        ("kronsae.core.sae", "from .. import data"),
+        ("kronsae.core.sae", "from ..eval.reconstruction import x"),
+        ("kronsae.core.sae", "def f():\n    from kronsae import interop"),
+        ("kronsae.core.sae", "if TYPE_CHECKING:\n    from kronsae.run import Run"),
+        ("kronsae.core.sae", "import importlib\nimportlib.import_module('kronsae.report')"),
+        ("kronsae.core.sae", "import kronsae"),
+        ("kronsae.core.sae", "from kronsae import load"),
+        ("kronsae.core.sae", "import transformers.models"),
+        ("kronsae.core.sae", "def f():\n    from datasets import Dataset"),
+        ("kronsae.core.sae", "import torch\ntorch.distributed.barrier()"),
+        ("kronsae.kernels.gpu", "from torch import distributed"),
+        ("kronsae.kernels.gpu", "from torch.distributed import barrier"),
+        ("kronsae.kernels.gpu", "from kronsae.core.sae import SAE"),
+        ("kronsae.data.text", "from kronsae.core import sae"),
+        ("kronsae.data.text", "from kronsae.bundled.train import main"),
+        ("kronsae.train.trainer", "from kronsae.data.buffer import ShuffleBuffer"),
+        ("kronsae.eval.latents", "from kronsae.train.member import Member"),
+        ("kronsae.report.html", "from kronsae.train.member import Member"),
+        ("kronsae.errors", "from kronsae.core import sae"),
+        ("kronsae.attic.box", "import math"),
+    ],
+)
+def test_a_wrong_arrow_is_found(module: str, source: str) -> None:
+    assert len(wrong_arrows(source, module)) == 1
+
+
+def test_a_right_arrow_is_let_through() -> None:
+    source = "import torch\nfrom kronsae import kernels\nfrom kronsae.errors import UserError"
+    assert wrong_arrows(source, "kronsae.core.sae") == []
+    assert wrong_arrows("from .codes import SparseCodes", "kronsae.core.sae") == []
+    assert wrong_arrows("from .codes import SparseCodes", "kronsae.core", package=True) == []
+    assert wrong_arrows("from kronsae.data.text import TextStream", "kronsae.pipeline") == []
+    assert wrong_arrows("from ..core.sae import SAE", "kronsae.eval.latents") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from dill import loads",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "from functools import partial\nf = partial(torch.load, weights_only=True)",
+        "eval('1')",
+        "exec('1')",
+        "from_pretrained('x', trust_remote_code=True)",
+        "from_pretrained('x', trust_remote_code=trust)",
+        "options = {'trust_remote_code': True}",
+        "numpy.load('x', allow_pickle=True)",
+    ],
+)
+def test_an_unsafe_call_is_found(source: str) -> None:
+    assert len(unsafe_calls(source)) == 1
+
+
+def test_a_safe_call_is_let_through() -> None:
+    assert unsafe_calls("model.eval()\nload('x')\nfrom_pretrained('x', trust_remote_code=False)\njson.load(f)") == []
+
+
+def test_a_print_is_found() -> None:
+    assert prints("def f():\n    print(1)\nconsole.print(2)") == [2]
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    if not hasattr(kronsae, "__all__"):
+        pytest.skip("kronsae has no public names yet")
+    assert sorted(kronsae.__all__) == sorted(set(kronsae.__all__))
+    public = {name: getattr(kronsae, name) for name in kronsae.__all__}
+    bare = [
+        name
+        for name, value in public.items()
+        if (inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)) and not _own_docstring(value)
+    ]
+    assert bare == [], "public names without a docstring"
+
+
+def _own_docstring(value: object) -> str | None:
+    """The docstring as written, not the inherited one, nor the signature that ``dataclass`` puts in its place."""
+    doc = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
+    generated = inspect.isclass(value) and isinstance(doc, str) and doc.startswith(f"{value.__name__}(")
+    return None if generated or not isinstance(doc, str) else doc.strip()
