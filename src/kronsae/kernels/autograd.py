@@ -1,0 +1,263 @@
+"""The differentiable operations, over whichever path `dispatch` chooses, and gradients kept as entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kronsae.kernels.dispatch import choose
+from kronsae.kernels.rows import AdamW, RowGradient, Term
+from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection
+
+
+class RowGradients:
+    """The weight gradients of the backward passes inside `collect_row_gradients`, one `RowGradient` a parameter.
+
+    Parameters keep ``.grad`` None for what is here; gradients of any other kind go to ``.grad`` as always.
+    """
+
+    def __init__(self) -> None:
+        self._terms: dict[Tensor, list[Term]] = {}
+        self._grouped: dict[Tensor, RowGradient] = {}
+
+    def add(self, parameter: Tensor, term: Term) -> None:
+        """Take in one backward pass's share."""
+        self._terms.setdefault(parameter, []).append(term)
+        self._grouped.pop(parameter, None)
+
+    def get(self, parameter: Tensor) -> RowGradient | None:
+        """The gradient of ``parameter``, flattened to rows of its last dimension; None if it has none here."""
+        terms = self._terms.get(parameter)
+        if terms is None:
+            return None
+        if parameter not in self._grouped:
+            group = choose("group_rows", parameter)
+            self._grouped[parameter] = group(terms, parameter.numel() // parameter.shape[-1])
+        return self._grouped[parameter]
+
+    def squared_norm(self, parameter: Tensor) -> Float[Tensor, ""]:
+        """``|gradient|^2`` of one parameter, in float64, on the CPU or the parameter's device."""
+        gradient = self.get(parameter)
+        if gradient is None:
+            return torch.zeros((), dtype=torch.float64, device=parameter.device)
+        return cast(Tensor, choose("squared_norm", parameter)(gradient))
+
+    def materialize(self) -> None:
+        """Add everything to ``.grad`` as ordinary tensors, for optimisers that know nothing else, and forget it."""
+        for parameter in list(self._terms):
+            gradient = self.get(parameter)
+            dense = choose("gradient_rows", parameter)(gradient).view_as(parameter)
+            parameter.grad = dense if parameter.grad is None else parameter.grad + dense
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._terms.clear()
+        self._grouped.clear()
+
+
+_collector: ContextVar[RowGradients | None] = ContextVar("kronsae_row_gradients", default=None)
+
+
+@contextmanager
+def collect_row_gradients(into: RowGradients | None = None) -> Iterator[RowGradients]:
+    """Keep the weight gradients of `decode` and `linear_at` as entries instead of dense ``.grad`` tensors.
+
+    What counts is that the forward pass runs inside the block. It concerns weights that are leaves, or a leaf
+    reshaped; any other weight gets its gradient through autograd as always.
+
+    Args:
+        into: carry on with these, to add up several batches.
+    """
+    gradients = RowGradients() if into is None else into
+    token = _collector.set(gradients)
+    try:
+        yield gradients
+    finally:
+        _collector.reset(token)
+
+
+def _destination(weight: Tensor) -> tuple[RowGradients, Tensor] | None:
+    """Where the entries of this weight's gradient go, if they are collected: whose they are."""
+    gradients = _collector.get()
+    if gradients is None or not weight.requires_grad:
+        return None
+    if weight.is_leaf:
+        return gradients, weight
+    base = weight._base
+    if (
+        base is not None
+        and base.is_leaf
+        and base.numel() == weight.numel()
+        and base.shape[-1] == weight.shape[-1]
+        and base.is_contiguous()
+        and weight.is_contiguous()
+    ):
+        return gradients, base
+    return None
+
+
+def _weight_gradient(destination: Any, term: Term, height: int) -> Tensor | None:
+    if destination is None:
+        grouped = choose("group_rows", term.x_BD)([term], height)
+        return cast(Tensor, choose("gradient_rows", term.x_BD)(grouped))
+    gradients, parameter = destination
+    gradients.add(parameter, term)
+    return None
+
+
+class _LinearAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BD: Tensor,
+        weight_PD: Tensor,
+        bias_P: Tensor,
+        rows_BR: Tensor,
+        values_BR: Tensor,
+        destination: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(x_BD, weight_PD, rows_BR)
+        ctx.destination = destination
+        return values_BR.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_BR: Tensor) -> Any:  # type: ignore[override]
+        x_BD, weight_PD, rows_BR = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_BR = grad_BR.contiguous()
+        grad_x = choose("weighted_rows", x_BD)(grad_BR, rows_BR, weight_PD) if needs_x else None
+        grad_weight = grad_bias = None
+        if needs_weight:
+            term = Term(grad_BR, rows_BR, x_BD)
+            grad_weight = _weight_gradient(ctx.destination, term, len(weight_PD))
+        if needs_bias:
+            grad_bias = grad_BR.new_zeros(len(weight_PD)).index_add_(0, rows_BR.flatten(), grad_BR.flatten())
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def linear_at(
+    x_BD: Float[Tensor, "B D"],
+    weight_PD: Float[Tensor, "P D"],
+    bias_P: Float[Tensor, " P"],
+    rows_BR: Int[Tensor, "B R"],
+    values_BR: Float[Tensor, "B R"],
+) -> Float[Tensor, "B R"]:
+    """Give ``values = (x W^T + b)[rows]``, computed before without a graph, their gradient.
+
+    The weight's gradient is a sum over R rows per token instead of a dense product over all P. Rows that occur
+    twice add up.
+    """
+    destination = _destination(weight_PD)
+    return cast(Tensor, _LinearAt.apply(x_BD, weight_PD, bias_P, rows_BR, values_BR, destination))
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, destination: Any
+    ) -> Tensor:
+        ctx.save_for_backward(values_BK, indices_BK, W_dec_FD)
+        ctx.destination = destination
+        return cast(Tensor, choose("weighted_rows", W_dec_FD)(values_BK, indices_BK, W_dec_FD, b_dec_D))
+
+    @staticmethod
+    def backward(ctx: Any, grad_BD: Tensor) -> Any:  # type: ignore[override]
+        values_BK, indices_BK, W_dec_FD = ctx.saved_tensors
+        needs_values, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        grad_BD = grad_BD.contiguous()
+        grad_values = grad_weight = None
+        if needs_values:
+            grad_values = choose("sampled_products", W_dec_FD)(grad_BD, W_dec_FD, indices_BK)
+        if needs_weight:
+            term = Term(values_BK, indices_BK, grad_BD)
+            grad_weight = _weight_gradient(ctx.destination, term, len(W_dec_FD))
+        return grad_values, None, grad_weight, grad_BD.sum(0) if needs_bias else None, None
+
+
+def decode(
+    values_BK: Float[Tensor, "B K"],
+    indices_BK: Int[Tensor, "B K"],
+    W_dec_FD: Float[Tensor, "F D"],
+    b_dec_D: Float[Tensor, " D"],
+) -> Float[Tensor, "B D"]:
+    """``sum_k values_k W_dec[indices_k] + b_dec``: K rows of the decoder are read per token."""
+    destination = _destination(W_dec_FD)
+    return cast(Tensor, _Decode.apply(values_BK, indices_BK, W_dec_FD, b_dec_D, destination))
+
+
+@torch.no_grad()
+def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
+    """The k largest of ``relu(u_i) relu(v_j)`` over all heads of each token, exactly; not differentiable.
+
+    Zeros fill up where fewer than k products are positive. The order within a token is no ranking.
+    """
+    return cast(KroneckerSelection, choose("kronecker_topk", pre_BHP)(pre_BHP, d_base, k))
+
+
+@torch.no_grad()
+def kronecker_topk_among(
+    pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
+) -> KroneckerSelection:
+    """As `kronecker_topk` over the given latents only (AuxK: the dead ones); ``k <= C``."""
+    operation = choose("kronecker_topk_among", pre_BHP)
+    return cast(KroneckerSelection, operation(pre_BHP, d_base, k, latents_C))
+
+
+@torch.no_grad()
+def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
+    """BatchTopK: the ``total`` (B * k, say) largest positive products of the whole batch, exactly."""
+    return cast(BatchSelection, choose("kronecker_batch_topk", pre_BHP)(pre_BHP, d_base, total))
+
+
+def kronecker_linear_topk(
+    x_BD: Float[Tensor, "B D"],
+    weight_HPD: Float[Tensor, "H P D"],
+    bias_HP: Float[Tensor, "H P"],
+    d_base: int,
+    choices: Sequence[Choice],
+) -> list[ChosenPairs]:
+    """Product and selection in one: several choices from the heads of ``x W^T + b``.
+
+    The B x H x P pre-latents exist only chunk by chunk; the chosen pairs' values are differentiable with respect
+    to x, weight and bias.
+    """
+    with torch.no_grad():
+        operation = choose("kronecker_linear_topk", weight_HPD)
+        results: list[ChosenPairs] = operation(x_BD, weight_HPD, bias_HP, d_base, choices)
+    if not torch.is_grad_enabled():
+        return results
+    weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
+    return [
+        ChosenPairs(selection, rows_BR, linear_at(x_BD, weight_PD, bias_P, rows_BR, pre_BR))
+        for selection, rows_BR, pre_BR in results
+    ]
+
+
+@torch.no_grad()
+def linear_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows.
+
+    The B x P outputs exist only chunk by chunk. Not differentiable: hand the result to `linear_at`. Where fewer
+    than k outputs are positive, the rest are arbitrary ones that are not.
+    """
+    return cast(tuple[Tensor, Tensor], choose("linear_topk", weight_PD)(x_BD, weight_PD, bias_P, k))
+
+
+@torch.no_grad()
+def adamw(
+    weight: Tensor, moment: Tensor, second: Tensor, gradient: RowGradient | Tensor, settings: AdamW
+) -> None:
+    """One step of `AdamW` in place on a weight and its moments, all of one shape, flattened to rows."""
+    rows = [tensor.view(-1, tensor.shape[-1]) for tensor in (weight, moment, second)]
+    if isinstance(gradient, Tensor):
+        gradient = gradient.reshape(rows[0].shape)
+    choose("adamw", weight)(*rows, gradient, settings)

@@ -1,0 +1,326 @@
+"""The CPU path: numba's loops over tokens or weight rows, split over as many threads as PyTorch may use.
+
+Every function has the meaning of its namesake in `portable`; ties go to the smaller latent, so a selection is one
+definite answer. A pre-latent that is NaN is never selected.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kronsae.kernels import _compiled
+from kronsae.kernels.portable import PRODUCT_ELEMENTS, join_inputs, pad_selection
+from kronsae.kernels.rows import AdamW, RowGradient, Term
+from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection
+
+Array = np.ndarray[Any, Any]
+PARTS_PER_THREAD = 4  # parts are taken as threads come free: rows with many entries do not hold the others up
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_pool_lock = threading.Lock()
+_workspaces = threading.local()
+
+
+def _forget_pool() -> None:
+    """A forked child has none of its parent's threads."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _threads(helpers: int) -> ThreadPoolExecutor:
+    global _pool, _pool_size
+    with _pool_lock:
+        if _pool is None or _pool_size < helpers:
+            _pool, _pool_size = ThreadPoolExecutor(helpers, "kronsae-kernels"), helpers
+        return _pool
+
+
+def _run(kernel: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
+    """Call ``kernel(start, stop, *arguments)`` for each pair of neighbours in ``bounds``, on all threads."""
+    parts = iter([(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if start < stop])
+
+    def work() -> None:
+        for start, stop in parts:  # taking the next part is one step under the interpreter's lock
+            kernel(start, stop, *arguments)
+
+    helpers = min(torch.get_num_threads(), len(bounds) - 1) - 1
+    if helpers < 1:
+        return work()
+    pool = _threads(helpers)
+    futures = [pool.submit(work) for _ in range(helpers)]
+    work()
+    for future in futures:
+        future.result()
+    return None
+
+
+def _even(items: int) -> list[int]:
+    """Borders of equal parts."""
+    parts = max(1, min(items, PARTS_PER_THREAD * torch.get_num_threads()))
+    return [items * part // parts for part in range(parts + 1)]
+
+
+def _balanced(offsets: Array, per_row: int) -> list[int]:
+    """Borders of parts with about equally much work, where a row costs ``per_row`` and each of its entries 1."""
+    rows = len(offsets) - 1
+    work = offsets + per_row * np.arange(rows + 1)
+    parts = max(1, min(rows, PARTS_PER_THREAD * torch.get_num_threads()))
+    inner = np.searchsorted(work, work[-1] * np.arange(1, parts) // parts)
+    return [0, *map(int, inner), rows]
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().contiguous().numpy()
+    return array
+
+
+def _scalars(dtype: torch.dtype, *values: float) -> list[Any]:
+    number = np.float64 if dtype == torch.float64 else np.float32
+    return [number(value) for value in values]
+
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory from NumPy, which asks Linux for huge pages: a fresh 100 MB costs half the time."""
+    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A buffer of this thread's, overwritten by the next call: fresh memory costs a page fault per 4 KB."""
+    kept: Tensor | None = getattr(_workspaces, str(dtype), None)
+    if kept is None or kept.numel() < rows * columns:
+        kept = _fresh((rows * columns,), dtype)
+        setattr(_workspaces, str(dtype), kept)
+    return kept[: rows * columns].view(rows, columns)
+
+
+def _product_chunk(tokens: int, outputs: int) -> int:
+    """Tokens per product: even chunks of at most `PRODUCT_ELEMENTS` outputs, and at least 64."""
+    most = max(64, PRODUCT_ELEMENTS // outputs)
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
+
+
+def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
+    """The k largest products of each token."""
+    return _choose_from(pre_BHP, d_base, Choice(k)).selection
+
+
+def kronecker_topk_among(
+    pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
+) -> KroneckerSelection:
+    """The k largest products of the listed latents."""
+    return _choose_from(pre_BHP, d_base, Choice(k, latents_C)).selection
+
+
+def _choose_from(pre_BHP: Tensor, d_base: int, choice: Choice) -> ChosenPairs:
+    tokens, heads, width = pre_BHP.shape
+    chosen = _empty_choice(tokens, choice.k, pre_BHP.dtype)
+    bias_P = np.zeros(heads * width, _array(pre_BHP[:0]).dtype)
+    pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
+    best_BH = _bounds(pre_BP, bias_P, heads, d_base)
+    _select(pre_BP, bias_P, best_BH, d_base, choice, chosen)
+    return chosen
+
+
+def _empty_choice(tokens: int, k: int, dtype: torch.dtype) -> ChosenPairs:
+    rows_BR = torch.empty(tokens, 2 * k, dtype=torch.int64)
+    selection = KroneckerSelection(torch.empty(tokens, k, dtype=torch.int64), rows_BR[:, :k], rows_BR[:, k:])
+    return ChosenPairs(selection, rows_BR, torch.empty(tokens, 2 * k, dtype=dtype))
+
+
+def _bounds(pre_BP: Array, bias_P: Array, heads: int, d_base: int) -> Array:
+    best_BH: Array = np.empty((len(pre_BP), heads), pre_BP.dtype)
+    kernel = _compiled.head_bounds(d_base, len(bias_P) // heads - d_base)
+    _run(kernel, _even(len(pre_BP)), pre_BP, bias_P, best_BH)
+    return best_BH
+
+
+def _select(
+    pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, choice: Choice, chosen: ChosenPairs
+) -> None:
+    heads = best_BH.shape[1]
+    d_extension = len(bias_P) // heads - d_base
+    outputs = (_array(chosen.selection.indices_BK), _array(chosen.rows_BR), _array(chosen.pre_BR))
+    shared = (pre_BP, bias_P, best_BH, d_base, d_extension)
+    if choice.latents_C is None:
+        _run(_compiled.kronecker_topk, _even(len(pre_BP)), *shared, *outputs)
+        return
+    latents_C = np.sort(_array(choice.latents_C))
+    ends_H = np.searchsorted(latents_C, (1 + np.arange(heads)) * (d_base * d_extension))
+    _run(_compiled.kronecker_topk_among, _even(len(pre_BP)), *shared, latents_C, ends_H, *outputs)
+
+
+def kronecker_linear_topk(
+    x_BD: Float[Tensor, "B D"],
+    weight_HPD: Float[Tensor, "H P D"],
+    bias_HP: Float[Tensor, "H P"],
+    d_base: int,
+    choices: Sequence[Choice],
+) -> list[ChosenPairs]:
+    """Several selections over the heads of ``x W^T + b``; the products live in one reused buffer."""
+    heads, width, _ = weight_HPD.shape
+    tokens = len(x_BD)
+    weight_PD, bias_P = weight_HPD.flatten(0, 1), _array(bias_HP.flatten())
+    results = [_empty_choice(tokens, choice.k, x_BD.dtype) for choice in choices]
+    chunk = _product_chunk(tokens, heads * width)
+    for start in range(0, tokens, chunk):
+        part = slice(start, min(start + chunk, tokens))
+        pre_BP = _workspace(part.stop - part.start, heads * width, x_BD.dtype)
+        torch.mm(x_BD[part], weight_PD.T, out=pre_BP)
+        best_BH = _bounds(pre_BP.numpy(), bias_P, heads, d_base)
+        for choice, (selection, rows_BR, pre_BR) in zip(choices, results, strict=True):
+            own = KroneckerSelection(*(tensor[part] for tensor in selection))
+            chosen = ChosenPairs(own, rows_BR[part], pre_BR[part])
+            _select(pre_BP.numpy(), bias_P, best_BH, d_base, choice, chosen)
+    return results
+
+
+def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
+    """The ``total`` largest positive products of the batch; of equal ones the earlier token, then latent."""
+    tokens, heads, width = pre_BHP.shape
+    d_extension = width - d_base
+    pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
+    bias_P = np.zeros(heads * width, pre_BP.dtype)
+    best_BH = _bounds(pre_BP, bias_P, heads, d_base)
+    least = _kth_largest(best_BH.ravel(), total)
+    counts_B = np.empty(tokens, np.int64)
+    shared = (pre_BP, bias_P, d_base, d_extension, best_BH, least)
+    _run(_compiled.count_products, _even(tokens), *shared, counts_B)
+    ends_B = np.cumsum(counts_B)
+    products_N = np.empty(int(counts_B.sum()), pre_BP.dtype)
+    latents_N = np.empty(len(products_N), np.int64)
+    _run(_compiled.list_products, _even(tokens), *shared, ends_B - counts_B, products_N, latents_N)
+    tokens_N = np.repeat(np.arange(tokens), counts_B)
+    if len(products_N) > total:
+        threshold = _kth_largest(products_N, total)
+        level = np.flatnonzero(products_N == threshold)
+        kept = products_N > threshold
+        kept[level[: total - int(kept.sum())]] = True
+        tokens_N, latents_N = tokens_N[kept], latents_N[kept]
+    return pad_selection(torch.from_numpy(tokens_N), torch.from_numpy(latents_N), tokens, d_base, d_extension)
+
+
+def _kth_largest(values: Array, k: int) -> Any:
+    return values.dtype.type(0) if len(values) < k else np.partition(values, len(values) - k)[len(values) - k]
+
+
+def linear_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows."""
+    tokens = len(x_BD)
+    values_BK = torch.empty(tokens, k, dtype=x_BD.dtype)
+    rows_BK = torch.empty(tokens, k, dtype=torch.int64)
+    chunk = _product_chunk(tokens, len(weight_PD))
+    for start in range(0, tokens, chunk):
+        part = slice(start, min(start + chunk, tokens))
+        pre_BP = _workspace(part.stop - part.start, len(weight_PD), x_BD.dtype)
+        torch.mm(x_BD[part], weight_PD.T, out=pre_BP)
+        outputs = (_array(values_BK[part]), _array(rows_BK[part]))
+        _run(_compiled.topk, _even(len(pre_BP)), pre_BP.numpy(), _array(bias_P), *outputs)
+    return values_BK, rows_BK
+
+
+def weighted_rows(
+    weights_BR: Float[Tensor, "B R"],
+    rows_BR: Int[Tensor, "B R"],
+    matrix_PD: Float[Tensor, "P D"],
+    bias_D: Float[Tensor, " D"] | None = None,
+) -> Float[Tensor, "B D"]:
+    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``."""
+    out_BD = torch.empty(len(rows_BR), matrix_PD.shape[1], dtype=matrix_PD.dtype)
+    bias = matrix_PD.new_zeros(matrix_PD.shape[1]) if bias_D is None else bias_D
+    inputs = map(_array, (weights_BR, rows_BR, matrix_PD, bias))
+    _run(_compiled.weighted_rows, _even(len(out_BD)), *inputs, out_BD.numpy())
+    return out_BD
+
+
+def sampled_products(
+    x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
+) -> Float[Tensor, "B R"]:
+    """``out[b, r] = x[b] . matrix[rows[b, r]]``."""
+    out_BR = torch.empty(rows_BR.shape, dtype=matrix_PD.dtype)
+    inputs = map(_array, (x_BD, matrix_PD, rows_BR))
+    _run(_compiled.sampled_products, _even(len(out_BR)), *inputs, out_BR.numpy())
+    return out_BR
+
+
+def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
+    """Sort the entries of all terms by row, stably: a counting sort."""
+    offsets = np.zeros(height + 2, np.int64)
+    arrays = [(_array(term.rows_BR), _array(term.weights_BR)) for term in terms]
+    for rows_BR, weights_BR in arrays:
+        _compiled.count_entries(rows_BR, weights_BR, offsets)
+    _compiled.running_sum(offsets)
+    tokens_N = np.empty(int(offsets[-1]), np.int64)
+    weights_N = np.empty(len(tokens_N), arrays[0][1].dtype)
+    first_token = 0
+    for rows_BR, weights_BR in arrays:
+        _compiled.place_entries(rows_BR, weights_BR, first_token, offsets, tokens_N, weights_N)
+        first_token += len(rows_BR)
+    tensors = map(torch.from_numpy, (offsets[:-1], tokens_N, weights_N))
+    return RowGradient(*tensors, join_inputs(terms).contiguous())
+
+
+def _grouped(gradient: RowGradient) -> list[Array]:
+    return [_array(part) for part in (gradient.offsets, gradient.tokens_N, gradient.weights_N, gradient.x_BD)]
+
+
+def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
+    """The gradient as a tensor; every row is written."""
+    out_PD = _fresh((gradient.height, gradient.x_BD.shape[1]), gradient.x_BD.dtype)
+    grouped = _grouped(gradient)
+    _run(_compiled.scatter_rows, _balanced(grouped[0], per_row=1), *grouped, out_PD.numpy())
+    return out_PD
+
+
+def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
+    """``|G|^2`` in float64, without storing G."""
+    grouped = _grouped(gradient)
+    squares_P = np.empty(gradient.height, grouped[3].dtype)
+    _run(_compiled.squared_norms, _balanced(grouped[0], per_row=0), *grouped, squares_P)
+    return torch.tensor(squares_P.sum(dtype=np.float64))
+
+
+def adamw(
+    weight_PD: Float[Tensor, "P D"],
+    moment_PD: Float[Tensor, "P D"],
+    second_PD: Float[Tensor, "P D"],
+    gradient: RowGradient | Float[Tensor, "P D"],
+    settings: AdamW,
+) -> None:
+    """One step of `AdamW` in place: gradient row, moments, weight and norm in one pass over memory."""
+    weights = [tensor.detach().numpy() for tensor in (weight_PD, moment_PD, second_PD)]
+    scalars = _scalars(
+        weight_PD.dtype,
+        settings.grad_scale,
+        settings.decay,
+        1 - settings.beta1,
+        settings.beta2,
+        1 - settings.beta2,
+        settings.step_size,
+        settings.root_scale,
+        settings.eps,
+    )
+    if isinstance(gradient, RowGradient):
+        grouped = _grouped(gradient)
+        borders = _balanced(grouped[0], per_row=0 if settings.only_touched else 6)
+        flags = (settings.unit_norm, settings.only_touched)
+        _run(_compiled.adamw_entries, borders, *weights, *grouped, *scalars, *flags)
+    else:
+        borders = _even(len(weight_PD))
+        _run(_compiled.adamw_dense, borders, *weights, _array(gradient), *scalars, settings.unit_norm)

@@ -1,0 +1,160 @@
+"""Which path carries out which operation: chosen by rule, overridden by name, and explained on request.
+
+The rule: the `gpu` path for CUDA tensors where Triton is installed, the `cpu` path for CPU tensors of float32 or
+float64 where numba is, else `portable`. ``with kernels.use("portable"):`` or ``KRONSAE_KERNELS=portable`` overrides
+it; a path asked for by name that cannot do the operation raises instead of giving way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kronsae.errors import UserError, nearest
+
+OPERATIONS: Final = (
+    "kronecker_topk",
+    "kronecker_topk_among",
+    "kronecker_batch_topk",
+    "kronecker_linear_topk",
+    "linear_topk",
+    "weighted_rows",
+    "sampled_products",
+    "group_rows",
+    "gradient_rows",
+    "squared_norm",
+    "adamw",
+)
+PATHS: Final = ("gpu", "cpu", "portable", "reference")
+AUTOMATIC: Final = ("gpu", "cpu", "portable")  # in order of preference
+ENVIRONMENT: Final = "KRONSAE_KERNELS"
+
+_override: ContextVar[str | None] = ContextVar("kronsae_kernels_path", default=None)
+
+
+@contextmanager
+def use(path: str) -> Iterator[None]:
+    """Carry out every operation inside the block by one path.
+
+    Raises:
+        UserError: no path has this name.
+    """
+    _check_name(path, "path")
+    token = _override.set(path)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def forced() -> str | None:
+    """The path asked for by name, if any: the innermost `use`, else the environment."""
+    named = _override.get()
+    if named is None:
+        named = os.environ.get(ENVIRONMENT) or None
+        if named is not None:
+            _check_name(named, ENVIRONMENT)
+    return named
+
+
+def choose(operation: str, like: Tensor) -> Callable[..., Any]:
+    """The function that carries out ``operation`` on tensors of the device and dtype of ``like``.
+
+    Raises:
+        UserError: a path asked for by name cannot do it.
+    """
+    named = forced()
+    if named is not None:
+        refusal = refuse(named, operation, like.device, like.dtype)
+        if refusal is not None:
+            raise UserError(
+                f"kernels path '{named}' was asked for by name but cannot do {operation}: {refusal}. "
+                f"Remove kernels.use or {ENVIRONMENT}, or name another of {', '.join(PATHS)}."
+            )
+        return _function(named, operation)
+    for path in AUTOMATIC:
+        if refuse(path, operation, like.device, like.dtype) is None:
+            return _function(path, operation)
+    raise AssertionError("the portable path refuses nothing")
+
+
+@cache
+def refuse(path: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``path`` cannot do ``operation`` on such tensors, or None if it can."""
+    if path == "cpu":
+        if device.type != "cpu":
+            return f"tensors are on {device.type}"
+        if dtype not in (torch.float32, torch.float64):
+            return f"{str(dtype).removeprefix('torch.')} tensors; its loops do float32 and float64"
+        return _not_importable("cpu", "numba", "kronsae[fast]")
+    if path == "gpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type != "cuda" and not interpreted:
+            return f"tensors are on {device.type}"
+        missing = _not_importable("gpu", "triton", "kronsae[gpu]")
+        if missing is not None:
+            return missing
+        if not hasattr(_module("gpu"), operation):
+            return "no Triton kernel is written for this operation"
+    return None
+
+
+def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """One line per operation: the path chosen on such tensors, and why each one before it was refused.
+
+    Example:
+        >>> from kronsae import kernels
+        >>> print(kernels.explain().splitlines()[0])
+        device cpu, dtype float32
+    """
+    device = torch.device(device)
+    lines = [f"device {device}, dtype {str(dtype).removeprefix('torch.')}"]
+    named = forced()
+    for operation in OPERATIONS:
+        considered = AUTOMATIC if named is None else (named,)
+        refusals = {path: refuse(path, operation, device, dtype) for path in considered}
+        chosen = next((path for path, refusal in refusals.items() if refusal is None), "none")
+        reasons = [f"{path}: {refusal}" for path, refusal in refusals.items() if refusal is not None]
+        if named is not None:
+            reasons.append("asked for by name")
+        lines.append(f"{operation}: {chosen}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+    return "\n".join(lines)
+
+
+@cache
+def _module(path: str) -> ModuleType:
+    return importlib.import_module(f"kronsae.kernels.{path}")
+
+
+@cache
+def _function(path: str, operation: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(_module(path), operation)
+    return function
+
+
+@cache
+def _not_importable(path: str, package: str, extra: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed (pip install '{extra}')"
+    try:
+        _module(path)
+    except ImportError as error:
+        return f"{package} does not import: {error}"
+    return None
+
+
+def _check_name(path: str, where: str) -> None:
+    if path not in PATHS:
+        raise UserError(
+            f"{where} must be one of {', '.join(PATHS)}; got {path!r}.{nearest(path, PATHS)}"
+        )

@@ -1,0 +1,28 @@
+"""Shared by the kernels' tests: a path's operation on the device it wants, and the stated tolerances."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Sums of at most a few thousand products in another order: relative to the largest value of the result.
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 1.6e-2}
+
+
+def operation(path: str, name: str) -> Callable[..., Any]:
+    """The function of ``path`` called ``name``."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"kronsae.kernels.{path}"), name)
+    return function
+
+
+def same_values(got: Tensor, want: Tensor, factor: float = 1.0) -> None:
+    """Equal within the dtype's tolerance of the largest value; shape and dtype equal; NaN nowhere."""
+    assert got.shape == want.shape
+    assert not got.isnan().any()
+    if want.numel():
+        tolerance = factor * TOLERANCE[got.dtype] * max(1e-30, float(want.detach().abs().max()))
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=0, atol=tolerance)

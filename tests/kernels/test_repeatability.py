@@ -1,0 +1,82 @@
+"""The same bits on every run, whatever the threads do: races show here and in `benchmarks/fresh_processes.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+
+import pytest
+import torch
+
+from kronsae import kernels
+from kronsae.kernels import AdamW, Choice, reference
+from kronsae.kernels.rows import Term
+
+cpu = pytest.importorskip("kronsae.kernels.cpu")
+
+
+def digest() -> str:
+    """Hash of everything the CPU path computes on one seeded case."""
+    generator = torch.Generator().manual_seed(11)
+    x_BD = torch.randn(96, 40, generator=generator)
+    weight_HPD = torch.randn(48, 12, 40, generator=generator)
+    W_dec_FD = torch.randn(48 * 32, 40, generator=generator)
+    among_C = torch.randperm(48 * 32, generator=generator)[:700]
+    chosen = cpu.kronecker_linear_topk(x_BD, weight_HPD, torch.zeros(48, 12), 4, [Choice(16), Choice(30, among_C)])
+    results = [tensor for pairs in chosen for tensor in (*pairs.selection, pairs.pre_BR)]
+    values_BK = chosen[0].pre_BR[:, :16].relu()
+    indices_BK = chosen[0].selection.indices_BK
+    results.append(cpu.weighted_rows(values_BK, indices_BK, W_dec_FD))
+    results.append(cpu.sampled_products(x_BD, W_dec_FD, indices_BK))
+    gradient = cpu.group_rows([Term(values_BK, indices_BK, x_BD)], len(W_dec_FD))
+    results.append(cpu.gradient_rows(gradient))
+    moments = [torch.zeros_like(W_dec_FD), torch.zeros_like(W_dec_FD)]
+    cpu.adamw(
+        W_dec_FD, *moments, gradient,
+        AdamW(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1, unit_norm=True),
+    )  # fmt: skip
+    results += [W_dec_FD, *moments]
+    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in results)).hexdigest()
+
+
+def test_two_hundred_runs_and_any_number_of_threads_give_the_same_bits() -> None:
+    threads = torch.get_num_threads()
+    want = digest()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            assert {digest() for _ in range(50)} == {want}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
+    want, found = digest(), []
+    workers = [threading.Thread(target=lambda: found.extend(digest() for _ in range(10))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert set(found) == {want}
+    assert len(found) == 40
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    want = cpu.weighted_rows(torch.ones(64, 2), torch.zeros(64, 2, dtype=torch.int64), torch.ones(1, 3))
+    child = os.fork()
+    if child == 0:
+        got = cpu.weighted_rows(torch.ones(64, 2), torch.zeros(64, 2, dtype=torch.int64), torch.ones(1, 3))
+        os._exit(0 if torch.equal(got, want) else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_selection_does_not_depend_on_the_batch_it_is_in() -> None:
+    pre_BHP = torch.randn(50, 30, 12)
+    whole = kernels.kronecker_topk(pre_BHP, 4, 16).indices_BK
+    alone = torch.cat([kernels.kronecker_topk(part, 4, 16).indices_BK for part in pre_BHP.split(1)])
+    assert torch.equal(whole, alone)
+    assert torch.equal(whole.sort().values, reference.kronecker_topk(pre_BHP, 4, 16).indices_BK.sort().values)
