@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from kronsae.errors import UserError
 
 
 def check_positive(name: str, value: float | None) -> None:
-    """Refuse a number that is not above 0; None passes, meaning "not given"."""
+    """Refuse a number that is not above 0 or infinite; None passes, meaning "not given"."""
     if value is not None and not value > 0:
         raise UserError(f"{name} must be above 0; got {value!r}.")
+    if value == math.inf:
+        raise UserError(f"{name} must be finite; got {value!r}.")
 
 
 def check_count(name: str, value: object) -> None:

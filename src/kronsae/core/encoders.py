@@ -1,7 +1,7 @@
 """Encoders turn x into latents. Latents are lazy: a sparsifier asks them for its choice, and only that is computed.
 
-The product ``x W^T`` is computed without a graph; the few pre-latents that a choice touches get their gradient
-from `kernels.linear_at`. So forward memory is the pre-latents and backward cost is K rows per token.
+The product ``x W^T`` is computed without a graph and in chunks of tokens; only the few pre-latents that a choice
+touches are kept and get a gradient. So a step remembers O(K) numbers per token, and backward costs O(K) rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kronsae import kernels
@@ -19,18 +19,18 @@ from kronsae.core.checks import check_count, check_positive
 from kronsae.core.codes import SparseCodes
 from kronsae.core.gates import GATES, GateName
 from kronsae.errors import UserError
+from kronsae.kernels import Choice
 
 
 @runtime_checkable
 class Latents(Protocol):
     """The activations of all F latents on a batch, before sparsification, without holding them."""
 
-    def topk(self, k: int) -> SparseCodes:
-        """The k largest latents of each token; differentiable."""
-        ...
+    def choose(self, *choices: Choice) -> tuple[SparseCodes, ...]:
+        """For each choice, its k largest latents of each token; differentiable.
 
-    def topk_among(self, k: int, latents_C: Int[Tensor, " C"]) -> SparseCodes:
-        """The k largest of the latents listed, for each token; differentiable. AuxK asks for the dead ones."""
+        A choice may be confined to some latents (AuxK asks for the dead ones). Several choices share one product.
+        """
         ...
 
     def materialize(self) -> Float[Tensor, "B F"]:
@@ -157,19 +157,19 @@ class DenseLatents:
     weight_FD: Tensor
     bias_F: Tensor
 
-    def topk(self, k: int) -> SparseCodes:
-        with torch.no_grad():
-            values_BK, rows_BK = kernels.linear_topk(self.x_BD, self.weight_FD, self.bias_F, k)
-        return self._codes(values_BK, rows_BK)
-
-    def topk_among(self, k: int, latents_C: Int[Tensor, " C"]) -> SparseCodes:
-        with torch.no_grad():
-            weight_CD, bias_C = self.weight_FD[latents_C], self.bias_F[latents_C]
-            values_BK, rows_BK = kernels.linear_topk(self.x_BD, weight_CD, bias_C, k)
-        return self._codes(values_BK, latents_C[rows_BK])
+    def choose(self, *choices: Choice) -> tuple[SparseCodes, ...]:
+        return tuple(self._codes(*self._topk(choice)) for choice in choices)
 
     def materialize(self) -> Float[Tensor, "B F"]:
         return torch.addmm(self.bias_F, self.x_BD, self.weight_FD.T).relu()
+
+    @torch.no_grad()
+    def _topk(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        if choice.latents_C is None:
+            return kernels.linear_topk(self.x_BD, self.weight_FD, self.bias_F, choice.k)
+        weight_CD, bias_C = self.weight_FD[choice.latents_C], self.bias_F[choice.latents_C]
+        values_BK, rows_BK = kernels.linear_topk(self.x_BD, weight_CD, bias_C, choice.k)
+        return values_BK, choice.latents_C[rows_BK]
 
     def _codes(self, pre_BK: Tensor, indices_BK: Tensor) -> SparseCodes:
         if torch.is_grad_enabled():
@@ -207,17 +207,12 @@ class KroneckerEncoder(nn.Module):
 
     def pre_latents(self, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B H M"], Float[Tensor, "B H N"]]:
         """``u`` and ``v`` of every head, before ReLU; differentiable."""
-        pre_BHP = self._all_pre_latents(x_BD)
+        pre_BP = torch.addmm(self.bias.flatten(), x_BD, self.weight.flatten(0, 1).T)
+        pre_BHP = pre_BP.view(len(x_BD), *self.bias.shape)
         return pre_BHP[..., : self.d_base], pre_BHP[..., self.d_base :]
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> KroneckerLatents:
-        with torch.no_grad():
-            pre_BHP = self._all_pre_latents(x_BD)
-        return KroneckerLatents(x_BD, self, pre_BHP)
-
-    def _all_pre_latents(self, x_BD: Tensor) -> Tensor:
-        pre_BP = torch.addmm(self.bias.flatten(), x_BD, self.weight.flatten(0, 1).T)
-        return pre_BP.view(len(x_BD), *self.bias.shape)
+        return KroneckerLatents(x_BD, self)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -233,33 +228,27 @@ class KroneckerEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class KroneckerLatents:
-    """The latents of a `KroneckerEncoder`, held as their pre-latents: H * (M + N) numbers per token, not F."""
+    """The latents of a `KroneckerEncoder`; even its pre-latents are computed in chunks of tokens and let go."""
 
     x_BD: Tensor
     encoder: KroneckerEncoder
-    pre_BHP: Tensor
 
-    def topk(self, k: int) -> SparseCodes:
-        return self._codes(kernels.kronecker_topk(self.pre_BHP, self.encoder.d_base, k))
-
-    def topk_among(self, k: int, latents_C: Int[Tensor, " C"]) -> SparseCodes:
-        return self._codes(kernels.kronecker_topk_among(self.pre_BHP, self.encoder.d_base, k, latents_C))
+    def choose(self, *choices: Choice) -> tuple[SparseCodes, ...]:
+        encoder = self.encoder
+        pairs = kernels.kronecker_linear_topk(self.x_BD, encoder.weight, encoder.bias, encoder.d_base, choices)
+        return tuple(self._codes(chosen) for chosen in pairs)
 
     def materialize(self) -> Float[Tensor, "B F"]:
         u_BHM, v_BHN = self.encoder.pre_latents(self.x_BD)
-        gate = GATES[self.encoder.config.gate]
         shape = (*u_BHM.shape, v_BHN.shape[-1])
-        return gate(u_BHM.unsqueeze(-1).expand(shape), v_BHN.unsqueeze(-2).expand(shape)).flatten(1)
+        return self._gate(u_BHM.unsqueeze(-1).expand(shape), v_BHN.unsqueeze(-2).expand(shape)).flatten(1)
 
-    def _codes(self, chosen: kernels.KroneckerSelection) -> SparseCodes:
-        encoder = self.encoder
-        rows_BR = torch.cat([chosen.base_rows_BK, chosen.extension_rows_BK], dim=1)
-        pre_BR = self.pre_BHP.flatten(1).gather(1, rows_BR)
-        if torch.is_grad_enabled():
-            weight_PD, bias_P = encoder.weight.flatten(0, 1), encoder.bias.flatten()
-            pre_BR = kernels.linear_at(self.x_BD, weight_PD, bias_P, rows_BR, pre_BR)
-        u_BK, v_BK = pre_BR.chunk(2, dim=1)
-        return SparseCodes(GATES[encoder.config.gate](u_BK, v_BK), chosen.indices_BK, encoder.d_sae)
+    def _codes(self, chosen: kernels.ChosenPairs) -> SparseCodes:
+        u_BK, v_BK = chosen.pre_BR.chunk(2, dim=1)
+        return SparseCodes(self._gate(u_BK, v_BK), chosen.selection.indices_BK, self.encoder.d_sae)
+
+    def _gate(self, u: Tensor, v: Tensor) -> Tensor:
+        return GATES[self.encoder.config.gate](u, v)
 
 
 def _normal_rows(weight: Tensor, norm: float | None, d_sae: int, generator: torch.Generator) -> None:

@@ -13,6 +13,7 @@ from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.sae import SAE
 from kronsae.errors import UserError
+from kronsae.kernels import Choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +65,30 @@ def objective(
     ``e_hat`` is decoded, without bias, from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
     the encoder and the decoder of dead latents. Without dead latents the second term is absent.
     """
-    latents = sae.encoder(x_BD)
-    codes = sae.sparsifier(latents)
+    dead = _dead_choice(sae, dead_C, aux_k)
+    codes, *aux_codes = sae.sparsifier(sae.encoder(x_BD), *dead)
     x_hat_BD = sae.decoder(codes)
-    reconstruction_loss = squared_error(x_BD, x_hat_BD)
+    loss = reconstruction_loss = squared_error(x_BD, x_hat_BD)
+    auxiliary_loss = None
+    if aux_k is not None and aux_codes:
+        residual_BD = (x_BD - x_hat_BD).detach()
+        auxiliary_loss = squared_error(residual_BD, sae.decoder.combine(aux_codes[0]))
+        loss = reconstruction_loss + aux_k.weight * auxiliary_loss
+    return Objective(
+        loss=loss,
+        reconstruction_loss=reconstruction_loss.detach(),
+        auxiliary_loss=None if auxiliary_loss is None else auxiliary_loss.detach(),
+        x_hat_BD=x_hat_BD.detach(),
+        codes=codes,
+    )
+
+
+def _dead_choice(sae: SAE, dead_C: Tensor | None, aux_k: AuxKConfig | None) -> list[Choice]:
+    """The choice AuxK makes among dead latents; none where there is nothing to revive."""
     if aux_k is None or aux_k.weight == 0 or dead_C is None or len(dead_C) == 0:
-        return Objective(reconstruction_loss, reconstruction_loss.detach(), None, x_hat_BD.detach(), codes)
-    k_aux = sae.d_in // 2 if aux_k.k_aux is None else aux_k.k_aux
-    aux_codes = latents.topk_among(min(max(1, k_aux), len(dead_C)), dead_C)
-    residual_BD = (x_BD - x_hat_BD).detach()
-    auxiliary_loss = squared_error(residual_BD, sae.decoder.combine(aux_codes))
-    loss = reconstruction_loss + aux_k.weight * auxiliary_loss
-    return Objective(loss, reconstruction_loss.detach(), auxiliary_loss.detach(), x_hat_BD.detach(), codes)
+        return []
+    k_aux = max(1, sae.d_in // 2) if aux_k.k_aux is None else aux_k.k_aux
+    return [Choice(min(k_aux, len(dead_C)), dead_C)]
 
 
 class DeadLatents:

@@ -104,7 +104,7 @@ class SAE(nn.Module):
             UserError: the last dimension is not ``d_in``.
         """
         self._check_width(x)
-        codes: SparseCodes = self.sparsifier(self.encoder(x.reshape(-1, self.d_in)))
+        codes: SparseCodes = self.sparsifier(self.encoder(x.reshape(-1, self.d_in)))[0]
         return codes.reshape(*x.shape[:-1])
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "... D"]:

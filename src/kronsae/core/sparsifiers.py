@@ -11,13 +11,16 @@ from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import Latents
 from kronsae.errors import UserError
+from kronsae.kernels import Choice
 
 
 @runtime_checkable
 class Sparsifier(Protocol):
     """What an `SAE` needs of its sparsifier."""
 
-    def __call__(self, latents: Latents) -> SparseCodes: ...
+    def __call__(self, latents: Latents, *also: Choice) -> tuple[SparseCodes, ...]:
+        """Its own codes first, then one more for each choice in ``also``, at the price of one product for all."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,5 +53,5 @@ class TopK(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, latents: Latents) -> SparseCodes:
-        return latents.topk(self.config.k)
+    def forward(self, latents: Latents, *also: Choice) -> tuple[SparseCodes, ...]:
+        return latents.choose(Choice(self.config.k), *also)
