@@ -1,0 +1,286 @@
+"""Harvested activations on disk: safetensors shards and a manifest, read back as a shuffled stream.
+
+A folder holds ``activations-00000.safetensors``, ... with one tensor ``[tokens, d_in]`` per hook, and
+``manifest.json``: format, dtype, tokens, width of every hook, size and SHA-256 of every shard, and what the
+writer was told about the model and the text. The manifest comes last: a folder with one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kronsae.data.buffer import Activations, RowReader, ShuffleBuffer, permutation
+from kronsae.data.stream import State
+from kronsae.errors import UserError
+from kronsae.files import atomic_path, read_json, write_json
+
+FORMAT = "kronsae-activations-1"
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Rows read from a shard at once: a shard need not fit into memory.
+CHUNK_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a manifest."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of activations holds.
+
+    Args:
+        format: Name and version of the layout.
+        dtype: Precision on disk.
+        tokens: Rows in all shards together.
+        d_in: Width of the activations, by hook.
+        shards: The files, in the order in which they were harvested.
+        metadata: What the writer was told: model, text, context length, ...
+    """
+
+    format: str
+    dtype: str
+    tokens: int
+    d_in: dict[str, int]
+    shards: tuple[Shard, ...]
+    metadata: dict[str, Any]
+
+
+def write_activations(
+    stream: Iterable[tuple[Mapping[str, Tensor], State]],
+    folder: Path | str,
+    *,
+    tokens: int,
+    shard_tokens: int = 1_000_000,
+    dtype: str = "float32",
+    metadata: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write the first ``tokens`` rows of a stream into a new or empty folder.
+
+    Every file appears whole or not at all; on an error the files written so far are removed again.
+
+    Args:
+        stream: Activations by hook, such as an ActivationStream or a ShuffleBuffer.
+        folder: Where to write.
+        tokens: Rows to write.
+        shard_tokens: Rows in a file; takes ``shard_tokens * d_in * 4`` bytes of memory per hook.
+        dtype: Precision on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        metadata: Kept in the manifest; must be JSON-able.
+
+    Raises:
+        UserError: If the folder holds anything, the stream ends early, or a value exceeds the dtype's range.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.")
+    if tokens < 1 or shard_tokens < 1:
+        raise UserError(f"tokens and shard_tokens must be at least 1; got {tokens} and {shard_tokens}.")
+    folder = Path(folder)
+    existed = folder.exists()
+    if existed and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"folder must be new or empty; '{folder}' is neither. Give another one, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    try:
+        return _write(stream, folder, tokens, shard_tokens, dtype, dict(metadata or {}), written)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        if not existed:
+            folder.rmdir()
+        raise
+
+
+def _write(
+    stream: Iterable[tuple[Mapping[str, Tensor], State]],
+    folder: Path,
+    tokens: int,
+    shard_tokens: int,
+    dtype: str,
+    metadata: dict[str, Any],
+    written: list[Path],
+) -> Manifest:
+    reader = RowReader(lambda *, state=None: stream, min(shard_tokens, tokens))
+    shards: list[Shard] = []
+    d_in: dict[str, int] = {}
+    left = tokens
+    while left > 0:
+        rows = reader.read(at_most=left)
+        count = next((len(values) for values in rows.values()), 0)
+        if count == 0:
+            raise UserError(
+                f"tokens must not exceed what the text gives; got {tokens}, and it ended after {tokens - left}. "
+                "Give more text or fewer tokens."
+            )
+        path = folder / f"activations-{len(shards):05d}.safetensors"
+        written.append(path)
+        with atomic_path(path) as temporary:
+            save_file({hook: _narrow(values, hook, dtype) for hook, values in rows.items()}, temporary)
+            shards.append(Shard(file=path.name, tokens=count, sha256=_sha256(temporary)))
+        d_in = {hook: values.shape[1] for hook, values in rows.items()}
+        left -= count
+    manifest = Manifest(format=FORMAT, dtype=dtype, tokens=tokens, d_in=d_in, shards=tuple(shards), metadata=metadata)
+    write_json(folder / MANIFEST, asdict(manifest))
+    return manifest
+
+
+def _narrow(values: Tensor, hook: str, dtype: str) -> Tensor:
+    narrow = values.to("cpu", DTYPES[dtype]).contiguous()
+    if not bool(narrow.isfinite().all()):
+        raise UserError(
+            f"dtype must hold every activation; hook '{hook}' has one of size {values.abs().max().item():g}, "
+            f"which {dtype} cannot. Give bfloat16 or float32."
+        )
+    return narrow
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """Return the manifest of a folder, checked against the files beside it by name.
+
+    Raises:
+        UserError: If there is none, it is damaged, or a file is missing.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"folder must hold harvested activations; '{folder}' has no {MANIFEST}. Harvest into it first.")
+    fields = read_json(path, "harvested activations")
+    try:
+        manifest = Manifest(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
+    except (TypeError, KeyError) as error:
+        raise _damaged(path) from error
+    plain_names = all(Path(shard.file).name == shard.file for shard in manifest.shards)
+    if not manifest.shards or not manifest.d_in or not plain_names:
+        raise _damaged(path)
+    if manifest.format != FORMAT:
+        raise UserError(
+            f"{MANIFEST} must be of format {FORMAT}; '{path}' says '{manifest.format}'. Harvest again, or read it "
+            "with the version that wrote it."
+        )
+    for shard in manifest.shards:
+        if not (folder / shard.file).is_file():
+            raise UserError(f"'{folder / shard.file}' is missing, though {MANIFEST} names it. Harvest again.")
+    return manifest
+
+
+class StoredActivations:
+    """Yield ``({hook: values_BD}, state)`` from a folder of activations, shuffled.
+
+    Every epoch takes the shards in a new random order, and rows are mixed by a ShuffleBuffer on the way. Each
+    shard's SHA-256 is compared with the manifest when it is first opened.
+
+    Args:
+        folder: What ``write_activations`` wrote.
+        batch_size: Rows in a batch.
+        buffer_tokens: Rows to mix among each other; None takes as many as the largest shard holds.
+        seed: Seed of the order.
+        repeat: Whether to begin anew at the end, without end.
+        device: Where to put the batches.
+        state: Go on after the batch that this state came with.
+
+    Raises:
+        UserError: If the folder or one of its files is missing or damaged, or it holds less than a batch.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        batch_size: int,
+        buffer_tokens: int | None = None,
+        seed: int = 0,
+        repeat: bool = True,
+        device: torch.device | str = "cpu",
+        state: State | None = None,
+    ) -> None:
+        self.manifest = read_manifest(folder)
+        largest = max(shard.tokens for shard in self.manifest.shards)
+        self._buffer = ShuffleBuffer(
+            partial(_ShardStream, Path(folder), self.manifest, seed, repeat, torch.device(device)),
+            batch_size=batch_size,
+            buffer_tokens=max(largest, batch_size) if buffer_tokens is None else buffer_tokens,
+            seed=seed,
+            state=state,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Activations, State]]:
+        return iter(self._buffer)
+
+
+class _ShardStream:
+    """Yield the shards in the order of each epoch, chunk by chunk; state ``{"epoch", "shard", "row"}``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        seed: int,
+        repeat: bool,
+        device: torch.device,
+        *,
+        state: State | None = None,
+    ) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._seed = seed
+        self._repeat = repeat
+        self._device = device
+        self._state: State = {"epoch": 0, "shard": 0, "row": 0} if state is None else state
+        self._trusted: set[str] = set()
+
+    def __iter__(self) -> Iterator[tuple[Activations, State]]:
+        epoch, first, row = (self._state[key] for key in ("epoch", "shard", "row"))
+        shards = self._manifest.shards
+        while True:
+            order = permutation(len(shards), self._seed, epoch).tolist()
+            for place in range(first, len(shards)):
+                for values, after in self._chunks(shards[order[place]], row):
+                    yield values, {"epoch": epoch, "shard": place, "row": after}
+                row = 0
+            if not self._repeat:
+                return
+            epoch, first = epoch + 1, 0
+
+    def _chunks(self, shard: Shard, start: int) -> Iterator[tuple[Activations, int]]:
+        path = self._folder / shard.file
+        self._verify(path, shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {hook: file.get_slice(hook) for hook in self._manifest.d_in}
+                for begin in range(start, shard.tokens, CHUNK_ROWS):
+                    end = min(begin + CHUNK_ROWS, shard.tokens)
+                    yield {hook: self._load(rows[begin:end]) for hook, rows in slices.items()}, end
+        except SafetensorError as error:
+            raise _damaged(path) from error
+
+    def _load(self, rows: Tensor) -> Tensor:
+        return rows.to(self._device).float()
+
+    def _verify(self, path: Path, shard: Shard) -> None:
+        if shard.file not in self._trusted:
+            if not path.is_file() or _sha256(path) != shard.sha256:
+                raise _damaged(path)
+            self._trusted.add(shard.file)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"'{path}' must be as it was written; it is damaged. Harvest again.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

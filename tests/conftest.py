@@ -1,0 +1,73 @@
+"""What every test relies on: no network, one seed, vector maths that has been warmed up, tiny models."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from kronsae.vector_math import warm_up
+
+warm_up()
+
+# pytest's importlib mode puts nothing on the path; tests.tiny_models is imported from the root.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.tiny_models import KINDS, make_tiny_model  # noqa: E402
+
+if TYPE_CHECKING:
+    from kronsae.run import Run
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from an architecture's name (``tiny_models.KINDS``) to a folder that holds a tiny model."""
+    folders: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = make_tiny_model(kind, tmp_path_factory.mktemp(kind))
+        return folders[kind]
+
+    return folder
+
+
+@pytest.fixture(params=KINDS)
+def any_model_folder(request: pytest.FixtureRequest, tiny_model_folder: Callable[[str], Path]) -> Path:
+    """Each of the six architectures in turn."""
+    return tiny_model_folder(request.param)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``.jsonl`` file of small documents, some of them held out."""
+    from tests.tiny_runs import write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Callable[[str], Path], text_file: Path
+) -> Run:
+    """A finished run of `tests.tiny_runs.tiny_config`, never interrupted; tests only read it."""
+    from kronsae.run import execute
+    from tests.tiny_runs import tiny_config
+
+    config = tiny_config(tiny_model_folder("gpt_neox"), text_file)
+    return execute(config, tmp_path_factory.mktemp("runs") / "whole", show_progress=False)
