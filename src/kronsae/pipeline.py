@@ -1,0 +1,98 @@
+"""From a run's config to a stream of activations: what is needed is loaded once, the stages are put in a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+
+from kronsae.data.buffer import ShuffleBuffer
+from kronsae.data.harvest import ActivationStream, d_in
+from kronsae.data.model import LanguageModel, find_device, load_model, resolve_hook
+from kronsae.data.store import StoredActivations, read_manifest
+from kronsae.data.stream import MakeStream, State
+from kronsae.data.text import TextStream
+from kronsae.data.tokens import TokenBatch, TokenStream
+from kronsae.errors import UserError
+from kronsae.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where activations come from: a model with its hook, or a folder of harvested ones.
+
+    The model is loaded when it is first needed, so training on harvested activations never loads it.
+    """
+
+    config: RunConfig
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The model; it has the hook, and the text's windows fit."""
+        language_model = load_model(self.config.model)
+        resolve_hook(language_model.model, self.config.hook)
+        language_model.check_context_length(self.config.context_length)
+        return language_model
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the activations are, and the SAEs with them."""
+        return find_device(self.config.model.device)
+
+    @cached_property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        config = self.config
+        if config.activations is None:
+            return d_in(self.language_model, config.hook)
+        harvested = read_manifest(config.activations).d_in
+        if config.hook not in harvested:
+            raise UserError(
+                f"hook must be one that was harvested into {config.activations}: {', '.join(harvested)}; "
+                f"got '{config.hook}'. Leave hook out, or harvest it."
+            )
+        return harvested[config.hook]
+
+    def tokens(self, *, held_out: bool, repeat: bool = True) -> MakeStream[TokenBatch]:
+        """Makes the stream of token batches of the training or of the held-out documents."""
+        config = self.config
+        text = partial(
+            TextStream,
+            config.text,
+            held_out=held_out,
+            held_out_share=config.held_out_share,
+            repeat=repeat,
+        )
+        return partial(
+            TokenStream,
+            text,
+            self.language_model.tokenizer,
+            context_length=config.context_length,
+            batch_sequences=config.model_batch,
+        )
+
+    def activations(self, *, held_out: bool, state: State | None = None) -> ActivationStream:
+        """Activations in the order of the text, one item per forward pass."""
+        return ActivationStream(self.language_model, self.config.hook, self.tokens(held_out=held_out), state=state)
+
+    def batches(self, state: State | None) -> ShuffleBuffer | StoredActivations:
+        """Shuffled batches of activations for training, carrying on after ``state``."""
+        config, batch_tokens = self.config, self.config.loop.batch_tokens
+        if config.activations is not None:
+            return StoredActivations(
+                config.activations,
+                batch_size=batch_tokens,
+                buffer_tokens=config.buffer_tokens,
+                seed=config.seed,
+                device=self.device,
+                state=state,
+            )
+        activations = partial(ActivationStream, self.language_model, self.config.hook, self.tokens(held_out=False))
+        return ShuffleBuffer(
+            activations,
+            batch_size=batch_tokens,
+            buffer_tokens=config.buffer_tokens,
+            seed=config.seed,
+            state=state,
+        )

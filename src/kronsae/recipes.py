@@ -1,0 +1,142 @@
+"""Named runs, each a function that returns a whole run config, and the two words a run is mostly made of.
+
+`topk` and `kron` describe one SAE; `RECIPES` holds the named runs of ``kronsae train --recipe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
+from kronsae.core.gates import GateName
+from kronsae.core.objective import AuxKConfig
+from kronsae.core.sparsifiers import TopKConfig
+from kronsae.data.model import ModelConfig
+from kronsae.data.text import TextConfig
+from kronsae.run_config import RunConfig
+from kronsae.train.config import LoopConfig, MemberConfig, OptimizerConfig
+
+
+def topk(
+    *,
+    d_sae: int,
+    k: int,
+    name: str = "topk",
+    lr: float = 8e-4,
+    seed: int = 0,
+    init_norm: float | None = None,
+    unit_norm_decoder: bool = True,
+    dead_after_tokens: int = 1_000_000,
+    aux_weight: float = 1 / 32,
+) -> MemberConfig:
+    """A TopK SAE with a dense encoder (Gao et al. 2025): the baseline."""
+    return MemberConfig(
+        name=name,
+        encoder=DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm),
+        sparsifier=TopKConfig(k=k),
+        optimizer=OptimizerConfig(lr=lr),
+        aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
+        unit_norm_decoder=unit_norm_decoder,
+        seed=seed,
+    )
+
+
+def kron(
+    *,
+    num_heads: int,
+    d_base: int,
+    d_extension: int,
+    k: int,
+    d_sae: int = 0,
+    gate: GateName = "mand",
+    name: str = "kron",
+    lr: float = 8e-4,
+    seed: int = 0,
+    init_norm: float | None = None,
+    unit_norm_decoder: bool = True,
+    dead_after_tokens: int = 1_000_000,
+    aux_weight: float = 1 / 32,
+) -> MemberConfig:
+    """A KronSAE: ``num_heads`` heads, each composing ``d_base`` bases with ``d_extension`` extensions."""
+    return MemberConfig(
+        name=name,
+        encoder=KroneckerEncoderConfig(
+            num_heads=num_heads,
+            d_base=d_base,
+            d_extension=d_extension,
+            d_sae=d_sae,
+            gate=gate,
+            init_norm=init_norm,
+        ),
+        sparsifier=TopKConfig(k=k),
+        optimizer=OptimizerConfig(lr=lr),
+        aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
+        unit_norm_decoder=unit_norm_decoder,
+        seed=seed,
+    )
+
+
+def quickstart() -> RunConfig:
+    """TopK and KronSAE on the bundled language model: minutes on two cores."""
+    return RunConfig(
+        model=ModelConfig(name="bundled"),
+        text=TextConfig(source="bundled"),
+        hook="layers.3",
+        saes=(
+            topk(d_sae=4096, k=32, dead_after_tokens=250_000),
+            kron(num_heads=512, d_base=2, d_extension=4, k=32, dead_after_tokens=250_000),
+        ),
+        loop=LoopConfig(tokens=2_000_000, batch_tokens=2048, log_every=10, checkpoint_every=200),
+        buffer_tokens=2**17,
+        eval_tokens=65_536,
+    )
+
+
+def tiny() -> RunConfig:
+    """A small KronSAE on the bundled language model, within a minute: for tests and demonstrations."""
+    return RunConfig(
+        model=ModelConfig(name="bundled"),
+        text=TextConfig(source="bundled"),
+        hook="layers.3",
+        saes=(kron(num_heads=128, d_base=2, d_extension=4, k=16, dead_after_tokens=50_000),),
+        loop=LoopConfig(tokens=131_072, batch_tokens=1024, log_every=4, checkpoint_every=50),
+        buffer_tokens=2**15,
+        eval_tokens=8192,
+    )
+
+
+def _paper(model: str, hook: str) -> Callable[[], RunConfig]:
+    def recipe() -> RunConfig:
+        return RunConfig(
+            model=ModelConfig(name=model, dtype="bfloat16"),
+            text=TextConfig(source="HuggingFaceFW/fineweb-edu", subset="sample-10BT"),
+            hook=hook,
+            saes=(
+                topk(d_sae=2**15, k=50),
+                kron(num_heads=4096, d_base=2, d_extension=4, k=50),
+            ),
+            loop=LoopConfig(tokens=125_000_000, batch_tokens=8192),
+            context_length=1024,
+            buffer_tokens=2**19,
+            eval_tokens=1_000_000,
+        )
+
+    recipe.__doc__ = f"The paper's TopK and KronSAE (M=2, N=4) on {model}, {hook}, 125M tokens of FineWeb-Edu."
+    return recipe
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "quickstart": quickstart,
+    "tiny": tiny,
+    "paper-qwen2.5-1.5b": _paper("Qwen/Qwen2.5-1.5B", "layers.14"),
+    "paper-pythia-1.4b": _paper("EleutherAI/pythia-1.4b", "layers.14"),
+    "paper-gemma-2-2b": _paper("google/gemma-2-2b", "layers.12"),
+}
+
+SAE_KINDS: dict[str, Callable[..., MemberConfig]] = {"topk": topk, "kron": kron}
+
+
+def describe(recipe: Callable[[], Any]) -> str:
+    """The first line of a recipe's docstring."""
+    return (recipe.__doc__ or "").strip().splitlines()[0]

@@ -1,0 +1,384 @@
+"""A run: a folder with its config, its metrics, its SAEs and what was measured of them.
+
+``train`` makes one or carries one on; `Run` opens a finished one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kronsae.config import differences, from_dict, to_dict
+from kronsae.core import checkpoint
+from kronsae.core.sae import SAE
+from kronsae.data.model import ModelConfig
+from kronsae.data.text import TextConfig, TextStream
+from kronsae.errors import UserError, nearest
+from kronsae.files import read_json, write_json
+from kronsae.pipeline import Source
+from kronsae.run_config import RunConfig
+from kronsae.train.config import LoopConfig, MemberConfig
+from kronsae.train.display import DisplaySink
+from kronsae.train.member import Member
+from kronsae.train.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, read_metrics, require
+from kronsae.train.state import Progress, load_members, load_progress
+from kronsae.train.trainer import fit
+
+if TYPE_CHECKING:
+    from kronsae.run_evaluation import Comparison
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: ``run.json``, ``metrics.jsonl``, ``saes/<name>/`` and, once made, evaluation and report."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The config it was made with."""
+        return from_dict(RunConfig, self._about["config"], where=f"{self.folder / 'run.json'}: config")
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        about = read_json(self.folder / "run.json", "the run folder")
+        if not isinstance(about, dict) or "config" not in about:
+            raise UserError(f"{self.folder / 'run.json'} was not written by kronsae: it has no 'config' entry.")
+        return about
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its SAEs."""
+        return [member.name for member in self.config.saes]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training came to its end."""
+        return (self.folder / "training.json").exists()
+
+    def sae_folder(self, name: str) -> Path:
+        """Where the SAE of that name is saved."""
+        if name not in self.names:
+            raise UserError(
+                f"name must be an SAE of {self.folder}: {', '.join(self.names)}; got '{name}'."
+                f"{nearest(name, self.names)}"
+            )
+        return self.folder / "saes" / name
+
+    def load(self, name: str) -> SAE:
+        """One of its SAEs."""
+        self.require_finished()
+        return checkpoint.load(self.sae_folder(name))
+
+    def saes(self) -> dict[str, SAE]:
+        """All of its SAEs, by name."""
+        return {name: self.load(name) for name in self.names}
+
+    def compare(self, tokens: int | None = None) -> Comparison:
+        """Its SAEs side by side on held-out text; ``print`` shows a table, ``.rows`` has all figures."""
+        from kronsae.run_evaluation import Comparison, evaluate_run
+
+        return Comparison(evaluate_run(self, tokens=tokens))
+
+    def report(self) -> Path:
+        """Write ``report.html``, evaluating first where that was not done."""
+        from kronsae.run_evaluation import write_report
+
+        return write_report(self)
+
+    def activations(self, tokens: int) -> Float[Tensor, "B D"]:
+        """Activations of held-out text at the run's hook: ``[tokens, d_in]``, float32, in the text's order."""
+        parts, count = [], 0
+        for values, _ in Source(self.config).activations(held_out=True):
+            parts.append(values[self.config.hook].cpu())
+            count += len(parts[-1])
+            if count >= tokens:
+                break
+        return torch.cat(parts)[:tokens]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def require_finished(self) -> None:
+        """Raise a UserError if there is training left to do."""
+        if not self.finished:
+            raise UserError(
+                f"the run in {self.folder} is not finished. Give the command that started it again: it carries on."
+            )
+
+
+def open_run(folder: Path | str) -> Run:
+    """Open the run in ``folder``.
+
+    Raises:
+        UserError: there is no run, or its config cannot be read.
+    """
+    run = Run(Path(folder))
+    if not run.folder.is_dir():
+        raise UserError(f"there is no run folder {folder}. Give the --out of an earlier `kronsae train`.")
+    _ = run.config
+    return run
+
+
+def train(
+    *,
+    model: str | ModelConfig,
+    text: str | TextConfig,
+    hook: str | int,
+    tokens: int,
+    saes: Sequence[MemberConfig],
+    out: Path | str,
+    batch_tokens: int = 8192,
+    log_every: int = 10,
+    checkpoint_every: int = 500,
+    show_progress: bool = True,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+    **options: Any,
+) -> Run:
+    """Train SAEs side by side on the activations of one hook of a language model.
+
+    The same call on an unfinished run carries it on with the same bits; on a finished one it returns it.
+
+    Args:
+        model: Hub name, local folder, ``"bundled"``, or a config.
+        text: Hub data set, local file or folder, ``"bundled"``, or a config.
+        hook: module path or layer, such as ``"layers.6"`` or ``6``.
+        tokens: tokens to train on.
+        saes: made by `kronsae.topk` and `kronsae.kron`.
+        out: the run folder.
+        batch_tokens: tokens per optimiser step.
+        log_every: steps between metrics.
+        checkpoint_every: steps between checkpoints.
+        show_progress: show a live display on stderr.
+        tensorboard: also write TensorBoard events into the run folder.
+        wandb: also log to this Weights & Biases project.
+        **options: the remaining fields of `kronsae.RunConfig` (context_length, buffer_tokens, seed, ...).
+
+    Raises:
+        UserError: anything given that cannot work, before anything is written.
+    """
+    config = RunConfig(
+        model=ModelConfig(name=model) if isinstance(model, str) else model,
+        text=TextConfig(source=text) if isinstance(text, str) else text,
+        hook=str(hook),
+        saes=tuple(saes),
+        loop=LoopConfig(
+            tokens=tokens, batch_tokens=batch_tokens, log_every=log_every, checkpoint_every=checkpoint_every
+        ),
+        **_known_options(options),
+    )
+    return execute(config, out, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb)
+
+
+def execute(
+    config: RunConfig,
+    out: Path | str,
+    *,
+    show_progress: bool = True,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """Carry out a whole run config: what `train` does once its arguments are in one piece."""
+    run = Run(Path(out))
+    config = from_dict(RunConfig, to_dict(config))  # what could not be read back must not be written
+    check_folder(run, config)
+    if run.finished:
+        say(f"The run in {run.folder} is finished; nothing is left to train.")
+        return run
+    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
+        if wanted:
+            require(package)
+    source = Source(config)
+    progress = load_progress(run.folder / "checkpoint") or Progress()
+    members = [Member(member, source.d_in, config.hook, config.loop.steps, source.device) for member in config.saes]
+    if progress.step:
+        load_members(run.folder / "checkpoint", members)
+        say(f"Carrying on after {progress.tokens:,} of {config.loop.tokens:,} tokens.")
+    if progress.step == config.loop.steps:  # stopped between the last step and the saving of what was trained
+        _finish(run, members, progress)
+        return run
+    say(plan(source, members))
+    stream = iter(source.batches(progress.stream))
+    first = next(stream)  # text, model and activations are known to work before anything is written
+    if problem := _nothing_held_out(config):
+        say(f"Note: `kronsae eval` will find no text of its own: {problem}")
+    write_json(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
+    with (
+        _sinks(run, progress, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb) as sinks,
+        _stop_on_interrupt() as should_stop,
+    ):
+        batches = itertools.chain([first], stream)
+        progress = fit(members, batches, config.loop, sinks, run.folder / "checkpoint", progress, should_stop)
+    if progress.step < config.loop.steps:
+        raise Interrupted(
+            f"stopped after {progress.tokens:,} of {config.loop.tokens:,} tokens; the state is saved in {run.folder}. "
+            "Give the same command again to carry on."
+        )
+    _finish(run, members, progress)
+    return run
+
+
+class Interrupted(UserError):
+    """The person stopped the training; nothing is lost."""
+
+
+def check_folder(run: Run, config: RunConfig) -> None:
+    """Refuse a folder that holds something else than this very run."""
+    if not run.folder.exists():
+        above = next(path for path in run.folder.absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"out must be a folder that can be made; {run.folder} can not, in {above}. Name another.")
+        return
+    if not run.folder.is_dir():
+        raise UserError(f"out must be a folder; {run.folder} is a file. Name another one.")
+    if not (run.folder / "run.json").exists():
+        if any(not path.name.startswith(".") for path in run.folder.iterdir()):
+            raise UserError(f"out must be a new or empty folder or a run; {run.folder} holds other files.")
+        return
+    changed = differences(run._about["config"], to_dict(config))
+    if changed:
+        raise UserError(
+            f"{run.folder} already holds a different run ({'; '.join(changed[:3])}"
+            f"{f'; and {len(changed) - 3} more' if len(changed) > 3 else ''}). Choose another --out, or remove it."
+        )
+
+
+def plan(source: Source, members: Sequence[Member]) -> str:
+    """What is about to happen, in one line per SAE, before it happens."""
+    config = source.config
+    lines = [
+        f"{config.loop.steps:,} steps of {config.loop.batch_tokens:,} tokens at {config.hook} of "
+        f"{config.model.name} (d_in {source.d_in}); shuffle buffer "
+        f"{config.buffer_tokens * source.d_in * 4 / 2**20:,.0f} MB"
+    ]
+    for member in members:
+        count = member.sae.num_parameters()
+        lines.append(
+            f"  {member.name}: {member.sae.config.architecture}, {member.sae.d_sae:,} latents, {count:,} parameters; "
+            f"weights, gradients and Adam's moments {16 * count / 2**20:,.0f} MB"
+        )
+    return "\n".join(lines)
+
+
+def _finish(run: Run, members: Sequence[Member], progress: Progress) -> None:
+    for member in members:
+        checkpoint.save(member.sae, run.folder / "saes" / member.name, sae_metadata(run.config, member.config))
+    seconds = {member.name: member.seconds for member in members}
+    write_json(
+        run.folder / "training.json",
+        {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "sae_seconds": seconds},
+    )
+    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
+
+
+def _nothing_held_out(config: RunConfig) -> str:
+    """Why the text leaves nothing to evaluate on, or ``""``; of harvested activations the text is not asked."""
+    if config.activations is not None:
+        return ""
+    held_out = TextStream(config.text, held_out=True, held_out_share=config.held_out_share, repeat=False)
+    try:
+        next(iter(held_out))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def sae_metadata(config: RunConfig, member: MemberConfig) -> dict[str, Any]:
+    """Where an SAE belongs: kept in its ``cfg.json``."""
+    return {
+        "model_name": config.model.name,
+        "model_revision": config.model.revision,
+        "hook_name": config.hook,
+        "context_length": config.context_length,
+        "text": to_dict(config.text),
+        "tokens": config.loop.tokens,
+        "training": to_dict(member),
+    }
+
+
+def _known_options(options: dict[str, Any]) -> dict[str, Any]:
+    known = {"activations", "context_length", "model_batch", "buffer_tokens", "eval_tokens", "held_out_share", "seed"}
+    for name in options:
+        if name not in known:
+            raise UserError(f"'{name}' is not an argument of train.{nearest(name, known)}")
+    return options
+
+
+@contextmanager
+def _sinks(
+    run: Run, progress: Progress, *, show_progress: bool, tensorboard: bool, wandb: str | None
+) -> Iterator[list[Sink]]:
+    sinks: list[Sink] = [JsonlSink(run.folder / "metrics.jsonl", after_step=progress.step)]
+    try:
+        if tensorboard:
+            sinks.append(TensorBoardSink(run.folder / "tensorboard", after_tokens=progress.tokens))
+        if wandb is not None:
+            sinks.append(WandbSink(wandb, run.folder, to_dict(run.config)))
+        if show_progress:
+            sinks.append(DisplaySink(run.config.loop.tokens, progress.tokens))
+        yield sinks
+    finally:
+        for sink in reversed(sinks):
+            sink.close()
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """While inside, a first Ctrl-C asks the loop to stop after its step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def with_overrides(
+    config: RunConfig,
+    *,
+    model: str | None = None,
+    text: str | None = None,
+    hook: str | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
+    saes: Sequence[MemberConfig] = (),
+) -> RunConfig:
+    """A recipe with some of its parts replaced; None and no SAEs leave the recipe's."""
+    if model is not None:
+        config = replace(config, model=replace(config.model, name=model, revision=None))
+    if text is not None:
+        config = replace(config, text=TextConfig(source=text))
+    if hook is not None:
+        config = replace(config, hook=hook)
+    if tokens is not None:
+        config = replace(config, loop=replace(config.loop, tokens=tokens))
+    if seed is not None:
+        members = tuple(replace(member, seed=seed) for member in config.saes)
+        config = replace(config, seed=seed, saes=members)
+    return replace(config, saes=tuple(saes)) if saes else config

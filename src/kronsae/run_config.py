@@ -1,0 +1,60 @@
+"""The whole of a run in one config: what is read, what is trained, for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kronsae.core.checks import check_count
+from kronsae.data.model import ModelConfig
+from kronsae.data.text import TextConfig
+from kronsae.errors import UserError
+from kronsae.train.config import LoopConfig, MemberConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: SAEs trained on the activations of one hook of one model over one text.
+
+    Args:
+        model: the language model.
+        text: where its text comes from.
+        hook: module path or layer whose output is read, such as ``layers.6``.
+        saes: the SAEs, trained side by side on the same batches.
+        loop: tokens, batch size, logging and checkpoints.
+        activations: folder of harvested activations to train on instead of running the model; None runs it.
+        context_length: T, tokens of text the model sees at once.
+        model_batch: S, sequences per forward pass of the model.
+        buffer_tokens: activations shuffled together; memory is ``buffer_tokens * d_in * 4`` bytes.
+        eval_tokens: held-out tokens to evaluate on.
+        held_out_share: share of documents kept for evaluation.
+        seed: of the order of the activations.
+    """
+
+    model: ModelConfig
+    text: TextConfig
+    hook: str
+    saes: tuple[MemberConfig, ...]
+    loop: LoopConfig
+    activations: str | None = None
+    context_length: int = 256
+    model_batch: int = 32
+    buffer_tokens: int = 2**18
+    eval_tokens: int = 262_144
+    held_out_share: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("context_length", "model_batch", "buffer_tokens", "eval_tokens"):
+            check_count(name, getattr(self, name))
+        if not self.saes:
+            raise UserError("saes must name at least one SAE; got none. Add kronsae.topk(...) or kronsae.kron(...).")
+        names = [member.name for member in self.saes]
+        if len(set(names)) < len(names):
+            raise UserError(f"saes must have different names; got {', '.join(names)}. Give name= to each.")
+        if self.buffer_tokens < self.loop.batch_tokens:
+            raise UserError(
+                f"buffer_tokens must be at least batch_tokens; got {self.buffer_tokens} with "
+                f"batch_tokens={self.loop.batch_tokens}. Enlarge the buffer or shrink the batch."
+            )
+        if not 0 < self.held_out_share < 1:
+            raise UserError(f"held_out_share must be between 0 and 1; got {self.held_out_share!r}.")

@@ -1,0 +1,163 @@
+"""Evaluating a run: its SAEs on held-out text of its own, kept beside them, shown as a table and as a page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kronsae.core.flops import training_flops
+from kronsae.core.sae import SAE, count_parameters
+from kronsae.data.model import resolve_hook
+from kronsae.eval.evaluation import Evaluation, evaluate
+from kronsae.files import read_json, write_json
+from kronsae.pipeline import Source
+from kronsae.report import report_data, write
+from kronsae.run import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SUMMARY_KEYS = (
+    "name",
+    "architecture",
+    "parameters",
+    "encoder_parameters",
+    "training_flops",
+    "tokens",
+    "explained_variance",
+    "l0",
+    "dead_share",
+    "ce_recovered",
+    "seconds",
+)
+
+
+def evaluate_run(
+    run: Run, *, tokens: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Evaluate all SAEs of a run on the same held-out tokens; write what was found into the run folder.
+
+    Args:
+        run: a finished run.
+        tokens: how many held-out tokens; None: the run's ``eval_tokens``. Equal figures are not computed again.
+        say: told what is being done.
+
+    Returns:
+        One row per SAE: size, cost, and every figure of `kronsae.eval.Evaluation`.
+    """
+    run.require_finished()
+    config = run.config
+    wanted = config.eval_tokens if tokens is None else tokens
+    path = run.folder / "evaluation.json"
+    if path.exists():
+        known = read_json(path, "the evaluation")
+        if known["requested_tokens"] == wanted:
+            say(f"Already evaluated on {wanted:,} held-out tokens: {path}.")
+            return list(known["saes"])
+    say(f"Evaluating on {wanted:,} held-out tokens.")
+    source = Source(config)
+    device = source.language_model.device
+    saes = {name: sae.to(device).eval() for name, sae in run.saes().items()}
+    found = evaluate(
+        saes,
+        source.language_model,
+        resolve_hook(source.language_model.model, config.hook),
+        partial(source.tokens(held_out=True, repeat=False), state=None),
+        tokens=wanted,
+    )
+    training = read_json(run.folder / "training.json", "the training's summary")
+    rows = [_row(name, sae, found[name], training) for name, sae in saes.items()]
+    write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
+    write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
+    write_json(path, {"requested_tokens": wanted, "saes": rows})
+    return rows
+
+
+def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Write ``report.html`` from what was measured last, measuring first where nothing was."""
+    path = run.folder / "evaluation.json"
+    if not path.exists():
+        evaluate_run(run, say=say)
+    data = report_data(
+        run=read_json(run.folder / "run.json", "the run folder"),
+        rows=read_json(path, "the evaluation")["saes"],
+        metrics=run.metrics(),
+        latents=read_json(run.folder / "latents.json", "the evaluation's latents"),
+    )
+    return write(data, run.folder / "report.html")
+
+
+def _row(name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]) -> dict[str, Any]:
+    figures = evaluation.figures()
+    reconstruction, spliced = figures["reconstruction"], figures["language_model"]
+    return {
+        "name": name,
+        "architecture": sae.config.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "parameters": sae.num_parameters(),
+        "encoder_parameters": count_parameters(sae.encoder),
+        "training_flops": training_flops(sae.config, training["tokens"]),
+        "tokens": training["tokens"],
+        "explained_variance": reconstruction["explained_variance"],
+        "explained_variance_per_token": reconstruction["explained_variance_per_token"],
+        "mean_squared_error": reconstruction["mean_squared_error"],
+        "cosine_similarity": reconstruction["cosine_similarity"],
+        "l0": reconstruction["l0"],
+        "dead_share": reconstruction["dead_share"],
+        "ce_recovered": spliced.get("ce_recovered"),
+        "kl_recovered": spliced.get("kl_recovered"),
+        "language_model": spliced,
+        "seconds": training["sae_seconds"][name],
+        "evaluation_tokens": reconstruction["tokens"],
+    }
+
+
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "name": ("SAE", "{}"),
+    "architecture": ("architecture", "{}"),
+    "d_sae": ("latents", "{:,}"),
+    "encoder_parameters": ("encoder params", "{:,}"),
+    "parameters": ("all params", "{:,}"),
+    "training_flops": ("FLOPs", "{:.2e}"),
+    "tokens": ("tokens", "{:,}"),
+    "explained_variance": ("EV", "{:.4f}"),
+    "l0": ("l0", "{:.1f}"),
+    "dead_share": ("dead", "{:.1%}"),
+    "ce_recovered": ("CE recovered", "{:.4f}"),
+    "kl_recovered": ("KL recovered", "{:.4f}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of `evaluate_run`, shown as a table by ``print``."""
+
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=200, file=io.StringIO(), highlight=False)
+        console.print(as_table(self.rows))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+
+def as_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table for a terminal."""
+    from rich.table import Table
+
+    table = Table(*(heading for heading, _ in _COLUMNS.values()), box=None)
+    for row in rows:
+        cells = [("-" if row[key] is None else form.format(row[key])) for key, (_, form) in _COLUMNS.items()]
+        table.add_row(*cells)
+    reasons = {row["language_model"].get("reason") for row in rows if row["ce_recovered"] is None}
+    if reasons := {reason for reason in reasons if reason}:
+        table.caption = f"CE and KL recovered were not measured: {'; '.join(sorted(reasons))}."
+    return table

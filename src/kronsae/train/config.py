@@ -1,0 +1,116 @@
+"""How an SAE is trained: one config per SAE, one for the loop."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from kronsae.core.checks import check_count, check_positive
+from kronsae.core.encoders import EncoderConfig
+from kronsae.core.objective import AuxKConfig
+from kronsae.core.sae import SAEConfig
+from kronsae.core.sparsifiers import SparsifierConfig
+from kronsae.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay (the paper's recipe).
+
+    Args:
+        lr: peak learning rate.
+        final_lr: learning rate at the last step.
+        warmup_share: share of all steps over which the rate rises linearly from 0.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: Adam's epsilon.
+        weight_decay: decoupled weight decay.
+        clip_norm: gradients of one SAE are scaled down to this global norm; None: not clipped.
+    """
+
+    lr: float = 8e-4
+    final_lr: float = 1e-6
+    warmup_share: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip_norm"):
+            check_positive(f"optimizer.{name}", getattr(self, name))
+        for name in ("warmup_share", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} must be in [0, 1); got {getattr(self, name)!r}.")
+        for name in ("final_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name} must be finite and at least 0; got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberConfig:
+    """One SAE of a group: its shape (but for d_in, which the model tells) and its training.
+
+    Args:
+        name: names the SAE in tables and its folder in the run.
+        encoder: dense or Kronecker.
+        sparsifier: which latents stay.
+        optimizer: learning rate and schedule.
+        aux_k: the loss that revives dead latents, and after how many tokens a latent counts as dead.
+        unit_norm_decoder: keep every row of W_dec at norm 1 after each step.
+        seed: of the initial weights.
+    """
+
+    name: str
+    encoder: EncoderConfig
+    sparsifier: SparsifierConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    aux_k: AuxKConfig = field(default_factory=AuxKConfig)
+    unit_norm_decoder: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise UserError(
+                f"name must be letters, digits, '.', '_' or '-', since it names a folder; got {self.name!r}."
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be from 0 to 2**63 - 1; got {self.seed!r}.")
+        self.sparsifier.check(self.encoder.d_sae)
+
+    def shape(self, d_in: int) -> SAEConfig:
+        """The SAE's config once the width of the activations is known."""
+        return SAEConfig(d_in=d_in, encoder=self.encoder, sparsifier=self.sparsifier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long the loop runs and how often it tells and saves.
+
+    Args:
+        tokens: tokens to train on, rounded down to whole batches.
+        batch_tokens: B, tokens per step.
+        log_every: steps between metrics.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    tokens: int
+    batch_tokens: int = 8192
+    log_every: int = 10
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "log_every", "checkpoint_every"):
+            check_count(name, getattr(self, name))
+        if self.tokens < self.batch_tokens:
+            raise UserError(
+                f"tokens must be at least one batch; got tokens={self.tokens} with batch_tokens="
+                f"{self.batch_tokens}. Ask for more tokens or smaller batches."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.tokens // self.batch_tokens

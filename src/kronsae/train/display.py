@@ -1,0 +1,81 @@
+"""What a person watches while SAEs train: a bar with tokens/s and time left, and a live line per SAE."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = {"explained_variance": "EV", "l0": "l0", "dead_share": "dead", "loss": "loss", "lr": "lr"}
+FORMATS = {"explained_variance": "{:.4f}", "l0": "{:.1f}", "dead_share": "{:.1%}", "loss": "{:.4g}", "lr": "{:.1e}"}
+PLAIN_SECONDS = 10.0  # between lines where the output is no terminal
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.speed
+        return Text("- tokens/s" if rate is None else f"{rate:,.0f} tokens/s")
+
+
+class DisplaySink:
+    """A sink that shows the newest metrics: live on a terminal, a line now and then elsewhere.
+
+    Args:
+        tokens: the whole budget.
+        done: tokens used before this process.
+    """
+
+    def __init__(self, tokens: int, done: int) -> None:
+        self._console = Console(file=sys.stderr)
+        self._rows: dict[str, Mapping[str, Any]] = {}
+        self._tokens, self._said = tokens, monotonic() - PLAIN_SECONDS
+        self._started, self._from = monotonic(), done
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), TextColumn("{task.percentage:.0f}%"), _Rate(), TimeRemainingColumn()
+        )
+        self._task = self._bar.add_task("training", total=tokens, completed=done)
+        self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+        if self._live is not None:
+            self._live.start()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._rows[row["sae"]] = row
+        self._bar.update(self._task, completed=row["tokens"])
+        if self._live is not None:
+            self._live.update(Group(self._bar, self._table()))
+        elif monotonic() - self._said >= PLAIN_SECONDS:
+            self._said = monotonic()
+            self._console.print(self._line(row["tokens"]), highlight=False, markup=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _table(self) -> Table:
+        table = Table("SAE", *COLUMNS.values(), box=None)
+        for name, row in self._rows.items():
+            table.add_row(name, *(_cell(row, key) for key in COLUMNS))
+        return table
+
+    def _line(self, tokens: int) -> str:
+        rate = (tokens - self._from) / max(1e-9, monotonic() - self._started)
+        left = (self._tokens - tokens) / max(1e-9, rate)
+        each = "; ".join(
+            f"{name} EV {_cell(row, 'explained_variance')} l0 {_cell(row, 'l0')} dead {_cell(row, 'dead_share')}"
+            for name, row in self._rows.items()
+        )
+        return f"{tokens:,} of {self._tokens:,} tokens, {rate:,.0f} tokens/s, {left:.0f} s left | {each}"
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    return "-" if row[key] is None else FORMATS[key].format(row[key])

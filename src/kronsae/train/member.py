@@ -1,0 +1,155 @@
+"""One SAE in training: weights, optimiser, dead-latent tracking, and the step that moves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kronsae.core.metrics import explained_variance
+from kronsae.core.objective import DeadLatents, Objective, objective
+from kronsae.errors import UserError
+from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients, grad_norm
+from kronsae.train.config import MemberConfig, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step shows; quantities as defined in `kronsae.core.metrics`, on the step's batch."""
+
+    loss: float
+    auxiliary_loss: float
+    explained_variance: float
+    l0: float
+    dead_share: float
+    grad_norm: float
+    lr: float
+    member_seconds: float
+
+
+class Member:
+    """One SAE of a group, with an optimiser and schedule of its own: no member feels the others.
+
+    Args:
+        config: the SAE and its training.
+        d_in: width of the activations.
+        hook: which stream of activations it reads.
+        steps: length of the whole training, for the schedule.
+        device: where it lives.
+    """
+
+    def __init__(
+        self, config: MemberConfig, d_in: int, hook: str, steps: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.config, self.hook, self.steps = config, hook, steps
+        self.sae = config.shape(d_in).build(config.seed).to(device)
+        self.dead = DeadLatents(self.sae.d_sae, device)
+        self.seconds = 0.0
+        self.optimizer = self._build_optimizer()
+
+    def _build_optimizer(self) -> RowAdamW:
+        decoder = self.sae.decoder
+        groups = [
+            {"params": [decoder.W_dec], "unit_norm": self.config.unit_norm_decoder},
+            {"params": [decoder.b_dec, *self.sae.encoder.parameters()]},
+        ]
+        settings = self.config.optimizer
+        return RowAdamW(
+            groups,
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and on disk."""
+        return self.config.name
+
+    def step(self, x_BD: Float[Tensor, "B D"], step: int, want_metrics: bool) -> StepMetrics | None:
+        """One optimiser step on one batch; the metrics are computed only when wanted."""
+        started = perf_counter()
+        settings = self.config.optimizer
+        lr = learning_rate(settings, step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        dead_C = self.dead.dead(self.config.aux_k.dead_after_tokens)
+        with collect_row_gradients() as rows:  # gradients of weights stay lists of touched rows, never F x D
+            result = objective(self.sae, x_BD, dead_C, self.config.aux_k)
+        self.optimizer.zero_grad()
+        result.loss.backward()
+        needs_norm = want_metrics or settings.clip_norm is not None
+        norm = grad_norm(self.sae.parameters(), rows) if needs_norm else 0.0
+        self.optimizer.step(row_gradients=rows, grad_scale=clip_scale(norm, settings.clip_norm))
+        self.dead.update(result.codes)
+        self.seconds += perf_counter() - started
+        return self._metrics(x_BD, result, lr, norm, step) if want_metrics else None
+
+    def _metrics(self, x_BD: Tensor, result: Objective, lr: float, norm: float, step: int) -> StepMetrics:
+        loss = float(result.loss.detach())
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"training of '{self.name}' diverged: the {what} is {value} at step {step}. "
+                    f"Lower its learning rate (now {lr:.2g})."
+                )
+        dead = len(self.dead.dead(self.config.aux_k.dead_after_tokens))
+        return StepMetrics(
+            loss=loss,
+            auxiliary_loss=0.0 if result.auxiliary_loss is None else float(result.auxiliary_loss),
+            explained_variance=explained_variance(x_BD, result.x_hat_BD),
+            l0=float(result.codes.l0()),
+            dead_share=dead / self.sae.d_sae,
+            grad_norm=norm,
+            lr=lr,
+            member_seconds=self.seconds,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a later process needs to carry on with the same bits."""
+        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        tensors["dead.tokens_since_active"] = self.dead.tokens_since_active_F
+        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            UserError: it is of another SAE.
+        """
+        expected = {f"sae.{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
+        expected |= {"dead.tokens_since_active": self.dead.tokens_since_active_F.shape, "seconds": torch.Size()}
+        wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]
+        if wrong:
+            raise UserError(f"the state of '{self.name}' is missing or misshapen in the checkpoint ({wrong[0]}).")
+        self.sae.load_state_dict({name: tensors[f"sae.{name}"] for name in self.sae.state_dict()})
+        for name, parameter in self.sae.named_parameters():
+            prefix = f"optimizer.{name}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            # copies: what is read from safetensors may be a view of a file that is about to be removed
+            self.optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
+        self.dead.tokens_since_active_F.copy_(tensors["dead.tokens_since_active"])
+        self.seconds = float(tensors["seconds"])
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of step number ``step`` (from 0) of ``steps``.
+
+    Linear from ``lr / w`` to ``lr`` over the first ``w = warmup_share * steps`` steps, then
+    ``final_lr + (lr - final_lr) * (1 + cos(pi * t)) / 2`` with t from 0 to 1 over the rest.
+    """
+    warmup = round(config.warmup_share * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,126 @@
+"""Where metrics go: JSON lines always, TensorBoard and Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from kronsae.errors import UserError
+from kronsae.files import write_text
+
+AXES = ("step", "tokens", "seconds", "sae")
+
+
+class Sink(Protocol):
+    """Takes one row of metrics per SAE and logged step."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def flush(self) -> None:
+        """Make what was written safe; called before each checkpoint."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """``metrics.jsonl``: one JSON object per SAE and logged step.
+
+    Args:
+        path: the file.
+        after_step: rows of later steps are dropped on opening (they belong to work a resumed run repeats).
+    """
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= after_step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(row)) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class TensorBoardSink:
+    """TensorBoard event files, one series per SAE and metric, over tokens.
+
+    Args:
+        folder: where the event files go.
+        after_tokens: events of later tokens, written before, are hidden (a resumed run repeats that work).
+    """
+
+    def __init__(self, folder: Path, after_tokens: int) -> None:
+        require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=after_tokens + 1 if after_tokens else None)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        for key, value in _values(row).items():
+            self._writer.add_scalar(f"{key}/{row['sae']}", value, row["tokens"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """Weights & Biases; the run is resumed under the id of the run folder's name."""
+
+    def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
+        require("wandb")
+        import wandb
+
+        name = folder.resolve().name
+        try:
+            self._run = wandb.init(project=project, id=name, dir=str(folder), config=dict(config), resume="allow")
+        except Exception as error:  # no account, no network, a name it refuses: each has a class of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UserError(f"wandb could not be started ({reason}). Try `wandb login`, or leave it out.") from error
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        values = {f"{row['sae']}/{key}": value for key, value in _values(row).items()}
+        self._run.log(values | {"tokens": row["tokens"]}, step=row["step"])
+
+    def flush(self) -> None:
+        """Wandb sends by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key not in AXES and value is not None}
+
+
+def require(package: str) -> None:
+    """Refuse to log to ``package``, which has an extra of its own name, where it is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{package} was asked for but is not installed; install it with: pip install 'kronsae[{package}]'"
+        )

@@ -1,0 +1,82 @@
+"""The training loop: one stream of activations, any number of SAEs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from kronsae.errors import UserError
+from kronsae.train.config import LoopConfig
+from kronsae.train.member import Member
+from kronsae.train.sinks import Sink
+from kronsae.train.state import Progress, save_state
+
+Stream = Iterable[tuple[Mapping[str, Tensor], dict[str, Any]]]
+
+
+def fit(
+    members: Sequence[Member],
+    stream: Stream,
+    config: LoopConfig,
+    sinks: Sequence[Sink] = (),
+    checkpoints: Path | None = None,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Progress:
+    """Train every member on the same batches until ``config.tokens`` are used, or until told to stop.
+
+    Args:
+        members: the SAEs; each reads ``batch[member.hook]``.
+        stream: yields ``({hook: activations [B, d_in]}, state)``, starting where ``progress`` says.
+        config: how long, how often.
+        sinks: told every ``log_every`` steps and at the last one.
+        checkpoints: folder for the state of training; None keeps none.
+        progress: where to carry on; None starts at the beginning.
+        should_stop: asked before the first and after each step; on True a checkpoint is written and the loop ends.
+
+    Returns:
+        How far it came.
+
+    Raises:
+        UserError: the stream ended too early, or a member diverged.
+    """
+    progress = Progress() if progress is None else progress
+    started = perf_counter() - progress.seconds
+    batches = iter(stream)
+    stopping = should_stop()
+    while progress.step < config.steps and not stopping:
+        batch, stream_state = next(batches, (None, None))
+        if batch is None or stream_state is None:
+            raise UserError(
+                f"the activations ended after {progress.tokens} tokens; {config.tokens} were asked for. "
+                "Ask for fewer tokens or give more text."
+            )
+        step = progress.step
+        last = step + 1 == config.steps
+        wanted = last or (step + 1) % config.log_every == 0
+        metrics = {member.name: member.step(batch[member.hook], step, wanted) for member in members}
+        tokens = progress.tokens + config.batch_tokens
+        progress = Progress(step + 1, tokens, perf_counter() - started, stream_state)
+        for name, of_step in metrics.items():
+            if of_step is not None:
+                at = {"step": progress.step, "tokens": tokens, "seconds": progress.seconds, "sae": name}
+                for sink in sinks:
+                    sink.write(at | {key: _json_number(value) for key, value in asdict(of_step).items()})
+        stopping = should_stop()  # asked once: a stop between two questions would end the loop without a checkpoint
+        due = last or stopping or progress.step % config.checkpoint_every == 0
+        if checkpoints is not None and due:
+            for sink in sinks:
+                sink.flush()
+            save_state(checkpoints, members, progress)
+    return progress
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has neither NaN nor infinity: what is not defined on a batch is null."""
+    return value if math.isfinite(value) else None
