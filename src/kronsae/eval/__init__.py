@@ -1,0 +1,25 @@
+"""Evaluation: reconstruction, the spliced language model, and the latents with the text they are active on."""
+
+from kronsae.eval.contexts import Context, Gallery, ShownHead, ShownLatent, ShownParent
+from kronsae.eval.evaluation import Evaluation, evaluate
+from kronsae.eval.language_model import Skipped, SplicedModel, spliced_models
+from kronsae.eval.latents import GalleryConfig, LatentStatistics, latent_statistics
+from kronsae.eval.reconstruction import Reconstruction, reconstruction
+
+__all__ = [
+    "Context",
+    "Evaluation",
+    "Gallery",
+    "GalleryConfig",
+    "LatentStatistics",
+    "Reconstruction",
+    "ShownHead",
+    "ShownLatent",
+    "ShownParent",
+    "Skipped",
+    "SplicedModel",
+    "evaluate",
+    "latent_statistics",
+    "reconstruction",
+    "spliced_models",
+]

@@ -1,0 +1,342 @@
+"""The text a latent is active on: windows of tokens with the activation of the latent and of its two parents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kronsae import kernels
+from kronsae.config import to_dict
+from kronsae.core.codes import SparseCodes
+from kronsae.core.encoders import KroneckerEncoder
+from kronsae.core.sae import SAE
+from kronsae.eval.display import NOT_A_TOKEN, TokenText
+from kronsae.eval.hooked import Windows
+from kronsae.eval.latents import GalleryConfig, LatentStatistics, choose_heads, choose_latents, rounded
+
+MAX_SIGNALS = 2**24  # activations held densely at once: 64 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """A window of text around one activation; the tuples have one entry per token.
+
+    Args:
+        tokens: the text of each token, control characters made visible.
+        peak: place of the token that the window was chosen for.
+        values: the activation of the latent (or base, or extension) it is a context of.
+        base: ``relu(u)`` of the latent's base, with a Kronecker encoder; else empty.
+        extension: ``relu(v)`` of its extension, likewise.
+    """
+
+    tokens: tuple[str, ...]
+    peak: int
+    values: tuple[float, ...]
+    base: tuple[float, ...] = ()
+    extension: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownLatent:
+    """A latent with text it is active on.
+
+    Args:
+        latent: its number.
+        frequency: share of tokens on which it is active.
+        max_activation: the largest activation.
+        mean_activation: mean of the activation where it is active.
+        top: contexts of the largest activations, at most one per window of the stream.
+        sampled: contexts of activations drawn at random, at most one per window of the stream.
+        head, base, extension: its place in a Kronecker encoder; None with a dense one.
+        parents_frequency: share of tokens on which base and extension are both above 0, of which TopK keeps
+            ``frequency``; None with a dense encoder.
+    """
+
+    latent: int
+    frequency: float
+    max_activation: float
+    mean_activation: float
+    top: tuple[Context, ...]
+    sampled: tuple[Context, ...] = ()
+    head: int | None = None
+    base: int | None = None
+    extension: int | None = None
+    parents_frequency: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownParent:
+    """A base or an extension of a head with text it is active on; its activation is ``relu`` of the pre-latent."""
+
+    number: int
+    frequency: float
+    max_activation: float
+    top: tuple[Context, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownHead:
+    """A whole head: its bases, its extensions, and the latent of each pair, row-major (base by base).
+
+    ``living`` counts the cells that were active on at least one token.
+    """
+
+    head: int
+    living: int
+    bases: tuple[ShownParent, ...]
+    extensions: tuple[ShownParent, ...]
+    cells: tuple[ShownLatent, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """The latents of one SAE that are shown, and the number of tokens that their contexts were sought in."""
+
+    tokens: int
+    latents: tuple[ShownLatent, ...]
+    heads: tuple[ShownHead, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return to_dict(self)
+
+
+class GalleryMeter:
+    """Seeks contexts for chosen latents in one pass.
+
+    Memory: a window of tokens and three activations per place for each context kept, and at most `MAX_SIGNALS`
+    activations of the chosen latents and their parents at a time; nothing grows with the number of tokens.
+
+    Args:
+        sae: whose latents they are.
+        statistics: of an earlier pass over the same tokens; the choice rests on them.
+        config: how many.
+    """
+
+    def __init__(self, sae: SAE, statistics: LatentStatistics, config: GalleryConfig) -> None:
+        counts_F = torch.tensor(statistics.active_tokens)
+        self._statistics, self._config = statistics, config
+        self._sample = choose_latents(counts_F, config.num_latents, config.seed)
+        self._encoder = sae.encoder if isinstance(sae.encoder, KroneckerEncoder) else None
+        self._heads: list[int] = []
+        if self._encoder is not None:
+            cells = self._encoder.d_base * self._encoder.d_extension
+            number = max(1, min(config.num_heads, config.max_cells // cells)) if config.num_heads else 0
+            self._heads = choose_heads(counts_F, self._encoder, number)
+        self._signals = _Signals(sae, self._sample, self._heads)
+        width = len(self._signals.columns)
+        self._positive_C = torch.zeros(width, dtype=torch.int64)
+        self._max_C = torch.zeros(width)
+        self._both_C = torch.zeros(width, dtype=torch.int64)
+        kept = max(config.top, config.cell_contexts)
+        companions_CA = torch.tensor(self._signals.companions)
+        self._top = _BestWindows(kept, companions_CA, config.window)
+        self._sampled = _BestWindows(config.sampled, companions_CA, config.window)
+        self._tokens = 0
+
+    @torch.no_grad()
+    def update(self, windows: Windows, x_ND: Float[Tensor, "N D"], codes: SparseCodes) -> None:
+        """Take in some windows, given the kept activations in them and their codes."""
+        width = len(self._signals.columns)
+        if width == 0:
+            return
+        size = max(1, MAX_SIGNALS // (width * windows.keep_ST.shape[1]))
+        offsets_S = torch.cat([torch.zeros(1, dtype=torch.int64), windows.keep_ST.sum(1).cumsum(0)]).tolist()
+        for start in range(0, len(windows), size):
+            stop = min(start + size, len(windows))
+            rows = slice(offsets_S[start], offsets_S[stop])
+            part_codes = SparseCodes(codes.values[rows], codes.indices[rows], codes.d_sae)
+            self._update(windows.rows(start, stop), self._signals.of(x_ND[rows], part_codes))
+
+    def _update(self, windows: Windows, signals_NC: Tensor) -> None:
+        keep_ST = windows.keep_ST
+        ids_ST = windows.input_ids_ST.masked_fill(~windows.attention_mask_ST, NOT_A_TOKEN)
+        self._tokens += len(signals_NC)
+        self._positive_C += (signals_NC > 0).sum(0)
+        self._max_C = torch.maximum(self._max_C, signals_NC.amax(0) if len(signals_NC) else self._max_C)
+        base_C, extension_C = torch.tensor(self._signals.companions).T[1:]
+        self._both_C += ((signals_NC[:, base_C] > 0) & (signals_NC[:, extension_C] > 0)).sum(0)
+        signals_STC = signals_NC.new_zeros(*keep_ST.shape, signals_NC.shape[1])
+        signals_STC[keep_ST] = signals_NC
+        self._top.update(signals_STC, signals_STC, ids_ST, windows.first)
+        if self._config.sampled:
+            lottery_STC = _lottery(keep_ST, windows.first, self._signals.columns, self._config.seed)
+            self._sampled.update(lottery_STC * (signals_STC > 0), signals_STC, ids_ST, windows.first)
+
+    def value(self, token_text: TokenText) -> Gallery:
+        """The contexts found, as text."""
+        config, encoder = self._config, self._encoder
+        return Gallery(
+            tokens=self._tokens,
+            latents=tuple(self._latent(number, config.top, config.sampled, token_text) for number in self._sample),
+            heads=() if encoder is None else tuple(self._head(encoder, head, token_text) for head in self._heads),
+        )
+
+    def _head(self, encoder: KroneckerEncoder, head: int, token_text: TokenText) -> ShownHead:
+        m, n = encoder.d_base, encoder.d_extension
+        cells = range(head * m * n, (head + 1) * m * n)
+        row = head * (m + n)
+        return ShownHead(
+            head=head,
+            living=sum(self._statistics.active_tokens[cell] > 0 for cell in cells),
+            bases=tuple(self._parent(i, row + i, token_text) for i in range(m)),
+            extensions=tuple(self._parent(j, row + m + j, token_text) for j in range(n)),
+            cells=tuple(self._latent(cell, self._config.cell_contexts, 0, token_text) for cell in cells),
+        )
+
+    def _parent(self, number: int, row: int, token_text: TokenText) -> ShownParent:
+        column = self._signals.place[("pre", row)]
+        return ShownParent(
+            number=number,
+            frequency=self._share(self._positive_C, column),
+            max_activation=rounded([float(self._max_C[column])])[0],
+            top=self._top.contexts(column, self._config.cell_contexts, token_text, parents=False),
+        )
+
+    def _latent(self, number: int, top: int, sampled: int, token_text: TokenText) -> ShownLatent:
+        column, encoder = self._signals.place[("latent", number)], self._encoder
+        shown = self._top.contexts(column, top, token_text, parents=encoder is not None)
+        drawn = self._sampled.contexts(column, sampled, token_text, parents=encoder is not None)
+        place: dict[str, Any] = {}
+        if encoder is not None:
+            m, n = encoder.d_base, encoder.d_extension
+            place = {"head": number // (m * n), "base": number // n % m, "extension": number % n}
+            place["parents_frequency"] = self._share(self._both_C, column)
+        return ShownLatent(
+            latent=number,
+            frequency=rounded([self._statistics.active_tokens[number] / self._statistics.tokens])[0],
+            max_activation=self._statistics.max_activation[number],
+            mean_activation=self._statistics.mean_activation[number],
+            top=shown,
+            sampled=tuple(context for context in drawn if context not in shown),
+            **place,
+        )
+
+    def _share(self, counts_C: Tensor, column: int) -> float:
+        return rounded([int(counts_C[column]) / self._tokens])[0]
+
+
+class _Signals:
+    """The activations that are looked at, as columns: chosen latents, and the pre-latents they are composed of.
+
+    ``columns`` names them ``("latent", number)`` or ``("pre", row)`` and ``place`` numbers these; ``companions``
+    gives for each column itself, its base and its extension (itself again, where there is none).
+    """
+
+    def __init__(self, sae: SAE, sample: Sequence[int], heads: Sequence[int]) -> None:
+        latents = list(sample)
+        self._weight_RD, self._bias_R = sae.W_dec.new_zeros(0, sae.d_in), sae.W_dec.new_zeros(0)
+        rows: list[int] = []
+        encoder = sae.encoder
+        if isinstance(encoder, KroneckerEncoder):
+            cells, width = encoder.d_base * encoder.d_extension, encoder.d_base + encoder.d_extension
+            latents += [head * cells + cell for head in heads for cell in range(cells)]
+            latents = list(dict.fromkeys(latents))
+            chosen = kernels.parents(torch.tensor(latents, dtype=torch.int64), encoder.d_base, encoder.d_extension)
+            base_rows, extension_rows = chosen.base_rows_BK.tolist(), chosen.extension_rows_BK.tolist()
+            whole = [head * width + row for head in heads for row in range(width)]
+            rows = sorted({*base_rows, *extension_rows, *whole})
+            self._weight_RD = encoder.weight.detach().flatten(0, 1)[rows]
+            self._bias_R = encoder.bias.detach().flatten()[rows]
+        self.columns = [("latent", number) for number in latents] + [("pre", row) for row in rows]
+        self.place = {column: number for number, column in enumerate(self.columns)}
+        self.companions = [(column, column, column) for column in range(len(self.columns))]
+        if rows:
+            for column in range(len(latents)):
+                parents = (("pre", base_rows[column]), ("pre", extension_rows[column]))
+                self.companions[column] = (column, self.place[parents[0]], self.place[parents[1]])
+        self._column_of_F = torch.full((sae.d_sae,), -1)
+        self._column_of_F[torch.tensor(latents, dtype=torch.int64)] = torch.arange(len(latents))
+        self._num_latents = len(latents)
+
+    def of(self, x_ND: Tensor, codes: SparseCodes) -> Float[Tensor, "N C"]:
+        """Their activations, on the CPU in float32."""
+        column_NK = self._column_of_F[codes.indices.cpu()]
+        token_E, k_E = (column_NK.ge(0) & codes.active.cpu()).nonzero(as_tuple=True)
+        latents_NC = torch.zeros(len(x_ND), self._num_latents)
+        latents_NC[token_E, column_NK[token_E, k_E]] = codes.values.cpu()[token_E, k_E].float()
+        pre_NR = torch.addmm(self._bias_R, x_ND.to(self._weight_RD), self._weight_RD.T).relu()
+        return torch.cat([latents_NC, pre_NR.float().cpu()], dim=1)
+
+
+class _BestWindows:
+    """For each column the places of the largest scores, at most one per window of the stream, with their context.
+
+    Of equal scores the earlier window is kept, and within a window the earlier token.
+    """
+
+    def __init__(self, kept: int, companions_CA: Int[Tensor, "C A"], radius: int) -> None:
+        columns, width = len(companions_CA), 2 * radius + 1
+        self._radius, self._companions_CA = radius, companions_CA
+        self._score_CQ = torch.zeros(columns, kept)
+        self._ids_CQW = torch.full((columns, kept, width), NOT_A_TOKEN, dtype=torch.int32)
+        self._values_CQWA = torch.zeros(columns, kept, width, 3)
+
+    def update(self, scores_STC: Tensor, signals_STC: Tensor, ids_ST: Tensor, first: int) -> None:
+        kept = self._score_CQ.shape[1]
+        peak_SC, position_SC = scores_STC.max(dim=1)
+        candidates = torch.cat([self._score_CQ, peak_SC.T], dim=1).sort(dim=1, descending=True, stable=True)
+        order_CQ = candidates.indices[:, :kept]
+        column_E, slot_E = ((order_CQ >= kept) & (candidates.values[:, :kept] > 0)).nonzero(as_tuple=True)
+        # what stays moves to its new slot; what comes is gathered only where it won
+        stays_CQ = order_CQ.clamp_max(kept - 1).unsqueeze(-1)
+        self._score_CQ = candidates.values[:, :kept].clone()
+        self._ids_CQW = self._ids_CQW.gather(1, stays_CQ.expand_as(self._ids_CQW))
+        self._values_CQWA = self._values_CQWA.gather(1, stays_CQ.unsqueeze(-1).expand_as(self._values_CQWA))
+        window_E = order_CQ[column_E, slot_E] - kept
+        around_W = torch.arange(-self._radius, self._radius + 1)
+        token_EW = position_SC[window_E, column_E].unsqueeze(1) + around_W
+        outside_EW = (token_EW < 0) | (token_EW >= ids_ST.shape[1])
+        token_EW = token_EW.clamp(0, ids_ST.shape[1] - 1)
+        ids_EW = ids_ST[window_E.unsqueeze(1), token_EW].masked_fill(outside_EW, NOT_A_TOKEN)
+        companions_E1A = self._companions_CA[column_E].unsqueeze(1)
+        values_EWA = signals_STC[window_E[:, None, None], token_EW.unsqueeze(-1), companions_E1A]
+        self._ids_CQW[column_E, slot_E] = ids_EW
+        self._values_CQWA[column_E, slot_E] = values_EWA
+
+    def contexts(self, column: int, number: int, token_text: TokenText, *, parents: bool) -> tuple[Context, ...]:
+        """Up to ``number`` contexts of a column, the best first; with its parents' activations where it has some."""
+        found = []
+        for slot in range(min(number, self._score_CQ.shape[1])):
+            if float(self._score_CQ[column, slot]) <= 0:
+                break
+            ids_W = self._ids_CQW[column, slot]
+            inside_W = ids_W != NOT_A_TOKEN
+            values_AW = self._values_CQWA[column, slot][inside_W].T.tolist()
+            base, extension = (rounded(values_AW[1]), rounded(values_AW[2])) if parents else ((), ())
+            found.append(
+                Context(
+                    tokens=token_text.strings(ids_W[inside_W].tolist()),
+                    peak=int(inside_W[: self._radius].sum()),
+                    values=rounded(values_AW[0]),
+                    base=base,
+                    extension=extension,
+                )
+            )
+        return tuple(found)
+
+
+def _lottery(like_ST: Tensor, first: int, columns: Sequence[tuple[str, int]], seed: int) -> Float[Tensor, "S T C"]:
+    """A number in (0, 1] for each token and column that depends on nothing but their places and the seed.
+
+    A hash (the finaliser of splitmix64) and not a generator, so that a different division into batches draws the
+    same tokens.
+    """
+    identity_C = torch.tensor([2 * number + (kind == "pre") for kind, number in columns])
+    window_S = torch.arange(first, first + len(like_ST))
+    position_T = torch.arange(like_ST.shape[1])
+    token_ST = _mix(_mix(window_S.unsqueeze(1) + _mix(torch.tensor(seed))) + position_T)
+    mixed_STC = _mix(token_ST.unsqueeze(-1) + _mix(identity_C))
+    return ((mixed_STC >> 24 & 0xFFFFFF) + 1).float() / 2**24
+
+
+def _mix(bits: Tensor) -> Tensor:
+    bits = bits + -0x61C8864680B583EB
+    bits = (bits ^ (bits >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    bits = (bits ^ (bits >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return bits ^ (bits >> 31 & (1 << 33) - 1)

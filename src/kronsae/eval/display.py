@@ -1,0 +1,97 @@
+"""Tokens as text for people: every token visible, whatever bytes it is made of."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+NOT_A_TOKEN = -1  # a place of a context window that lies outside of its text
+_MARKS = {"\n": "↵", "\r": "␍", "\t": "→", "\x7f": "␡"}
+_CONTROL = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format (such as marks of writing direction), ...
+
+
+def visible(text: str) -> str:
+    r"""``text`` with control and format characters made visible: ``↵`` for a newline, ``→`` for a tab, else escapes.
+
+    Example:
+        >>> visible("a\n\tb\x00\u202e")
+        'a↵→b\\x00\\u202e'
+    """
+    return "".join(_MARKS.get(c) or (_escape(c) if unicodedata.category(c) in _CONTROL else c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+class TokenText:
+    """Turns token ids into display strings, piece by piece.
+
+    A Hugging Face tokenizer's ``decode`` of one id loses what a piece alone does not show: the space in front, and
+    the bytes of a character that is spread over several tokens. This class reads the pieces: byte-level BPE
+    (GPT-2 and after), SentencePiece (``▁``, ``<0x0A>``) and WordPiece (``##ing``).
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, or anything with ``convert_ids_to_tokens``.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        decoder = _decoder_of(tokenizer)
+        self._byte_level = '"ByteLevel"' in decoder
+        self._word_piece = '"WordPiece"' in decoder
+        self._bytes: dict[int, bytes] = {}
+
+    def strings(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """One display string per token; joined they read as the text.
+
+        A character whose bytes are spread over several tokens stands at the token that completes it; the others
+        show their bytes as ``\\xe4``. A space at the beginning of a piece is kept. Special tokens show their names.
+        """
+        decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
+        shown = []
+        for token in ids:
+            if token in self._special:
+                shown.append(visible(decode(b"", final=True) + self._piece(token)))
+                continue
+            raw = self._raw(token)
+            shown.append(visible(decode(raw)) or "".join(f"\\x{byte:02x}" for byte in raw))
+        return tuple(shown)
+
+    def _raw(self, token: int) -> bytes:
+        if token not in self._bytes:
+            self._bytes[token] = self._to_bytes(self._piece(token))
+        return self._bytes[token]
+
+    def _piece(self, token: int) -> str:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        return f"<{token}>" if piece is None else str(piece)
+
+    def _to_bytes(self, piece: str) -> bytes:
+        table = _byte_level_table()
+        if self._byte_level and all(character in table for character in piece):
+            return bytes(table[character] for character in piece)
+        if self._word_piece:
+            return (piece[2:] if piece.startswith("##") else f" {piece}").encode()
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace("▁", " ").encode("utf-8", "surrogatepass")
+
+
+def _decoder_of(tokenizer: Any) -> str:
+    """The JSON of a fast tokenizer's decoder, which names its kind; "" for any other tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return json.dumps(json.loads(backend.to_str()).get("decoder")) if backend is not None else ""
+
+
+@lru_cache(maxsize=1)
+def _byte_level_table() -> dict[str, int]:
+    """The letters that byte-level BPE writes for the 256 bytes (Radford et al. 2019, ``bytes_to_unicode``)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

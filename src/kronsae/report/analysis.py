@@ -1,0 +1,205 @@
+"""From the files of a run, as plain data, to what the page shows: figures formatted, compared and put into words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kronsae.eval.display import visible
+from kronsae.report.charts import Chart, Series
+from kronsae.report.comparison import Row, Table, comparison, entry, is_figure, losses, notes, verdicts
+
+BINS_PER_DECADE = 4
+MAX_POINTS = 300  # per curve
+
+
+@dataclass(frozen=True)
+class SAELatents:
+    """The latents of one SAE that are shown: its `kronsae.eval.Gallery` as JSON values, and its statistics in words."""
+
+    name: str
+    series: int
+    summary: str
+    gallery: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """All that the page shows; text still unescaped, which is the page's business."""
+
+    title: str
+    verdict: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    names: tuple[str, ...]
+    table: Table
+    losses: Table | None
+    notes: tuple[str, ...]
+    curves: tuple[Chart, ...]
+    density: Chart | None
+    saes: tuple[SAELatents, ...]
+    config: str
+
+
+def report_data(
+    *,
+    run: Mapping[str, Any],
+    rows: Sequence[Row],
+    metrics: Iterable[Row] = (),
+    latents: Mapping[str, Mapping[str, Any]] | None = None,
+    title: str = "",
+) -> ReportData:
+    """Gather what the page shows.
+
+    Args:
+        run: contents of ``run.json``: ``{"kronsae_version", "config"}``.
+        rows: ``evaluation.json``'s rows, one per SAE: the figures by name; a figure that is missing or None shows as
+            a dash.
+        metrics: the lines of ``metrics.jsonl``.
+        latents: by SAE, `kronsae.eval.Evaluation.latents`: ``{"statistics", "gallery"}``.
+        title: of the page; empty: made of the model and the hook.
+    """
+    config = run.get("config", {})
+    names = tuple(visible(str(row["name"])) for row in rows)
+    model, hook = (visible(str(part)) for part in (entry(config, "model", "name"), config.get("hook", "?")))
+    latents = latents or {}
+    saes = [
+        SAELatents(name, number, _in_words(latents[str(row["name"])]), latents[str(row["name"])]["gallery"])
+        for number, (name, row) in enumerate(zip(names, rows, strict=True))
+        if str(row["name"]) in latents
+    ]
+    return ReportData(
+        title=visible(title) or f"Sparse autoencoders on {hook} of {model}",
+        verdict=verdicts(rows),
+        facts=_facts(run, rows),
+        names=names,
+        table=comparison(rows),
+        losses=losses(rows),
+        notes=notes(rows),
+        curves=_curves([str(row["name"]) for row in rows], list(metrics)),
+        density=_density(rows, latents),
+        saes=tuple(saes),
+        config=visible_lines(json.dumps(run, indent=2, ensure_ascii=False)),
+    )
+
+
+def visible_lines(text: str) -> str:
+    """`visible`, but with the line breaks left in."""
+    return "\n".join(visible(line) for line in text.split("\n"))
+
+
+def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
+    config = run.get("config", {})
+    loop = config.get("loop", {})
+    revision = entry(config, "model", "revision")
+    found = [
+        ("model", str(entry(config, "model", "name")) + (f" @ {revision}" if revision not in (None, "?") else "")),
+        ("hook", config.get("hook")),
+        ("width (d_in)", next((row.get("d_in") for row in rows), None)),
+        ("text", entry(config, "text", "source")),
+        ("context", _unit(config.get("context_length"), "tokens")),
+        ("trained on", _unit(loop.get("tokens"), "tokens")),
+        ("batch", _unit(loop.get("batch_tokens"), "tokens")),
+        ("evaluated on", _unit(next((row.get("evaluation_tokens") for row in rows), None), "held-out tokens")),
+        ("seed", config.get("seed")),
+        ("kronsae", run.get("kronsae_version")),
+    ]
+    return tuple((name, visible(str(value))) for name, value in found if value not in (None, "?"))
+
+
+def _unit(value: Any, unit: str) -> str | None:
+    return f"{value:,} {unit}" if isinstance(value, int) else None
+
+
+# --- curves and histograms --------------------------------------------------------------------------------------
+
+_CURVES = (
+    ("explained_variance", "Explained variance", "of the training batch", "{:.4f}", ""),
+    ("loss", "Loss", "‖x − x̂‖² summed over d_in, with AuxK; log scale", "{:.4g}", "log"),
+    ("l0", "l0", "active latents per token", "{:.2f}", "from zero"),
+    ("dead_share", "Dead share", "of the latents, as training counts them", "{:.2%}", "from zero"),
+)
+
+
+def _curves(names: Sequence[str], metrics: Sequence[Row]) -> tuple[Chart, ...]:
+    charts = []
+    for key, title, about, form, scale in _CURVES:
+        log = scale == "log"
+        series = []
+        for number, name in enumerate(names):
+            points = [
+                (float(line["tokens"]), float(line[key]))
+                for line in metrics
+                if line.get("sae") == name and is_figure(line, key) and (not log or line[key] > 0)
+            ]
+            if points:
+                series.append(Series(visible(name), number, _thinned(points)))
+        if series:
+            charts.append(
+                Chart(
+                    key=key,
+                    title=title,
+                    about=about,
+                    x_label="tokens",
+                    series=tuple(series),
+                    form=form,
+                    log_y=log,
+                    from_zero=scale == "from zero",
+                )
+            )
+    return tuple(charts)
+
+
+def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """At most `MAX_POINTS`, evenly over their number, the last one among them."""
+    step = math.ceil(len(points) / MAX_POINTS)
+    return tuple(points[::-step][::-1])
+
+
+def _density(rows: Sequence[Row], latents: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        if (found := latents.get(str(row["name"]))) is not None:
+            tokens = found["statistics"]["tokens"]
+            shares[str(row["name"])] = [count / tokens for count in found["statistics"]["active_tokens"]]
+    logs = {name: [math.log10(share) for share in values if share > 0] for name, values in shares.items()}
+    everything = [value for values in logs.values() for value in values]
+    if not everything:
+        return None
+    low = math.floor(min(everything) * BINS_PER_DECADE)
+    high = max(low + 1, math.ceil(max(everything) * BINS_PER_DECADE))
+    series = []
+    for number, row in enumerate(rows):
+        name = str(row["name"])
+        if name not in shares:
+            continue
+        counts = [0] * (high - low)
+        for value in logs[name]:
+            counts[min(math.floor(value * BINS_PER_DECADE) - low, len(counts) - 1)] += 1
+        points = [((low + place) / BINS_PER_DECADE, count / len(shares[name])) for place, count in enumerate(counts)]
+        series.append(Series(visible(name), number, (*points, (high / BINS_PER_DECADE, points[-1][1]))))
+    return Chart(
+        key="density",
+        title="How often latents are active",
+        about="share of the latents (the dead are not in it), by the share of tokens on which they are active",
+        x_label="share of tokens, log scale",
+        series=tuple(series),
+        form="{:.2%}",
+        steps=True,
+        from_zero=True,
+    )
+
+
+def _in_words(latents: Mapping[str, Any]) -> str:
+    statistics = latents["statistics"]
+    counts, tokens = statistics["active_tokens"], statistics["tokens"]
+    living = sorted(count for count in counts if count)
+    if not living:
+        return f"None of {len(counts):,} latents was active on {tokens:,} tokens."
+    median, often = living[len(living) // 2] / tokens, sum(count > tokens / 10 for count in counts)
+    return (
+        f"{len(living):,} of {len(counts):,} latents were active on at least one of {tokens:,} held-out tokens; half "
+        f"of these on less than {median:.2%} of them, {often:,} on more than 10%."
+    )

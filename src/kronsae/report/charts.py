@@ -1,0 +1,215 @@
+"""Line and step charts as SVG text: they need no script, and the script only adds reading off values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 520, 250
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+SETTLED = 0.05  # the first share of a curve does not set the scale: it would flatten the rest
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named curve; ``number`` chooses its colour; points in order of x."""
+
+    name: str
+    number: int
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Some curves over one axis.
+
+    Args:
+        key: distinguishes the chart within its page.
+        title, about, x_label: what is shown, in words.
+        series: the curves, all with a point at least.
+        form: a `str.format` template for a value.
+        log_y: logarithmic values (all above 0).
+        steps: a histogram: each value holds until the next x, and x is log10 of a share.
+        from_zero: whether 0 is on the scale in any case.
+    """
+
+    key: str
+    title: str
+    about: str
+    x_label: str
+    series: tuple[Series, ...]
+    form: str
+    log_y: bool = False
+    steps: bool = False
+    from_zero: bool = False
+
+    @property
+    def scale(self) -> Scale:
+        """From values to places in the SVG."""
+        xs = [x for series in self.series for x, _ in series.points]
+        start, end = min(xs), max(xs)
+        settled = start + SETTLED * (end - start)
+        ys = [y for series in self.series for x, y in series.points if self.steps or x >= settled]
+        low, high = min(ys), max(ys)
+        if self.from_zero:
+            low = min(low, 0.0)
+        if self.log_y:
+            low, high = math.log10(low), math.log10(high)
+        room = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+        floor = low if self.from_zero and low == 0 else low - room
+        return Scale(start, end if end > start else start + 1, floor, high + room, self.log_y)
+
+    def data(self) -> dict[str, Any]:
+        """What the script needs to show values under the pointer."""
+        scale = self.scale
+        return {
+            "steps": self.steps,
+            "series": [
+                {
+                    "name": series.name,
+                    "number": series.number,
+                    "x": [round(scale.x(x), 1) for x, _ in series.points],
+                    "y": [round(scale.y(y), 1) for _, y in series.points],
+                    "at": [self._place(series, place) for place in range(len(series.points))],
+                    "text": [self.form.format(y) for _, y in series.points],
+                }
+                for series in self.series
+            ],
+        }
+
+    def _place(self, series: Series, place: int) -> str:
+        x = series.points[place][0]
+        if not self.steps:
+            return f"{si(x)} tokens"
+        end = series.points[min(place + 1, len(series.points) - 1)][0]
+        return f"{10**x:.2g} to {10**end:.2g} of tokens"
+
+    def svg(self) -> Markup:
+        """The chart as an ``<svg>`` element."""
+        scale = self.scale
+        parts = [
+            Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+                WIDTH, HEIGHT, f"{self.title}, {self.about}; {self._in_words()}"
+            ),
+            Markup('<clipPath id="clip-{}"><rect x="{}" y="{}" width="{}" height="{}"/></clipPath>').format(
+                self.key, LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+            ),
+            *self._grid(scale),
+            Markup('<g clip-path="url(#clip-{})">').format(self.key),
+            *(part for series in self.series for part in self._curve(series, scale)),
+            Markup('</g><line class="cursor" y1="{}" y2="{}"/></svg>').format(TOP, HEIGHT - BOTTOM),
+        ]
+        return Markup("\n").join(parts)
+
+    def _in_words(self) -> str:
+        return ", ".join(
+            f"{series.name} {'at most' if self.steps else 'ends at'} "
+            + self.form.format(max(y for _, y in series.points) if self.steps else series.points[-1][1])
+            for series in self.series
+        )
+
+    def _grid(self, scale: Scale) -> list[Markup]:
+        base = HEIGHT - BOTTOM
+        parts = []
+        for value in _log_ticks(scale.low, scale.high) if self.log_y else _ticks(scale.low, scale.high):
+            y = scale.y(10**value if self.log_y else value)
+            label = f"{10**value:.3g}" if self.log_y else _short(value, percent="%" in self.form)
+            parts.append(
+                Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
+            )
+            parts.append(Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 7, y + 4, label))
+        decades = [float(n) for n in range(math.ceil(scale.start), math.floor(scale.end) + 1)]
+        for value in decades if self.steps else _ticks(scale.start, scale.end):
+            label = _share(value) if self.steps else si(value)
+            x = scale.x(value)
+            parts.append(
+                Markup('<line class="tick" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(x, x, base, base + 4)
+            )
+            parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, base + 17, label))
+        parts.append(
+            Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, base, base)
+        )
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(
+            Markup('<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                middle, HEIGHT - 6, self.x_label
+            )
+        )
+        return parts
+
+    def _curve(self, series: Series, scale: Scale) -> list[Markup]:
+        places = [(scale.x(x), scale.y(y)) for x, y in series.points]
+        commands = [f"M{places[0][0]:.1f},{places[0][1]:.1f}"]
+        for (_, before), (x, y) in itertools.pairwise(places):
+            commands.append(f"L{x:.1f},{before:.1f}L{x:.1f},{y:.1f}" if self.steps else f"L{x:.1f},{y:.1f}")
+        path = "".join(commands)
+        parts = []
+        if self.steps:
+            base = HEIGHT - BOTTOM
+            area = f"M{places[0][0]:.1f},{base}L{path[1:]}L{places[-1][0]:.1f},{base}Z"
+            parts.append(Markup('<path class="area s{}" d="{}"/>').format(series.number, area))
+        parts.append(Markup('<path class="curve s{}" d="{}"/>').format(series.number, path))
+        if len(places) == 1:
+            parts.append(
+                Markup('<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(series.number, *places[0])
+            )
+        return parts
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Linear from ``start..end`` and ``low..high`` (log10 of the values where ``log``) to SVG coordinates."""
+
+    start: float
+    end: float
+    low: float
+    high: float
+    log: bool
+
+    def x(self, value: float) -> float:
+        """Horizontal place."""
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.start) / (self.end - self.start)
+
+    def y(self, value: float) -> float:
+        """Vertical place, kept within ten heights of the chart so that no coordinate is absurd."""
+        level = (math.log10(value) if self.log else value) - self.low
+        share = max(-10.0, min(10.0, level / (self.high - self.low)))
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+
+
+def si(value: float) -> str:
+    """A count in short: ``1.5M``."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round values between ``low`` and ``high``, about ``wanted`` of them."""
+    step = 10 ** math.floor(math.log10((high - low) / wanted))
+    step *= min((m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= wanted), default=10)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """log10 of round values: 1, 2, 5 times the powers of ten, or only these over a long range."""
+    steps = (1, 2, 5) if high - low < 2.5 else (1,)
+    if high - low < 0.5:
+        return [math.log10(value) for value in _ticks(10**low, 10**high, 4)]
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    values = [decade + math.log10(step) for decade in decades for step in steps]
+    return [value for value in values if low <= value <= high]
+
+
+def _short(value: float, *, percent: bool) -> str:
+    return f"{100 * value:.3g}%" if percent else f"{0.0 if abs(value) < 1e-12 else value:.4g}"
+
+
+def _share(exponent: float) -> str:
+    return f"{10**exponent:.0%}" if exponent > -2.5 else f"{100 * 10**exponent:.6g}%"

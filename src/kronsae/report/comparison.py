@@ -1,0 +1,262 @@
+"""The table that compares the SAEs of a run, and what may fairly be said of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kronsae.eval.display import visible
+
+Row = Mapping[str, Any]
+
+L0_TOLERANCE = 0.02  # relative; SAEs further apart in l0 are not ranked by how well they reconstruct
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure as text; ``best`` where it is the best of its column, ``note`` for its tooltip."""
+
+    text: str
+    best: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a table; ``series`` is the number of the SAE's colour, None for a row of differences."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    series: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings with their explanations, and rows."""
+
+    headings: tuple[tuple[str, str], ...]
+    rows: tuple[TableRow, ...]
+
+
+@dataclass(frozen=True)
+class _Column:
+    key: str
+    heading: str
+    about: str
+    text: Callable[[Any], str]
+    better: int = 0  # +1 more is better, -1 less is better, 0 neither
+    difference: Callable[[float, float], str] | None = None
+    of_quality: bool = False  # comparable only at equal l0
+
+
+def _ratio(value: float, other: float) -> str:
+    return f"× {value / other:.3g}" if other else "–"
+
+
+def _points(digits: int) -> Callable[[float, float], str]:
+    def text(value: float, other: float) -> str:
+        return _signed(f"{value - other:+.{digits}f}")
+
+    return text
+
+
+def _share_points(value: float, other: float) -> str:
+    return _signed(f"{100 * (value - other):+.1f}") + " pp"
+
+
+def _signed(text: str) -> str:
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
+
+
+_COLUMNS = (
+    _Column("architecture", "architecture", "encoder-sparsifier", lambda value: visible(str(value))),
+    _Column("d_sae", "latents", "d_sae, rows of the dictionary", "{:,}".format, 0, _ratio),
+    _Column("parameters", "parameters", "all weights and biases", "{:,}".format, 0, _ratio),
+    _Column("encoder_parameters", "encoder parameters", "weights and biases of the encoder", "{:,}".format, 0, _ratio),
+    _Column(
+        "training_flops",
+        "training FLOPs",
+        "counted, not measured: 6 per multiply-add of a forward pass and token",
+        lambda value: f"{value:.2e}",
+        0,
+        _ratio,
+    ),
+    _Column("tokens", "tokens", "trained on", "{:,}".format, 0, _ratio),
+    _Column(
+        "explained_variance",
+        "EV",
+        "explained variance: 1 − Σ‖x − x̂‖² / Σ‖x − mean‖² over the held-out tokens",
+        "{:.4f}".format,
+        +1,
+        _points(4),
+        True,
+    ),
+    _Column(
+        "explained_variance_per_token",
+        "EV per token",
+        "mean over tokens of 1 − ‖x − x̂‖² / ‖x − mean‖²",
+        "{:.4f}".format,
+        +1,
+        _points(4),
+        True,
+    ),
+    _Column("l0", "l0", "active latents per token, mean", "{:.2f}".format, 0, _points(2)),
+    _Column(
+        "dead_share",
+        "dead share",
+        "share of the latents active on none of the held-out tokens",
+        "{:.1%}".format,
+        -1,
+        _share_points,
+    ),
+    _Column(
+        "ce_recovered",
+        "CE recovered",
+        "(CE zeroed − CE spliced) / (CE zeroed − CE clean); 1 is perfect, 0 is as bad as zeroing the hook",
+        "{:.4f}".format,
+        +1,
+        _points(4),
+        True,
+    ),
+    _Column(
+        "kl_recovered",
+        "KL recovered",
+        "1 − KL(clean ‖ spliced) / KL(clean ‖ zeroed)",
+        "{:.4f}".format,
+        +1,
+        _points(4),
+        True,
+    ),
+    _Column("seconds", "seconds", "spent in this SAE's training steps, on this machine", "{:,.0f}".format, 0, _ratio),
+)
+
+
+def comparison(rows: Sequence[Row]) -> Table:
+    """Every SAE's figures, the best marked where there is one, and Kronecker against dense."""
+    ranked = _equal_l0(rows)
+    best: dict[str, str] = {}
+    for column in _COLUMNS:
+        if column.better and (ranked or not column.of_quality) and all(is_figure(row, column.key) for row in rows):
+            # what is equal as shown is no better
+            texts = {column.text(row[column.key]) for row in rows}
+            top = max(rows, key=lambda row: column.better * row[column.key])
+            best[column.key] = column.text(top[column.key]) if len(texts) > 1 else ""
+    shown = []
+    for number, row in enumerate(rows):
+        cells = []
+        for column in _COLUMNS:
+            text = column.text(row[column.key]) if row.get(column.key) is not None else "–"
+            cells.append(Cell(text, text == best.get(column.key), _missing(row, column.key)))
+        shown.append(TableRow(visible(str(row["name"])), tuple(cells), number))
+    for row, other in _pairs(rows):
+        cells = []
+        for column in _COLUMNS:
+            both = is_figure(row, column.key) and is_figure(other, column.key) and column.difference is not None
+            cells.append(Cell(column.difference(row[column.key], other[column.key]) if both else "–"))  # type: ignore[misc]
+        shown.append(TableRow(f"{visible(str(row['name']))} against {visible(str(other['name']))}", tuple(cells)))
+    return Table(tuple((column.heading, column.about) for column in _COLUMNS), tuple(shown))
+
+
+def losses(rows: Sequence[Row]) -> Table | None:
+    """The losses behind CE and KL recovered; None where none was measured."""
+    measured = [(number, row) for number, row in enumerate(rows) if entry(row, "language_model", "kind") == "measured"]
+    if not measured:
+        return None
+    headings = (
+        ("clean", "nothing replaced"),
+        ("spliced", "replaced by the SAE's reconstruction"),
+        ("mean", "replaced by the mean activation"),
+        ("zero", "replaced by 0"),
+    )
+    shown = []
+    for number, row in measured:
+        figures = row["language_model"]
+        texts = [f"{figures[f'ce_{key}']:.4f}" for key, _ in headings]
+        texts += [f"{figures[f'kl_{key}']:.4f}" for key, _ in headings[1:]]
+        shown.append(TableRow(visible(str(row["name"])), tuple(map(Cell, texts)), number))
+    ce = tuple((f"CE {key}", f"cross-entropy of the next token, nats; hook {about}") for key, about in headings)
+    kl = tuple((f"KL {key}", f"KL(clean ‖ this), nats; hook {about}") for key, about in headings[1:])
+    return Table(ce + kl, tuple(shown))
+
+
+def notes(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What a reader should know before believing the table."""
+    found = []
+    if len(rows) > 1 and not _equal_l0(rows):
+        found.append(
+            "The SAEs differ in l0 by more than 2%: more latents per token reconstruct better by themselves, so no "
+            "best is marked among the measures of reconstruction."
+        )
+    reasons = {str(entry(row, "language_model", "reason")) for row in rows if row.get("ce_recovered") is None}
+    found += [f"CE and KL recovered were not measured: {visible(reason)}." for reason in sorted(reasons - {"", "?"})]
+    sizes = sorted({row["evaluation_tokens"] for row in rows if row.get("evaluation_tokens") is not None})
+    if sizes:
+        found.append(
+            f"Dead: active on none of {', '.join(f'{size:,}' for size in sizes)} held-out tokens. A latent rarer than "
+            "that counts as dead here."
+        )
+    if len(rows) > 1:
+        found.append("Each SAE was trained once. Whether a small difference is more than chance, a second seed tells.")
+    return tuple(found)
+
+
+def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Each Kronecker SAE with the dense one it is to be compared to: same sparsifier, same width if there is one."""
+    found = []
+    for row in rows:
+        encoder, _, sparsifier = str(row.get("architecture", "")).partition("-")
+        same = [other for other in rows if str(other.get("architecture", "")) == f"dense-{sparsifier}"]
+        if encoder == "kronecker" and same:
+            found.append((row, min(same, key=lambda other: other.get("d_sae") != row.get("d_sae"))))
+    return found
+
+
+def verdicts(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The comparison of each Kronecker SAE in a sentence."""
+    return tuple(filter(None, (_verdict(row, other) for row, other in _pairs(rows))))
+
+
+def _verdict(row: Row, other: Row) -> str:
+    name, rival = visible(str(row["name"])), visible(str(other["name"]))
+    parts = []
+    if is_figure(row, "explained_variance") and is_figure(other, "explained_variance"):
+        ev, rival_ev = row["explained_variance"], other["explained_variance"]
+        text = f"{name} explains {ev:.2%} of the variance, {rival} {rival_ev:.2%}"
+        if is_figure(row, "l0") and is_figure(other, "l0"):
+            l0, rival_l0 = f"{row['l0']:.1f}", f"{other['l0']:.1f}"
+            text += f", both at l0 {l0}" if l0 == rival_l0 else f", at l0 {l0} and {rival_l0}"
+        parts.append(text)
+    if is_figure(row, "ce_recovered") and is_figure(other, "ce_recovered"):
+        parts.append(
+            f"of the language model's loss they recover {row['ce_recovered']:.2%} and {other['ce_recovered']:.2%}"
+        )
+    if is_figure(row, "encoder_parameters") and other.get("encoder_parameters"):
+        share = row["encoder_parameters"] / other["encoder_parameters"]
+        parts.append(f"{name}'s encoder has {share:.0%} of the parameters of {rival}'s")
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _equal_l0(rows: Sequence[Row]) -> bool:
+    values = [row["l0"] for row in rows if is_figure(row, "l0")]
+    return len(values) == len(rows) > 1 and max(values) - min(values) <= L0_TOLERANCE * max(values)
+
+
+def is_figure(row: Row, key: str) -> bool:
+    """Whether a row has a finite number under ``key``."""
+    value = row.get(key)
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _missing(row: Row, key: str) -> str:
+    reason = entry(row, "language_model", "reason")
+    return visible(str(reason)) if row.get(key) is None and key.endswith("_recovered") and reason != "?" else ""
+
+
+def entry(data: Mapping[str, Any], *path: str) -> Any:
+    """A nested entry, or ``"?"``."""
+    value: Any = data
+    for key in path:
+        value = value.get(key, "?") if isinstance(value, Mapping) else "?"
+    return value
