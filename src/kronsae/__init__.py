@@ -91,3 +91,7 @@ def __dir__() -> list[str]:
 
 
 _warm_up()
+# The package kronsae.train takes its place in this namespace when it is first imported: now, so that it never comes
+# between a caller and the function of the same name.
+import_module("kronsae.train")
+globals().pop("train", None)

@@ -172,6 +172,19 @@ def list_recipes(as_json: Json = False) -> None:
     _next("kronsae train --recipe NAME --out runs/NAME")
 
 
+@app.command(
+    "bench",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    help="Measure a training step against other libraries, over sizes, and its memory: `kronsae bench --help`.",
+)
+def bench(context: typer.Context) -> None:
+    """Hand over to the benchmarks' own verbs, which are imported only here."""
+    from kronsae.bench.commands import app as benchmarks
+
+    benchmarks(context.args, prog_name="kronsae bench")
+
+
 def main() -> None:
     """Entry point: a `UserError` becomes one sentence and exit status 2, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

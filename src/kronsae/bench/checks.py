@@ -1,0 +1,55 @@
+"""The operations against their definitions on small cases, right before they are timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
+from kronsae.core.objective import objective
+from kronsae.core.sae import SAE, SAEConfig
+from kronsae.core.sparsifiers import TopKConfig
+from kronsae.errors import UserError
+from kronsae.kernels import collect_row_gradients, kronecker_topk, reference
+
+
+def check_operations(seed: int = 0) -> None:
+    """Selection, values and every gradient of both SAEs against the materialised definition in float64.
+
+    Raises:
+        UserError: one of them is wrong; nothing should be reported then.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pre_BHP = torch.randn(64, 40, 12, generator=generator)
+    got = kronecker_topk(pre_BHP, 4, 16).indices_BK.sort().values
+    if not torch.equal(got, reference.kronecker_topk(pre_BHP, 4, 16).indices_BK.sort().values):
+        raise UserError(_MESSAGE.format(what="kronecker_topk", where="its selection"))
+    encoders = (
+        KroneckerEncoderConfig(num_heads=12, d_base=2, d_extension=4, init_norm=1.0),
+        DenseEncoderConfig(d_sae=96, init_norm=1.0),
+    )
+    for encoder in encoders:
+        sae = SAEConfig(d_in=24, encoder=encoder, sparsifier=TopKConfig(k=5)).build(seed).double()
+        _check_gradients(sae, torch.randn(32, 24, generator=generator, dtype=torch.float64), encoder.kind)
+
+
+_MESSAGE = "the operations must be right to be measured; got a wrong {what} in {where}. Run pytest tests/kernels."
+
+
+def _check_gradients(sae: SAE, x_BD: Tensor, kind: str) -> None:
+    parameters = dict(sae.named_parameters())
+    with collect_row_gradients() as rows:
+        loss = objective(sae, x_BD).loss
+    loss.backward()
+    rows.materialize()
+    fast = {name: parameter.grad for name, parameter in parameters.items()}
+    dense_BF = sae.encoder(x_BD).materialize()
+    kept_BF = torch.zeros_like(dense_BF).scatter(1, dense_BF.topk(5, dim=1).indices, 1.0)
+    x_hat_BD = (dense_BF * kept_BF) @ sae.W_dec + sae.b_dec
+    expected = (x_BD - x_hat_BD).square().sum(-1).mean()
+    slow = torch.autograd.grad(expected, list(parameters.values()))
+    if not torch.allclose(loss, expected, rtol=1e-9):
+        raise UserError(_MESSAGE.format(what="loss", where=kind))
+    for (name, got), want in zip(fast.items(), slow, strict=True):
+        if got is None or not torch.allclose(got, want, rtol=1e-8, atol=1e-10):
+            raise UserError(_MESSAGE.format(what=f"gradient of {name}", where=kind))

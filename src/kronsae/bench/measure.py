@@ -1,0 +1,62 @@
+"""Interleaved timing: each round takes one step of every contestant, so slow drifts of the machine hit all alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from kronsae.bench.subjects import Subject
+
+BATCHES = 4  # different batches taken in turn, so that no contestant sees the same tokens twice running
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one contestant's steps."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    rounds: int
+
+    @staticmethod
+    def of(milliseconds: list[float]) -> Timing:
+        """Median and quartiles."""
+        low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
+        return Timing(median, low, high, len(milliseconds))
+
+
+def interleaved(
+    subjects: Mapping[str, Subject], batch: int, d_in: int, rounds: int, seed: int, warmup: int = 2
+) -> dict[str, Timing]:
+    """Time one step of every subject per round; the first ``warmup`` rounds are not counted."""
+    batches = make_batches(batch, d_in, seed)
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would be charged to whoever happens to be running
+    try:
+        for turn in range(warmup + rounds):
+            for name, subject in subjects.items():
+                x_BD = batches[turn % len(batches)]
+                started = perf_counter()
+                subject.step(x_BD)
+                elapsed = 1000 * (perf_counter() - started)
+                if turn >= warmup:
+                    times[name].append(elapsed)
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def make_batches(batch: int, d_in: int, seed: int) -> list[Tensor]:
+    """Seeded normal activations."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, d_in, generator=generator) for _ in range(BATCHES)]

@@ -1,0 +1,187 @@
+"""The four measurements: `step`, `grid`, `scaling`, `memory`. Each returns frozen results and writes no file."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from kronsae.bench.checks import check_operations
+from kronsae.bench.machine import peak_bytes, reset_peak, resident_bytes
+from kronsae.bench.measure import Timing, interleaved, make_batches
+from kronsae.bench.subjects import REGISTRY, EncoderProduct, OwnTrainer, Shape, kronsae, topk
+from kronsae.core.objective import objective
+from kronsae.errors import UserError, nearest
+from kronsae.kernels import collect_row_gradients
+
+R = TypeVar("R")
+CELLS = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
+"""(M, N) at a fixed H: with H = 1024, F = 2^12 .. 2^20."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Timings by contestant, and why the others could not be measured."""
+
+    shape: Shape
+    timings: dict[str, Timing]
+    unavailable: dict[str, str]
+
+
+def step(shape: Shape, rounds: int = 15, seed: int = 0, only: Sequence[str] = ()) -> StepResult:
+    """A training step of every contestant at one shape.
+
+    Raises:
+        UserError: an operation is wrong, or ``only`` names nobody known.
+    """
+    known = {entry.name: entry for entry in REGISTRY}
+    for name in only:
+        if name not in known:
+            raise UserError(f"only must name contestants among {', '.join(known)}; got '{name}'.{nearest(name, known)}")
+    check_operations(seed)
+    entries = [entry for entry in REGISTRY if not only or entry.name in only]
+    unavailable = {entry.name: reason for entry in entries if (reason := entry.missing()) is not None}
+    torch.manual_seed(seed)
+    subjects = {entry.name: entry.build(shape) for entry in entries if entry.name not in unavailable}
+    return StepResult(shape, interleaved(subjects, shape.batch, shape.d_in, rounds, seed), unavailable)
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """TopK against KronSAE at one width and dictionary size; ``skipped`` says why nothing was measured."""
+
+    shape: Shape
+    timings: dict[str, Timing]
+    skipped: str | None = None
+
+
+def grid(
+    widths: Iterable[int] = (768, 1024, 2048, 4096, 8192),
+    sizes: Iterable[int] = (2**15, 2**16, 2**17),
+    batch: int = 256,
+    rounds: int = 5,
+    seed: int = 0,
+    memory_bytes: int = 14 * 2**30,
+) -> list[GridPoint]:
+    """Training steps over hidden widths and dictionary sizes (paper, fig. 8), M = 4 and N = 8.
+
+    A point whose weights, moments and dense TopK encoder would need more than ``memory_bytes`` is skipped.
+    """
+    check_operations(seed)
+    points = []
+    for d_sae in sizes:
+        for d_in in widths:
+            shape = Shape(d_in=d_in, num_heads=d_sae // 32, d_base=4, d_extension=8, k=50, batch=batch)
+            need = 4 * 3 * d_in * (3 * d_sae + shape.pre_latents)
+            if need > memory_bytes:
+                reason = f"needs {need / 2**30:.0f} GiB of {memory_bytes / 2**30:.0f}"
+                points.append(GridPoint(shape, {}, reason))
+                continue
+            subjects = {"encoder_product": EncoderProduct(shape), "kronsae": kronsae(shape), "topk": topk(shape)}
+            points.append(GridPoint(shape, interleaved(subjects, batch, d_in, rounds, seed)))
+            del subjects
+            gc.collect()
+    return points
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """KronSAE at one dictionary size, measured in a process of its own."""
+
+    shape: Shape
+    timings: dict[str, Timing]
+    peak_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training tokens per second."""
+        return 1000 * self.shape.batch / self.timings["kronsae"].median_ms
+
+
+def scaling(
+    d_in: int = 768,
+    num_heads: int = 1024,
+    k: int = 32,
+    batch: int = 1024,
+    rounds: int = 5,
+    seed: int = 0,
+    cells: Sequence[tuple[int, int]] = CELLS,
+) -> list[ScalingPoint]:
+    """Step time and peak memory of KronSAE as F grows 256-fold at a fixed number of heads."""
+    check_operations(seed)
+    shapes = [
+        Shape(d_in=d_in, num_heads=num_heads, d_base=base, d_extension=extension, k=k, batch=batch)
+        for base, extension in cells
+    ]
+    return [_in_fresh_process(_scaling_point, shape, rounds, seed) for shape in shapes]
+
+
+def _scaling_point(shape: Shape, rounds: int, seed: int) -> ScalingPoint:
+    subjects = {"encoder_product": EncoderProduct(shape), "kronsae": kronsae(shape)}
+    timings = interleaved(subjects, shape.batch, shape.d_in, rounds, seed)
+    return ScalingPoint(shape, timings, peak_bytes() or 0)
+
+
+@dataclass(frozen=True)
+class MemoryResult:
+    """The most that forward and backward add to what weights and batch hold already."""
+
+    shape: Shape
+    extra_bytes: int
+
+    @property
+    def pre_latent_bytes(self) -> int:
+        """B * H * (M + N) * 4: all pre-latents of the batch in float32, the unit of comparison."""
+        return 4 * self.shape.batch * self.shape.pre_latents
+
+    @property
+    def ratio(self) -> float:
+        """Extra memory in units of all pre-latents."""
+        return self.extra_bytes / self.pre_latent_bytes
+
+
+def memory(shape: Shape, seed: int = 0) -> MemoryResult:
+    """Peak extra memory of one forward and backward pass of KronSAE, with dense gradients, in a fresh process.
+
+    Raises:
+        UserError: the system does not tell a process's peak memory.
+    """
+    check_operations(seed)
+    if peak_bytes() is None:
+        raise UserError("memory must be measured on Linux, which tells a process's peak; this system does not.")
+    return MemoryResult(shape, _in_fresh_process(_extra_bytes, shape, seed))
+
+
+def _extra_bytes(shape: Shape, seed: int) -> int:
+    small = Shape(d_in=shape.d_in, num_heads=4, d_base=shape.d_base, d_extension=shape.d_extension, k=4, batch=8)
+    _forward_backward(small, seed)  # compiled code and libraries are loaded now, not while measuring
+    return _forward_backward(shape, seed)
+
+
+def _forward_backward(shape: Shape, seed: int) -> int:
+    trainer = kronsae(shape)
+    assert isinstance(trainer, OwnTrainer)
+    x_BD = make_batches(shape.batch, shape.d_in, seed)[0]
+    gc.collect()
+    reset_peak()
+    before = resident_bytes() or 0
+    with collect_row_gradients() as rows:
+        loss = objective(trainer.member.sae, x_BD).loss
+    loss.backward()
+    rows.materialize()
+    return (peak_bytes() or 0) - before
+
+
+def _in_fresh_process(function: Callable[..., R], *arguments: object) -> R:
+    """Run in a new interpreter, whose memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(f"sizes must fit the machine; the process measuring {arguments[0]} was ended.") from error
