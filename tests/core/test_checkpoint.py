@@ -73,7 +73,7 @@ def test_a_loaded_sae_trains_on_without_touching_the_file(saved: Path) -> None:
     with torch.no_grad():
         for parameter in sae.parameters():
             assert parameter.grad is not None
-            parameter -= parameter.grad
+            parameter.sub_(parameter.grad)
     assert not torch.equal(sae.W_dec, build().W_dec)
     assert (saved / "sae_weights.safetensors").read_bytes() == before
 

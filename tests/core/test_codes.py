@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 import torch
 
@@ -39,3 +40,9 @@ def test_dense_form_is_differentiable_in_the_values(codes: SparseCodes) -> None:
     (SparseCodes(values, codes.indices, 5).to_dense() * weight).sum().backward()
     assert values.grad is not None
     assert torch.equal(values.grad, weight.gather(1, codes.indices))
+
+
+def test_shape_annotations_are_checked_while_tests_run() -> None:
+    """tests/conftest.py switches it on; without it the annotations would be comments."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        SparseCodes(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.int64), d_sae=5)

@@ -109,7 +109,7 @@ def test_auxk_lets_dead_latents_learn(sae: SAE, x_BD: Tensor) -> None:
         steps = gradients(loss, sae)
         with torch.no_grad():
             for name, parameter in sae.named_parameters():
-                parameter -= 1e-2 * steps[name]
+                parameter.sub_(steps[name], alpha=1e-2)
     after = objective(sae, x_BD, DEAD_C, AuxKConfig(weight=1.0)).auxiliary_loss
     assert before is not None
     assert after is not None

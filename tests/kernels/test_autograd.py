@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.kernels.helpers import same_values
 from torch import Tensor
 
 from kronsae import kernels
 from kronsae.kernels import Choice, reference
-from tests.kernels.helpers import same_values
 
 DTYPES = [torch.float32, torch.float64]
 SIZES = [(1, 1, 1, 1), (5, 3, 7, 13), (33, 9, 50, 17), (64, 32, 300, 96)]  # B, K, F, D
@@ -82,16 +82,16 @@ def test_product_and_selection_in_one(path: str, dtype: torch.dtype) -> None:
         "weight": leaf(11, 7, 19, dtype=dtype),
         "bias": leaf(11, 7, dtype=dtype),
     }
+    choices = [Choice(9), Choice(4, torch.arange(5, 60))]
+
+    def fast(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        chosen = kernels.kronecker_linear_topk(x, weight, bias, 3, choices)
+        return torch.cat([pairs.pre_BR for pairs in chosen], dim=1)
+
     with kernels.use(path):
-        chosen = kernels.kronecker_linear_topk(*inputs.values(), 3, [Choice(9), Choice(4, torch.arange(5, 60))])
+        chosen = kernels.kronecker_linear_topk(inputs["x"], inputs["weight"], inputs["bias"], 3, choices)
         rows = [pairs.rows_BR for pairs in chosen]
-        got = gradients(
-            lambda x, weight, bias: torch.cat(
-                [pairs.pre_BR for pairs in kernels.kronecker_linear_topk(
-                    x, weight, bias, 3, [Choice(9), Choice(4, torch.arange(5, 60))])], dim=1
-            ),
-            inputs,
-        )  # fmt: skip
+        got = gradients(fast, inputs)
 
     def definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return reference.linear_at(x, weight.flatten(0, 1), bias.flatten(), torch.cat(rows, dim=1))
@@ -121,8 +121,9 @@ def test_only_what_is_asked_for_is_computed(path: str) -> None:
     assert values_BK.grad is not None
 
 
-def sae_loss(W_enc: Tensor, bias: Tensor, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor) -> Tensor:
+def sae_loss(parameters: list[Tensor], x_BD: Tensor) -> Tensor:
     """A KronSAE's loss with a product gate."""
+    W_enc, bias, W_dec, b_dec = parameters
     [pairs] = kernels.kronecker_linear_topk(x_BD, W_enc, bias, 2, [Choice(4)])
     u_BK, v_BK = pairs.pre_BR.chunk(2, dim=1)
     x_hat_BD = kernels.decode(u_BK.relu() * v_BK.relu(), pairs.selection.indices_BK, W_dec, b_dec)
@@ -133,14 +134,15 @@ def test_gradients_kept_as_entries_are_the_same_gradients(path: str) -> None:
     parameters = [leaf(*shape, dtype=torch.float64) for shape in ((7, 5, 6), (7, 5), (42, 6), (6,))]
     batches = [torch.randn(9, 6, dtype=torch.float64) for _ in range(2)]
     with kernels.use(path):
-        sum(sae_loss(*parameters, x) for x in batches).backward()  # type: ignore[union-attr]
+        for x_BD in batches:
+            sae_loss(parameters, x_BD).backward()
         want = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
         collected = kernels.RowGradients()
         for x_BD in batches:
             with kernels.collect_row_gradients(collected):
-                sae_loss(*parameters, x_BD).backward()
+                sae_loss(parameters, x_BD).backward()
         assert parameters[0].grad is None
         assert parameters[2].grad is None
         norm = kernels.grad_norm(parameters, collected)

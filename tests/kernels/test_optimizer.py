@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.kernels.helpers import operation, same_values
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -11,7 +12,6 @@ from kronsae import kernels
 from kronsae.errors import UserError
 from kronsae.kernels import AdamW, RowAdamW, reference
 from kronsae.kernels.rows import RowGradient, Term
-from tests.kernels.helpers import operation, same_values
 
 
 def entries(height: int, width: int, dtype: torch.dtype, step: int) -> Term:

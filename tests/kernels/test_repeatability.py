@@ -52,7 +52,8 @@ def test_two_hundred_runs_and_any_number_of_threads_give_the_same_bits() -> None
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
-    want, found = digest(), []
+    want = digest()
+    found: list[str] = []
     workers = [threading.Thread(target=lambda: found.extend(digest() for _ in range(10))) for _ in range(4)]
     for worker in workers:
         worker.start()

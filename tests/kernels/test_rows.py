@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.kernels.helpers import operation, same_values
 from torch import Tensor
 
 from kronsae.kernels import Choice, reference
 from kronsae.kernels.rows import RowGradient, Term
-from tests.kernels.helpers import operation, same_values
 
 SIZES = [(1, 1, 1, 1), (5, 3, 7, 13), (33, 9, 50, 17), (64, 32, 300, 96), (3, 40, 2, 31)]  # B, R, P, D
 DTYPES = [torch.float32, torch.float64]
@@ -67,13 +67,11 @@ def test_grouping_is_one_definite_order(path: str) -> None:
     assert torch.equal(got.x_BD, want.x_BD)
 
 
-def test_rows_without_entries_are_zero_even_in_poisoned_memory(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_without_entries_are_zero_even_in_poisoned_memory(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.empty
 
     def poisoned(*sizes: object, **options: object) -> Tensor:
-        memory = plain(*sizes, **options)  # type: ignore[call-overload]
+        memory: Tensor = plain(*sizes, **options)  # type: ignore[call-overload]
         return memory.fill_(float("nan")) if memory.is_floating_point() else memory.fill_(-1)
 
     monkeypatch.setattr(torch, "empty", poisoned)
@@ -88,9 +86,7 @@ def test_rows_without_entries_are_zero_even_in_poisoned_memory(
     assert not operation(path, "sampled_products")(x_BD, matrix_PD, rows_BR).isnan().any()
     chosen = operation(path, "kronecker_topk")(torch.randn(3, 4, 5), 2, 24)
     assert min(int(part.min()) for part in chosen) >= 0
-    [pairs] = operation(path, "kronecker_linear_topk")(
-        x_BD, torch.randn(4, 5, 5), torch.zeros(4, 5), 2, [Choice(24)]
-    )
+    [pairs] = operation(path, "kronecker_linear_topk")(x_BD, torch.randn(4, 5, 5), torch.zeros(4, 5), 2, [Choice(24)])
     assert not pairs.pre_BR.isnan().any()
 
 

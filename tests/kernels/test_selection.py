@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.kernels.helpers import operation, same_values
 from torch import Tensor
 
 from kronsae.kernels import Choice, KroneckerSelection, parents, portable, reference
 from kronsae.kernels.dispatch import choose, refuse
-from tests.kernels.helpers import operation, same_values
 
 cpu = pytest.importorskip("kronsae.kernels.cpu")
 
@@ -31,9 +31,7 @@ def check(pre_BHP: Tensor, d_base: int, got: KroneckerSelection, want: Kronecker
     assert got.indices_BK.dtype == torch.int64
     ordered = got.indices_BK.sort(dim=1).values
     assert (ordered.diff(dim=1) > 0).all()
-    torch.testing.assert_close(
-        products(pre_BHP, d_base, got), products(pre_BHP, d_base, want), rtol=2**-22, atol=0
-    )
+    torch.testing.assert_close(products(pre_BHP, d_base, got), products(pre_BHP, d_base, want), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -86,8 +84,8 @@ def test_product_and_selections_in_one(path: str, tokens: int, dtype: torch.dtyp
         same_values(pre_BR, all_BP.gather(1, rows_BR))
         for pre in (pre_BR, expected.pre_BR):
             assert pre.shape == (tokens, 2 * k)
-        root = [(pre[:, :k].relu() * pre[:, k:].relu()).sort().values for pre in (pre_BR, expected.pre_BR)]
-        same_values(*root)
+        found, wanted = ((pre[:, :k].relu() * pre[:, k:].relu()).sort().values for pre in (pre_BR, expected.pre_BR))
+        same_values(found, wanted)
 
 
 @pytest.mark.parametrize("width", [1, 7, 1023, 1025, 5000])
@@ -127,9 +125,7 @@ def test_ties_go_to_the_smaller_latent(case: tuple[Tensor, int, int]) -> None:
         assert int(batch.chosen_BK.sum()) == int(expected.chosen_BK.sum())
         u, v = (pre_BHP.flatten(1).gather(1, rows).relu() for rows in batch.selection[1:])
         p, q = (pre_BHP.flatten(1).gather(1, rows).relu() for rows in expected.selection[1:])
-        assert torch.equal(
-            (u * v)[batch.chosen_BK].sort().values, (p * q)[expected.chosen_BK].sort().values
-        )
+        assert torch.equal((u * v)[batch.chosen_BK].sort().values, (p * q)[expected.chosen_BK].sort().values)
     batch = cpu.kronecker_batch_topk(pre_BHP, d_base, total)
     expected = reference.kronecker_batch_topk(pre_BHP, d_base, total)
     assert torch.equal(batch.selection.indices_BK, expected.selection.indices_BK)

@@ -59,12 +59,18 @@ def test_without_warm_up_the_first_rate_is_the_peak() -> None:
         (lambda: OptimizerConfig(warmup_share=1.0), "optimizer.warmup_share must be in [0, 1); got 1.0."),
         (lambda: OptimizerConfig(beta2=math.nan), "optimizer.beta2 must be in [0, 1); got nan."),
         (lambda: OptimizerConfig(final_lr=-1.0), "optimizer.final_lr must be finite and at least 0; got -1.0."),
-        (lambda: OptimizerConfig(weight_decay=math.nan), "optimizer.weight_decay must be finite and at least 0; got nan."),
+        (
+            lambda: OptimizerConfig(weight_decay=math.nan),
+            "optimizer.weight_decay must be finite and at least 0; got nan.",
+        ),
         (
             lambda: member(name="../x"),
             "name must be letters, digits, '.', '_' or '-', since it names a folder; got '../x'.",
         ),
-        (lambda: member(name=".."), "name must be letters, digits, '.', '_' or '-', since it names a folder; got '..'."),
+        (
+            lambda: member(name=".."),
+            "name must be letters, digits, '.', '_' or '-', since it names a folder; got '..'.",
+        ),
         (lambda: member(seed=-1), "seed must be from 0 to 2**63 - 1; got -1."),
         (
             lambda: member(sparsifier=TopKConfig(k=9)),

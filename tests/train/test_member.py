@@ -199,8 +199,7 @@ def test_the_state_of_another_sae_is_refused() -> None:
 def test_a_divergence_is_told_and_names_the_remedy(name: str) -> None:
     member = make(CONFIGS[name], optimizer=OptimizerConfig(lr=1e30, warmup_share=0.0), unit_norm_decoder=False)
     with pytest.raises(UserError) as caught:
-        for step, x_BD in enumerate(batches()):
-            member.step(x_BD, step, want_metrics=True)
+        [member.step(x_BD, step, want_metrics=True) for step, x_BD in enumerate(batches())]
     message = str(caught.value)
     assert message.startswith(f"training of '{name}' diverged: the ")
     assert "Lower its learning rate (now " in message

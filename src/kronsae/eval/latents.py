@@ -16,6 +16,7 @@ from kronsae.core.checks import check_positive
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.sae import SAE
+from kronsae.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,8 @@ class GalleryConfig:
         for name in ("top", "cell_contexts", "max_cells"):
             check_positive(f"gallery.{name}", getattr(self, name))
         for name in ("num_latents", "num_heads", "sampled", "window"):
-            check_positive(f"gallery.{name}", getattr(self, name) + 1)
+            if getattr(self, name) < 0:
+                raise UserError(f"gallery.{name} must be at least 0; got {getattr(self, name)!r}.")
 
 
 def choose_latents(counts_F: Int[Tensor, " F"], number: int, seed: int) -> list[int]:

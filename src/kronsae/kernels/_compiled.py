@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# Types are numba's to infer: one source for float32 and float64, compiled at first use.
 """The loops of the CPU path, compiled by numba; `cpu` is their only caller.
 
 Each kernel works on the items ``start <= i < stop`` of its first axis (tokens or weight rows) and writes only what
@@ -14,13 +16,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
 
-_PLAIN = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
-_SUMS = _PLAIN | {"fastmath": {"contract", "reassoc", "nsz"}}
-_MAXIMA = _PLAIN | {"fastmath": {"contract", "nnan", "nsz"}}
+_PLAIN: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
+_SUMS: dict[str, Any] = _PLAIN | {"fastmath": {"contract", "reassoc", "nsz"}}
+_MAXIMA: dict[str, Any] = _PLAIN | {"fastmath": {"contract", "nnan", "nsz"}}
 
 
 @njit(**_PLAIN)

@@ -128,7 +128,7 @@ class _LinearAt(torch.autograd.Function):
         return values_BR.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_BR: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_BR: Tensor) -> Any:
         x_BD, weight_PD, rows_BR = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_BR = grad_BR.contiguous()
@@ -168,7 +168,7 @@ class _Decode(torch.autograd.Function):
         return cast(Tensor, choose("weighted_rows", W_dec_FD)(values_BK, indices_BK, W_dec_FD, b_dec_D))
 
     @staticmethod
-    def backward(ctx: Any, grad_BD: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_BD: Tensor) -> Any:
         values_BK, indices_BK, W_dec_FD = ctx.saved_tensors
         needs_values, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         grad_BD = grad_BD.contiguous()
@@ -253,9 +253,7 @@ def linear_topk(
 
 
 @torch.no_grad()
-def adamw(
-    weight: Tensor, moment: Tensor, second: Tensor, gradient: RowGradient | Tensor, settings: AdamW
-) -> None:
+def adamw(weight: Tensor, moment: Tensor, second: Tensor, gradient: RowGradient | Tensor, settings: AdamW) -> None:
     """One step of `AdamW` in place on a weight and its moments, all of one shape, flattened to rows."""
     rows = [tensor.view(-1, tensor.shape[-1]) for tensor in (weight, moment, second)]
     if isinstance(gradient, Tensor):

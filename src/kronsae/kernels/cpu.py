@@ -6,6 +6,7 @@ definite answer. A pre-latent that is NaN is never selected.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ def _threads(helpers: int) -> ThreadPoolExecutor:
 
 def _run(kernel: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
     """Call ``kernel(start, stop, *arguments)`` for each pair of neighbours in ``bounds``, on all threads."""
-    parts = iter([(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if start < stop])
+    parts = iter([(start, stop) for start, stop in itertools.pairwise(bounds) if start < stop])
 
     def work() -> None:
         for start, stop in parts:  # taking the next part is one step under the interpreter's lock
@@ -149,9 +150,7 @@ def _bounds(pre_BP: Array, bias_P: Array, heads: int, d_base: int) -> Array:
     return best_BH
 
 
-def _select(
-    pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, choice: Choice, chosen: ChosenPairs
-) -> None:
+def _select(pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, choice: Choice, chosen: ChosenPairs) -> None:
     heads = best_BH.shape[1]
     d_extension = len(bias_P) // heads - d_base
     outputs = (_array(chosen.selection.indices_BK), _array(chosen.rows_BR), _array(chosen.pre_BR))
@@ -272,8 +271,12 @@ def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
     for rows_BR, weights_BR in arrays:
         _compiled.place_entries(rows_BR, weights_BR, first_token, offsets, tokens_N, weights_N)
         first_token += len(rows_BR)
-    tensors = map(torch.from_numpy, (offsets[:-1], tokens_N, weights_N))
-    return RowGradient(*tensors, join_inputs(terms).contiguous())
+    return RowGradient(
+        torch.from_numpy(offsets[:-1]),
+        torch.from_numpy(tokens_N),
+        torch.from_numpy(weights_N),
+        join_inputs(terms).contiguous(),
+    )
 
 
 def _grouped(gradient: RowGradient) -> list[Array]:

@@ -155,6 +155,4 @@ def _not_importable(path: str, package: str, extra: str) -> str | None:
 
 def _check_name(path: str, where: str) -> None:
     if path not in PATHS:
-        raise UserError(
-            f"{where} must be one of {', '.join(PATHS)}; got {path!r}.{nearest(path, PATHS)}"
-        )
+        raise UserError(f"{where} must be one of {', '.join(PATHS)}; got {path!r}.{nearest(path, PATHS)}")

@@ -72,9 +72,7 @@ def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: in
     return pad_selection(pairs // heads, pairs % heads * cells + best % cells, tokens, d_base, d_extension)
 
 
-def pad_selection(
-    tokens_N: Tensor, latents_N: Tensor, tokens: int, d_base: int, d_extension: int
-) -> BatchSelection:
+def pad_selection(tokens_N: Tensor, latents_N: Tensor, tokens: int, d_base: int, d_extension: int) -> BatchSelection:
     """Lay out chosen (token, latent) pairs, tokens ascending, as one padded row per token; padding is latent 0."""
     counts_B = torch.bincount(tokens_N, minlength=tokens)
     place_N = torch.arange(len(tokens_N), device=tokens_N.device) - (counts_B.cumsum(0) - counts_B)[tokens_N]

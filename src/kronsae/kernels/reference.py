@@ -18,7 +18,8 @@ from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Krone
 def kronecker_products(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> Float[Tensor, "B H M N"]:
     """``relu(u_i) * relu(v_j)`` for every head, base i and extension j: the whole dictionary's activations."""
     base_BHM, extension_BHN = pre_BHP.relu().split([d_base, pre_BHP.shape[-1] - d_base], dim=-1)
-    return base_BHM.unsqueeze(-1) * extension_BHN.unsqueeze(-2)
+    products_BHMN: Tensor = base_BHM.unsqueeze(-1) * extension_BHN.unsqueeze(-2)
+    return products_BHMN
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:

@@ -47,6 +47,4 @@ def parents(indices_BK: Int[Tensor, "... K"], d_base: int, d_extension: int) -> 
     cell = indices_BK - head * (d_base * d_extension)
     base = cell // d_extension
     first_row = head * (d_base + d_extension)
-    return KroneckerSelection(
-        indices_BK, first_row + base, first_row + d_base + (cell - base * d_extension)
-    )
+    return KroneckerSelection(indices_BK, first_row + base, first_row + d_base + (cell - base * d_extension))

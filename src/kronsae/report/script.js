@@ -78,5 +78,6 @@ for (const head of document.querySelectorAll(".head")) {
       choose(link);
     });
   }
-  choose(head.querySelector(".grid a[data-first]"));
+  const asked = links.find((link) => link.hash === location.hash && location.hash);
+  choose(asked ?? head.querySelector(".grid a[data-first]"));
 }
