@@ -62,6 +62,11 @@ def test_tokenizer_gives_any_text_back(tokenizer: Any) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_tokenizer_class_is_known_to_older_transformers() -> None:
+    config = read_json(bundled.path() / "tokenizer_config.json", "The tokenizer's settings")
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_special_tokens_are_distinct(tokenizer: Any, model: Any) -> None:
     assert tokenizer.eos_token == tokenizer.bos_token == train.END_OF_TEXT
     assert tokenizer.pad_token == train.PAD

@@ -123,7 +123,7 @@ class Bigram:
 
 
 def fit_bigram(tokenizer: PreTrainedTokenizerFast, library_weight: int, vocab_size: int) -> Bigram:
-    """Fit the baselines on the training tokens, weighted as the language model saw them.
+    """Fit the baselines on one epoch of the training tokens, weighted as for the language model.
 
     The pseudo-count is the power of two that predicts best every 20th library document from the
     others; with it, the counts are taken on all.
@@ -283,8 +283,8 @@ On the {held_out["documents"]} held-out documents of the standard library withou
 |---|---|---|---|
 {rows}
 
-The baselines are counted on the same training tokens: an add-one unigram, and a bigram with a Dirichlet prior
-around it (pseudo-count {evaluation["bigram_pseudo_count"]:g}, tuned on a slice of the training text).
+The baselines are counted on one whole epoch of the training text: an add-one unigram, and a bigram with a Dirichlet
+prior around it (pseudo-count {evaluation["bigram_pseudo_count"]:g}, tuned on a slice of the training text).
 The sources of another Python version give slightly other figures.
 
 ## What it is for, and what not

@@ -231,6 +231,9 @@ def export(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder
     """Write the model in float16 and its tokenizer, as ``from_pretrained`` expects them."""
     copy.deepcopy(model).half().save_pretrained(folder)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(folder)
+    # transformers 5 writes a class name that 4 does not know; both know this one.
+    config = folder / "tokenizer_config.json"
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes files for the owner alone; a package is for everyone
 
