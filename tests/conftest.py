@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-from kronsae.vector_math import warm_up
+# Shape annotations of the core are checked while tests run; before the first import of it. An int passes for a float.
+install_import_hook("kronsae.core", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+from kronsae.vector_math import warm_up  # noqa: E402
 
 warm_up()
 
@@ -66,8 +70,9 @@ def finished_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Callable[[str], Path], text_file: Path
 ) -> Run:
     """A finished run of `tests.tiny_runs.tiny_config`, never interrupted; tests only read it."""
-    from kronsae.run import execute
     from tests.tiny_runs import tiny_config
+
+    from kronsae.run import execute
 
     config = tiny_config(tiny_model_folder("gpt_neox"), text_file)
     return execute(config, tmp_path_factory.mktemp("runs") / "whole", show_progress=False)

@@ -215,6 +215,7 @@ def test_the_arrows_hold_no_circle() -> None:
         ("kronsae.data.text", "from kronsae.bundled.train import main"),
         ("kronsae.train.trainer", "from kronsae.data.buffer import ShuffleBuffer"),
         ("kronsae.eval.latents", "from kronsae.train.member import Member"),
+        ("kronsae.train.member", "from kronsae.bench import measure"),
         ("kronsae.report.html", "from kronsae.train.member import Member"),
         ("kronsae.errors", "from kronsae.core import sae"),
         ("kronsae.attic.box", "import math"),

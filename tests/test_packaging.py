@@ -18,6 +18,14 @@ PACKAGE = ROOT / "src" / "kronsae"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PATTERNS: list[str] = PROJECT["tool"]["setuptools"]["package-data"]["kronsae"]
 MAX_BUNDLED_BYTES = 12_000_000
+DATA_FILES = [
+    path
+    for path in PACKAGE.rglob("*")
+    if path.is_file()
+    and path.suffix != ".py"
+    and not path.name.startswith(".")
+    and "__pycache__" not in path.parts  # numba keeps its cache there too
+]
 
 
 def _pins() -> dict[str, str]:
@@ -39,14 +47,12 @@ def test_package_data_names_files_that_exist(pattern: str) -> None:
 
 def test_every_file_beside_the_code_is_packed() -> None:
     packed = {path for pattern in PATTERNS for path in PACKAGE.glob(pattern)}
-    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    missing = sorted(str(path.relative_to(PACKAGE)) for path in others - packed)
+    missing = sorted(str(path.relative_to(PACKAGE)) for path in DATA_FILES if path not in packed)
     assert missing == [], "not in pyproject's package-data: an installed copy would lack them"
 
 
 def test_the_bundled_model_stays_small() -> None:
-    size = sum(path.stat().st_size for path in (PACKAGE / "bundled").rglob("*") if path.suffix not in (".py", ".pyc"))
-    assert size <= MAX_BUNDLED_BYTES
+    assert sum(path.stat().st_size for path in DATA_FILES if "bundled" in path.parts) <= MAX_BUNDLED_BYTES
 
 
 def test_one_version_everywhere() -> None:

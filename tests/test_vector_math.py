@@ -112,7 +112,7 @@ print(wrong)
     assert int(out) == 0
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_the_first_big_sqrt_is_right_in_fresh_processes(processes: int) -> None:
     errors = [float(run_fresh(FIRST_BIG_SQRT + "print(first_big_sqrt())")) for _ in range(processes)]
     assert max(errors) < 1e-6

@@ -19,7 +19,7 @@ from kronsae.run_config import RunConfig
 from kronsae.train.config import LoopConfig
 
 STEPS = 20
-WORDS = "the quick brown fox jumps over lazy dog and writes each activation as sum of few directions".split()
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "writes", "each", "sum", "of", "few")
 TIMES = ("seconds", "member_seconds")
 
 

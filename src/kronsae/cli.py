@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -62,7 +62,7 @@ def quickstart(
 
     config = with_overrides(recipes.quickstart(), tokens=tokens, seed=seed)
     run = execute(config, out, show_progress=not quiet, say=_say)
-    _evaluate_and_report(run, as_json)
+    _evaluate_and_report(run, as_json, quiet)
     _next(f"open {run.folder / 'report.html'} in a browser", "kronsae train --help, and --model with a model of yours")
 
 
@@ -112,24 +112,27 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run_folder: RunFolder = None, out: OptionalOut = None, tokens: Tokens = None, as_json: Json = False
+    run_folder: RunFolder = None,
+    out: OptionalOut = None,
+    tokens: Tokens = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a run's SAEs on held-out text: explained variance, l0, dead share, CE and KL recovered."""
     from kronsae.run import open_run
-    from kronsae.run_evaluation import evaluate_run
 
     run = open_run(_one_folder(run_folder, out))
-    _show(evaluate_run(run, tokens=tokens, say=_say), as_json)
+    _show(_evaluate(run, tokens, quiet), as_json)
     _next(f"kronsae report {shlex.quote(str(run.folder))}")
 
 
 @app.command()
-def report(run_folder: RunFolder = None, out: OptionalOut = None, as_json: Json = False) -> None:
+def report(run_folder: RunFolder = None, out: OptionalOut = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Write one HTML page: the comparison, the curves, the latents and their contexts."""
     from kronsae.run import open_run
 
     run = open_run(_one_folder(run_folder, out))
-    _evaluate_and_report(run, as_json)
+    _evaluate_and_report(run, as_json, quiet)
     _next(f"open {run.folder / 'report.html'} in a browser")
 
 
@@ -142,14 +145,26 @@ def harvest(
     text: Annotated[str, typer.Option(help="Text: Hub data set, local file or folder.")] = "bundled",
     dtype: Annotated[str, typer.Option(help="Precision on disk: float32, bfloat16 or float16.")] = "float32",
     context_length: Annotated[int, typer.Option(help="Tokens of text the model sees at once.")] = 256,
+    held_out_share: Annotated[float, typer.Option(help="Share of documents kept for evaluation.")] = 0.05,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a model over text and keep one hook's activations on disk, as safetensors."""
     from kronsae.harvesting import harvest as harvest_to
+    from kronsae.progress_bar import progress_bar
 
-    summary = harvest_to(
-        model=model, text=text, hook=hook, tokens=tokens, out=out, dtype=dtype, context_length=context_length
-    )
+    with progress_bar("harvesting", quiet=quiet) as progress:
+        summary = harvest_to(
+            model=model,
+            text=text,
+            hook=hook,
+            tokens=tokens,
+            out=out,
+            dtype=dtype,
+            context_length=context_length,
+            held_out_share=held_out_share,
+            progress=progress,
+        )
     if as_json:
         _print_json(summary)
     else:
@@ -191,8 +206,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        label = "Error: " if error.exit_status == UserError.exit_status else ""
+        print(f"{label}{error}", file=sys.stderr)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(130)
@@ -283,6 +299,7 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
 
     ``seed`` is that of an SAE which names none.
     """
+    from kronsae.config import checked
     from kronsae.recipes import SAE_KINDS
 
     try:
@@ -291,7 +308,7 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
         raise UserError(f"--sae must have its quotes in pairs; got '{spec}' ({error}).") from None
     if kind not in SAE_KINDS:
         raise UserError(f"--sae must begin with one of {', '.join(SAE_KINDS)}; got '{spec}'.{nearest(kind, SAE_KINDS)}")
-    parameters = inspect.signature(SAE_KINDS[kind]).parameters
+    parameters, hints = inspect.signature(SAE_KINDS[kind]).parameters, get_type_hints(SAE_KINDS[kind])
     values: dict[str, Any] = {} if seed is None else {"seed": seed}
     for word in words:
         name, equals, value = word.partition("=")
@@ -299,7 +316,8 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
             raise UserError(f"--sae takes name=value pairs after its kind; got '{word}' in '{spec}'.")
         if name not in parameters:
             raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, parameters)} In '{spec}'.")
-        values[name] = value if name in ("name", "gate") else _number(name, value)
+        hint = hints[name]
+        values[name] = checked(hint, value if hint is str else _json_value(value), name)
     missing = [
         name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name not in values
     ]
@@ -340,26 +358,27 @@ def _step_into(inner: Any, key: str, place: str) -> Any:
 
 
 def _json_value(text: str) -> Any:
+    as_in_python = {"True": True, "False": False, "None": None}
+    if text in as_in_python:
+        return as_in_python[text]
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
 
 
-def _number(name: str, text: str) -> int | float | bool | None:
-    as_in_python: dict[str, bool | None] = {"True": True, "False": False, "None": None}
-    if text in as_in_python:
-        return as_in_python[text]
-    value = _json_value(text.replace("_", ""))
-    if value is None or isinstance(value, int | float | bool):
-        return value
-    raise UserError(f"{name} must be a number; got '{text}'.")
+def _evaluate(run: Run, tokens: int | None, quiet: bool) -> list[dict[str, Any]]:
+    from kronsae.progress_bar import progress_bar
+    from kronsae.run_evaluation import evaluate_run
+
+    with progress_bar("evaluating", quiet=quiet) as progress:
+        return evaluate_run(run, tokens=tokens, say=_say, progress=progress)
 
 
-def _evaluate_and_report(run: Run, as_json: bool) -> None:
-    from kronsae.run_evaluation import evaluate_run, write_report
+def _evaluate_and_report(run: Run, as_json: bool, quiet: bool) -> None:
+    from kronsae.run_evaluation import write_report
 
-    rows = evaluate_run(run, say=_say)
+    rows = _evaluate(run, None, quiet)
     path = write_report(run)
     _show(rows, as_json)
     _say(f"Report: {path}")

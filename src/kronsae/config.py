@@ -48,7 +48,7 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if name not in values and no_default:
             raise UserError(f"{where}.{name} is missing; {cls.__name__} needs it.")
-    return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    return cls(**{name: checked(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -71,7 +71,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def checked(hint: Any, value: Any, where: str) -> Any:
+    """Return ``value``, read from JSON, as the type ``hint`` asks for; ``where`` names the place in messages.
+
+    Raises:
+        UserError: it is of another type, or nested in it is something that `from_dict` refuses.
+    """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _union_value(get_args(hint), value, where)
@@ -80,7 +85,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and len(get_args(hint)) == 2 and get_args(hint)[1] is Ellipsis:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise UserError(f"{where} must be a list; got {value!r}.")
-        return tuple(_value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(checked(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is typing.Literal:
         if value not in get_args(hint):
             raise UserError(f"{where} must be one of {', '.join(map(repr, get_args(hint)))}; got {value!r}.")
@@ -102,7 +107,7 @@ def _union_value(options: tuple[Any, ...], value: Any, where: str) -> Any:
     problems = []
     for option in options:
         try:
-            return _value(option, value, where)
+            return checked(option, value, where)
         except UserError as error:
             problems.append(str(error))
     raise UserError(problems[0])

@@ -10,8 +10,10 @@ class UserError(ValueError):
     """Something the caller gave cannot be used.
 
     The message is one sentence: argument, rule, value, remedy. The command line prints it without a
-    traceback and exits with status 2.
+    traceback and exits with `exit_status`.
     """
+
+    exit_status = 2
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

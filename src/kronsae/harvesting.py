@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,11 @@ from time import perf_counter
 from typing import Any
 
 from kronsae.config import from_dict, to_dict
+from kronsae.data.buffer import Activations
 from kronsae.data.harvest import ActivationStream
 from kronsae.data.model import ModelConfig, load_model
 from kronsae.data.store import read_manifest, write_activations
+from kronsae.data.stream import State
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.data.tokens import TokenStream
 from kronsae.errors import UserError
@@ -29,6 +32,7 @@ def harvest(
     context_length: int = 256,
     model_batch: int = 32,
     held_out_share: float = 0.05,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write the activations of the training part of a text into ``out``; return what was written.
 
@@ -54,7 +58,7 @@ def harvest(
     }
     started = perf_counter()
     stream = ActivationStream(language_model, hook, windows)
-    manifest = write_activations(stream, out, tokens=tokens, dtype=dtype, metadata=about)
+    manifest = write_activations(_told(stream, hook, tokens, progress), out, tokens=tokens, dtype=dtype, metadata=about)
     seconds = perf_counter() - started
     return {
         "out": str(out),
@@ -67,6 +71,16 @@ def harvest(
         "seconds": seconds,
         "tokens_per_second": manifest.tokens / seconds,
     }
+
+
+def _told(
+    stream: ActivationStream, hook: str, tokens: int, progress: Callable[[int, int], None]
+) -> Iterator[tuple[Activations, State]]:
+    done = 0
+    for values, state in stream:
+        yield values, state
+        done += len(values[hook])
+        progress(min(done, tokens), tokens)
 
 
 def with_activations(config: RunConfig, folder: Path) -> RunConfig:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -215,8 +216,12 @@ def execute(
         _finish(run, members, progress)
         return run
     say(plan(source, members))
+    if config.activations is None:
+        say(f"Filling the shuffle buffer with the activations of {config.buffer_tokens:,} tokens.")
+    filling = perf_counter()
     stream = iter(source.batches(progress.stream))
     first = next(stream)  # text, model and activations are known to work before anything is written
+    progress = replace(progress, seconds=progress.seconds + perf_counter() - filling)
     if problem := _nothing_held_out(config):
         say(f"Note: `kronsae eval` will find no text of its own: {problem}")
     write_json(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
@@ -232,11 +237,17 @@ def execute(
             "Give the same command again to carry on."
         )
     _finish(run, members, progress)
+    say(
+        f"Trained on {progress.tokens:,} tokens in {progress.seconds:.0f} s: "
+        f"{progress.tokens / progress.seconds:,.0f} tokens/s for {len(members)} SAE(s)."
+    )
     return run
 
 
 class Interrupted(UserError):
     """The person stopped the training; nothing is lost."""
+
+    exit_status = 130  # what a shell reports of a process ended by Ctrl-C
 
 
 def check_folder(run: Run, config: RunConfig) -> None:

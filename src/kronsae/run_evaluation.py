@@ -37,7 +37,11 @@ SUMMARY_KEYS = (
 
 
 def evaluate_run(
-    run: Run, *, tokens: int | None = None, say: Callable[[str], None] = lambda line: None
+    run: Run,
+    *,
+    tokens: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate all SAEs of a run on the same held-out tokens; write what was found into the run folder.
 
@@ -45,6 +49,7 @@ def evaluate_run(
         run: a finished run.
         tokens: how many held-out tokens; None: the run's ``eval_tokens``. Equal figures are not computed again.
         say: told what is being done.
+        progress: called with (tokens done, tokens to do); there are two passes.
 
     Returns:
         One row per SAE: size, cost, and every figure of `kronsae.eval.Evaluation`.
@@ -68,6 +73,7 @@ def evaluate_run(
         resolve_hook(source.language_model.model, config.hook),
         partial(source.tokens(held_out=True, repeat=False), state=None),
         tokens=wanted,
+        progress=progress,
     )
     training = read_json(run.folder / "training.json", "the training's summary")
     rows = [_row(name, sae, found[name], training) for name, sae in saes.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -21,6 +22,11 @@ ROW: dict[str, Any] = {
     "dead_share": 0.125,
     "lr": 1e-4,
 }
+
+
+def plain(text: str) -> str:
+    """Without colours and movements of the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
 def test_lines_on_stderr_and_not_too_often(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,8 +58,10 @@ def test_a_live_table_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypa
     sink = DisplaySink(1000, 0)
     sink.write(ROW)
     sink.write(ROW | {"sae": "topk", "explained_variance": None})
+    sink.write(ROW | {"tokens": 600})
     sink.close()
     shown = capsys.readouterr()
     assert shown.out == ""
-    for text in ("training", "30%", "tokens/s", "SAE", "kron", "topk", "0.9876", "31.5", "12.5%", "0.25", "1.0e-04"):
+    for text in ("training", "60%", "tokens/s", "SAE", "kron", "topk", "0.9876", "31.5", "12.5%", "0.25", "1.0e-04"):
         assert text in shown.err
+    assert re.search(r"60% [\d,]+ tokens/s \d:\d\d:\d\d", plain(shown.err))

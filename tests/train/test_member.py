@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.errors import UserError
 from kronsae.recipes import kron, topk
 from kronsae.train.config import LoopConfig, MemberConfig, OptimizerConfig
@@ -60,7 +61,7 @@ class Reference:
 
     def latents(self, x_BD: Tensor) -> Tensor:
         weight, bias = self.weights["encoder.weight"], self.weights["encoder.bias"]
-        if self.config.encoder.kind == "dense":
+        if isinstance(self.config.encoder, DenseEncoderConfig):
             return (x_BD @ weight.T + bias).relu()
         pre_BHP = torch.einsum("bd,hpd->bhp", x_BD, weight) + bias
         bases = self.config.encoder.d_base

@@ -1,0 +1,583 @@
+"""The command line: every verb, JSON that is nothing but JSON, and one sentence for whatever cannot work."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny_models import make_model, make_tokenizer
+from tests.tiny_runs import assert_same_run, listing, tiny_config
+
+from kronsae import cli
+from kronsae.cli import main, parse_sae, with_options
+from kronsae.config import to_dict
+from kronsae.errors import UserError
+from kronsae.recipes import kron, topk
+from kronsae.run import Run, execute, open_run
+from kronsae.run_config import RunConfig
+from kronsae.train.config import LoopConfig
+from kronsae.train.member import Member
+
+FolderOf = Callable[[str], Path]
+KRON = "kron num_heads=8 d_base=2 d_extension=2 k=4"
+VERBS = ("quickstart", "train", "eval", "report", "harvest", "recipes")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """All of stdout, which must be JSON without NaN or infinity."""
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+    @property
+    def sentence(self) -> str:
+        """The one error line; there must be no traceback and nothing on stdout."""
+        assert "Traceback" not in self.err
+        assert self.out == ""
+        errors = [line for line in self.err.splitlines() if line.startswith("Error: ")]
+        assert self.err.splitlines()[-1:] == errors, self.err
+        return errors[0].removeprefix("Error: ")
+
+
+Kronsae = Callable[..., Outcome]
+
+
+@pytest.fixture
+def kronsae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kronsae:
+    """Runs the entry point as the ``kronsae`` script does; numbers and paths are turned to words."""
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kronsae", *map(str, words)])
+        capsys.readouterr()
+        status: object = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        assert isinstance(status, int)
+        return Outcome(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def base(tiny_model_folder: FolderOf, text_file: Path) -> list[str]:
+    """A ``train`` that works, but for ``--out`` and the SAEs."""
+    line = (
+        f"train --model {tiny_model_folder('gpt_neox')} --text {text_file} --hook layers.2 --tokens 256 --quiet "
+        "--set context_length=32 --set loop.batch_tokens=64 --set buffer_tokens=128 --set held_out_share=0.2 "
+        "--set eval_tokens=100 --set model.device=cpu"
+    )
+    return shlex.split(line)
+
+
+def without(words: list[str], option: str) -> list[str]:
+    """The words less an option and its value."""
+    at = words.index(option)
+    return words[:at] + words[at + 2 :]
+
+
+class TestHelp:
+    def test_the_whole(self, kronsae: Kronsae) -> None:
+        shown = kronsae("--help")
+        assert shown.status == 0
+        assert all(verb in shown.out for verb in VERBS)
+        assert "kronsae quickstart" in shown.out
+
+    @pytest.mark.parametrize(
+        ("verb", "options"),
+        [
+            ("quickstart", "--out --tokens --json --quiet"),
+            (
+                "train",
+                "--out --recipe --config --model --text --hook --tokens --sae --seed --set --activations "
+                "--tensorboard --wandb --quiet --json",
+            ),
+            ("eval", "--out --tokens --json"),
+            ("report", "--out --json"),
+            ("harvest", "--out --hook --tokens --model --text --dtype --context-length --json"),
+            ("recipes", "--json"),
+        ],
+    )
+    def test_each_verb_names_its_options(
+        self, verb: str, options: str, kronsae: Kronsae, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        shown = kronsae(verb, "--help")
+        assert shown.status == 0
+        assert [option for option in options.split() if option not in re.findall(r"--[a-z-]+", shown.out)] == []
+        assert f"kronsae {verb}" in shown.out
+
+    def test_without_a_verb_the_help_is_shown(self, kronsae: Kronsae) -> None:
+        shown = kronsae()
+        assert "quickstart" in shown.out + shown.err
+
+
+class TestVerbs:
+    def test_train_then_eval(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+        out = tmp_path / "a run"
+        trained = kronsae(*base, "--sae", KRON, "--sae", "topk d_sae=32 k=4 name=base", "--out", out, "--json")
+        assert trained.status == 0
+        assert trained.json["out"] == str(out)
+        assert [(row["sae"], row["step"], row["tokens"]) for row in trained.json["saes"]] == [
+            ("kron", 4, 256),
+            ("base", 4, 256),
+        ]
+        assert "4 steps of 64 tokens at layers.2 of" in trained.err
+        assert f"What now? kronsae eval '{out}'; kronsae report '{out}'" in trained.err
+
+        evaluated = kronsae("eval", out, "--json")
+        assert evaluated.status == 0
+        for row in evaluated.json["saes"]:
+            assert row["tokens"] == 256
+            assert row["evaluation_tokens"] >= 100
+            assert row["explained_variance"] <= 1
+            assert row["ce_recovered"] is not None
+        again = kronsae("eval", "--out", out, "--json")
+        assert again.json == evaluated.json
+        assert "Already evaluated on 100 held-out tokens" in again.err
+        assert kronsae("eval", out, "--tokens", 40, "--json").json != evaluated.json
+
+        table = kronsae("eval", out)
+        assert [word for word in ("kron", "base", "EV", "l0", "CE recovered") if word not in table.out] == []
+        summary = json.loads((out / "summary.json").read_text())
+        assert [row["name"] for row in summary["saes"]] == ["kron", "base"]
+
+    def test_a_finished_run_says_so_and_gives_the_same_figures(
+        self, finished_run: Run, kronsae: Kronsae, tmp_path: Path
+    ) -> None:
+        given = kronsae("train", "--config", finished_run.folder / "run.json", "--out", finished_run.folder, "--json")
+        assert given.status == 0
+        assert "is finished; nothing is left to train." in given.err
+        assert given.json["saes"] == finished_run.metrics()[-2:]
+
+    def test_stopped_and_given_again(
+        self, finished_run: Run, kronsae: Kronsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("train", "--config", finished_run.folder / "run.json", "--out", tmp_path / "r", "--quiet")
+        plain = Member.step
+
+        def stopping(self: Member, x_BD: Any, step: int, want_metrics: bool) -> object:
+            if step == 7 and self.name == "topk":
+                signal.raise_signal(signal.SIGINT)
+            return plain(self, x_BD, step, want_metrics)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Member, "step", stopping)
+            stopped = kronsae(*command)
+        assert stopped.status != 0
+        assert stopped.sentence.startswith("stopped after 512 of 1,280 tokens; the state is saved in ")
+        carried_on = kronsae(*command)
+        assert carried_on.status == 0
+        assert "Carrying on after 512 of 1,280 tokens." in carried_on.err
+        assert_same_run(finished_run, open_run(tmp_path / "r"))
+
+    def test_harvest_then_train_then_eval(
+        self, tiny_model_folder: FolderOf, text_file: Path, kronsae: Kronsae, tmp_path: Path
+    ) -> None:
+        model = tiny_model_folder("gpt_neox")
+        asked = f"--model {model} --text {text_file} --hook layers.1 --tokens 300 --context-length 32".split()
+        harvested = kronsae("harvest", *asked, "--out", tmp_path / "acts", "--dtype", "bfloat16", "--json")
+        assert harvested.status == 0
+        figures = harvested.json
+        assert figures.pop("seconds") > 0
+        assert figures.pop("tokens_per_second") > 0
+        assert figures == {
+            "out": str(tmp_path / "acts"),
+            "model": str(model),
+            "hook": "layers.1",
+            "d_in": 16,
+            "tokens": 300,
+            "dtype": "bfloat16",
+            "shards": 1,
+        }
+        trained = kronsae(
+            *("train", "--activations", tmp_path / "acts", "--sae", KRON, "--tokens", 640, "--quiet"),
+            *("--set", "loop.batch_tokens=64", "--set", "buffer_tokens=128", "--out", tmp_path / "r", "--json"),
+        )
+        assert trained.status == 0
+        assert trained.json["saes"][0]["tokens"] == 640
+        evaluated = kronsae("eval", tmp_path / "r", "--tokens", 50, "--json")
+        assert evaluated.status == 0
+        assert evaluated.json["saes"][0]["ce_recovered"] is not None
+
+    def test_harvest_for_a_person(
+        self, tiny_model_folder: FolderOf, text_file: Path, kronsae: Kronsae, tmp_path: Path
+    ) -> None:
+        asked = ("--model", tiny_model_folder("gpt2"), "--text", text_file, "--hook", 0, "--tokens", 50)
+        shown = kronsae("harvest", *asked, "--context-length", 32, "--out", tmp_path / "acts")
+        assert "tokens: 50\n" in shown.out
+        assert "What now? kronsae train --activations" in shown.err
+
+    def test_report(self, finished_run: Run, kronsae: Kronsae, tmp_path: Path) -> None:
+        shutil.copytree(finished_run.folder, tmp_path / "r")
+        written = kronsae("report", tmp_path / "r", "--json")
+        assert written.status == 0
+        assert [row["name"] for row in written.json["saes"]] == ["topk", "kron"]
+        assert "<html" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")[:1000]
+        assert f"What now? open {tmp_path / 'r' / 'report.html'} in a browser" in written.err
+        assert kronsae("report", "--out", tmp_path / "r", "--json").json == written.json
+
+    def test_quickstart(
+        self, finished_run: Run, kronsae: Kronsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("kronsae.recipes.quickstart", lambda: finished_run.config)
+        done = kronsae("quickstart", "--out", tmp_path / "q", "--tokens", 128, "--json", "--quiet")
+        assert done.status == 0
+        assert [(row["name"], row["tokens"]) for row in done.json["saes"]] == [("topk", 128), ("kron", 128)]
+        assert {"summary.json", "report.html", "run.json", "saes"} <= set(listing(tmp_path / "q"))
+        summary = json.loads((tmp_path / "q" / "summary.json").read_text())["saes"]
+        keys = (
+            "name architecture parameters encoder_parameters training_flops tokens explained_variance l0 dead_share "
+            "ce_recovered seconds"
+        )
+        assert [list(row) for row in summary] == [keys.split()] * 2
+        again = kronsae("quickstart", "--out", tmp_path / "q", "--tokens", 128, "--json", "--quiet")
+        assert "is finished; nothing is left to train." in again.err
+        assert again.json == done.json
+
+    def test_recipes(self, kronsae: Kronsae) -> None:
+        assert {"quickstart", "tiny"} <= kronsae("recipes", "--json").json.keys()
+        assert "tiny: A small KronSAE" in kronsae("recipes").out
+
+    def test_the_seed_is_that_of_every_sae_that_names_none(
+        self, base: list[str], kronsae: Kronsae, tmp_path: Path
+    ) -> None:
+        saes = ("--sae", KRON, "--sae", "topk d_sae=32 k=4 seed=9")
+        assert kronsae(*base, *saes, "--seed", 5, "--out", tmp_path / "r").status == 0
+        config = open_run(tmp_path / "r").config
+        assert (config.seed, [member.seed for member in config.saes]) == (5, [5, 9])
+
+    def test_a_recipe_s_saes_take_the_seed(self, monkeypatch: pytest.MonkeyPatch, kronsae: Kronsae) -> None:
+        asked: list[RunConfig] = []
+
+        def remember(config: RunConfig, out: Path, **_: Any) -> Run:
+            asked.append(config)
+            return Run(out)
+
+        monkeypatch.setattr("kronsae.run.execute", remember)
+        words = ("train", "--recipe", "tiny", "--seed", 4, "--hook", "layers.1", "--tokens", 4096, "--out", "o")
+        assert kronsae(*words, "--set", "saes.0.optimizer.lr=1e-3", "--set", "loop.log_every=1").status == 0
+        (config,) = asked
+        assert (config.seed, config.saes[0].seed, config.hook, config.loop.tokens) == (4, 4, "layers.1", 4096)
+        assert (config.saes[0].optimizer.lr, config.loop.log_every) == (1e-3, 1)
+
+    @pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "parquet"])
+    def test_every_kind_of_text(self, suffix: str, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+        texts = [f"Document {number} says that the fox has jumped over {number} dogs. " * 3 for number in range(12)]
+        path = tmp_path / f"text.{suffix}"
+        if suffix == "parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+        elif suffix == "jsonl":
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        elif suffix == "json":
+            path.write_text(json.dumps([{"text": text} for text in texts]))
+        else:
+            path.write_text("\n\n".join(texts * 20))
+        asked = [*without(base, "--text"), "--text", str(path), "--sae", "topk d_sae=32 k=4"]
+        assert kronsae(*asked, "--out", tmp_path / "r", "--json").json["saes"][0]["tokens"] == 256
+
+
+BAD_SAES = {
+    "": "--sae must begin with one of topk, kron; got ''.",
+    "topp d_sae=8 k=2": "--sae must begin with one of topk, kron; got 'topp d_sae=8 k=2'. Did you mean 'topk'?",
+    "topk": "--sae topk needs d_sae, k; got 'topk'.",
+    "topk d_sae=8": "--sae topk needs k; got 'topk d_sae=8'.",
+    "topk d_sae=8 k": "--sae takes name=value pairs after its kind; got 'k' in 'topk d_sae=8 k'.",
+    "topk d_sae=8 k=two": "k must be int; got 'two'.",
+    "topk d_sae=8 k=": "k must be int; got ''.",
+    "topk d_sae=8 k=[2]": "k must be int; got [2].",
+    "topk d_sae=8 k=2.5": "k must be int; got 2.5.",
+    "topk d_sae=0 k=2": "d_sae must be a whole number above 0; got 0.",
+    "topk d_sae=8 k=9": "k must be at most d_sae; got k=9 with d_sae=8. Lower k or widen.",
+    "topk d_sea=8 k=2": "'d_sea' is not an argument of topk. Did you mean 'd_sae'? In 'topk d_sea=8 k=2'.",
+    "topk d_sae=8 k='2": "--sae must have its quotes in pairs; got 'topk d_sae=8 k='2' (No closing quotation).",
+    "topk d_sae=8 k=2 name=a/b": "name must be letters, digits, '.', '_' or '-', since it names a folder; got 'a/b'.",
+    "topk d_sae=8 k=2 lr=Infinity": "optimizer.lr must be finite; got inf.",
+    "topk d_sae=8 k=2 lr=-1": "optimizer.lr must be above 0; got -1.0.",
+    "topk d_sae=8 k=2 seed=1.5": "seed must be int; got 1.5.",
+    "topk d_sae=8 k=2 unit_norm_decoder=3": "unit_norm_decoder must be bool; got 3.",
+    "kron num_heads=8 d_base=2 d_extension=2 k=4 d_sae=33": (
+        "d_sae must equal num_heads * d_base * d_extension; got 33 with 8 * 2 * 2 = 32. Leave d_sae out, or change one."
+    ),
+    "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=mend": "gate must be one of 'mand', 'mand_eps'; got 'mend'.",
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("spec", BAD_SAES)
+    def test_an_sae(self, spec: str, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+        told = kronsae(*base, "--sae", spec, "--out", tmp_path / "r")
+        assert (told.status, told.sentence) == (2, BAD_SAES[spec])
+        assert listing(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("words", "sentence"),
+        [
+            (
+                ["--set", "lop.tokens=5"],
+                r"^--set lop.tokens: there is no 'lop' in the config. Did you mean 'loop'\? Known: ",
+            ),
+            (
+                ["--set", "loop.batch_tokns=5"],
+                r"^--set loop.batch_tokns: there is no 'batch_tokns' in the config. Did you mean 'batch_tokens'\?",
+            ),
+            (["--set", "saes.1.name=x"], r"^--set saes.1.name: there is no '1' in the config. Known: 0.$"),
+            (["--set", "hook.x=1"], r"^--set hook.x: there is no 'x' in the config. That place has no parts.$"),
+            (
+                ["--set", "loop.tokens"],
+                r"^--set takes place=value, such as loop.batch_tokens=4096; got 'loop.tokens'.$",
+            ),
+            (["--set", "loop.tokens=many"], r"^config.loop.tokens must be int; got 'many'.$"),
+            (["--set", "loop.log_every=0"], r"^log_every must be a whole number above 0; got 0.$"),
+            (["--set", "model.dtype=float8"], r"^dtype must be one of float32, bfloat16, float16; got 'float8'."),
+            (
+                ["--set", "buffer_tokens=10"],
+                r"^buffer_tokens must be at least batch_tokens; got 10 with batch_tokens=64.",
+            ),
+            (["--set", "context_length=65"], r"^context_length must not exceed the 64 positions of model "),
+            (
+                ["--set", "saes.0.optimizer.final_lr=NaN"],
+                r"^optimizer.final_lr must be finite and at least 0; got nan.$",
+            ),
+            (
+                ["--tokens", "63"],
+                r"^tokens must be at least one batch; got tokens=63 with batch_tokens=64. Ask for more",
+            ),
+            (["--tokens", "-3"], r"^tokens must be a whole number above 0; got -3.$"),
+            (
+                ["--hook", "layers.2.mpl"],
+                r"^hook must name a module .*; got 'layers.2.mpl'. Did you mean 'layers.2.mlp'\?$",
+            ),
+            (["--hook", "9"], r"^hook must name a layer from 0 to 3; got '9'. The model has 4 layers.$"),
+            (["--model", "/no/such/folder"], r"^model: there is no folder '/no/such/folder'. Check the path, or give"),
+            (
+                ["--model", "no-such-model"],
+                r"^model: there is no folder and no cached model 'no-such-model', and the Hugging",
+            ),
+            (
+                ["--text", "/no/such.txt"],
+                r"^text: a path must exist; there is no '/no/such.txt'. Check it, or name a Hub",
+            ),
+            (["--wandb", "project"], r"^wandb was asked for but is not installed; install it with: pip install 'krons"),
+            (["--sae", "topk d_sae=8 k=2 name=kron"], r"^saes must have different names; got kron, kron. Give name="),
+            (["--recipe", "tny"], r"^recipe must be one of quickstart, tiny, .*; got 'tny'. Did you mean 'tiny'\?$"),
+            (["--recipe", "tiny", "--config", "x"], r"^give --recipe or --config, not both.$"),
+            (["--config", "no.json"], r"^the config: no.json does not exist.$"),
+            (
+                ["--activations", "x"],
+                r"^--activations has a model, a text and a hook of its own; leave out --model, --text, ",
+            ),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_an_option(
+        self, words: list[str], sentence: str, base: list[str], kronsae: Kronsae, tmp_path: Path
+    ) -> None:
+        if words[0] != "--set" and words[0] in base:
+            base = without(base, words[0])
+        told = kronsae(*base, "--sae", KRON, *words, "--out", tmp_path / "r")
+        assert told.status == 2
+        assert re.search(sentence, told.sentence), told.sentence
+        assert listing(tmp_path) == []
+
+    def test_missing_arguments(self, kronsae: Kronsae, tmp_path: Path) -> None:
+        out = tmp_path / "r"
+        told = kronsae("train", "--out", out)
+        assert told.status == 2
+        assert told.sentence == (
+            "without --recipe or --config, give also --tokens, --sae, --model, --text, --hook; "
+            "see `kronsae train --help`."
+        )
+        told = kronsae("train", "--activations", tmp_path, "--out", out)
+        assert told.sentence == "without --recipe or --config, give also --tokens, --sae; see `kronsae train --help`."
+        told = kronsae("train", "--activations", tmp_path, "--tokens", 100, "--sae", KRON, "--out", out)
+        assert told.sentence.endswith("has no manifest.json. Harvest into it first.")
+        for words in (["train", "--recipe", "tiny"], ["harvest", "--out", out, "--hook", "1"]):
+            told = kronsae(*words)
+            assert told.status == 2
+            assert "Missing option" in told.err
+            assert "Traceback" not in told.err
+        assert listing(tmp_path) == []
+
+    @pytest.mark.parametrize("verb", ["eval", "report"])
+    def test_a_run_folder_that_is_none(self, verb: str, kronsae: Kronsae, tmp_path: Path) -> None:
+        assert kronsae(verb).sentence == "give the run folder once: as RUN or as --out RUN."
+        assert kronsae(verb, tmp_path, "--out", tmp_path).sentence.startswith("give the run folder once")
+        told = kronsae(verb, tmp_path / "x")
+        assert (
+            told.sentence == f"there is no run folder {tmp_path / 'x'}. Give the --out of an earlier `kronsae train`."
+        )
+        told = kronsae(verb, tmp_path)
+        assert (told.status, told.sentence) == (2, f"the run folder: {tmp_path / 'run.json'} does not exist.")
+        assert listing(tmp_path) == []
+
+    def test_an_unfinished_run_is_not_evaluated(self, finished_run: Run, kronsae: Kronsae, tmp_path: Path) -> None:
+        (tmp_path / "run.json").write_bytes((finished_run.folder / "run.json").read_bytes())
+        told = kronsae("eval", tmp_path)
+        assert told.status == 2
+        assert told.sentence == (
+            f"the run in {tmp_path} is not finished. Give the command that started it again: it carries on."
+        )
+        assert listing(tmp_path) == ["run.json"]
+
+    def test_a_folder_that_holds_a_different_run(self, finished_run: Run, kronsae: Kronsae) -> None:
+        before = listing(finished_run.folder)
+        config = finished_run.folder / "run.json"
+        told = kronsae("train", "--config", config, "--hook", "layers.1", "--out", finished_run.folder)
+        assert told.status == 2
+        assert told.sentence == (
+            f"{finished_run.folder} already holds a different run (hook: 'layers.2' -> 'layers.1'). "
+            "Choose another --out, or remove it."
+        )
+        assert listing(finished_run.folder) == before
+
+    def test_an_out_that_holds_other_things(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("precious")
+        for out, sentence in (
+            (tmp_path, "out must be a new or empty folder or a run; "),
+            (tmp_path / "mine", "out must be a folder; "),
+            (tmp_path / "mine" / "r", "out must be a folder that can be made; "),
+        ):
+            told = kronsae(*base, "--sae", KRON, "--out", out)
+            assert told.status == 2
+            assert told.sentence.startswith(sentence)
+        assert kronsae("harvest", "--hook", 1, "--tokens", 9, "--out", tmp_path).sentence.startswith(
+            "folder must be new"
+        )
+        assert listing(tmp_path) == ["mine"]
+        assert (tmp_path / "mine").read_text() == "precious"
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (
+                {"loop": {"tokens": 1280, "batch_tokns": 64}},
+                r"run.json.loop.batch_tokns is not a known key of LoopConfig. Did you mean 'batch_tokens'\?",
+            ),
+            ({"sead": 1}, r"run.json.sead is not a known key of RunConfig. Did you mean 'seed'\? Known keys: model, "),
+            ({"hook": 3}, r"run.json.hook must be str; got 3.$"),
+            ({"saes": [{"name": "a"}]}, r"run.json.saes\[0\].encoder is missing; MemberConfig needs it.$"),
+        ],
+        ids=["nested key", "key", "type", "missing"],
+    )
+    def test_a_config_file(
+        self, change: dict[str, Any], sentence: str, finished_run: Run, kronsae: Kronsae, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps(to_dict(finished_run.config) | change))
+        told = kronsae("train", "--config", path, "--out", tmp_path / "r")
+        assert told.status == 2
+        assert re.search(sentence, told.sentence), told.sentence
+        assert listing(tmp_path) == ["run.json"]
+
+    def test_a_text_without_a_usable_token(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+        (tmp_path / "t.txt").write_text("<|endoftext|>" * 9)
+        asked = [*without(base, "--text"), "--text", str(tmp_path / "t.txt"), "--set", "held_out_share=0.001"]
+        told = kronsae(*asked, "--sae", KRON, "--out", tmp_path / "r")
+        assert told.status == 2
+        assert "text must hold tokens that are neither padding nor special to the tokenizer; found none" in told.err
+        assert listing(tmp_path) == ["t.txt"]
+
+    @pytest.mark.parametrize("verb", ["train", "harvest"])
+    def test_activations_that_are_not_finite(
+        self, verb: str, base: list[str], text_file: Path, kronsae: Kronsae, tmp_path: Path
+    ) -> None:
+        model: Any = make_model("gpt_neox")
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias.data[3] = float("nan")
+        model.save_pretrained(tmp_path / "m")
+        make_tokenizer("gpt_neox").save_pretrained(tmp_path / "m")
+        before = listing(tmp_path)
+        words = [*without(base, "--model"), "--sae", KRON]
+        if verb == "harvest":
+            words = f"harvest --text {text_file} --hook layers.2 --tokens 99 --context-length 32".split()
+        told = kronsae(*words, "--model", tmp_path / "m", "--out", tmp_path / "r")
+        assert told.status == 2
+        assert told.sentence.startswith("activations must be finite; hook 'layers.2' gave NaN or infinity in batch 0, ")
+        assert listing(tmp_path) == before
+
+    def test_a_run_that_diverges_is_told(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+        wild = "topk d_sae=32 k=4 lr=1e30 unit_norm_decoder=false"
+        told = kronsae(*base, "--sae", wild, "--set", "loop.log_every=1", "--out", tmp_path / "r")
+        assert told.status == 2
+        assert told.sentence.startswith("training of 'topk' diverged: the ")
+
+    @pytest.mark.parametrize("verb", ["evl", "--evl"])
+    def test_an_unknown_verb(self, verb: str, kronsae: Kronsae) -> None:
+        told = kronsae(verb)
+        assert told.status == 2
+        assert "Traceback" not in told.err
+
+
+class TestWords:
+    def test_an_sae_in_words_is_the_call(self) -> None:
+        words = "kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine gate=mand_eps unit_norm_decoder=False"
+        assert parse_sae(words) == kron(
+            num_heads=512, d_base=2, d_extension=4, k=32, lr=1e-3, name="mine", gate="mand_eps", unit_norm_decoder=False
+        )
+        assert parse_sae("topk d_sae=8 k=2 init_norm=None", seed=4) == topk(d_sae=8, k=2, init_norm=None, seed=4)
+        assert parse_sae("topk d_sae=8 k=2 seed=1", seed=4).seed == 1
+
+    def test_options_reach_every_place(self, tmp_path: Path) -> None:
+        config = tiny_config(tmp_path, tmp_path)
+        options = ["loop.log_every=7", "saes.1.optimizer.clip_norm=null", "hook=layers.1", "model.revision=main"]
+        changed = with_options(config, options)
+        assert (changed.loop.log_every, changed.saes[1].optimizer.clip_norm) == (7, None)
+        assert (changed.hook, changed.model.revision) == ("layers.1", "main")
+        assert with_options(config, []) == config
+
+    def test_a_user_error_is_a_value_error(self) -> None:
+        with pytest.raises(ValueError, match="--sae must begin with"):
+            parse_sae("dense")
+        assert issubclass(UserError, ValueError)
+
+
+def test_as_a_process_of_its_own(finished_run: Run, tmp_path: Path) -> None:
+    """Through ``python -m kronsae``: pure JSON on stdout, everything else on stderr, status 2 for a bad input."""
+    config = replace(finished_run.config, loop=LoopConfig(tokens=128, batch_tokens=64))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    command = [sys.executable, "-W", "error::DeprecationWarning:kronsae", "-m", "kronsae", "train"]
+    asked = [*command, "--config", "config.json", "--out", "r", "--json"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    outcome = Outcome(done.returncode, done.stdout, done.stderr)
+    assert outcome.status == 0, outcome.err
+    assert [row["tokens"] for row in outcome.json["saes"]] == [128, 128]
+    assert "128 of 128 tokens, " in outcome.err
+    assert_same_run(execute(config, tmp_path / "here", show_progress=False), open_run(tmp_path / "r"))
+
+
+def test_a_process_that_is_given_nonsense() -> None:
+    asked = [sys.executable, "-m", "kronsae", "eval", "/no/such/run"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "Error: there is no run folder /no/such/run. Give the --out of an earlier `kronsae train`.\n"
+    )
+
+
+def test_the_script_is_the_entry_point() -> None:
+    from importlib.metadata import entry_points
+
+    (script,) = entry_points(group="console_scripts", name="kronsae")
+    assert script.load() is cli.main

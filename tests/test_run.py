@@ -1,0 +1,554 @@
+"""A run: the same bits however often it is stopped, and a folder that is never half made."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import WIDTH, make_model, make_tokenizer
+from tests.tiny_runs import STEPS, assert_same_run, listing, rows, texts, tiny_config, weights, write_jsonl
+
+import kronsae as ks
+from kronsae import run as run_module
+from kronsae.config import to_dict
+from kronsae.data.model import ModelConfig
+from kronsae.data.text import TextConfig
+from kronsae.errors import UserError
+from kronsae.harvesting import harvest, with_activations
+from kronsae.run import Interrupted, Run, execute, open_run, with_overrides
+from kronsae.run_config import RunConfig
+from kronsae.train.config import LoopConfig
+from kronsae.train.member import Member
+
+FolderOf = Callable[[str], Path]
+
+
+@pytest.fixture
+def config(tiny_model_folder: FolderOf, text_file: Path) -> RunConfig:
+    return tiny_config(tiny_model_folder("gpt_neox"), text_file)
+
+
+def go(config: RunConfig, out: Path, **options: Any) -> Run:
+    return execute(config, out, show_progress=False, **options)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], object]) -> None:
+    """Let ``stop`` be called at the end of the step with that number (from 0)."""
+    plain = Member.step
+
+    def watched(self: Member, x_BD: torch.Tensor, number: int, want_metrics: bool) -> object:
+        metrics = plain(self, x_BD, number, want_metrics)
+        if number == step and self.name == "kron":
+            stop()
+        return metrics
+
+    monkeypatch.setattr(Member, "step", watched)
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+class TestAFinishedRun:
+    def test_its_folder(self, finished_run: Run) -> None:
+        inside = [path for path in listing(finished_run.folder) if not path.startswith(("evaluation", "latents"))]
+        assert [path for path in inside if path not in ("summary.json", "report.html")] == [
+            "metrics.jsonl",
+            "run.json",
+            "saes",
+            "saes/kron",
+            "saes/kron/cfg.json",
+            "saes/kron/sae_weights.safetensors",
+            "saes/topk",
+            "saes/topk/cfg.json",
+            "saes/topk/sae_weights.safetensors",
+            "training.json",
+        ]
+        assert finished_run.finished
+        assert finished_run.names == ["topk", "kron"]
+
+    def test_its_config_comes_back(self, finished_run: Run, config: RunConfig) -> None:
+        assert open_run(finished_run.folder).config == config
+
+    def test_its_metrics(self, finished_run: Run) -> None:
+        steps = [*range(3, STEPS, 3), STEPS]
+        assert [(row["step"], row["sae"]) for row in finished_run.metrics()] == list(
+            itertools.product(steps, ("topk", "kron"))
+        )
+        assert any(row["auxiliary_loss"] > 0 for row in finished_run.metrics()), "AuxK should have had work to do"
+
+    def test_its_training_summary(self, finished_run: Run) -> None:
+        training = json.loads((finished_run.folder / "training.json").read_text())
+        assert (training["steps"], training["tokens"]) == (STEPS, 64 * STEPS)
+        assert training["sae_seconds"].keys() == {"topk", "kron"}
+
+    def test_its_saes_know_where_they_belong(self, finished_run: Run, config: RunConfig) -> None:
+        metadata = json.loads((finished_run.folder / "saes" / "kron" / "cfg.json").read_text())["metadata"]
+        assert metadata["model_name"] == config.model.name
+        assert (metadata["hook_name"], metadata["tokens"]) == ("layers.2", 64 * STEPS)
+        assert metadata["training"]["name"] == "kron"
+
+    def test_its_saes_can_be_used(self, finished_run: Run) -> None:
+        saes = finished_run.saes()
+        assert {name: (sae.d_in, sae.d_sae) for name, sae in saes.items()} == {"topk": (WIDTH, 32), "kron": (WIDTH, 32)}
+        with pytest.raises(
+            UserError, match=r"^name must be an SAE of .*: topk, kron; got 'korn'. Did you mean 'kron'\?$"
+        ):
+            finished_run.load("korn")
+
+    def test_it_can_be_compared_reported_and_looked_into(self, finished_run: Run, tmp_path: Path) -> None:
+        shutil.copytree(finished_run.folder, tmp_path / "r")
+        run = open_run(tmp_path / "r")
+        comparison = run.compare(tokens=60)
+        assert [row["name"] for row in comparison.rows] == ["topk", "kron"]
+        assert "CE recovered" in str(comparison)
+        assert "kron" in str(comparison)
+        assert run.report() == tmp_path / "r" / "report.html"
+        x_BD = run.activations(50)
+        assert (x_BD.shape, x_BD.dtype) == ((50, WIDTH), torch.float32)
+        assert run.load("kron").encode(x_BD).l0() > 0
+        assert torch.equal(run.activations(70)[:50], x_BD)
+
+    def test_given_again_it_says_so_and_trains_nothing(
+        self, finished_run: Run, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(run_module, "fit", None)
+        before = {path: (finished_run.folder / path).stat().st_mtime_ns for path in listing(finished_run.folder)}
+        said: list[str] = []
+        assert go(config, finished_run.folder, say=said.append) == finished_run
+        assert said == [f"The run in {finished_run.folder} is finished; nothing is left to train."]
+        assert before == {
+            path: (finished_run.folder / path).stat().st_mtime_ns for path in listing(finished_run.folder)
+        }
+
+    def test_it_depends_on_nothing_but_its_config(self, finished_run: Run, config: RunConfig, tmp_path: Path) -> None:
+        assert_same_run(finished_run, go(config, tmp_path / "again"))
+
+    def test_another_seed_gives_other_weights(self, finished_run: Run, config: RunConfig, tmp_path: Path) -> None:
+        other = weights(go(with_overrides(config, seed=1), tmp_path / "other"))
+        assert not any(torch.equal(value, other[name]) for name, value in weights(finished_run).items())
+
+
+class TestResume:
+    def test_stopped_after_every_step(
+        self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ctrl-C in each of the 20 steps: 19 stops, 20 beginnings, the same bits."""
+        for step in range(STEPS - 1):
+            with monkeypatch.context() as patch:
+                interrupt_at(patch, step, ctrl_c)
+                with pytest.raises(Interrupted) as caught:
+                    go(config, tmp_path / "r")
+            assert str(caught.value) == (
+                f"stopped after {64 * (step + 1):,} of {64 * STEPS:,} tokens; the state is saved in {tmp_path / 'r'}. "
+                "Give the same command again to carry on."
+            )
+            assert listing(tmp_path / "r" / "checkpoint") == [
+                f"step-{step + 1:08d}",
+                f"step-{step + 1:08d}/progress.json",
+                f"step-{step + 1:08d}/state.safetensors",
+            ]
+        assert_same_run(finished_run, go(config, tmp_path / "r"))
+        assert not (tmp_path / "r" / "checkpoint").exists()
+
+    @pytest.mark.parametrize("step", [2, 11])
+    def test_broken_off_between_checkpoints(
+        self, step: int, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was done since the last checkpoint (or the beginning) is done again."""
+
+        def fail() -> None:
+            raise RuntimeError("the lights went out")
+
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step, fail)
+            with pytest.raises(RuntimeError):
+                go(config, tmp_path / "r")
+        said: list[str] = []
+        resumed = go(config, tmp_path / "r", say=said.append)
+        expected = ["Carrying on after 640 of 1,280 tokens."] if step == 11 else []
+        assert [line for line in said if line.startswith("Carrying on")] == expected
+        assert_same_run(finished_run, resumed)
+
+    def test_ctrl_c_twice_stops_at_once(
+        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        interrupt_at(monkeypatch, 3, lambda: [ctrl_c() for _ in range(2)])  # type: ignore[func-returns-value]
+        with pytest.raises(KeyboardInterrupt):
+            go(config, tmp_path / "r")
+        assert signal.getsignal(signal.SIGINT) is handler
+
+    def test_stopped_after_the_last_step_before_the_saes_are_saved(
+        self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "write_json", fail_at("training.json"))
+            with pytest.raises(KeyboardInterrupt):
+                go(config, tmp_path / "r")
+        with pytest.raises(
+            UserError, match=r"is not finished. Give the command that started it again: it carries on.$"
+        ):
+            open_run(tmp_path / "r").load("kron")
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "fit", fail)  # nothing is left to train
+            finished = go(config, tmp_path / "r")
+        assert_same_run(finished_run, finished)
+        assert not (tmp_path / "r" / "checkpoint").exists()
+
+    def test_killed_in_training_and_again_while_it_saves(
+        self, finished_run: Run, config: RunConfig, tmp_path: Path
+    ) -> None:
+        """SIGKILL in step 9, then another one in the middle of writing the checkpoint of step 15."""
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+        script = tmp_path / "killed.py"
+        script.write_text(KILLED, encoding="utf-8")
+        command = [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path / "r")]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        inside = listing(tmp_path / "r" / "checkpoint")
+        assert [name for name in inside if name.startswith("step-") and "/" not in name] == ["step-00000010"]
+        assert any(name.startswith(".partial-00000015") for name in inside)
+        assert_same_run(finished_run, go(config, tmp_path / "r"))
+
+    def test_the_seconds_add_up(self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 9, ctrl_c)
+            with pytest.raises(Interrupted):
+                go(config, tmp_path / "r")
+        seconds = [row["seconds"] for row in go(config, tmp_path / "r").metrics()]
+        assert seconds == sorted(seconds)
+
+    def test_a_damaged_checkpoint_is_told(
+        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 6, ctrl_c)
+            with pytest.raises(Interrupted):
+                go(config, tmp_path / "r")
+        (path,) = (tmp_path / "r" / "checkpoint").glob("*/state.safetensors")
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(
+            UserError, match=r"^the checkpoint .* is damaged .* Remove the run folder and start again.$"
+        ):
+            go(config, tmp_path / "r")
+
+
+def fail_at(name: str) -> Callable[[Path, Any], None]:
+    """A ``write_json`` that stops before it writes the file of that name."""
+    from kronsae.files import write_json
+
+    def write(path: Path, value: Any) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    return write
+
+
+# One process start for both kills: the first one befalls a child, forked before a thread was started.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from kronsae.config import from_dict
+from kronsae.run import execute
+from kronsae.run_config import RunConfig
+from kronsae.train import state
+from kronsae.train.member import Member
+
+config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
+out = Path(sys.argv[2])
+if os.fork() == 0:
+    step = Member.step
+    def killed(self, x, number, want):
+        if number == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, x, number, want)
+    Member.step = killed
+    execute(config, out, show_progress=False)
+_, status = os.wait()
+assert os.WTERMSIG(status) == signal.SIGKILL
+assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-00000005"]
+
+write_json = state.write_json
+def killed_while_writing(path, value):
+    if value["step"] == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_json(path, value)
+state.write_json = killed_while_writing
+execute(config, out, show_progress=False)
+"""
+
+
+class TestTheFolder:
+    def test_a_different_run_is_told_with_what_differs(self, finished_run: Run, config: RunConfig) -> None:
+        before = listing(finished_run.folder)
+        with pytest.raises(UserError) as caught:
+            go(replace(config, hook="layers.1"), finished_run.folder)
+        assert str(caught.value) == (
+            f"{finished_run.folder} already holds a different run (hook: 'layers.2' -> 'layers.1'). "
+            "Choose another --out, or remove it."
+        )
+        with pytest.raises(
+            UserError, match=r"\(hook: .*; saes\[0\]\.seed: 0 -> 3; saes\[1\]\.seed: 0 -> 3; and 1 more\)"
+        ):
+            go(replace(with_overrides(config, seed=3), hook="layers.1"), finished_run.folder)
+        assert listing(finished_run.folder) == before
+
+    def test_a_file(self, config: RunConfig, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_text("mine")
+        with pytest.raises(UserError, match=rf"^out must be a folder; {path} is a file. Name another one.$"):
+            go(config, path)
+        with pytest.raises(
+            UserError, match=rf"^out must be a folder that can be made; {path}/x/y can not, in {path}\."
+        ):
+            go(config, path / "x" / "y")
+        assert path.read_text() == "mine"
+
+    def test_other_files(self, config: RunConfig, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("mine")
+        with pytest.raises(
+            UserError, match=rf"^out must be a new or empty folder or a run; {tmp_path} holds other files.$"
+        ):
+            go(config, tmp_path)
+        assert listing(tmp_path) == ["thesis.tex"]
+
+    def test_a_foreign_run_json(self, config: RunConfig, tmp_path: Path) -> None:
+        (tmp_path / "run.json").write_text("{}")
+        with pytest.raises(UserError, match=r"run.json was not written by kronsae: it has no 'config' entry.$"):
+            go(config, tmp_path)
+        (tmp_path / "run.json").write_text("{")
+        with pytest.raises(UserError, match="cannot be read as JSON"):
+            open_run(tmp_path)
+
+    def test_an_empty_folder_will_do(self, config: RunConfig, tmp_path: Path) -> None:
+        (tmp_path / ".run.json.k3j2").touch()  # what a kill in the middle of writing run.json leaves
+        short = replace(config, loop=LoopConfig(tokens=64, batch_tokens=64))
+        assert go(short, tmp_path).finished
+
+    def test_no_run_folder(self, tmp_path: Path) -> None:
+        message = rf"^there is no run folder {tmp_path / 'x'}. Give the --out of an earlier `kronsae train`.$"
+        with pytest.raises(UserError, match=message):
+            open_run(tmp_path / "x")
+
+    @pytest.mark.parametrize("asked", [{"wandb": "project"}, {"tensorboard": True}])
+    def test_a_sink_that_is_not_installed_leaves_nothing_behind(
+        self, asked: dict[str, Any], config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in asked else find(name, *a))
+        with pytest.raises(
+            UserError, match=r"was asked for but is not installed; install it with: pip install 'kronsae\["
+        ):
+            go(config, tmp_path / "r", **asked)
+        assert not (tmp_path / "r").exists()
+
+    def test_tensorboard_events_lie_in_the_run_folder(self, config: RunConfig, tmp_path: Path) -> None:
+        run = go(replace(config, loop=LoopConfig(tokens=64, batch_tokens=64)), tmp_path / "r", tensorboard=True)
+        assert len(list((run.folder / "tensorboard").glob("events.out.tfevents.*"))) == 1
+
+
+class TestActivations:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_finite_is_told_with_its_place_before_anything_is_written(
+        self, value: float, config: RunConfig, tmp_path: Path
+    ) -> None:
+        model: Any = make_model("gpt_neox")
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias.data[3] = value
+        model.save_pretrained(tmp_path / "m")
+        make_tokenizer("gpt_neox").save_pretrained(tmp_path / "m")
+        with pytest.raises(UserError) as caught:
+            go(replace(config, model=ModelConfig(name=str(tmp_path / "m"), device="cpu")), tmp_path / "r")
+        message = str(caught.value)
+        assert message.startswith(
+            "activations must be finite; hook 'layers.2' gave NaN or infinity in batch 0, document '"
+        )
+        assert "', token 0. Check the model's weights" in message
+        assert not (tmp_path / "r").exists()
+
+    def test_a_text_shorter_than_the_buffer_is_repeated(self, config: RunConfig, tmp_path: Path) -> None:
+        """Some 300 tokens, a buffer of 4,096, and 1,280 to train on: epoch after epoch."""
+        text = TextConfig(source=str(write_jsonl(tmp_path / "short.jsonl", 8)))
+        run = go(replace(config, text=text, buffer_tokens=4096), tmp_path / "r")
+        assert run.metrics()[-1]["tokens"] == 64 * STEPS
+
+    def test_a_text_that_leaves_nothing_to_evaluate_on_is_told_before_training(
+        self, config: RunConfig, tmp_path: Path
+    ) -> None:
+        text = TextConfig(source=str(write_jsonl(tmp_path / "short.jsonl", 3)))
+        said: list[str] = []
+        changes: dict[str, Any] = {"text": text, "held_out_share": 0.001}
+        go(replace(config, loop=LoopConfig(tokens=64, batch_tokens=64), **changes), tmp_path / "r", say=said.append)
+        assert said[-1].startswith(
+            "Note: `kronsae eval` will find no text of its own: held_out_share must leave a document"
+        )
+
+    def test_a_text_without_a_usable_token(self, config: RunConfig, tmp_path: Path) -> None:
+        path = tmp_path / "empty.txt"
+        path.write_text(" \n\n")
+        with pytest.raises(
+            UserError, match=r"^text: a source must hold text; .*empty.txt has none. Give another one.$"
+        ):
+            go(replace(config, text=TextConfig(source=str(path))), tmp_path / "r")
+        path.write_text("<|endoftext|>")
+        with pytest.raises(UserError, match=r"^text must hold tokens that are neither padding nor special"):
+            go(replace(config, text=TextConfig(source=str(path))), tmp_path / "r")
+        assert not (tmp_path / "r").exists()
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: FolderOf, text_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("harvest") / "acts"
+    about = harvest(
+        model=str(tiny_model_folder("gpt_neox")),
+        text=str(text_file),
+        hook="layers.2",
+        tokens=600,
+        out=folder,
+        context_length=32,
+        held_out_share=0.2,
+    )
+    assert (about["tokens"], about["d_in"], about["shards"]) == (600, WIDTH, 1)
+    return folder
+
+
+class TestHarvested:
+    def test_the_model_is_not_loaded_and_resume_is_exact(
+        self, harvested: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stored = with_activations(replace(config, hook="layers.0", context_length=16), harvested)
+        assert (stored.hook, stored.context_length, stored.text) == ("layers.2", 32, config.text)
+        monkeypatch.setattr("kronsae.pipeline.load_model", None)
+        whole = go(stored, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 10, ctrl_c)
+            with pytest.raises(Interrupted):
+                go(stored, tmp_path / "r")
+        assert_same_run(whole, go(stored, tmp_path / "r"))
+
+    def test_its_hook_cannot_be_another_one(self, harvested: Path, config: RunConfig, tmp_path: Path) -> None:
+        stored = replace(with_activations(config, harvested), hook="layers.1")
+        with pytest.raises(UserError) as caught:
+            go(stored, tmp_path / "r")
+        assert str(caught.value) == (
+            f"hook must be one that was harvested into {harvested}: layers.2; got 'layers.1'. "
+            "Leave hook out, or harvest it."
+        )
+        assert not (tmp_path / "r").exists()
+
+    def test_a_folder_that_is_none(self, config: RunConfig, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"has no manifest.json. Harvest into it first"):
+            with_activations(config, tmp_path)
+
+    def test_a_folder_that_was_written_otherwise(self, harvested: Path, config: RunConfig, tmp_path: Path) -> None:
+        shutil.copytree(harvested, tmp_path / "acts")
+        manifest = json.loads((harvested / "manifest.json").read_text())
+        (tmp_path / "acts" / "manifest.json").write_text(json.dumps(manifest | {"metadata": {}}))
+        with pytest.raises(
+            UserError, match=r"does not say which model and hook it holds. Harvest it with `kronsae harvest`"
+        ):
+            with_activations(config, tmp_path / "acts")
+
+    def test_a_harvest_that_fails_leaves_nothing(self, tiny_model_folder: FolderOf, tmp_path: Path) -> None:
+        (tmp_path / "t.txt").write_text(" ".join(texts(30)))
+        arguments: dict[str, Any] = {"text": str(tmp_path / "t.txt"), "hook": "layers.9", "tokens": 50}
+        with pytest.raises(UserError, match="hook must name a layer from 0 to 3"):
+            harvest(model=str(tiny_model_folder("gpt2")), out=tmp_path / "h", context_length=32, **arguments)
+        assert not (tmp_path / "h").exists()
+
+
+class TestInPython:
+    def test_train(self, tiny_model_folder: FolderOf, text_file: Path, tmp_path: Path) -> None:
+        run = ks.train(
+            model=str(tiny_model_folder("gpt2")),
+            text=str(text_file),
+            hook=1,
+            tokens=256,
+            batch_tokens=64,
+            saes=[ks.topk(d_sae=32, k=4), ks.kron(num_heads=4, d_base=2, d_extension=4, k=4)],
+            out=tmp_path / "r",
+            show_progress=False,
+            context_length=32,
+            buffer_tokens=128,
+            held_out_share=0.2,
+        )
+        sae = ks.load(tmp_path / "r", "kron")
+        codes = sae.encode(torch.randn(3, WIDTH))
+        assert sae.decode(codes).shape == (3, WIDTH)
+        assert (run.config.hook, run.config.loop.tokens) == ("1", 256)
+        assert (run.folder, ks.open_run(run.folder)) == (tmp_path / "r", run)
+
+    def test_the_package_train_does_not_hide_the_function(self) -> None:
+        assert importlib.import_module("kronsae.train").__path__
+        assert ks.train is run_module.train
+
+    def test_an_unknown_argument_names_the_nearest(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            UserError, match=r"^'contxt_length' is not an argument of train. Did you mean 'context_length'\?$"
+        ):
+            ks.train(
+                model="bundled",
+                text="bundled",
+                hook="layers.1",
+                tokens=9000,
+                saes=[ks.topk(d_sae=8, k=2)],
+                out=tmp_path / "r",
+                contxt_length=3,
+            )
+
+    def test_what_could_not_be_read_back_is_not_written(self, config: RunConfig, tmp_path: Path) -> None:
+        wrong: Any = "yes"
+        broken = replace(config, saes=(ks.topk(d_sae=8, k=2, unit_norm_decoder=wrong),))
+        with pytest.raises(UserError, match=r"^config.saes\[0\].unit_norm_decoder must be bool; got 'yes'.$"):
+            go(broken, tmp_path / "r")
+        assert not (tmp_path / "r").exists()
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"saes": ()}, r"^saes must name at least one SAE; got none. Add kronsae.topk"),
+            (
+                {"saes": (ks.topk(d_sae=8, k=2), ks.topk(d_sae=4, k=2))},
+                r"^saes must have different names; got topk, topk. Give name= to each.$",
+            ),
+            ({"buffer_tokens": 63}, r"^buffer_tokens must be at least batch_tokens; got 63 with batch_tokens=64\."),
+            ({"context_length": 0}, r"^context_length must be a whole number above 0; got 0.$"),
+            ({"eval_tokens": 1.5}, r"^eval_tokens must be a whole number above 0; got 1.5.$"),
+            ({"held_out_share": 1.0}, r"^held_out_share must be between 0 and 1; got 1.0.$"),
+        ],
+    )
+    def test_a_run_that_cannot_work(self, changes: dict[str, Any], message: str, config: RunConfig) -> None:
+        with pytest.raises(UserError, match=message):
+            replace(config, **changes)
+
+    def test_overrides(self, config: RunConfig) -> None:
+        one = (ks.topk(d_sae=8, k=2, seed=7),)
+        changed = with_overrides(config, model="m", text="t", hook="h", tokens=640, seed=3, saes=one)
+        assert (changed.model, changed.text.source) == (replace(config.model, name="m"), "t")
+        assert (changed.hook, changed.loop.tokens, changed.seed) == ("h", 640, 3)
+        assert changed.saes == one
+        assert with_overrides(config) == config
+        assert [member.seed for member in with_overrides(config, seed=3).saes] == [3, 3]
+
+
+def test_rows_leave_out_the_times_alone(finished_run: Run) -> None:
+    assert set(finished_run.metrics()[0]) - set(rows(finished_run)[0]) == {"seconds", "member_seconds"}
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
