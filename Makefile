@@ -18,6 +18,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s%s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## make .venv with the pinned packages of constraints.txt
+	@echo "$(VENV) is ready."
 
 quickstart: $(STAMP) ## train a TopK SAE and a KronSAE on the bundled language model, compare them
 	$(BIN)/kronsae quickstart $(ARGS)
@@ -39,7 +40,7 @@ lock: ## resolve constraints.txt anew
 
 clean: ## remove .venv and the caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv that is there and works is kept: after a failure halfway the next run goes on from what is installed.
 $(STAMP): pyproject.toml $(CONSTRAINTS)

@@ -7,9 +7,9 @@ import torch
 
 import kronsae as ks
 from kronsae.data.buffer import PLAIN, TensorStream
-from kronsae.train.config import LoopConfig
-from kronsae.train.member import Member
-from kronsae.train.trainer import fit
+from kronsae.training.config import LoopConfig
+from kronsae.training.member import Member
+from kronsae.training.trainer import fit
 
 # Ground truth that is an AND: 8 groups, in each of which 2 bases meet 4 extensions, and a token has two of the pairs.
 # Each pair's direction is its base's plus its extension's. (With directions drawn independently per pair there is

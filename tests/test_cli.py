@@ -25,8 +25,8 @@ from kronsae.errors import UserError
 from kronsae.recipes import kron, topk
 from kronsae.run import Run, execute, open_run
 from kronsae.run_config import RunConfig
-from kronsae.train.config import LoopConfig
-from kronsae.train.member import Member
+from kronsae.training.config import LoopConfig
+from kronsae.training.member import Member
 
 FolderOf = Callable[[str], Path]
 KRON = "kron num_heads=8 d_base=2 d_extension=2 k=4"

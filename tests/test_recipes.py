@@ -11,7 +11,7 @@ from kronsae.config import from_dict, to_dict
 from kronsae.recipes import RECIPES, SAE_KINDS, describe, kron, topk
 from kronsae.run import execute
 from kronsae.run_config import RunConfig
-from kronsae.train.config import OptimizerConfig
+from kronsae.training.config import OptimizerConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)

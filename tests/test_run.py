@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import importlib.util
 import itertools
 import json
@@ -30,8 +30,8 @@ from kronsae.errors import UserError
 from kronsae.harvesting import harvest, with_activations
 from kronsae.run import Interrupted, Run, execute, open_run, with_overrides
 from kronsae.run_config import RunConfig
-from kronsae.train.config import LoopConfig
-from kronsae.train.member import Member
+from kronsae.training.config import LoopConfig
+from kronsae.training.member import Member
 
 FolderOf = Callable[[str], Path]
 
@@ -270,8 +270,8 @@ torch.set_num_threads(1)
 from kronsae.config import from_dict
 from kronsae.run import execute
 from kronsae.run_config import RunConfig
-from kronsae.train import state
-from kronsae.train.member import Member
+from kronsae.training import state
+from kronsae.training.member import Member
 
 config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
 out = Path(sys.argv[2])
@@ -496,8 +496,10 @@ class TestInPython:
         assert (run.config.hook, run.config.loop.tokens) == ("1", 256)
         assert (run.folder, ks.open_run(run.folder)) == (tmp_path / "r", run)
 
-    def test_the_package_train_does_not_hide_the_function(self) -> None:
-        assert importlib.import_module("kronsae.train").__path__
+    def test_no_module_hides_a_public_name(self) -> None:
+        """Importing ``kronsae.x`` binds ``x`` in the package: a module named like a public function would replace it."""
+        modules = {module.name for module in pkgutil.iter_modules(ks.__path__)}
+        assert modules.isdisjoint(ks.__all__)
         assert ks.train is run_module.train
 
     def test_an_unknown_argument_names_the_nearest(self, tmp_path: Path) -> None:

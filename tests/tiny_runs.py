@@ -16,7 +16,7 @@ from kronsae.data.text import TextConfig
 from kronsae.recipes import kron, topk
 from kronsae.run import Run
 from kronsae.run_config import RunConfig
-from kronsae.train.config import LoopConfig
+from kronsae.training.config import LoopConfig
 
 STEPS = 20
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "writes", "each", "sum", "of", "few")

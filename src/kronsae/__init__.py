@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kronsae.recipes import kron, topk
     from kronsae.run import Run, open_run, train
     from kronsae.run_config import RunConfig
-    from kronsae.train.config import MemberConfig, OptimizerConfig
+    from kronsae.training.config import MemberConfig, OptimizerConfig
 
 __version__ = _version("kronsae")
 
@@ -34,8 +34,8 @@ _HOMES = {
     "AuxKConfig": "core.objective",
     "DenseEncoderConfig": "core.encoders",
     "KroneckerEncoderConfig": "core.encoders",
-    "MemberConfig": "train.config",
-    "OptimizerConfig": "train.config",
+    "MemberConfig": "training.config",
+    "OptimizerConfig": "training.config",
     "Run": "run",
     "RunConfig": "run_config",
     "SAE": "core.sae",
@@ -91,7 +91,3 @@ def __dir__() -> list[str]:
 
 
 _warm_up()
-# The package kronsae.train takes its place in this namespace when it is first imported: now, so that it never comes
-# between a caller and the function of the same name.
-import_module("kronsae.train")
-globals().pop("train", None)

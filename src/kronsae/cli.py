@@ -17,7 +17,7 @@ from kronsae.errors import UserError, nearest
 if TYPE_CHECKING:
     from kronsae.run import Run
     from kronsae.run_config import RunConfig
-    from kronsae.train.config import MemberConfig
+    from kronsae.training.config import MemberConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -259,7 +259,7 @@ def _from_parts(
     from kronsae.data.model import ModelConfig
     from kronsae.data.text import TextConfig
     from kronsae.run_config import RunConfig
-    from kronsae.train.config import LoopConfig
+    from kronsae.training.config import LoopConfig
 
     needed: dict[str, object] = {"--tokens": tokens, "--sae": members or None}
     if activations is None:

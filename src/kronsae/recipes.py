@@ -15,7 +15,7 @@ from kronsae.core.sparsifiers import TopKConfig
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.run_config import RunConfig
-from kronsae.train.config import LoopConfig, MemberConfig, OptimizerConfig
+from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
 
 
 def topk(

@@ -32,12 +32,12 @@ from kronsae.errors import UserError, nearest
 from kronsae.files import read_json, write_json
 from kronsae.pipeline import Source
 from kronsae.run_config import RunConfig
-from kronsae.train.config import LoopConfig, MemberConfig
-from kronsae.train.display import DisplaySink
-from kronsae.train.member import Member
-from kronsae.train.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, read_metrics, require
-from kronsae.train.state import Progress, load_members, load_progress
-from kronsae.train.trainer import fit
+from kronsae.training.config import LoopConfig, MemberConfig
+from kronsae.training.display import DisplaySink
+from kronsae.training.member import Member
+from kronsae.training.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, read_metrics, require
+from kronsae.training.state import Progress, load_members, load_progress
+from kronsae.training.trainer import fit
 
 if TYPE_CHECKING:
     from kronsae.run_evaluation import Comparison

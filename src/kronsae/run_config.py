@@ -8,7 +8,7 @@ from kronsae.core.checks import check_count
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.errors import UserError
-from kronsae.train.config import LoopConfig, MemberConfig
+from kronsae.training.config import LoopConfig, MemberConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ class ToyModel(nn.Module):
 
     def __init__(self, embedding_VD: Tensor, head_VD: Tensor, *, as_tuple: bool = False) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(*embedding_VD.shape, _weight=embedding_VD, _freeze=True)
+        self.embedding = nn.Embedding(embedding_VD.shape[0], embedding_VD.shape[1], _weight=embedding_VD, _freeze=True)
         self.block = _Block(as_tuple=as_tuple)
         self.unused = nn.Identity()
         self.head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False)

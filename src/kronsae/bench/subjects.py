@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
 from kronsae.core.sparsifiers import TopKConfig
 from kronsae.errors import UserError
-from kronsae.train.config import MemberConfig, OptimizerConfig
-from kronsae.train.member import Member
+from kronsae.training.config import MemberConfig, OptimizerConfig
+from kronsae.training.member import Member
 
 LR = 8e-4  # the paper's
 

@@ -143,6 +143,7 @@ class GalleryMeter:
     def update(self, windows: Windows, x_ND: Float[Tensor, "N D"], codes: SparseCodes) -> None:
         """Take in some windows, given the kept activations in them and their codes."""
         width = len(self._signals.columns)
+        self._tokens += len(x_ND)
         if width == 0:
             return
         size = max(1, MAX_SIGNALS // (width * windows.keep_ST.shape[1]))
@@ -156,7 +157,6 @@ class GalleryMeter:
     def _update(self, windows: Windows, signals_NC: Tensor) -> None:
         keep_ST = windows.keep_ST
         ids_ST = windows.input_ids_ST.masked_fill(~windows.attention_mask_ST, NOT_A_TOKEN)
-        self._tokens += len(signals_NC)
         self._positive_C += (signals_NC > 0).sum(0)
         self._max_C = torch.maximum(self._max_C, signals_NC.amax(0) if len(signals_NC) else self._max_C)
         base_C, extension_C = torch.tensor(self._signals.companions).T[1:]

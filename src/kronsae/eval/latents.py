@@ -124,7 +124,7 @@ def choose_latents(counts_F: Int[Tensor, " F"], number: int, seed: int) -> list[
     if len(living) <= number:
         return living
     generator = torch.Generator().manual_seed(seed)
-    borders = [part * len(living) // number for part in range(number + 1)]
+    borders = [part * len(living) // number for part in range(number + 1)] if number else []
     return [
         living[int(torch.randint(start, stop, (1,), generator=generator))]
         for start, stop in itertools.pairwise(borders)

@@ -83,9 +83,20 @@ def choose(operation: str, like: Tensor) -> Callable[..., Any]:
             )
         return _function(named, operation)
     for path in AUTOMATIC:
-        if refuse(path, operation, like.device, like.dtype) is None:
+        if _automatic_refusal(path, operation, like.device, like.dtype) is None:
             return _function(path, operation)
     raise AssertionError("the portable path refuses nothing")
+
+
+def _automatic_refusal(path: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """As `refuse`; besides, Triton's interpreter, a means of testing, is never chosen unasked."""
+    if path == "gpu" and device.type != "cuda":
+        return f"tensors are on {device.type}"
+    return refuse(path, operation, device, dtype)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
@@ -98,14 +109,9 @@ def refuse(path: str, operation: str, device: torch.device, dtype: torch.dtype) 
             return f"{str(dtype).removeprefix('torch.')} tensors; its loops do float32 and float64"
         return _not_importable("cpu", "numba", "kronsae[fast]")
     if path == "gpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if device.type != "cuda" and not interpreted:
+        if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
             return f"tensors are on {device.type}"
-        missing = _not_importable("gpu", "triton", "kronsae[gpu]")
-        if missing is not None:
-            return missing
-        if not hasattr(_module("gpu"), operation):
-            return "no Triton kernel is written for this operation"
+        return _not_importable("gpu", "triton", "kronsae[gpu]")
     return None
 
 
@@ -122,7 +128,8 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
     named = forced()
     for operation in OPERATIONS:
         considered = AUTOMATIC if named is None else (named,)
-        refusals = {path: refuse(path, operation, device, dtype) for path in considered}
+        refusing = _automatic_refusal if named is None else refuse
+        refusals = {path: refusing(path, operation, device, dtype) for path in considered}
         chosen = next((path for path, refusal in refusals.items() if refusal is None), "none")
         reasons = [f"{path}: {refusal}" for path, refusal in refusals.items() if refusal is not None]
         if named is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -91,18 +91,27 @@ def kronecker_linear_topk(
     choices: Sequence[Choice],
 ) -> list[ChosenPairs]:
     """Several selections over the heads of ``x W^T + b``; the B x H x P products exist chunk by chunk."""
+    return choose_in_chunks(x_BD, weight_HPD, bias_HP, d_base, choices, kronecker_topk)
+
+
+def choose_in_chunks(
+    x_BD: Tensor,
+    weight_HPD: Tensor,
+    bias_HP: Tensor,
+    d_base: int,
+    choices: Sequence[Choice],
+    topk: Callable[[Tensor, int, int], KroneckerSelection],
+) -> list[ChosenPairs]:
+    """`kronecker_linear_topk` over any path's selection among all latents."""
     heads, width, _ = weight_HPD.shape
     weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
-    chunk = max(64, PRODUCT_ELEMENTS // len(weight_PD))
     parts: list[list[ChosenPairs]] = [[] for _ in choices]
-    for part_BD in x_BD.split(chunk):
+    for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
         pre_BP = torch.addmm(bias_P, part_BD, weight_PD.T)
-        for choice, chosen in zip(choices, parts, strict=True):
-            pre_BHP = pre_BP.view(-1, heads, width)
+        pre_BHP = pre_BP.view(-1, heads, width)
+        for (k, latents_C), chosen in zip(choices, parts, strict=True):
             selection = (
-                kronecker_topk(pre_BHP, d_base, choice.k)
-                if choice.latents_C is None
-                else kronecker_topk_among(pre_BHP, d_base, choice.k, choice.latents_C)
+                topk(pre_BHP, d_base, k) if latents_C is None else kronecker_topk_among(pre_BHP, d_base, k, latents_C)
             )
             rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
             chosen.append(ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,17 +115,22 @@ def _unit(value: Any, unit: str) -> str | None:
 
 # --- curves and histograms --------------------------------------------------------------------------------------
 
-_CURVES = (
-    ("explained_variance", "Explained variance", "of the training batch", "{:.4f}", ""),
-    ("loss", "Loss", "‖x − x̂‖² summed over d_in, with AuxK; log scale", "{:.4g}", "log"),
-    ("l0", "l0", "active latents per token", "{:.2f}", "from zero"),
-    ("dead_share", "Dead share", "of the latents, as training counts them", "{:.2%}", "from zero"),
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+_CURVES: tuple[tuple[str, str, str, Callable[[float], str], str], ...] = (
+    ("explained_variance", "Explained variance", "of the training batch", "{:.4f}".format, ""),
+    ("loss", "Loss", "‖x − x̂‖² summed over d_in, with AuxK; log scale", _figure, "log"),
+    ("l0", "l0", "active latents per token", "{:.2f}".format, "from zero"),
+    ("dead_share", "Dead share", "of the latents, as training counts them", "{:.2%}".format, "from zero"),
 )
 
 
 def _curves(names: Sequence[str], metrics: Sequence[Row]) -> tuple[Chart, ...]:
     charts = []
-    for key, title, about, form, scale in _CURVES:
+    for key, title, about, text, scale in _CURVES:
         log = scale == "log"
         series = []
         for number, name in enumerate(names):
@@ -144,7 +149,8 @@ def _curves(names: Sequence[str], metrics: Sequence[Row]) -> tuple[Chart, ...]:
                     about=about,
                     x_label="tokens",
                     series=tuple(series),
-                    form=form,
+                    text=text,
+                    percent=key == "dead_share",
                     log_y=log,
                     from_zero=scale == "from zero",
                 )
@@ -186,7 +192,8 @@ def _density(rows: Sequence[Row], latents: Mapping[str, Mapping[str, Any]]) -> C
         about="share of the latents (the dead are not in it), by the share of tokens on which they are active",
         x_label="share of tokens, log scale",
         series=tuple(series),
-        form="{:.2%}",
+        text="{:.2%}".format,
+        percent=True,
         steps=True,
         from_zero=True,
     )

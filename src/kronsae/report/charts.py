@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class Chart:
         key: distinguishes the chart within its page.
         title, about, x_label: what is shown, in words.
         series: the curves, all with a point at least.
-        form: a `str.format` template for a value.
+        text: a value as text; ``percent``: the axis is labelled in percent.
         log_y: logarithmic values (all above 0).
         steps: a histogram: each value holds until the next x, and x is log10 of a share.
         from_zero: whether 0 is on the scale in any case.
@@ -42,7 +43,8 @@ class Chart:
     about: str
     x_label: str
     series: tuple[Series, ...]
-    form: str
+    text: Callable[[float], str]
+    percent: bool = False
     log_y: bool = False
     steps: bool = False
     from_zero: bool = False
@@ -75,7 +77,7 @@ class Chart:
                     "x": [round(scale.x(x), 1) for x, _ in series.points],
                     "y": [round(scale.y(y), 1) for _, y in series.points],
                     "at": [self._place(series, place) for place in range(len(series.points))],
-                    "text": [self.form.format(y) for _, y in series.points],
+                    "text": [self.text(y) for _, y in series.points],
                 }
                 for series in self.series
             ],
@@ -108,7 +110,7 @@ class Chart:
     def _in_words(self) -> str:
         return ", ".join(
             f"{series.name} {'at most' if self.steps else 'ends at'} "
-            + self.form.format(max(y for _, y in series.points) if self.steps else series.points[-1][1])
+            + self.text(max(y for _, y in series.points) if self.steps else series.points[-1][1])
             for series in self.series
         )
 
@@ -117,7 +119,7 @@ class Chart:
         parts = []
         for value in _log_ticks(scale.low, scale.high) if self.log_y else _ticks(scale.low, scale.high):
             y = scale.y(10**value if self.log_y else value)
-            label = f"{10**value:.3g}" if self.log_y else _short(value, percent="%" in self.form)
+            label = si(10**value) if self.log_y else _short(value, percent=self.percent)
             parts.append(
                 Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
             )
@@ -208,7 +210,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _short(value: float, *, percent: bool) -> str:
-    return f"{100 * value:.3g}%" if percent else f"{0.0 if abs(value) < 1e-12 else value:.4g}"
+    value = 0.0 if abs(value) < 1e-12 else value
+    return f"{100 * value:.3g}%" if percent else si(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _share(exponent: float) -> str:

@@ -151,12 +151,15 @@ def comparison(rows: Sequence[Row]) -> Table:
             cells.append(Cell(text, text == best.get(column.key), _missing(row, column.key)))
         shown.append(TableRow(visible(str(row["name"])), tuple(cells), number))
     for row, other in _pairs(rows):
-        cells = []
-        for column in _COLUMNS:
-            both = is_figure(row, column.key) and is_figure(other, column.key) and column.difference is not None
-            cells.append(Cell(column.difference(row[column.key], other[column.key]) if both else "–"))  # type: ignore[misc]
+        cells = [Cell(_difference(column, row, other)) for column in _COLUMNS]
         shown.append(TableRow(f"{visible(str(row['name']))} against {visible(str(other['name']))}", tuple(cells)))
     return Table(tuple((column.heading, column.about) for column in _COLUMNS), tuple(shown))
+
+
+def _difference(column: _Column, row: Row, other: Row) -> str:
+    if column.difference is None or not (is_figure(row, column.key) and is_figure(other, column.key)):
+        return "–"
+    return column.difference(row[column.key], other[column.key])
 
 
 def losses(rows: Sequence[Row]) -> Table | None:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from kronsae.errors import UserError
 from kronsae.recipes import topk
-from kronsae.train import state
-from kronsae.train.member import Member
-from kronsae.train.state import Progress, load_members, load_progress, save_state
+from kronsae.training import state
+from kronsae.training.member import Member
+from kronsae.training.state import Progress, load_members, load_progress, save_state
 
 PROGRESS = Progress(step=7, tokens=112, seconds=1.25, stream={"upstream": None, "block": 2})
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.errors import UserError
 from kronsae.recipes import kron, topk
-from kronsae.train.config import LoopConfig, MemberConfig, OptimizerConfig
-from kronsae.train.member import Member, learning_rate
-from kronsae.train.trainer import fit
+from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
+from kronsae.training.member import Member, learning_rate
+from kronsae.training.trainer import fit
 
 D_IN = 12
 BATCH = 24

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kronsae.train import display
-from kronsae.train.display import DisplaySink
+from kronsae.training import display
+from kronsae.training.display import DisplaySink
 
 ROW: dict[str, Any] = {
     "step": 3,

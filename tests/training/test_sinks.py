@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kronsae.errors import UserError
-from kronsae.train.sinks import JsonlSink, TensorBoardSink, WandbSink, read_metrics, require
+from kronsae.training.sinks import JsonlSink, TensorBoardSink, WandbSink, read_metrics, require
 
 
 def row(step: int, sae: str = "a", **values: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from kronsae.errors import UserError
-from kronsae.train.config import LoopConfig
-from kronsae.train.member import Member
-from kronsae.train.sinks import Sink
-from kronsae.train.state import Progress, save_state
+from kronsae.training.config import LoopConfig
+from kronsae.training.member import Member
+from kronsae.training.sinks import Sink
+from kronsae.training.state import Progress, save_state
 
 Stream = Iterable[tuple[Mapping[str, Tensor], dict[str, Any]]]
 

@@ -15,7 +15,7 @@ from kronsae.core.metrics import explained_variance
 from kronsae.core.objective import DeadLatents, Objective, objective
 from kronsae.errors import UserError
 from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients, grad_norm
-from kronsae.train.config import MemberConfig, OptimizerConfig
+from kronsae.training.config import MemberConfig, OptimizerConfig
 
 
 @dataclass(frozen=True)

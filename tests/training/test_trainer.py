@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kronsae.errors import UserError
 from kronsae.recipes import kron, topk
-from kronsae.train.config import LoopConfig
-from kronsae.train.member import Member
-from kronsae.train.state import Progress, load_members, load_progress
-from kronsae.train.trainer import fit
+from kronsae.training.config import LoopConfig
+from kronsae.training.member import Member
+from kronsae.training.state import Progress, load_members, load_progress
+from kronsae.training.trainer import fit
 
 D_IN = 8
 BATCH = 16

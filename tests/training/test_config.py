@@ -11,8 +11,8 @@ import pytest
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.core.sparsifiers import TopKConfig
 from kronsae.errors import UserError
-from kronsae.train.config import LoopConfig, MemberConfig, OptimizerConfig
-from kronsae.train.member import learning_rate
+from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
+from kronsae.training.member import learning_rate
 
 
 def member(**changes: Any) -> MemberConfig:

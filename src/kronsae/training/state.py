@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from kronsae.errors import UserError
 from kronsae.files import atomic_path, read_json, write_json
-from kronsae.train.member import Member
+from kronsae.training.member import Member
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""One hundred fresh processes must compute the same bits: a race at start-up would show here and nowhere else.
+
+Each process imports the library, computes the seeded case of ``tests/kernels/test_repeatability.py`` (selection,
+decode, gradients, optimiser step) on all threads as its first act, and prints a hash.
+
+    python benchmarks/fresh_processes.py [--processes 100] [--out benchmarks/results/fresh_processes.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import subprocess
+import sys
+from pathlib import Path
+
+from kronsae.bench.machine import provenance, write_csv
+
+ROOT = Path(__file__).parents[1]
+CODE = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(int(sys.argv[2]))
+from tests.kernels.test_repeatability import digest
+print(digest())
+"""
+
+
+def main() -> int:
+    """Run the processes one after another, two threads each; status 1 if any two differ."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--processes", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    command = [sys.executable, "-c", CODE, str(ROOT), str(arguments.threads)]
+    found = collections.Counter(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        for _ in range(arguments.processes)
+    )
+    print(f"{arguments.processes} processes, {len(found)} different results")
+    if arguments.out is not None:
+        row = {"processes": arguments.processes, "different_results": len(found), **provenance(11)}
+        row["threads"] = arguments.threads
+        write_csv(arguments.out, [row])
+    return 0 if len(found) == 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The GPU path: Triton kernels for what PyTorch has no single operation for; the rest is left to `portable`.
+
+Sums run in float32 (float64 for float64 inputs) whatever the inputs' dtype. No atomics: every output element is
+written by one program that adds in a fixed order, so results repeat bit for bit. With ``TRITON_INTERPRET=1`` the
+kernels run on CPU tensors, which is how they are tested without a GPU. Block sizes are not tuned: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kronsae.kernels import portable
+from kronsae.kernels.portable import group_rows, kronecker_batch_topk, kronecker_topk_among, linear_topk
+from kronsae.kernels.rows import AdamW, RowGradient
+from kronsae.kernels.selection import Choice, ChosenPairs, KroneckerSelection, parents
+
+__all__ = [
+    "adamw",
+    "gradient_rows",
+    "group_rows",
+    "kronecker_batch_topk",
+    "kronecker_linear_topk",
+    "kronecker_topk",
+    "kronecker_topk_among",
+    "linear_topk",
+    "sampled_products",
+    "squared_norm",
+    "weighted_rows",
+]
+
+BLOCK_D = 256
+
+
+def _accumulator(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def _weighted_rows_kernel(
+    weights, rows, matrix, bias, out, entries, width,
+    has_bias: tl.constexpr, block: tl.constexpr, acc_type: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * block + tl.arange(0, block)
+    inside = d < width
+    total = tl.zeros((block,), acc_type)
+    if has_bias:
+        total += tl.load(bias + d, mask=inside, other=0).to(acc_type)
+    for r in range(0, entries):
+        weight = tl.load(weights + token * entries + r).to(acc_type)
+        row = tl.load(rows + token * entries + r)
+        total += weight * tl.load(matrix + row * width + d, mask=inside, other=0).to(acc_type)
+    tl.store(out + token * width + d, total.to(out.dtype.element_ty), mask=inside)
+
+
+def weighted_rows(
+    weights_BR: Float[Tensor, "B R"],
+    rows_BR: Int[Tensor, "B R"],
+    matrix_PD: Float[Tensor, "P D"],
+    bias_D: Float[Tensor, " D"] | None = None,
+) -> Float[Tensor, "B D"]:
+    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``."""
+    tokens, entries = rows_BR.shape
+    width = matrix_PD.shape[1]
+    out_BD = torch.empty(tokens, width, dtype=matrix_PD.dtype, device=matrix_PD.device)
+    matrix_PD = matrix_PD.contiguous()
+    _weighted_rows_kernel[(tokens, triton.cdiv(width, BLOCK_D))](
+        weights_BR.contiguous(), rows_BR.contiguous(), matrix_PD, matrix_PD if bias_D is None else bias_D.contiguous(),
+        out_BD, entries, width, has_bias=bias_D is not None, block=BLOCK_D, acc_type=_accumulator(matrix_PD.dtype),
+    )  # fmt: skip
+    return out_BD
+
+
+@triton.jit
+def _sampled_products_kernel(
+    x, matrix, rows, out, entries, width,
+    block_r: tl.constexpr, block: tl.constexpr, acc_type: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(1) * block_r + tl.arange(0, block_r)
+    row = tl.load(rows + token * entries + r, mask=r < entries, other=0)
+    total = tl.zeros((block_r,), acc_type)
+    for start in range(0, width, block):
+        d = start + tl.arange(0, block)
+        inside = d < width
+        x_part = tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
+        tile = tl.load(matrix + row[:, None] * width + d[None, :], mask=inside[None, :], other=0).to(acc_type)
+        total += tl.sum(tile * x_part[None, :], axis=1)
+    tl.store(out + token * entries + r, total.to(out.dtype.element_ty), mask=r < entries)
+
+
+def sampled_products(
+    x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
+) -> Float[Tensor, "B R"]:
+    """``out[b, r] = x[b] . matrix[rows[b, r]]``."""
+    tokens, entries = rows_BR.shape
+    out_BR = torch.empty(tokens, entries, dtype=matrix_PD.dtype, device=matrix_PD.device)
+    block_r = 16
+    _sampled_products_kernel[(tokens, triton.cdiv(entries, block_r))](
+        x_BD.contiguous(), matrix_PD.contiguous(), rows_BR.contiguous(), out_BR, entries, matrix_PD.shape[1],
+        block_r=block_r, block=BLOCK_D, acc_type=_accumulator(matrix_PD.dtype),
+    )  # fmt: skip
+    return out_BR
+
+
+@triton.jit
+def _gradient_rows_kernel(
+    offsets, tokens, weights, x, out, width, block: tl.constexpr, acc_type: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * block + tl.arange(0, block)
+    inside = d < width
+    total = tl.zeros((block,), acc_type)
+    first = tl.load(offsets + row)
+    count = tl.load(offsets + row + 1) - first
+    for n in range(0, count):
+        token = tl.load(tokens + first + n)
+        weight = tl.load(weights + first + n).to(acc_type)
+        total += weight * tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
+    tl.store(out + row * width + d, total.to(out.dtype.element_ty), mask=inside)
+
+
+def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
+    """The gradient as a tensor; every row is written."""
+    x_BD = gradient.x_BD.contiguous()
+    width = x_BD.shape[1]
+    out_PD = torch.empty(gradient.height, width, dtype=x_BD.dtype, device=x_BD.device)
+    _gradient_rows_kernel[(gradient.height, triton.cdiv(width, BLOCK_D))](
+        gradient.offsets, gradient.tokens_N, gradient.weights_N, x_BD, out_PD, width,
+        block=BLOCK_D, acc_type=_accumulator(x_BD.dtype),
+    )  # fmt: skip
+    return out_PD
+
+
+def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
+    """``|G|^2``, in float64."""
+    return gradient_rows(gradient).square().sum(dtype=torch.float64)
+
+
+@triton.jit
+def _head_bounds_kernel(
+    pre, best, heads, d_base, d_extension, block_h: tl.constexpr, block_w: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * block_h + tl.arange(0, block_h)
+    column = tl.arange(0, block_w)
+    width = d_base + d_extension
+    tile = pre + (token * heads + head[:, None]) * width + column[None, :]
+    inside = (head[:, None] < heads) & (column[None, :] < width)
+    values = tl.load(tile, mask=inside, other=0)
+    is_base = column[None, :] < d_base
+    base = tl.max(tl.where(is_base & (values > 0), values, 0), axis=1)
+    extension = tl.max(tl.where((column[None, :] >= d_base) & (values > 0), values, 0), axis=1)
+    tl.store(best + token * heads + head, base * extension, mask=head < heads)
+
+
+@triton.jit
+def _expand_kernel(
+    pre, chosen, products, heads, expanded, d_base, d_extension, block: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1).to(tl.int64)
+    head = tl.load(chosen + token * expanded + place)
+    cell = tl.arange(0, block)
+    cells = d_base * d_extension
+    inside = cell < cells
+    first = pre + (token * heads + head) * (d_base + d_extension)
+    base = tl.load(first + cell // d_extension, mask=inside, other=0)
+    extension = tl.load(first + d_base + cell % d_extension, mask=inside, other=0)
+    product = tl.where((base > 0) & (extension > 0), base * extension, 0)
+    tl.store(products + (token * expanded + place) * cells + cell, product, mask=inside)
+
+
+def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
+    """The k largest products of each token, from the k heads of largest bound."""
+    heads, width = pre_BHP.shape[1:]
+    expanded = min(k, heads)
+    chunk = max(1, 16 * portable.CHUNK_ELEMENTS // (expanded * d_base * (width - d_base)))
+    indices = [_topk_chunk(part.contiguous(), d_base, k, expanded) for part in pre_BHP.split(chunk)]
+    return parents(torch.cat(indices), d_base, width - d_base)
+
+
+def _topk_chunk(pre_BHP: Tensor, d_base: int, k: int, expanded: int) -> Tensor:
+    tokens, heads, width = pre_BHP.shape
+    d_extension = width - d_base
+    cells = d_base * d_extension
+    new = {"dtype": pre_BHP.dtype, "device": pre_BHP.device}
+    best_BH = torch.empty(tokens, heads, **new)  # type: ignore[arg-type]
+    block_w = triton.next_power_of_2(width)
+    block_h = max(1, min(triton.next_power_of_2(heads), 2048 // block_w))
+    _head_bounds_kernel[(tokens, triton.cdiv(heads, block_h))](
+        pre_BHP, best_BH, heads, d_base, d_extension, block_h=block_h, block_w=block_w
+    )
+    heads_BE = best_BH.topk(expanded, dim=1, sorted=False).indices
+    products_BN = torch.empty(tokens, expanded * cells, **new)  # type: ignore[arg-type]
+    _expand_kernel[(tokens, expanded)](
+        pre_BHP, heads_BE, products_BN, heads, expanded, d_base, d_extension, block=triton.next_power_of_2(cells)
+    )
+    flat_BK = products_BN.topk(k, dim=1, sorted=False).indices
+    return heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells
+
+
+def kronecker_linear_topk(
+    x_BD: Float[Tensor, "B D"],
+    weight_HPD: Float[Tensor, "H P D"],
+    bias_HP: Float[Tensor, "H P"],
+    d_base: int,
+    choices: Sequence[Choice],
+) -> list[ChosenPairs]:
+    """Several selections over the heads of ``x W^T + b``, product by cuBLAS, chunk by chunk."""
+    return portable.choose_in_chunks(x_BD, weight_HPD, bias_HP, d_base, choices, kronecker_topk)
+
+
+@triton.jit
+def _adamw_kernel(
+    weight, moment, second, offsets, tokens, weights, x, width, scalars,
+    unit_norm: tl.constexpr, only_touched: tl.constexpr, block: tl.constexpr, acc_type: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, block)
+    inside = d < width
+    first = tl.load(offsets + row)
+    count = tl.load(offsets + row + 1) - first
+    grad = tl.zeros((block,), acc_type)
+    for n in range(0, count):
+        token = tl.load(tokens + first + n)
+        entry = tl.load(weights + first + n).to(acc_type)
+        grad += entry * tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
+    decay, rest1 = tl.load(scalars + 1), tl.load(scalars + 2)
+    beta2, rest2 = tl.load(scalars + 3), tl.load(scalars + 4)
+    step_size, root_scale, eps = tl.load(scalars + 5), tl.load(scalars + 6), tl.load(scalars + 7)
+    grad *= tl.load(scalars)
+    at = row * width + d
+    w = tl.load(weight + at, mask=inside, other=0).to(acc_type)
+    m = tl.load(moment + at, mask=inside, other=0).to(acc_type)
+    v = tl.load(second + at, mask=inside, other=0).to(acc_type)
+    m += rest1 * (grad - m)
+    v = beta2 * v + rest2 * grad * grad
+    w = w * decay - step_size * (m / (tl.sqrt(v) * root_scale + eps))
+    if unit_norm:
+        squared = tl.sum(w * w, axis=0)
+        w = tl.where(squared > 0, w / tl.sqrt(tl.where(squared > 0, squared, 1)), w)
+    written = inside
+    if only_touched:
+        written = d < tl.where(count > 0, width, 0)
+    tl.store(weight + at, w.to(weight.dtype.element_ty), mask=written)
+    tl.store(moment + at, m.to(moment.dtype.element_ty), mask=written)
+    tl.store(second + at, v.to(second.dtype.element_ty), mask=written)
+
+
+def adamw(
+    weight_PD: Float[Tensor, "P D"],
+    moment_PD: Float[Tensor, "P D"],
+    second_PD: Float[Tensor, "P D"],
+    gradient: RowGradient | Float[Tensor, "P D"],
+    settings: AdamW,
+) -> None:
+    """One step of `AdamW` in place; a gradient that is a tensor goes to `portable`."""
+    if not isinstance(gradient, RowGradient):
+        portable.adamw(weight_PD, moment_PD, second_PD, gradient, settings)
+        return
+    height, width = weight_PD.shape
+    scalars = torch.tensor(
+        [
+            settings.grad_scale, settings.decay, 1 - settings.beta1, settings.beta2, 1 - settings.beta2,
+            settings.step_size, settings.root_scale, settings.eps,
+        ],
+        dtype=torch.float64 if weight_PD.dtype == torch.float64 else torch.float32,
+        device=weight_PD.device,
+    )  # fmt: skip
+    _adamw_kernel[(height,)](
+        weight_PD, moment_PD, second_PD, gradient.offsets, gradient.tokens_N, gradient.weights_N,
+        gradient.x_BD.contiguous(), width, scalars,
+        unit_norm=settings.unit_norm, only_touched=settings.only_touched,
+        block=triton.next_power_of_2(width), acc_type=_accumulator(weight_PD.dtype),
+    )  # fmt: skip
