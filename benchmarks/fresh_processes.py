@@ -34,10 +34,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     command = [sys.executable, "-c", CODE, str(ROOT), str(arguments.threads)]
-    found = collections.Counter(
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        for _ in range(arguments.processes)
-    )
+    found: collections.Counter[str] = collections.Counter()
+    for _ in range(arguments.processes):
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode != 0:
+            print(process.stderr, file=sys.stderr)
+            return 1
+        found[process.stdout.strip()] += 1
     print(f"{arguments.processes} processes, {len(found)} different results")
     if arguments.out is not None:
         row = {"processes": arguments.processes, "different_results": len(found), **provenance(11)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from kronsae import kernels
 from kronsae.bench import checks, machine, measure, runs, subjects
 from kronsae.bench.commands import app
 from kronsae.bench.measure import Timing
@@ -47,7 +48,7 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_reported_when_an_operation_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = checks.kronecker_topk
+    right = kernels.kronecker_topk
 
     def wrong(pre_BHP: Tensor, d_base: int, k: int) -> object:
         return right(-pre_BHP, d_base, k)
@@ -76,7 +77,7 @@ def test_every_contestant_learns(entry: Entry) -> None:
         pytest.skip(reason)
     subject = entry.build(SMALL)
     x_BD = measure.make_batches(32, 16, seed=0)[0]
-    weights = [p for p in getattr(getattr(subject, "member", subject), "sae", torch.nn.Module()).parameters()]
+    weights = list(getattr(getattr(subject, "member", subject), "sae", torch.nn.Module()).parameters())
     before = [weight.detach().clone() for weight in weights]
     subject.step(x_BD)
     for weight, old in zip(weights, before, strict=True):

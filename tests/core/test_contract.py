@@ -184,6 +184,11 @@ def test_wrong_width_is_named(config: SAEConfig, shape: tuple[int, ...]) -> None
     assert str(error.value) == f"x must have d_in=6 as its last dimension; got shape {shape}."
 
 
+def test_wrong_dtype_is_named(config: SAEConfig) -> None:
+    with pytest.raises(UserError, match=r"x must be torch\.float32, as the SAE is; got torch\.bfloat16"):
+        config.build().encode(torch.zeros(2, 6, dtype=torch.bfloat16))
+
+
 def test_codes_of_another_dictionary_are_refused(config: SAEConfig) -> None:
     codes = SparseCodes(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), d_sae=1000)
     with pytest.raises(UserError) as error:

@@ -101,9 +101,9 @@ class SAE(nn.Module):
         """Sparse codes of activations; leading dimensions are kept.
 
         Raises:
-            UserError: the last dimension is not ``d_in``.
+            UserError: the last dimension is not ``d_in``, or the dtype is not the SAE's.
         """
-        self._check_width(x)
+        self._check_input(x)
         codes: SparseCodes = self.sparsifier(self.encoder(x.reshape(-1, self.d_in)))[0]
         return codes.reshape(*x.shape[:-1])
 
@@ -119,12 +119,16 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def num_parameters(self) -> int:
-        """Weights and biases in all; ``sae.encoder`` and ``sae.decoder`` can be counted alike."""
+        """Weights and biases in all; `count_parameters` counts those of a part, such as ``sae.encoder``."""
         return count_parameters(self)
 
-    def _check_width(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_in:
             raise UserError(f"x must have d_in={self.d_in} as its last dimension; got shape {tuple(x.shape)}.")
+        if x.dtype != self.W_dec.dtype:
+            raise UserError(
+                f"x must be {self.W_dec.dtype}, as the SAE is; got {x.dtype}. Convert one: x.to(sae.W_dec.dtype)."
+            )
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
 """The GPU path: Triton kernels for what PyTorch has no single operation for; the rest is left to `portable`.
 
 Sums run in float32 (float64 for float64 inputs) whatever the inputs' dtype. No atomics: every output element is
@@ -53,7 +54,7 @@ def _weighted_rows_kernel(
     total = tl.zeros((block,), acc_type)
     if has_bias:
         total += tl.load(bias + d, mask=inside, other=0).to(acc_type)
-    for r in range(0, entries):
+    for r in range(entries):
         weight = tl.load(weights + token * entries + r).to(acc_type)
         row = tl.load(rows + token * entries + r)
         total += weight * tl.load(matrix + row * width + d, mask=inside, other=0).to(acc_type)
@@ -120,7 +121,7 @@ def _gradient_rows_kernel(
     total = tl.zeros((block,), acc_type)
     first = tl.load(offsets + row)
     count = tl.load(offsets + row + 1) - first
-    for n in range(0, count):
+    for n in range(count):
         token = tl.load(tokens + first + n)
         weight = tl.load(weights + first + n).to(acc_type)
         total += weight * tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
@@ -191,20 +192,20 @@ def _topk_chunk(pre_BHP: Tensor, d_base: int, k: int, expanded: int) -> Tensor:
     tokens, heads, width = pre_BHP.shape
     d_extension = width - d_base
     cells = d_base * d_extension
-    new = {"dtype": pre_BHP.dtype, "device": pre_BHP.device}
-    best_BH = torch.empty(tokens, heads, **new)  # type: ignore[arg-type]
+    best_BH = pre_BHP.new_empty(tokens, heads)
     block_w = triton.next_power_of_2(width)
     block_h = max(1, min(triton.next_power_of_2(heads), 2048 // block_w))
     _head_bounds_kernel[(tokens, triton.cdiv(heads, block_h))](
         pre_BHP, best_BH, heads, d_base, d_extension, block_h=block_h, block_w=block_w
     )
     heads_BE = best_BH.topk(expanded, dim=1, sorted=False).indices
-    products_BN = torch.empty(tokens, expanded * cells, **new)  # type: ignore[arg-type]
+    products_BN = pre_BHP.new_empty(tokens, expanded * cells)
     _expand_kernel[(tokens, expanded)](
         pre_BHP, heads_BE, products_BN, heads, expanded, d_base, d_extension, block=triton.next_power_of_2(cells)
     )
     flat_BK = products_BN.topk(k, dim=1, sorted=False).indices
-    return heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells
+    latents_BK: Tensor = heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells
+    return latents_BK
 
 
 def kronecker_linear_topk(
@@ -229,7 +230,7 @@ def _adamw_kernel(
     first = tl.load(offsets + row)
     count = tl.load(offsets + row + 1) - first
     grad = tl.zeros((block,), acc_type)
-    for n in range(0, count):
+    for n in range(count):
         token = tl.load(tokens + first + n)
         entry = tl.load(weights + first + n).to(acc_type)
         grad += entry * tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
