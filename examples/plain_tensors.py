@@ -33,9 +33,10 @@ members = [
 fit(members, TensorStream(x, batch_size=loop.batch_tokens, seed=0), loop)
 
 for member in members:
-    codes = member.sae.encode(x)
-    x_hat = member.sae.decode(codes)
-    found = (member.sae.W_dec @ directions.T).max(0).values.mean()
+    sae = member.finished_sae()
+    codes = sae.encode(x)
+    x_hat = sae.decode(codes)
+    found = (sae.W_dec @ directions.T).max(0).values.mean()
     print(
         f"{member.name}: explained variance {ks.explained_variance(x, x_hat):.3f}, l0 {codes.l0():.2f}, "
         f"mean cosine of the true directions with the nearest latent {found:.3f}"

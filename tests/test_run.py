@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pkgutil
 import importlib.util
 import itertools
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -497,7 +497,7 @@ class TestInPython:
         assert (run.folder, ks.open_run(run.folder)) == (tmp_path / "r", run)
 
     def test_no_module_hides_a_public_name(self) -> None:
-        """Importing ``kronsae.x`` binds ``x`` in the package: a module named like a public function would replace it."""
+        """Importing ``kronsae.x`` binds ``x`` in the package, so a module must not have a public function's name."""
         modules = {module.name for module in pkgutil.iter_modules(ks.__path__)}
         assert modules.isdisjoint(ks.__all__)
         assert ks.train is run_module.train

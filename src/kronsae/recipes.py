@@ -10,6 +10,7 @@ from typing import Any
 
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.gates import GateName
+from kronsae.core.normalization import NormalizationName
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sparsifiers import TopKConfig
 from kronsae.data.model import ModelConfig
@@ -27,6 +28,7 @@ def topk(
     seed: int = 0,
     init_norm: float | None = None,
     unit_norm_decoder: bool = True,
+    normalize_activations: NormalizationName = "center_and_scale",
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
 ) -> MemberConfig:
@@ -38,6 +40,7 @@ def topk(
         optimizer=OptimizerConfig(lr=lr),
         aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
         unit_norm_decoder=unit_norm_decoder,
+        normalize_activations=normalize_activations,
         seed=seed,
     )
 
@@ -55,6 +58,7 @@ def kron(
     seed: int = 0,
     init_norm: float | None = None,
     unit_norm_decoder: bool = True,
+    normalize_activations: NormalizationName = "center_and_scale",
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
 ) -> MemberConfig:
@@ -73,6 +77,7 @@ def kron(
         optimizer=OptimizerConfig(lr=lr),
         aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
         unit_norm_decoder=unit_norm_decoder,
+        normalize_activations=normalize_activations,
         seed=seed,
     )
 
@@ -117,8 +122,8 @@ def _paper(model: str, hook: str) -> Callable[[], RunConfig]:
             text=TextConfig(source="HuggingFaceFW/fineweb-edu", subset="sample-10BT"),
             hook=hook,
             saes=(
-                topk(d_sae=2**15, k=50),
-                kron(num_heads=4096, d_base=2, d_extension=4, k=50),
+                topk(d_sae=2**15, k=50, normalize_activations="none"),
+                kron(num_heads=4096, d_base=2, d_extension=4, k=50, normalize_activations="none"),
             ),
             loop=LoopConfig(tokens=125_000_000, batch_tokens=8192),
             context_length=1024,

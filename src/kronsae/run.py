@@ -290,7 +290,9 @@ def plan(source: Source, members: Sequence[Member]) -> str:
 
 def _finish(run: Run, members: Sequence[Member], progress: Progress) -> None:
     for member in members:
-        checkpoint.save(member.sae, run.folder / "saes" / member.name, sae_metadata(run.config, member.config))
+        checkpoint.save(
+            member.finished_sae(), run.folder / "saes" / member.name, sae_metadata(run.config, member.config)
+        )
     seconds = {member.name: member.seconds for member in members}
     write_json(
         run.folder / "training.json",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kronsae.core.encoders import DenseEncoderConfig
+from kronsae.core.normalization import Normalization
 from kronsae.errors import UserError
 from kronsae.recipes import kron, topk
 from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
@@ -23,8 +24,8 @@ BATCH = 24
 STEPS = 8
 DEAD_AFTER = 3 * BATCH
 CONFIGS = {
-    "topk": topk(d_sae=48, k=3, dead_after_tokens=DEAD_AFTER),
-    "kron": kron(num_heads=6, d_base=2, d_extension=4, k=3, dead_after_tokens=DEAD_AFTER),
+    "topk": topk(d_sae=48, k=3, dead_after_tokens=DEAD_AFTER, normalize_activations="none"),
+    "kron": kron(num_heads=6, d_base=2, d_extension=4, k=3, dead_after_tokens=DEAD_AFTER, normalize_activations="none"),
 }
 
 
@@ -204,3 +205,31 @@ def test_a_divergence_is_told_and_names_the_remedy(name: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"training of '{name}' diverged: the ")
     assert "Lower its learning rate (now " in message
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_normalising_is_training_on_normalised_activations(name: str) -> None:
+    """Raw activations into one member, activations normalised by hand into another: the same bits, before folding."""
+    member, by_hand = make(CONFIGS[name], normalize_activations="center_and_scale"), make(CONFIGS[name])
+    raw = [20 * x_BD + 7 for x_BD in batches()]
+    normalization = Normalization.of(raw[0])
+    for step, x_BD in enumerate(raw):
+        member.step(x_BD, step, want_metrics=False)
+        by_hand.step(normalization(x_BD), step, want_metrics=False)
+    for key, value in member.sae.state_dict().items():
+        assert torch.equal(value, by_hand.sae.state_dict()[key]), key
+    x_hat_BD = normalization.scale * by_hand.sae(normalization(raw[-1])) + normalization.mean_D
+    torch.testing.assert_close(member.finished_sae()(raw[-1]), x_hat_BD, rtol=1e-4, atol=1e-4)
+    assert torch.equal(by_hand.finished_sae()(raw[-1]), by_hand.sae(raw[-1]))
+
+
+def test_normalization_is_part_of_the_state() -> None:
+    config = replace(CONFIGS["kron"], normalize_activations="center_and_scale")
+    member, resumed = make(config), make(config)
+    x_BD = 20 * batches()[0] + 7
+    member.step(x_BD, 0, want_metrics=False)
+    resumed.load_state(member.state())
+    for each in (member, resumed):
+        each.step(x_BD + 100, 1, want_metrics=False)
+    for key, value in member.state().items():
+        assert key == "seconds" or torch.equal(value, resumed.state()[key]), key

@@ -138,6 +138,7 @@ def test_what_is_not_defined_is_null() -> None:
     """All activations equal: there is no variance to explain, and JSON has no NaN."""
     sink = Memory()
     constant = (({"h": torch.ones(BATCH, D_IN)}, {"batch": index}) for index in range(1, 3))
-    fit(members(2), constant, loop(2, log_every=1), [sink])
+    as_they_are = Member(topk(d_sae=16, k=2, normalize_activations="none"), D_IN, "h", 2)
+    fit([as_they_are], constant, loop(2, log_every=1), [sink])
     assert {row["explained_variance"] for row in sink.rows} == {None}
     assert all(row["loss"] > 0 for row in sink.rows)

@@ -74,7 +74,7 @@ class EncoderProduct:
 
 
 class OwnTrainer:
-    """The library's own training step, as `kronsae train` takes it (without clipping, which rivals do not do)."""
+    """The library's own training step, as `kronsae train` takes it (without clipping and normalisation, which rivals do not do)."""
 
     def __init__(self, shape: Shape, encoder: EncoderConfig) -> None:
         config = MemberConfig(
@@ -82,6 +82,7 @@ class OwnTrainer:
             encoder=encoder,
             sparsifier=TopKConfig(k=shape.k),
             optimizer=OptimizerConfig(lr=LR, clip_norm=None),
+            normalize_activations="none",
         )
         self.member = Member(config, shape.d_in, "bench", steps=10_000)
 

@@ -60,3 +60,5 @@ def mand_eps(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, 
 
 
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mand": mand, "mand_eps": mand_eps}
+HOMOGENEOUS = {"mand"}
+"""Gates with ``gate(s u, s v) = s gate(u, v)`` for ``s > 0``."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kronsae.core.checks import check_count, check_positive
 from kronsae.core.encoders import EncoderConfig
+from kronsae.core.normalization import NormalizationName, check_foldable
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sae import SAEConfig
 from kronsae.core.sparsifiers import SparsifierConfig
@@ -60,6 +61,9 @@ class MemberConfig:
         optimizer: learning rate and schedule.
         aux_k: the loss that revives dead latents, and after how many tokens a latent counts as dead.
         unit_norm_decoder: keep every row of W_dec at norm 1 after each step.
+        normalize_activations: ``"center_and_scale"`` trains on activations of mean 0 and norm sqrt(d_in), measured on
+            the first batch, and folds that into the biases at the end: a saved SAE takes raw activations. ``"none"``,
+            as in the paper, trains on them as they are.
         seed: of the initial weights.
     """
 
@@ -69,6 +73,7 @@ class MemberConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     aux_k: AuxKConfig = field(default_factory=AuxKConfig)
     unit_norm_decoder: bool = True
+    normalize_activations: NormalizationName = "center_and_scale"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +83,7 @@ class MemberConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be from 0 to 2**63 - 1; got {self.seed!r}.")
+        check_foldable(self.normalize_activations, getattr(self.encoder, "gate", None))
         self.sparsifier.check(self.encoder.d_sae)
 
     def shape(self, d_in: int) -> SAEConfig:

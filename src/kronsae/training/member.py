@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kronsae.core.metrics import explained_variance
+from kronsae.core.normalization import Normalization
 from kronsae.core.objective import DeadLatents, Objective, objective
+from kronsae.core.sae import SAE
 from kronsae.errors import UserError
 from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients, grad_norm
 from kronsae.training.config import MemberConfig, OptimizerConfig
@@ -20,7 +23,10 @@ from kronsae.training.config import MemberConfig, OptimizerConfig
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step shows; quantities as defined in `kronsae.core.metrics`, on the step's batch."""
+    """What one step shows; quantities as defined in `kronsae.core.metrics`, on the step's batch.
+
+    Losses are on the scale that the SAE is trained on, so after normalisation; explained variance does not care.
+    """
 
     loss: float
     auxiliary_loss: float
@@ -49,6 +55,9 @@ class Member:
         self.config, self.hook, self.steps = config, hook, steps
         self.sae = config.shape(d_in).build(config.seed).to(device)
         self.dead = DeadLatents(self.sae.d_sae, device)
+        self.normalization: Normalization | None = None  # measured on the first batch
+        if config.normalize_activations == "none":
+            self.normalization = Normalization.identity(d_in, device)
         self.seconds = 0.0
         self.optimizer = self._build_optimizer()
 
@@ -75,6 +84,9 @@ class Member:
     def step(self, x_BD: Float[Tensor, "B D"], step: int, want_metrics: bool) -> StepMetrics | None:
         """One optimiser step on one batch; the metrics are computed only when wanted."""
         started = perf_counter()
+        if self.normalization is None:
+            self.normalization = Normalization.of(x_BD)
+        x_BD = self.normalization(x_BD)
         settings = self.config.optimizer
         lr = learning_rate(settings, step, self.steps)
         for group in self.optimizer.param_groups:
@@ -111,6 +123,13 @@ class Member:
             member_seconds=self.seconds,
         )
 
+    def finished_sae(self) -> SAE:
+        """A copy of the SAE that takes raw activations: the normalisation is folded into its biases."""
+        sae = copy.deepcopy(self.sae)
+        if self.normalization is not None:
+            self.normalization.fold(sae)
+        return sae
+
     def state(self) -> dict[str, Tensor]:
         """Everything a later process needs to carry on with the same bits."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
@@ -118,6 +137,9 @@ class Member:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         tensors["dead.tokens_since_active"] = self.dead.tokens_since_active_F
+        if self.normalization is not None:
+            tensors["normalization.mean"] = self.normalization.mean_D
+            tensors["normalization.scale"] = self.normalization.scale
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         return tensors
 
@@ -139,6 +161,10 @@ class Member:
             # copies: what is read from safetensors may be a view of a file that is about to be removed
             self.optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
         self.dead.tokens_since_active_F.copy_(tensors["dead.tokens_since_active"])
+        if "normalization.mean" in tensors:
+            device = self.sae.W_dec.device
+            mean_D, scale = (tensors[f"normalization.{key}"].to(device, copy=True) for key in ("mean", "scale"))
+            self.normalization = Normalization(mean_D, scale)
         self.seconds = float(tensors["seconds"])
 
 
