@@ -157,7 +157,7 @@ def test_d_in_inside_a_block(gpt2: LanguageModel) -> None:
 def test_the_values_can_be_trained_on(gpt2: LanguageModel) -> None:
     values, _ = next(iter(ActivationStream(gpt2, 1, tokens(gpt2))))
     weight = torch.ones(WIDTH, requires_grad=True)
-    (values["1"] @ weight).sum().backward()  # type: ignore[no-untyped-call]  # inference tensors would refuse
+    (values["1"] @ weight).sum().backward()  # inference tensors would refuse
     assert weight.grad is not None
 
 

@@ -121,7 +121,7 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_position
         show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
@@ -229,7 +229,7 @@ def context_at(seen: int, settings: Settings) -> int:
 
 def export(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the model in float16 and its tokenizer, as ``from_pretrained`` expects them."""
-    copy.deepcopy(model).half().save_pretrained(folder)  # type: ignore[no-untyped-call]
+    copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # transformers 5 writes a class name that 4 does not know; both know this one.
     config = folder / "tokenizer_config.json"
@@ -364,7 +364,7 @@ class Run:
         while self.step < last:
             window = batch_at(self.step, self.library, self.tests, settings)
             loss = window_loss(window)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             factor = learning_rate_factor((self.step + 1) * settings.batch_tokens, settings)
             peaks = (settings.muon_learning_rate, settings.adamw_learning_rate)
