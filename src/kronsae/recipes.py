@@ -87,7 +87,7 @@ def quickstart() -> RunConfig:
 
     A short run wants a higher learning rate and larger first rows than the paper's; both SAEs get the same.
     """
-    short: dict[str, Any] = {"k": 32, "lr": 4e-3, "init_norm": 0.5, "dead_after_tokens": 200_000}
+    short: dict[str, Any] = {"k": 32, "lr": 4e-3, "init_norm": 0.5, "dead_after_tokens": 150_000}
     return RunConfig(
         model=ModelConfig(name="bundled"),
         text=TextConfig(source="bundled"),
@@ -96,7 +96,7 @@ def quickstart() -> RunConfig:
             topk(d_sae=4096, **short),
             kron(num_heads=512, d_base=2, d_extension=4, **short),
         ),
-        loop=LoopConfig(tokens=1_000_000, batch_tokens=2048, log_every=5, checkpoint_every=100),
+        loop=LoopConfig(tokens=600_000, batch_tokens=2048, log_every=5, checkpoint_every=100),
         buffer_tokens=2**17,
         eval_tokens=65_536,
     )
