@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kronsae.config import from_dict, to_dict
+from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.recipes import RECIPES, SAE_KINDS, describe, kron, topk
 from kronsae.run import execute
 from kronsae.run_config import RunConfig
@@ -73,11 +74,13 @@ def test_the_words_of_an_sae_reach_its_config() -> None:
         aux_weight=0.25,
     )
     assert (one.name, one.seed, one.unit_norm_decoder) == ("n", 3, False)
-    assert (one.optimizer.lr, one.encoder.init_norm) == (1.0, 0.5)
+    assert one.optimizer.lr == 1.0
+    assert isinstance(one.encoder, DenseEncoderConfig)
+    assert one.encoder.init_norm == 0.5
     assert (one.aux_k.dead_after_tokens, one.aux_k.weight) == (7, 0.25)
     two = kron(num_heads=2, d_base=3, d_extension=4, k=2, gate="mand_eps", d_sae=24)
     assert (two.encoder.d_sae, two.name, two.encoder.kind) == (24, "kron", "kronecker")
-    assert {"topk": topk, "kron": kron} == SAE_KINDS
+    assert (SAE_KINDS["topk"], SAE_KINDS["kron"]) == (topk, kron)
 
 
 def test_tiny_on_the_bundled_model(tmp_path: Path) -> None:

@@ -187,6 +187,36 @@ def list_recipes(as_json: Json = False) -> None:
     _next("kronsae train --recipe NAME --out runs/NAME")
 
 
+@app.command("architectures")
+def list_architectures(as_json: Json = False) -> None:
+    """List the SAEs of the comparison, what each is composed of, and the words that train it small."""
+    from kronsae.architectures import ARCHITECTURES
+
+    rows = [architecture(name, words) for name, words in ARCHITECTURES.items()]
+    if as_json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            parts = ", ".join(f"{part} {row[part]}" for part in ("encoder", "sparsifier", "loss", "experts"))
+            print(f"{row['name']}: {parts}\n    {row['train']}")
+    _next("one of these commands, and `kronsae eval` on the run folder it names")
+
+
+def architecture(name: str, words: str) -> dict[str, Any]:
+    """One cell of the comparison: its parts, its ``--sae`` words, and a command that trains it small."""
+    member = parse_sae(words)
+    experts = getattr(member.encoder, "num_experts", 1)
+    return {
+        "name": name,
+        "encoder": getattr(member.encoder, "expert", member.encoder).kind,
+        "sparsifier": member.sparsifier.kind,
+        "loss": member.loss.kind,
+        "experts": experts,
+        "sae": words,
+        "train": f"kronsae train --recipe tiny --sae {shlex.quote(words)} --out runs/{name}",
+    }
+
+
 @app.command(
     "bench",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kronsae.architectures import batch_topk, jumprelu, matryoshka, switch
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.gates import GateName
 from kronsae.core.normalization import NormalizationName
@@ -143,7 +144,14 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "paper-gemma-2-2b": _paper("google/gemma-2-2b", "layers.12"),
 }
 
-SAE_KINDS: dict[str, Callable[..., MemberConfig]] = {"topk": topk, "kron": kron}
+SAE_KINDS: dict[str, Callable[..., MemberConfig]] = {
+    "topk": topk,
+    "kron": kron,
+    "batch_topk": batch_topk,
+    "jumprelu": jumprelu,
+    "matryoshka": matryoshka,
+    "switch": switch,
+}
 
 
 def describe(recipe: Callable[[], Any]) -> str:

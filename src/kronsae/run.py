@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kronsae.config import differences, from_dict, to_dict
 from kronsae.core import checkpoint
+from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
@@ -285,6 +286,11 @@ def plan(source: Source, members: Sequence[Member]) -> str:
             f"  {member.name}: {member.sae.config.architecture}, {member.sae.d_sae:,} latents, {count:,} parameters; "
             f"weights, gradients and Adam's moments {16 * count / 2**20:,.0f} MB"
         )
+        gate = getattr(getattr(member.config.encoder, "expert", member.config.encoder), "gate", "mand")
+        if GATES[gate].order == "none":
+            lines.append(
+                f"    gate {gate} has no bound by head: all latents of a token are computed, a chunk at a time"
+            )
     return "\n".join(lines)
 
 

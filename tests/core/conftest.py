@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
-from kronsae.core.gates import GateName
+from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
+from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
+from kronsae.core.gates import GATES, GateName
 from kronsae.core.sae import SAEConfig
-from kronsae.core.sparsifiers import SparsifierConfig, TopKConfig
+from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
 
 D_IN = 6
 
@@ -20,18 +21,30 @@ def kron(num_heads: int, d_base: int, d_extension: int, gate: GateName = "mand")
     return KroneckerEncoderConfig(num_heads=num_heads, d_base=d_base, d_extension=d_extension, gate=gate)
 
 
-CASES: dict[str, tuple[EncoderConfig, SparsifierConfig]] = {
+def switch(expert: DenseEncoderConfig | KroneckerEncoderConfig, num_experts: int = 3) -> SwitchEncoderConfig:
+    return SwitchEncoderConfig(num_experts=num_experts, expert=expert)
+
+
+CASES: dict[str, tuple[AnyEncoderConfig, SparsifierConfig]] = {
     "dense": (dense(24), TopKConfig(k=3)),
     "dense, k = d_sae": (dense(5), TopKConfig(k=5)),
     "dense, one latent": (dense(1), TopKConfig(k=1)),
     "kron": (kron(4, 2, 3), TopKConfig(k=3)),
-    "kron, paper's epsilon": (kron(4, 2, 3, "mand_eps"), TopKConfig(k=3)),
+    **{f"kron, {gate}": (kron(4, 2, 3, gate), TopKConfig(k=3)) for gate in GATES if gate != "mand"},  # type: ignore[arg-type]
     "kron, k > heads": (kron(2, 2, 4), TopKConfig(k=7)),
     "kron, k = d_sae": (kron(3, 2, 2), TopKConfig(k=12)),
     "kron, one head": (kron(1, 3, 4), TopKConfig(k=3)),
     "kron, one base": (kron(5, 1, 4), TopKConfig(k=3)),
     "kron, one extension": (kron(5, 4, 1), TopKConfig(k=3)),
     "kron, one of each": (kron(7, 1, 1), TopKConfig(k=3)),
+    "batch_topk": (dense(24), BatchTopKConfig(k=3)),
+    "batch_topk, kron": (kron(4, 2, 3), BatchTopKConfig(k=3)),
+    "batch_topk, kron, minimum": (kron(4, 2, 3, "minimum"), BatchTopKConfig(k=3)),
+    "jumprelu": (dense(24), JumpReLUConfig(k=3)),
+    "jumprelu, kron": (kron(4, 2, 3), JumpReLUConfig(k=3)),
+    "jumprelu, kron, raw_product": (kron(4, 2, 3, "raw_product"), JumpReLUConfig(k=3)),
+    "switch": (switch(dense(8)), TopKConfig(k=3)),
+    "switch, kron": (switch(kron(2, 2, 3)), TopKConfig(k=3)),
 }
 
 

@@ -13,6 +13,7 @@ from kronsae.config import from_dict, to_dict
 from kronsae.core import checkpoint
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import Encoder, Latents
+from kronsae.core.objective import objective
 from kronsae.core.sae import SAE, SAEConfig, count_parameters
 from kronsae.core.sparsifiers import Sparsifier
 from kronsae.errors import UserError
@@ -26,13 +27,19 @@ def batch(config: SAEConfig, *leading: int, dtype: torch.dtype = torch.float32, 
 
 
 def trained(config: SAEConfig, dtype: torch.dtype = torch.float32) -> SAE:
-    """An SAE whose biases are no longer 0."""
+    """An SAE whose biases are no longer 0, and whose thresholds, if it has any, have seen a batch."""
     sae = config.build(seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        objective(sae, batch(config, 40, seed=2))
     return sae.to(dtype)
+
+
+def has_fixed_width(config: SAEConfig) -> bool:
+    """Whether every token's codes have k places, whatever the batch."""
+    return config.sparsifier.kind == "topk"
 
 
 def test_roles_are_filled(config: SAEConfig) -> None:
@@ -46,13 +53,15 @@ def test_roles_are_filled(config: SAEConfig) -> None:
 def test_shapes_and_dtypes(config: SAEConfig, dtype: torch.dtype) -> None:
     sae, x_BD = trained(config, dtype), batch(config, 7, dtype=dtype)
     codes = sae.encode(x_BD)
-    assert codes.values.shape == codes.indices.shape == (7, config.sparsifier.k)
+    assert codes.values.shape == codes.indices.shape
+    assert len(codes.values) == 7
+    assert codes.values.shape[1] == config.sparsifier.k or not has_fixed_width(config)
     assert (codes.values.dtype, codes.indices.dtype) == (dtype, torch.int64)
     assert codes.d_sae == sae.d_sae == config.d_sae
     assert codes.values.isfinite().all()
     assert (codes.values >= 0).all()
     assert ((codes.indices >= 0) & (codes.indices < sae.d_sae)).all()
-    assert all(len(set(row)) == len(row) for row in codes.indices.tolist())
+    assert int(codes.counts().sum()) == int((codes.to_dense() > 0).sum()), "indices of active latents are distinct"
     x_hat_BD = sae.decode(codes)
     assert (x_hat_BD.shape, x_hat_BD.dtype) == (x_BD.shape, dtype)
     assert torch.equal(sae(x_BD), x_hat_BD)
@@ -64,7 +73,8 @@ def test_shapes_and_dtypes(config: SAEConfig, dtype: torch.dtype) -> None:
 def test_leading_dimensions_are_kept(config: SAEConfig, leading: tuple[int, ...]) -> None:
     sae, x = trained(config), batch(config, *leading)
     codes = sae.encode(x)
-    assert codes.values.shape == codes.indices.shape == (*leading, config.sparsifier.k)
+    assert codes.values.shape == codes.indices.shape
+    assert codes.values.shape[:-1] == leading
     assert sae(x).shape == x.shape
     assert codes.to_dense().shape == (*leading, sae.d_sae)
     # one token alone takes another path through the matrix product than a batch does: equal up to rounding
@@ -81,7 +91,7 @@ def test_strided_input_gives_the_same(config: SAEConfig) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_reach_every_parameter_and_the_input(config: SAEConfig, dtype: torch.dtype) -> None:
     sae, x_BD = trained(config, dtype), batch(config, 50, dtype=dtype).requires_grad_()
-    sae(x_BD).square().sum().backward()
+    objective(sae, x_BD, l0_weight=0.1).loss.backward()
     for name, tensor in [*sae.named_parameters(), ("x", x_BD)]:
         assert tensor.grad is not None, name
         assert tensor.grad.dtype == dtype, name
@@ -102,11 +112,13 @@ def test_no_graph_is_kept_where_none_is_asked(config: SAEConfig) -> None:
 def test_empty_batch(config: SAEConfig, leading: tuple[int, ...]) -> None:
     sae, x = trained(config), batch(config, *leading).requires_grad_()
     codes = sae.encode(x)
-    assert codes.values.shape == (*leading, config.sparsifier.k)
+    assert codes.values.shape[:-1] == leading
     x_hat = sae.decode(codes)
     assert x_hat.shape == x.shape
     x_hat.sum().backward()
     for name, parameter in sae.named_parameters():
+        if name == "sparsifier.log_threshold":
+            continue  # learns in training only
         assert parameter.grad is not None, name
         assert parameter.grad.count_nonzero() == 0, name
 
@@ -116,8 +128,9 @@ def test_save_then_load_gives_the_same_sae(config: SAEConfig, dtype: torch.dtype
     sae, x_BD = trained(config, dtype), batch(config, 9, dtype=dtype)
     assert checkpoint.save(sae, tmp_path / "a" / "sae", {"layer": 3}) == tmp_path / "a" / "sae"
     again = checkpoint.load(tmp_path / "a" / "sae")
-    assert again.config == sae.config
-    for (name, old), (new_name, new) in zip(sae.state_dict().items(), again.state_dict().items(), strict=True):
+    saved = sae.trained()
+    assert again.config == saved.config
+    for (name, old), (new_name, new) in zip(saved.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == new_name
         assert (old.dtype, old.shape) == (new.dtype, new.shape), name
         assert torch.equal(old, new), name
@@ -130,10 +143,15 @@ def test_save_then_load_gives_the_same_sae(config: SAEConfig, dtype: torch.dtype
 
 
 def test_everything_learned_is_in_the_state_dict(config: SAEConfig) -> None:
-    names = ["encoder.weight", "encoder.bias", "decoder.W_dec", "decoder.b_dec"]
     sae = trained(config)
-    assert list(sae.state_dict()) == names
-    assert [name for name, _ in sae.named_parameters()] == names
+    names = [name for name in sae.state_dict() if name.startswith("encoder.")]
+    learned = {"topk": [], "batch_topk": ["log_threshold"], "jumprelu": ["log_threshold"]}[config.sparsifier.kind]
+    names += [f"sparsifier.{name}" for name in learned]
+    assert list(sae.state_dict()) == [*names, "decoder.W_dec", "decoder.b_dec"]
+    parameters = [name for name, _ in sae.named_parameters()]
+    assert [name for name in sae.state_dict() if name not in parameters] == (
+        ["sparsifier.log_threshold"] if config.sparsifier.kind == "batch_topk" else []
+    )
     fresh = config.build_empty()
     fresh.load_state_dict(sae.state_dict())
     x_BD = batch(config, 5)
@@ -144,7 +162,9 @@ def test_everything_learned_is_in_the_state_dict(config: SAEConfig) -> None:
 def test_parameter_counts_agree_with_shapes(config: SAEConfig) -> None:
     sae = config.build()
     decoder = config.d_sae * config.d_in + config.d_in
-    assert sae.num_parameters() == count_parameters(sae.encoder) + decoder
+    assert sae.num_parameters() == count_parameters(sae.encoder) + count_parameters(sae.sparsifier) + decoder
+    if config.encoder.kind == "switch":
+        return  # a token meets one expert only
     outputs = count_parameters(sae.encoder) // (config.d_in + 1)
     assert config.encoder.multiply_adds(config.d_in) - outputs * config.d_in in (0, config.d_sae)
 
@@ -156,15 +176,15 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone(con
     assert torch.equal(torch.get_rng_state(), before)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name
-    assert not torch.equal(one.encoder.weight, other.encoder.weight)
-    assert torch.equal(config.build().encoder.weight, config.build(seed=0).encoder.weight)
+    assert not torch.equal(one.W_dec, other.W_dec)
+    assert torch.equal(config.build().W_dec, config.build(seed=0).W_dec)
 
 
 def test_forward_and_backward_repeat_bit_for_bit(config: SAEConfig) -> None:
     grads = []
     for _ in range(2):
         sae = trained(config)
-        sae(batch(config, 64)).square().sum().backward()
+        objective(sae, batch(config, 64), l0_weight=0.1).loss.backward()
         grads.append({name: parameter.grad for name, parameter in sae.named_parameters()})
     for name, grad in grads[0].items():
         assert grad is not None

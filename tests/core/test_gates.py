@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronsae.core.gates import GATES, MAX_SLOPE, PAPER_EPSILON, mand, mand_eps
+from kronsae.core.gates import (
+    GATES,
+    MAX_SLOPE,
+    PAPER_EPSILON,
+    and_ail,
+    mand,
+    mand_eps,
+    minimum,
+    power_mean,
+    raw_product,
+    relu_product,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -73,8 +84,10 @@ def test_mand_is_the_geometric_mean_and_its_gradient_the_analytic_one(a: float, 
 def test_gradcheck(gate: str) -> None:
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn(2, 40, generator=generator, dtype=torch.float64)
-    away = (u.abs() > 0.05) & (v.abs() > 0.05)  # finite differences must not step over 0
-    assert torch.autograd.gradcheck(GATES[gate], (u[away].requires_grad_(), v[away].requires_grad_()))
+    # finite differences must not step over a kink: 0, and equal parents for a minimum
+    away = (u.abs() > 0.05) & (v.abs() > 0.05) & ((u - v).abs() > 0.05)
+    inputs = (u[away].requires_grad_(), v[away].requires_grad_(), *learned(gate))
+    assert torch.autograd.gradcheck(GATES[gate], inputs)
 
 
 def test_second_derivative_is_refused_and_not_wrong() -> None:
@@ -96,12 +109,72 @@ def test_paper_epsilon_is_the_listing() -> None:
     assert PAPER_EPSILON == 1e-5
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if gate.order == "product"])
 @given(seed=st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
-def test_every_gate_rises_with_the_product(gate: str, seed: int) -> None:
-    """What makes the head-pruned TopK exact for it."""
+def test_gates_of_order_product_rise_with_the_product(gate: str, seed: int) -> None:
+    """What makes the TopK by product exact for it."""
     u, v = torch.randn(2, 200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     order = (u.relu() * v.relu()).argsort()
     z = GATES[gate](u, v)[order]
     assert (z.diff() >= -1e-15).all()
+
+
+def rises_with_the_parents(gate: str) -> bool:
+    """On a grid: never falls as one parent rises, and is 0 unless both are positive."""
+    grid = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    z_UV = GATES[gate](grid.unsqueeze(1), grid.unsqueeze(0), *learned(gate))
+    off = (grid.unsqueeze(1) <= 0) | (grid.unsqueeze(0) <= 0)
+    rises = all(bool((z_UV.diff(dim=dim) >= -1e-15).all()) for dim in (0, 1))
+    return rises and bool((z_UV[off] == 0).all())
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_pruning_by_head_is_claimed_for_the_gates_that_rise_with_their_parents(gate: str) -> None:
+    if gate == "mand_eps":
+        return  # rises, but is not 0 off the support; it is selected by product
+    assert rises_with_the_parents(gate) == (GATES[gate].order != "none")
+
+
+def learned(gate: str) -> list[torch.Tensor]:
+    """The gate's parameter where it has one, away from its start."""
+    return [] if GATES[gate].start is None else [torch.tensor([0.3], dtype=torch.float64, requires_grad=True)]
+
+
+@pytest.mark.parametrize("exponent", [-1e-3, -1.0, -60.0])
+def test_power_mean_runs_from_mand_to_the_minimum(exponent: float) -> None:
+    u, v = torch.rand(2, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    z = power_mean(u, v, torch.tensor([math.log(-exponent)], dtype=torch.float64))
+    expected = ((u**exponent + v**exponent) / 2) ** (1 / exponent)
+    torch.testing.assert_close(z, expected, rtol=1e-10, atol=0)
+    if exponent == -1.0:
+        torch.testing.assert_close(z, 2 * u * v / (u + v))
+    limit = mand(u, v) if exponent > -1 else torch.minimum(u, v)
+    if exponent != -1.0:
+        torch.testing.assert_close(z, limit, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_power_mean_and_its_gradients_are_finite_everywhere(dtype: torch.dtype) -> None:
+    values = extremes(dtype)
+    u, v = (part.flatten().clone().requires_grad_() for part in torch.meshgrid(values, values, indexing="ij"))
+    log_exponent = torch.zeros(1, dtype=dtype, requires_grad=True)
+    z = power_mean(u, v, log_exponent)
+    (z / torch.finfo(dtype).max).sum().backward()
+    assert (z[(u <= 0) | (v <= 0)] == 0).all()
+    for tensor in (u, v, log_exponent):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+
+
+def test_and_ail_is_lowe_s_formula_and_keeps_what_the_minimum_keeps() -> None:
+    u, v = torch.tensor([2.0, 2.0, -1.0, -1.0]), torch.tensor([3.0, -3.0, 4.0, -5.0])
+    assert and_ail(u, v).tolist() == [2.0, -3.0, -1.0, -6.0]
+    assert torch.equal(GATES["and_ail"](u, v), minimum(u, v))
+
+
+def test_products() -> None:
+    u, v = torch.tensor([2.0, 2.0, -1.0]), torch.tensor([3.0, -3.0, -4.0])
+    assert relu_product(u, v).tolist() == [6.0, 0.0, 0.0]
+    assert raw_product(u, v).tolist() == [6.0, -6.0, 4.0]
+    assert GATES["raw_product"](u, v).tolist() == [6.0, 0.0, 4.0]

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from kronsae import kernels
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
-from kronsae.core.objective import AuxKConfig, objective, squared_error
+from kronsae.core.losses import squared_error
+from kronsae.core.objective import AuxKConfig, objective
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
 

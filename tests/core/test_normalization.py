@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
-from kronsae.core.gates import GATES, HOMOGENEOUS
+from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
+from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
+from kronsae.core.gates import GATES
 from kronsae.core.normalization import Normalization, check_foldable
 from kronsae.core.sae import SAEConfig
-from kronsae.core.sparsifiers import TopKConfig
+from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
 from kronsae.errors import UserError
 
 
@@ -22,16 +23,27 @@ def test_mean_zero_and_norm_root_d() -> None:
     assert y_BD.square().sum(1).mean().sqrt().item() == pytest.approx(math.sqrt(6))
 
 
+KRON = KroneckerEncoderConfig(num_heads=5, d_base=2, d_extension=4)
+
+
 @pytest.mark.parametrize(
-    "encoder",
-    [DenseEncoderConfig(d_sae=40), KroneckerEncoderConfig(num_heads=5, d_base=2, d_extension=4)],
-    ids=["dense", "kronecker"],
+    ("encoder", "sparsifier"),
+    [
+        (DenseEncoderConfig(d_sae=40), TopKConfig(k=4)),
+        (KRON, TopKConfig(k=4)),
+        (KRON, BatchTopKConfig(k=4)),
+        (KRON, JumpReLUConfig(k=4)),
+        (SwitchEncoderConfig(num_experts=3, expert=DenseEncoderConfig(d_sae=40)), TopKConfig(k=4)),
+        (SwitchEncoderConfig(num_experts=3, expert=KRON), TopKConfig(k=4)),
+    ],
+    ids=["dense", "kronecker", "batch_topk", "jumprelu", "switch", "switch kronecker"],
 )
-def test_folding_changes_nothing(encoder: EncoderConfig) -> None:
-    sae = SAEConfig(d_in=6, encoder=encoder, sparsifier=TopKConfig(k=4)).build(1).double()
+def test_folding_changes_nothing(encoder: AnyEncoderConfig, sparsifier: SparsifierConfig) -> None:
+    sae = SAEConfig(d_in=6, encoder=encoder, sparsifier=sparsifier).build(1).double()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape))
+        for tensor in sae.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
     x_BD = torch.randn(50, 6, dtype=torch.float64) * 9 + 30
     normalization = Normalization.of(x_BD)
     codes = sae.encode(normalization(x_BD))
@@ -45,15 +57,21 @@ def test_folding_changes_nothing(encoder: EncoderConfig) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_homogeneous_gates_are_those(gate: str) -> None:
     u, v = torch.rand(100, dtype=torch.float64), torch.rand(100, dtype=torch.float64)
-    scales = torch.allclose(GATES[gate](7 * u, 7 * v), 7 * GATES[gate](u, v), rtol=1e-12)
-    assert scales == (gate in HOMOGENEOUS)
+    learned = [] if GATES[gate].start is None else [torch.zeros(1, dtype=torch.float64)]
+    z = GATES[gate](u, v, *learned)
+    scales = torch.allclose(GATES[gate](7 * u, 7 * v, *learned), 7 * z, rtol=1e-12)
+    assert scales == GATES[gate].homogeneous
 
 
 def test_a_gate_that_cannot_be_folded_is_refused() -> None:
-    check_foldable("none", "mand_eps")
-    check_foldable("center_and_scale", None)
+    eps = KroneckerEncoderConfig(num_heads=5, d_base=2, d_extension=4, gate="mand_eps")
+    check_foldable("none", eps)
+    check_foldable("center_and_scale", KRON)
+    check_foldable("center_and_scale", DenseEncoderConfig(d_sae=4))
     with pytest.raises(UserError, match=r"normalize_activations must be 'none' with gate 'mand_eps'"):
-        check_foldable("center_and_scale", "mand_eps")
+        check_foldable("center_and_scale", eps)
+    with pytest.raises(UserError, match=r"normalize_activations must be 'none' with gate 'mand_eps'"):
+        check_foldable("center_and_scale", SwitchEncoderConfig(num_experts=2, expert=eps))
 
 
 def test_activations_that_do_not_vary_are_refused() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
-from kronsae.core.objective import AuxKConfig, DeadLatents, objective, squared_error
+from kronsae.core.losses import squared_error
+from kronsae.core.objective import AuxKConfig, DeadLatents, objective
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
 from kronsae.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.core.encoders import DenseEncoderConfig
+from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.normalization import Normalization
 from kronsae.errors import UserError
 from kronsae.recipes import kron, topk
@@ -64,6 +64,7 @@ class Reference:
         weight, bias = self.weights["encoder.weight"], self.weights["encoder.bias"]
         if isinstance(self.config.encoder, DenseEncoderConfig):
             return (x_BD @ weight.T + bias).relu()
+        assert isinstance(self.config.encoder, KroneckerEncoderConfig)
         pre_BHP = torch.einsum("bd,hpd->bhp", x_BD, weight) + bias
         bases = self.config.encoder.d_base
         u, v = pre_BHP[..., :bases, None], pre_BHP[..., None, bases:]

@@ -21,8 +21,11 @@ FORMAT = 1
 
 
 def save(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write ``sae`` into ``folder``, each file atomically; ``metadata`` is JSON kept beside the config."""
-    folder = Path(folder)
+    """Write ``sae`` into ``folder``, each file atomically; ``metadata`` is JSON kept beside the config.
+
+    What only training needs is left out (`SAE.trained`): a BatchTopK SAE is saved as JumpReLU.
+    """
+    folder, sae = Path(folder), sae.trained()
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in sae.state_dict().items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})

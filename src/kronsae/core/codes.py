@@ -24,8 +24,9 @@ from torch import Tensor
 class SparseCodes:
     """At most K active latents per token, as values and the indices of the latents they belong to.
 
-    A value of exactly 0 is padding: the latent at that place is not active. Indices within one token are
-    distinct; their order means nothing.
+    A value of exactly 0 is padding: the latent at that place is not active. Where the number of active latents varies
+    from token to token, K is the largest number any token has. Indices of active latents within one token are
+    distinct, those of padding need not be; their order means nothing.
 
     Args:
         values: ``[..., K]`` activations, >= 0.

@@ -17,24 +17,34 @@ from torch import Tensor, nn
 from kronsae import kernels
 from kronsae.core.checks import check_count, check_positive
 from kronsae.core.codes import SparseCodes
-from kronsae.core.gates import GATES, GateName
+from kronsae.core.gates import GATES, Gate, GateName
 from kronsae.errors import UserError
-from kronsae.kernels import Choice
+from kronsae.kernels import Above, BatchChoice, Composition, Request
 
 
 @runtime_checkable
 class Latents(Protocol):
     """The activations of all F latents on a batch, before sparsification, without holding them."""
 
-    def choose(self, *choices: Choice) -> tuple[SparseCodes, ...]:
-        """For each choice, its k largest latents of each token; differentiable.
+    @property
+    def num_tokens(self) -> int:
+        """B."""
+        ...
 
-        A choice may be confined to some latents (AuxK asks for the dead ones). Several choices share one product.
+    def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
+        """The codes that meet each request; differentiable.
+
+        The k largest latents of each token, of all or of some (AuxK asks for the dead ones); the largest of the whole
+        batch; or all above a threshold. Several requests share one product.
         """
         ...
 
     def materialize(self) -> Float[Tensor, "B F"]:
         """All F activations, by the definition and with plain autograd: the oracle the choices are tested by."""
+        ...
+
+    def penalty(self) -> Float[Tensor, ""] | None:
+        """What the encoder itself adds to the training loss on this batch, weighted; None: nothing."""
         ...
 
 
@@ -50,6 +60,8 @@ class Encoder(Protocol):
     def initialize(self, generator: torch.Generator) -> None: ...
 
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]: ...
+
+    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +84,16 @@ class DenseEncoderConfig:
     def build(self, d_in: int) -> DenseEncoder:
         """The encoder for inputs of width ``d_in``, not yet initialised."""
         return DenseEncoder(self, d_in)
+
+    @property
+    def block(self) -> int:
+        """Latents that cannot be parted by the border of a group: 1."""
+        return 1
+
+    @property
+    def latents_per_token(self) -> int:
+        """How many latents one token can have."""
+        return self.d_sae
 
     def multiply_adds(self, d_in: int) -> int:
         """Multiply-adds per token of one forward pass: ``D * F`` (paper, eq. 7)."""
@@ -117,6 +139,16 @@ class KroneckerEncoderConfig:
         """The encoder for inputs of width ``d_in``, not yet initialised."""
         return KroneckerEncoder(self, d_in)
 
+    @property
+    def block(self) -> int:
+        """Latents that cannot be parted by the border of a group: a head's, ``M * N``."""
+        return self.d_base * self.d_extension
+
+    @property
+    def latents_per_token(self) -> int:
+        """How many latents one token can have."""
+        return self.d_sae
+
     def multiply_adds(self, d_in: int) -> int:
         """Multiply-adds per token of one forward pass: ``D * H * (M + N) + H * M * N`` (paper, eq. 7)."""
         return d_in * self.num_heads * (self.d_base + self.d_extension) + self.d_sae
@@ -138,6 +170,11 @@ class DenseEncoder(nn.Module):
         return DenseLatents(x_BD, self.weight, self.bias)
 
     @torch.no_grad()
+    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``scale`` times as large."""
+        self.bias.mul_(scale).sub_(self.weight @ mean_D)
+
+    @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Rows ~ Normal(0, 1) scaled to `init_norm` in expectation, bias 0."""
         _normal_rows(self.weight, self.config.init_norm, self.d_sae, generator)
@@ -157,24 +194,40 @@ class DenseLatents:
     weight_FD: Tensor
     bias_F: Tensor
 
-    def choose(self, *choices: Choice) -> tuple[SparseCodes, ...]:
-        return tuple(self._codes(*self._topk(choice)) for choice in choices)
+    @property
+    def num_tokens(self) -> int:
+        return len(self.x_BD)
+
+    def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
+        return tuple(self._codes(*self._select(request)) for request in requests)
 
     def materialize(self) -> Float[Tensor, "B F"]:
         return torch.addmm(self.bias_F, self.x_BD, self.weight_FD.T).relu()
 
-    @torch.no_grad()
-    def _topk(self, choice: Choice) -> tuple[Tensor, Tensor]:
-        if choice.latents_C is None:
-            return kernels.linear_topk(self.x_BD, self.weight_FD, self.bias_F, choice.k)
-        weight_CD, bias_C = self.weight_FD[choice.latents_C], self.bias_F[choice.latents_C]
-        values_BK, rows_BK = kernels.linear_topk(self.x_BD, weight_CD, bias_C, choice.k)
-        return values_BK, choice.latents_C[rows_BK]
+    def penalty(self) -> None:
+        return None
 
-    def _codes(self, pre_BK: Tensor, indices_BK: Tensor) -> SparseCodes:
+    @torch.no_grad()
+    def _select(self, request: Request) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Outputs before ReLU, the latents they belong to, and which are not padding."""
+        layer = self.x_BD, self.weight_FD, self.bias_F
+        if isinstance(request, BatchChoice | Above):
+            if isinstance(request, BatchChoice):
+                indices_BK, chosen_BK = kernels.linear_batch_topk(*layer, request.total)
+            else:
+                indices_BK, chosen_BK = kernels.linear_above(*layer, request.thresholds_F)
+            return kernels.linear_values_at(*layer, indices_BK), indices_BK, chosen_BK
+        if request.latents_C is None:
+            return *kernels.linear_topk(*layer, request.k), None
+        weight_CD, bias_C = self.weight_FD[request.latents_C], self.bias_F[request.latents_C]
+        values_BK, rows_BK = kernels.linear_topk(self.x_BD, weight_CD, bias_C, request.k)
+        return values_BK, request.latents_C[rows_BK], None
+
+    def _codes(self, pre_BK: Tensor, indices_BK: Tensor, chosen_BK: Tensor | None) -> SparseCodes:
         if torch.is_grad_enabled():
             pre_BK = kernels.linear_at(self.x_BD, self.weight_FD, self.bias_F, indices_BK, pre_BK)
-        return SparseCodes(pre_BK.relu(), indices_BK, len(self.weight_FD))
+        values_BK = pre_BK.relu() if chosen_BK is None else torch.where(chosen_BK, pre_BK.relu(), 0.0)
+        return SparseCodes(values_BK, indices_BK, len(self.weight_FD))
 
 
 class KroneckerEncoder(nn.Module):
@@ -194,6 +247,22 @@ class KroneckerEncoder(nn.Module):
         width = self.d_base + self.d_extension
         self.weight = nn.Parameter(torch.empty(self.num_heads, width, d_in))
         self.bias = nn.Parameter(torch.zeros(self.num_heads, width))
+        start = self.gate.start
+        self.gate_parameter = None if start is None else nn.Parameter(torch.full((1,), start))
+
+    @property
+    def gate(self) -> Gate:
+        """The gate's function and order."""
+        return GATES[self.config.gate]
+
+    @property
+    def gate_exponent(self) -> float | None:
+        """p of the learned `power_mean`; None for a gate that learns nothing."""
+        return None if self.gate_parameter is None else -math.exp(float(self.gate_parameter))
+
+    def compose(self, u: Tensor, v: Tensor) -> Tensor:
+        """The post-latents of two parents, elementwise."""
+        return self.gate(u, v) if self.gate_parameter is None else self.gate(u, v, self.gate_parameter)
 
     @property
     def W_base(self) -> Float[Tensor, "H M D"]:
@@ -215,10 +284,17 @@ class KroneckerEncoder(nn.Module):
         return KroneckerLatents(x_BD, self)
 
     @torch.no_grad()
+    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``scale`` times as large."""
+        self.bias.mul_(scale).sub_(self.weight @ mean_D)
+
+    @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Rows ~ Normal(0, 1) scaled to `init_norm` in expectation, biases 0."""
         _normal_rows(self.weight, self.config.init_norm, self.d_sae, generator)
         self.bias.zero_()
+        if self.gate_parameter is not None and self.gate.start is not None:
+            self.gate_parameter.fill_(self.gate.start)
 
     @torch.no_grad()
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]:
@@ -233,22 +309,31 @@ class KroneckerLatents:
     x_BD: Tensor
     encoder: KroneckerEncoder
 
-    def choose(self, *choices: Choice) -> tuple[SparseCodes, ...]:
+    @property
+    def num_tokens(self) -> int:
+        return len(self.x_BD)
+
+    def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
         encoder = self.encoder
-        pairs = kernels.kronecker_linear_topk(self.x_BD, encoder.weight, encoder.bias, encoder.d_base, choices)
+        composition = Composition(encoder.gate.order, encoder.compose)
+        weights = encoder.weight, encoder.bias, encoder.d_base
+        pairs = kernels.kronecker_linear_select(self.x_BD, *weights, requests, composition)
         return tuple(self._codes(chosen) for chosen in pairs)
 
     def materialize(self) -> Float[Tensor, "B F"]:
         u_BHM, v_BHN = self.encoder.pre_latents(self.x_BD)
         shape = (*u_BHM.shape, v_BHN.shape[-1])
-        return self._gate(u_BHM.unsqueeze(-1).expand(shape), v_BHN.unsqueeze(-2).expand(shape)).flatten(1)
+        return self.encoder.compose(u_BHM.unsqueeze(-1).expand(shape), v_BHN.unsqueeze(-2).expand(shape)).flatten(1)
+
+    def penalty(self) -> None:
+        return None
 
     def _codes(self, chosen: kernels.ChosenPairs) -> SparseCodes:
         u_BK, v_BK = chosen.pre_BR.chunk(2, dim=1)
-        return SparseCodes(self._gate(u_BK, v_BK), chosen.selection.indices_BK, self.encoder.d_sae)
-
-    def _gate(self, u: Tensor, v: Tensor) -> Tensor:
-        return GATES[self.encoder.config.gate](u, v)
+        values_BK = self.encoder.compose(u_BK, v_BK)
+        if chosen.chosen_BK is not None:
+            values_BK = torch.where(chosen.chosen_BK, values_BK, 0.0)
+        return SparseCodes(values_BK, chosen.selection.indices_BK, self.encoder.d_sae)
 
 
 def _normal_rows(weight: Tensor, norm: float | None, d_sae: int, generator: torch.Generator) -> None:

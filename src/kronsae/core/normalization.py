@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kronsae.core.gates import HOMOGENEOUS
+from kronsae.core.encoders import KroneckerEncoderConfig
+from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
+from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE
 from kronsae.errors import UserError
 
@@ -55,17 +57,20 @@ class Normalization:
         """Change the biases of ``sae``, trained on ``x'``, so that it takes and gives raw ``x``.
 
         With ``s`` the scale: encoder ``b <- s b - W mean``, so pre-latents and latents come out s times as large;
-        decoder ``b_dec <- s b_dec + mean``. Neither ``W_enc`` nor ``W_dec`` changes. It holds because latents are
-        homogeneous: pre-latents times s give latents times s.
+        thresholds times s; decoder ``b_dec <- s b_dec + mean``. Neither ``W_enc`` nor ``W_dec`` changes. It holds
+        because latents are homogeneous: pre-latents times s give latents times s. A router, whose probabilities stay
+        as they are, takes the scale into its weights.
         """
-        encoder, decoder = sae.encoder, sae.decoder
-        encoder.bias.mul_(self.scale).sub_(encoder.weight @ self.mean_D)
-        decoder.b_dec.mul_(self.scale).add_(self.mean_D)
+        sae.encoder.fold(self.mean_D, self.scale)
+        sae.sparsifier.rescale(self.scale)
+        sae.decoder.b_dec.mul_(self.scale).add_(self.mean_D)
 
 
-def check_foldable(normalization: NormalizationName, gate: str | None) -> None:
+def check_foldable(normalization: NormalizationName, encoder: AnyEncoderConfig) -> None:
     """Refuse a gate whose latents do not scale with their parents: what was trained could not be folded back."""
-    if normalization != "none" and gate is not None and gate not in HOMOGENEOUS:
+    shape = encoder.expert if isinstance(encoder, SwitchEncoderConfig) else encoder
+    gate = shape.gate if isinstance(shape, KroneckerEncoderConfig) else None
+    if normalization != "none" and gate is not None and not GATES[gate].homogeneous:
         raise UserError(
             f"normalize_activations must be 'none' with gate '{gate}', whose latents do not scale with the "
             f"activations; got '{normalization}'. Set normalize_activations='none', or use the gate 'mand'."

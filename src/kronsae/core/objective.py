@@ -1,4 +1,4 @@
-"""What training minimises: squared error, plus AuxK for the latents that died."""
+"""What training minimises: a reconstruction loss, AuxK for the latents that died, and what the parts add."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
+from kronsae.core.losses import LossConfig, SquaredErrorConfig, squared_error
 from kronsae.core.sae import SAE
 from kronsae.errors import UserError
 from kronsae.kernels import Choice
@@ -49,33 +50,38 @@ class Objective:
     codes: SparseCodes
 
 
-def squared_error(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    """``||x - x_hat||^2``: summed over d_in, mean over tokens."""
-    return (x_BD - x_hat_BD).square().sum(-1).mean()
-
-
 def objective(
     sae: SAE,
     x_BD: Float[Tensor, "B D"],
     dead_C: Int[Tensor, " C"] | None = None,
     aux_k: AuxKConfig | None = None,
+    loss: LossConfig | None = None,
+    l0_weight: float = 0.0,
 ) -> Objective:
-    """``||x - x_hat||^2 + weight * ||e - e_hat||^2`` with ``e = x - x_hat`` held fixed.
+    """``loss(x, x_hat) + weight * ||e - e_hat||^2 + l0_weight * l0 + penalty`` with ``e = x - x_hat`` held fixed.
 
-    ``e_hat`` is decoded, without bias, from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
-    the encoder and the decoder of dead latents. Without dead latents the second term is absent.
+    - ``loss`` is ``||x - x_hat||^2`` unless another is given;
+    - ``e_hat`` is decoded, without bias, from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
+      the encoder and the decoder of dead latents; without dead latents the term is absent;
+    - ``l0`` counts where the sparsifier learns from it (JumpReLU);
+    - ``penalty`` is the encoder's own (the router's balance of a switch encoder).
     """
-    dead = _dead_choice(sae, dead_C, aux_k)
-    codes, *aux_codes = sae.sparsifier(sae.encoder(x_BD), *dead)
-    x_hat_BD = sae.decoder(codes)
-    loss = reconstruction_loss = squared_error(x_BD, x_hat_BD)
-    auxiliary_loss = None
+    latents = sae.encoder(x_BD)
+    codes, aux_codes, l0 = sae.sparsifier.choose_in_training(latents, *_dead_choice(sae, dead_C, aux_k))
+    reconstruct = SquaredErrorConfig() if loss is None else loss
+    reconstruction_loss, x_hat_BD = reconstruct(sae.decoder, codes, x_BD)
+    total, auxiliary_loss = reconstruction_loss, None
     if aux_k is not None and aux_codes:
         residual_BD = (x_BD - x_hat_BD).detach()
         auxiliary_loss = squared_error(residual_BD, sae.decoder.combine(aux_codes[0]))
-        loss = reconstruction_loss + aux_k.weight * auxiliary_loss
+        total = total + aux_k.weight * auxiliary_loss
+    if l0 is not None:
+        total = total + l0_weight * l0
+    penalty = latents.penalty()
+    if penalty is not None:
+        total = total + penalty
     return Objective(
-        loss=loss,
+        loss=total,
         reconstruction_loss=reconstruction_loss.detach(),
         auxiliary_loss=None if auxiliary_loss is None else auxiliary_loss.detach(),
         x_hat_BD=x_hat_BD.detach(),

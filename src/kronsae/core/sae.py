@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
-from kronsae.core.encoders import DenseEncoder, EncoderConfig, KroneckerEncoder
-from kronsae.core.sparsifiers import SparsifierConfig, TopK
+from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
+from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder
+from kronsae.core.sparsifiers import BatchTopK, JumpReLU, SparsifierConfig, TopK
 from kronsae.errors import UserError
 
 
@@ -21,12 +22,12 @@ class SAEConfig:
     """An SAE's shape: with its weights, all that is needed to run it."""
 
     d_in: int
-    encoder: EncoderConfig
+    encoder: AnyEncoderConfig
     sparsifier: SparsifierConfig
 
     def __post_init__(self) -> None:
         check_count("d_in", self.d_in)
-        self.sparsifier.check(self.encoder.d_sae)
+        self.sparsifier.check(self.encoder)
 
     @property
     def d_sae(self) -> int:
@@ -47,7 +48,7 @@ class SAEConfig:
 
     def build_empty(self) -> SAE:
         """An SAE whose weights are yet to be filled in."""
-        return SAE(self.encoder.build(self.d_in), self.sparsifier.build(), Decoder(self.d_sae, self.d_in))
+        return SAE(self.encoder.build(self.d_in), self.sparsifier.build(self.d_sae), Decoder(self.d_sae, self.d_in))
 
 
 class SAE(nn.Module):
@@ -68,7 +69,12 @@ class SAE(nn.Module):
         (torch.Size([5, 3]), torch.Size([5, 8]))
     """
 
-    def __init__(self, encoder: DenseEncoder | KroneckerEncoder, sparsifier: TopK, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        encoder: DenseEncoder | KroneckerEncoder | SwitchEncoder,
+        sparsifier: TopK | BatchTopK | JumpReLU,
+        decoder: Decoder,
+    ) -> None:
         super().__init__()
         self.encoder, self.sparsifier, self.decoder = encoder, sparsifier, decoder
 
@@ -104,7 +110,7 @@ class SAE(nn.Module):
             UserError: the last dimension is not ``d_in``, or the dtype is not the SAE's.
         """
         self._check_input(x)
-        codes: SparseCodes = self.sparsifier(self.encoder(x.reshape(-1, self.d_in)))[0]
+        codes: SparseCodes = self.sparsifier(self.encoder(x.reshape(-1, self.d_in)))
         return codes.reshape(*x.shape[:-1])
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "... D"]:
@@ -117,6 +123,10 @@ class SAE(nn.Module):
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """``decode(encode(x))``."""
         return self.decode(self.encode(x))
+
+    def trained(self) -> SAE:
+        """What is saved: the same outputs, without what only training needs. It shares this SAE's weights."""
+        return SAE(self.encoder, self.sparsifier.trained(), self.decoder)
 
     def num_parameters(self) -> int:
         """Weights and biases in all; `count_parameters` counts those of a part, such as ``sae.encoder``."""

@@ -14,15 +14,32 @@ from kronsae.kernels.autograd import (
 )
 from kronsae.kernels.dispatch import explain, use
 from kronsae.kernels.optimizer import RowAdamW, clip_scale, grad_norm
+from kronsae.kernels.requests import kronecker_linear_select, linear_above, linear_batch_topk, linear_values_at
 from kronsae.kernels.rows import AdamW, RowGradient
-from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, parents
+from kronsae.kernels.selection import (
+    Above,
+    BatchChoice,
+    BatchSelection,
+    Choice,
+    ChosenPairs,
+    Composition,
+    KroneckerSelection,
+    Order,
+    Request,
+    parents,
+)
 
 __all__ = [
+    "Above",
     "AdamW",
+    "BatchChoice",
     "BatchSelection",
     "Choice",
     "ChosenPairs",
+    "Composition",
     "KroneckerSelection",
+    "Order",
+    "Request",
     "RowAdamW",
     "RowGradient",
     "RowGradients",
@@ -33,11 +50,15 @@ __all__ = [
     "explain",
     "grad_norm",
     "kronecker_batch_topk",
+    "kronecker_linear_select",
     "kronecker_linear_topk",
     "kronecker_topk",
     "kronecker_topk_among",
+    "linear_above",
     "linear_at",
+    "linear_batch_topk",
     "linear_topk",
+    "linear_values_at",
     "parents",
     "use",
 ]

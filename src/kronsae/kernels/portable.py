@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from kronsae.kernels.rows import AdamW, RowGradient, Term
-from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, parents
+from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, pad, parents
 
 CHUNK_ELEMENTS = 2**22  # largest temporary: 16 MB of fp32, about the size at which the CPU's caches stop helping
 PRODUCT_ELEMENTS = 2**24  # outputs of one product: 64 MB of fp32; a product starves on fewer than 64 tokens
@@ -74,12 +74,7 @@ def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: in
 
 def pad_selection(tokens_N: Tensor, latents_N: Tensor, tokens: int, d_base: int, d_extension: int) -> BatchSelection:
     """Lay out chosen (token, latent) pairs, tokens ascending, as one padded row per token; padding is latent 0."""
-    counts_B = torch.bincount(tokens_N, minlength=tokens)
-    place_N = torch.arange(len(tokens_N), device=tokens_N.device) - (counts_B.cumsum(0) - counts_B)[tokens_N]
-    width = max(1, int(counts_B.max()) if tokens else 1)
-    indices_BK = latents_N.new_zeros(tokens, width)
-    indices_BK[tokens_N, place_N] = latents_N
-    chosen_BK = torch.arange(width, device=tokens_N.device) < counts_B.unsqueeze(1)
+    indices_BK, chosen_BK = pad(tokens_N, latents_N, tokens)
     return BatchSelection(parents(indices_BK, d_base, d_extension), chosen_BK)
 
 
@@ -120,8 +115,9 @@ def choose_in_chunks(
 
 def _join(parts: list[ChosenPairs]) -> ChosenPairs:
     selection = KroneckerSelection(*map(torch.cat, zip(*(part.selection for part in parts), strict=True)))
-    rows_BR, pre_BR = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # type: ignore[misc]
-    return ChosenPairs(selection, rows_BR, pre_BR)
+    return ChosenPairs(
+        selection, torch.cat([part.rows_BR for part in parts]), torch.cat([part.pre_BR for part in parts])
+    )
 
 
 def linear_topk(

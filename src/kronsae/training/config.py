@@ -7,12 +7,14 @@ import re
 from dataclasses import dataclass, field
 
 from kronsae.core.checks import check_count, check_positive
-from kronsae.core.encoders import EncoderConfig
+from kronsae.core.experts import AnyEncoderConfig
+from kronsae.core.losses import LossConfig, SquaredErrorConfig
 from kronsae.core.normalization import NormalizationName, check_foldable
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sae import SAEConfig
 from kronsae.core.sparsifiers import SparsifierConfig
 from kronsae.errors import UserError
+from kronsae.training.sparsity import SparsityConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,8 @@ class MemberConfig:
         sparsifier: which latents stay.
         optimizer: learning rate and schedule.
         aux_k: the loss that revives dead latents, and after how many tokens a latent counts as dead.
+        loss: of the whole dictionary, or of nested prefixes (Matryoshka).
+        sparsity: the weight of l0 in the loss, for a sparsifier that learns from it (JumpReLU).
         unit_norm_decoder: keep every row of W_dec at norm 1 after each step.
         normalize_activations: ``"center_and_scale"`` trains on activations of mean 0 and norm sqrt(d_in), measured on
             the first batch, and folds that into the biases at the end: a saved SAE takes raw activations. ``"none"``,
@@ -68,10 +72,12 @@ class MemberConfig:
     """
 
     name: str
-    encoder: EncoderConfig
+    encoder: AnyEncoderConfig
     sparsifier: SparsifierConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     aux_k: AuxKConfig = field(default_factory=AuxKConfig)
+    loss: LossConfig = field(default_factory=SquaredErrorConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     unit_norm_decoder: bool = True
     normalize_activations: NormalizationName = "center_and_scale"
     seed: int = 0
@@ -83,8 +89,9 @@ class MemberConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be from 0 to 2**63 - 1; got {self.seed!r}.")
-        check_foldable(self.normalize_activations, getattr(self.encoder, "gate", None))
-        self.sparsifier.check(self.encoder.d_sae)
+        check_foldable(self.normalize_activations, self.encoder)
+        self.sparsifier.check(self.encoder)
+        self.loss.check(self.encoder)
 
     def shape(self, d_in: int) -> SAEConfig:
         """The SAE's config once the width of the activations is known."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from kronsae.core.sae import SAE
 from kronsae.errors import UserError
 from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients, grad_norm
 from kronsae.training.config import MemberConfig, OptimizerConfig
+from kronsae.training.sparsity import SparsityController
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Member:
         self.config, self.hook, self.steps = config, hook, steps
         self.sae = config.shape(d_in).build(config.seed).to(device)
         self.dead = DeadLatents(self.sae.d_sae, device)
+        self.sparsity = SparsityController(config.sparsity, config.sparsifier.k)
         self.normalization: Normalization | None = None  # measured on the first batch
         if config.normalize_activations == "none":
             self.normalization = Normalization.identity(d_in, device)
@@ -63,10 +66,12 @@ class Member:
 
     def _build_optimizer(self) -> RowAdamW:
         decoder = self.sae.decoder
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [decoder.W_dec], "unit_norm": self.config.unit_norm_decoder},
             {"params": [decoder.b_dec, *self.sae.encoder.parameters()]},
         ]
+        if thresholds := list(self.sae.sparsifier.parameters()):
+            groups.append({"params": thresholds, "lr_scale": self.config.sparsity.threshold_lr_scale})
         settings = self.config.optimizer
         return RowAdamW(
             groups,
@@ -90,16 +95,19 @@ class Member:
         settings = self.config.optimizer
         lr = learning_rate(settings, step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         dead_C = self.dead.dead(self.config.aux_k.dead_after_tokens)
         with collect_row_gradients() as rows:  # gradients of weights stay lists of touched rows, never F x D
-            result = objective(self.sae, x_BD, dead_C, self.config.aux_k)
+            l0_weight = self.sparsity.coefficient(step, self.steps)
+            result = objective(self.sae, x_BD, dead_C, self.config.aux_k, self.config.loss, l0_weight)
         self.optimizer.zero_grad()
         result.loss.backward()
         needs_norm = want_metrics or settings.clip_norm is not None
         norm = grad_norm(self.sae.parameters(), rows) if needs_norm else 0.0
         self.optimizer.step(row_gradients=rows, grad_scale=clip_scale(norm, settings.clip_norm))
         self.dead.update(result.codes)
+        if self.config.sparsifier.kind == "jumprelu":
+            self.sparsity.update(result.codes.l0(), result.reconstruction_loss)
         self.seconds += perf_counter() - started
         return self._metrics(x_BD, result, lr, norm, step) if want_metrics else None
 
@@ -137,6 +145,7 @@ class Member:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         tensors["dead.tokens_since_active"] = self.dead.tokens_since_active_F
+        tensors["sparsity"] = self.sparsity.state
         if self.normalization is not None:
             tensors["normalization.mean"] = self.normalization.mean_D
             tensors["normalization.scale"] = self.normalization.scale
@@ -151,6 +160,7 @@ class Member:
         """
         expected = {f"sae.{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
         expected |= {"dead.tokens_since_active": self.dead.tokens_since_active_F.shape, "seconds": torch.Size()}
+        expected["sparsity"] = self.sparsity.state.shape
         wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]
         if wrong:
             raise UserError(f"the state of '{self.name}' is missing or misshapen in the checkpoint ({wrong[0]}).")
@@ -161,6 +171,7 @@ class Member:
             # copies: what is read from safetensors may be a view of a file that is about to be removed
             self.optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
         self.dead.tokens_since_active_F.copy_(tensors["dead.tokens_since_active"])
+        self.sparsity.state.copy_(tensors["sparsity"])
         if "normalization.mean" in tensors:
             device = self.sae.W_dec.device
             mean_D, scale = (tensors[f"normalization.{key}"].to(device, copy=True) for key in ("mean", "scale"))

@@ -1,0 +1,135 @@
+"""Reconstruction losses: of the whole dictionary, or of nested prefixes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kronsae.core.checks import check_count
+from kronsae.core.codes import SparseCodes
+from kronsae.core.decoders import Decoder
+from kronsae.errors import UserError
+
+
+@runtime_checkable
+class _Shape(Protocol):
+    """What a loss asks of the encoder's config."""
+
+    @property
+    def d_sae(self) -> int: ...
+
+    @property
+    def block(self) -> int: ...
+
+
+def squared_error(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """``||x - x_hat||^2``: summed over d_in, mean over tokens."""
+    return (x_BD - x_hat_BD).square().sum(-1).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaredErrorConfig:
+    """``||x - x_hat||^2``."""
+
+    kind: ClassVar[str] = "squared_error"
+
+    def check(self, encoder: _Shape) -> None:
+        """It fits every encoder."""
+
+    def __call__(
+        self, decoder: Decoder, codes: SparseCodes, x_BD: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B D"]]:
+        """The loss, and the reconstruction."""
+        x_hat_BD = decoder(codes)
+        return squared_error(x_BD, x_hat_BD), x_hat_BD
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaConfig:
+    """``sum_g ||x - (f[:m_g] W_dec[:m_g] + b_dec)||^2`` over nested prefixes m_1 < m_2 < ... = F (Bussmann 2025).
+
+    Args:
+        groups: sizes of the groups that the prefixes add one by one; they sum to d_sae and, with a Kronecker encoder,
+            each ends at the end of a head. See `matryoshka_groups`.
+    """
+
+    kind: ClassVar[str] = "matryoshka"
+    groups: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for size in self.groups:
+            check_count("groups", size)
+
+    def check(self, encoder: _Shape) -> None:
+        """Refuse groups that do not cover the dictionary or that part a head."""
+        if sum(self.groups) != encoder.d_sae:
+            raise UserError(
+                f"groups must sum to d_sae; got {_listed(self.groups)} = {sum(self.groups)} with "
+                f"d_sae={encoder.d_sae}. Change one."
+            )
+        for end in accumulate(self.groups):
+            if end % encoder.block:
+                raise UserError(
+                    f"groups must end at the end of a head, at multiples of d_base * d_extension = {encoder.block}; "
+                    f"got {_listed(self.groups)}, which ends one at {end}."
+                )
+
+    def __call__(
+        self, decoder: Decoder, codes: SparseCodes, x_BD: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B D"]]:
+        """The loss, and the reconstruction of the whole dictionary.
+
+        Each group's part is decoded once and added to the sum so far: all prefixes together read little more than K
+        rows per token.
+        """
+        losses = []
+        x_hat_BD = decoder.b_dec.expand(len(x_BD), -1)
+        start = 0
+        for size in self.groups:
+            x_hat_BD = x_hat_BD + decoder.combine(within(codes, start, start + size))
+            losses.append(squared_error(x_BD, x_hat_BD))
+            start += size
+        return torch.stack(losses).sum(), x_hat_BD
+
+
+LossConfig = SquaredErrorConfig | MatryoshkaConfig
+
+
+def within(codes: SparseCodes, start: int, end: int) -> SparseCodes:
+    """The codes of the latents ``start <= index < end``, in as few columns as hold them; differentiable.
+
+    Places of value 0 go by their index too: JumpReLU's threshold learns from latents that are just off.
+    """
+    inside_BK = (codes.indices >= start) & (codes.indices < end)
+    width = max(1, int(inside_BK.sum(-1).max()) if len(inside_BK) else 1)
+    columns_BW = inside_BK.to(torch.int8).topk(width, dim=-1, sorted=False).indices
+    values_BW = torch.where(inside_BK, codes.values, 0.0).gather(-1, columns_BW)
+    indices_BW = torch.where(inside_BK, codes.indices, start).gather(-1, columns_BW)
+    return SparseCodes(values_BW, indices_BW, codes.d_sae)
+
+
+def matryoshka_groups(d_sae: int, smallest: int) -> tuple[int, ...]:
+    """``2^k, 2^k, 2^(k+1), ...`` summing to ``d_sae`` with ``2^k = smallest``: every prefix is twice the last.
+
+    Example:
+        >>> matryoshka_groups(4096, 512)
+        (512, 512, 1024, 2048)
+    """
+    check_count("d_sae", d_sae)
+    check_count("smallest", smallest)
+    ratio = d_sae // smallest
+    if d_sae % smallest or ratio & (ratio - 1):
+        raise UserError(
+            f"smallest must be d_sae divided by a power of 2; got smallest={smallest} with d_sae={d_sae}. "
+            "Change it, or give the groups themselves."
+        )
+    return (smallest, *(smallest << doubling for doubling in range(ratio.bit_length() - 1)))
+
+
+def _listed(groups: tuple[int, ...]) -> str:
+    return " + ".join(map(str, groups))

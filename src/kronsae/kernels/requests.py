@@ -1,0 +1,246 @@
+"""Any request, of any composition: the best of a batch, all above a threshold, orders other than the product's.
+
+Plain PyTorch over whatever `kronsae.kernels.autograd` dispatches; where a fast path exists for a request, it is
+taken. What a composition of order ``parents`` needs for pruning to be exact: within a head the largest base meets the
+largest extension in one cell, and no other cell is above it. So the head's bound is not only a bound but attained,
+and the argument for products (this folder's README) holds word for word with the composition in the product's place.
+Nothing here is differentiable except `kronecker_linear_select`, whose values are those of `linear_at`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad as pad_columns
+
+from kronsae.kernels.autograd import (
+    kronecker_batch_topk,
+    kronecker_linear_topk,
+    kronecker_topk,
+    kronecker_topk_among,
+    linear_at,
+)
+from kronsae.kernels.portable import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
+from kronsae.kernels.selection import Above, BatchChoice, Choice, ChosenPairs, Composition, Request, pad, parents
+
+Padded = tuple[Int[Tensor, "B K"], Bool[Tensor, "B K"] | None]
+
+
+def kronecker_linear_select(
+    x_BD: Float[Tensor, "B D"],
+    weight_HPD: Float[Tensor, "H P D"],
+    bias_HP: Float[Tensor, "H P"],
+    d_base: int,
+    requests: Sequence[Request],
+    composition: Composition,
+) -> list[ChosenPairs]:
+    """Several requests of the heads of ``x W^T + b``; the values of the pairs chosen are differentiable.
+
+    The pre-latents of a `BatchChoice` exist for the whole batch at once (B x H x P), all others chunk by chunk.
+    """
+    plain = [request for request in requests if isinstance(request, Choice)]
+    if composition.order == "product" and len(plain) == len(requests):
+        return kronecker_linear_topk(x_BD, weight_HPD, bias_HP, d_base, plain)
+    weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
+    whole = any(isinstance(request, BatchChoice) for request in requests)
+    chunk = max(1, len(x_BD)) if whole else max(64, PRODUCT_ELEMENTS // len(weight_PD))
+    parts: list[list[ChosenPairs]] = [[] for _ in requests]
+    with torch.no_grad():
+        for part_BD in x_BD.split(chunk):
+            pre_BP = torch.addmm(bias_P, part_BD, weight_PD.T)
+            pre_BHP = pre_BP.view(-1, *bias_HP.shape)
+            for request, chosen in zip(requests, parts, strict=True):
+                indices_BK, chosen_BK = select(pre_BHP, d_base, request, composition)
+                selection = parents(indices_BK, d_base, bias_HP.shape[1] - d_base)
+                rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
+                chosen.append(ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR), chosen_BK))
+    results = []
+    for chosen in parts:
+        _, rows_BR, pre_BR, chosen_BK = joined = _join(chosen, d_base, bias_HP.shape[1] - d_base)
+        if torch.is_grad_enabled():
+            joined = joined._replace(pre_BR=linear_at(x_BD, weight_PD, bias_P, rows_BR, pre_BR))
+        results.append(joined)
+    return results
+
+
+@torch.no_grad()
+def select(pre_BHP: Float[Tensor, "B H P"], d_base: int, request: Request, composition: Composition) -> Padded:
+    """The latents that meet one request, and which of them are not padding (None: all)."""
+    if isinstance(request, Above):
+        return above(pre_BHP, d_base, request.thresholds_F, composition)
+    if composition.order == "product":
+        if isinstance(request, BatchChoice):
+            selection, chosen_BK = kronecker_batch_topk(pre_BHP, d_base, request.total)
+            return selection.indices_BK, chosen_BK
+        if request.latents_C is None:
+            return kronecker_topk(pre_BHP, d_base, request.k).indices_BK, None
+        return kronecker_topk_among(pre_BHP, d_base, request.k, request.latents_C).indices_BK, None
+    if isinstance(request, BatchChoice):
+        return batch_topk(pre_BHP, d_base, request.total, composition)
+    return topk(pre_BHP, d_base, request, composition), None
+
+
+def topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, choice: Choice, composition: Composition) -> Int[Tensor, "B K"]:
+    """The k largest compositions of each token, of all or of the latents listed."""
+    heads, width = pre_BHP.shape[1:]
+    cells = d_base * (width - d_base)
+    if choice.latents_C is not None:
+        _, base_rows_C, extension_rows_C = parents(choice.latents_C, d_base, width - d_base)
+        found = []
+        for part_BP in pre_BHP.flatten(1).split(max(1, CHUNK_ELEMENTS // len(choice.latents_C))):
+            z_BC = composition.function(part_BP[:, base_rows_C], part_BP[:, extension_rows_C])
+            found.append(choice.latents_C[z_BC.topk(choice.k, dim=1, sorted=False).indices])
+        return torch.cat(found)
+    expanded = heads if composition.order == "none" else min(choice.k, heads)
+    found = []
+    for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // (expanded * cells))):
+        heads_BE = torch.arange(heads, device=pre_BHP.device).expand(len(part_BHP), heads)
+        if expanded < heads:
+            heads_BE = head_bounds(part_BHP, d_base, composition).topk(expanded, dim=1, sorted=False).indices
+            part_BHP = part_BHP.gather(1, heads_BE.unsqueeze(-1).expand(-1, -1, width))
+        flat_BK = _cells(part_BHP, d_base, composition).flatten(1).topk(choice.k, dim=1, sorted=False).indices
+        found.append(heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells)
+    return torch.cat(found)
+
+
+def batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int, composition: Composition) -> Padded:
+    """The ``total`` largest positive compositions of the batch, from the ``total`` best heads of each chunk."""
+    heads, width = pre_BHP.shape[1:]
+    cells = d_base * (width - d_base)
+
+    def candidates() -> Iterator[tuple[Tensor, Tensor]]:
+        first = 0
+        for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // (heads * cells))):
+            pairs_E = torch.arange(len(part_BHP) * heads, device=pre_BHP.device)
+            if composition.order != "none" and total < len(pairs_E):
+                bounds_BH = head_bounds(part_BHP, d_base, composition)
+                pairs_E = bounds_BH.flatten().topk(total, sorted=False).indices
+            z_EC = _cells(part_BHP.flatten(0, 1)[pairs_E], d_base, composition)
+            flat_EC = (pairs_E.unsqueeze(1) + first * heads) * cells + torch.arange(cells, device=pre_BHP.device)
+            yield z_EC.flatten(), flat_EC.flatten()
+            first += len(part_BHP)
+
+    return _best_of_batch(candidates(), total, len(pre_BHP), heads * cells, pre_BHP)
+
+
+def above(
+    pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
+) -> Padded:
+    """Every positive composition above its latent's threshold; only heads that can hold one are expanded."""
+    tokens, heads, width = pre_BHP.shape
+    cells = d_base * (width - d_base)
+    thresholds_HC = thresholds_F.clamp_min(0).view(heads, cells)
+    lowest_H = thresholds_HC.amin(1)
+    tokens_N, latents_N = [], []
+    first = 0
+    for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // heads)):
+        can_BH = torch.ones(part_BHP.shape[:2], dtype=torch.bool, device=pre_BHP.device)
+        if composition.order != "none":
+            can_BH = head_bounds(part_BHP, d_base, composition) > lowest_H
+        for pairs_E2 in can_BH.nonzero().split(max(1, CHUNK_ELEMENTS // cells)):
+            token_E, head_E = pairs_E2.unbind(1)
+            on_EC = _cells(part_BHP[token_E, head_E], d_base, composition) > thresholds_HC[head_E]
+            entry_N, cell_N = on_EC.nonzero(as_tuple=True)
+            tokens_N.append(first + token_E[entry_N])
+            latents_N.append(head_E[entry_N] * cells + cell_N)
+        first += len(part_BHP)
+    return pad(_cat(tokens_N, pre_BHP), _cat(latents_N, pre_BHP), tokens)
+
+
+def head_bounds(pre_BHP: Float[Tensor, "B H P"], d_base: int, composition: Composition) -> Float[Tensor, "B H"]:
+    """The largest composition in each head: its largest base's with its largest extension."""
+    return composition.function(pre_BHP[..., :d_base].amax(-1), pre_BHP[..., d_base:].amax(-1))
+
+
+def _cells(pre: Tensor, d_base: int, composition: Composition) -> Tensor:
+    """All compositions of each head, ``[..., P] -> [..., M * N]``."""
+    return composition.function(pre[..., :d_base, None], pre[..., None, d_base:]).flatten(-2)
+
+
+@torch.no_grad()
+def linear_batch_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
+) -> Padded:
+    """The ``total`` largest positive outputs of ``x W^T + b`` over the batch; they exist chunk by chunk."""
+
+    def candidates() -> Iterator[tuple[Tensor, Tensor]]:
+        first = 0
+        for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
+            flat_N = torch.addmm(bias_P, part_BD, weight_PD.T).flatten()
+            best = flat_N.topk(min(total, len(flat_N)), sorted=False)
+            yield best.values, best.indices + first * len(weight_PD)
+            first += len(part_BD)
+
+    return _best_of_batch(candidates(), total, len(x_BD), len(weight_PD), x_BD)
+
+
+@torch.no_grad()
+def linear_above(
+    x_BD: Float[Tensor, "B D"],
+    weight_PD: Float[Tensor, "P D"],
+    bias_P: Float[Tensor, " P"],
+    thresholds_P: Float[Tensor, " P"],
+) -> Padded:
+    """Every positive output of ``x W^T + b`` above its threshold; the outputs exist chunk by chunk."""
+    tokens_N, rows_N, first = [], [], 0
+    for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
+        on_BP = torch.addmm(bias_P, part_BD, weight_PD.T) > thresholds_P.clamp_min(0)
+        token_N, row_N = on_BP.nonzero(as_tuple=True)
+        tokens_N.append(first + token_N)
+        rows_N.append(row_N)
+        first += len(part_BD)
+    return pad(_cat(tokens_N, x_BD), _cat(rows_N, x_BD), len(x_BD))
+
+
+@torch.no_grad()
+def linear_values_at(
+    x_BD: Float[Tensor, "B D"],
+    weight_PD: Float[Tensor, "P D"],
+    bias_P: Float[Tensor, " P"],
+    rows_BK: Int[Tensor, "B K"],
+) -> Float[Tensor, "B K"]:
+    """Outputs ``rows`` of ``x W^T + b``, for `linear_at` to give them their gradient."""
+    parts = x_BD.split(max(1, CHUNK_ELEMENTS // max(1, rows_BK.shape[1] * x_BD.shape[1])))
+    rows = rows_BK.split(max(1, CHUNK_ELEMENTS // max(1, rows_BK.shape[1] * x_BD.shape[1])))
+    dots = [torch.einsum("bd,bkd->bk", x, weight_PD[row]) for x, row in zip(parts, rows, strict=True)]
+    return torch.cat(dots) + bias_P[rows_BK]
+
+
+def _best_of_batch(
+    candidates: Iterator[tuple[Tensor, Tensor]], total: int, tokens: int, width: int, like: Tensor
+) -> Padded:
+    """The ``total`` largest positive candidates, each a value and its place ``token * width + latent``."""
+    values_N, flat_N = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
+    for more_values, more_flat in candidates:
+        positive = more_values > 0
+        values_N = torch.cat([values_N, more_values[positive]])
+        flat_N = torch.cat([flat_N, more_flat[positive]])
+        if len(values_N) > total:
+            kept = values_N.topk(total, sorted=False).indices
+            values_N, flat_N = values_N[kept], flat_N[kept]
+    flat_N = flat_N.sort().values
+    return pad(flat_N // width, flat_N % width, tokens)
+
+
+def _cat(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=like.device)
+
+
+def _join(parts: list[ChosenPairs], d_base: int, d_extension: int) -> ChosenPairs:
+    """Chunks one below the other, each padded to the widest with latent 0."""
+    width = max(part.selection.indices_BK.shape[1] for part in parts)
+    if len(parts) == 1:
+        return parts[0]
+
+    def widen(tensor_BK: Tensor) -> Tensor:
+        return pad_columns(tensor_BK, (0, width - tensor_BK.shape[1]))
+
+    selection = parents(torch.cat([widen(part.selection.indices_BK) for part in parts]), d_base, d_extension)
+    rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
+    pre = [[widen(half) for half in part.pre_BR.chunk(2, dim=1)] for part in parts]
+    pre_BR = torch.cat([torch.cat(halves) for halves in zip(*pre, strict=True)], dim=1)
+    marks = [part.chosen_BK for part in parts if part.chosen_BK is not None]
+    return ChosenPairs(selection, rows_BR, pre_BR, torch.cat([widen(mark) for mark in marks]) if marks else None)
