@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 from kronsae import kernels
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
-from kronsae.core.losses import squared_error
+from kronsae.core.gates import GateName
+from kronsae.core.losses import MatryoshkaConfig, matryoshka_groups, squared_error
 from kronsae.core.objective import AuxKConfig, objective
 from kronsae.core.sae import SAE, SAEConfig
-from kronsae.core.sparsifiers import TopKConfig
+from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
 
 
 class Largest(TorchDispatchMode):
@@ -41,8 +42,8 @@ DENSE = DenseEncoderConfig(d_sae=F)
 both_encoders = pytest.mark.parametrize("encoder", [WIDE, DENSE], ids=["kronecker", "dense"])
 
 
-def build(encoder: EncoderConfig) -> tuple[SAE, Tensor]:
-    sae = SAEConfig(d_in=D, encoder=encoder, sparsifier=TopKConfig(k=5)).build()
+def build(encoder: EncoderConfig, sparsifier: SparsifierConfig | None = None) -> tuple[SAE, Tensor]:
+    sae = SAEConfig(d_in=D, encoder=encoder, sparsifier=sparsifier or TopKConfig(k=5)).build()
     return sae, torch.randn(B, D, requires_grad=True)
 
 
@@ -64,6 +65,21 @@ def test_training_a_kronsae_makes_nothing_of_size_tokens_times_latents(dead: int
         train()
     assert sae.encoder.weight.grad is not None
     assert x_BD.grad is not None
+
+
+@pytest.mark.parametrize("gate", ["mand", "minimum", "power_mean"])
+@pytest.mark.parametrize("sparsifier", [TopKConfig(k=5), BatchTopKConfig(k=5), JumpReLUConfig(k=5)], ids=str)
+def test_no_cell_with_a_prunable_gate_makes_it(sparsifier: SparsifierConfig, gate: GateName) -> None:
+    encoder = KroneckerEncoderConfig(num_heads=512, d_base=2, d_extension=4, gate=gate)
+    sae, x_BD = build(encoder, sparsifier)
+    nested = MatryoshkaConfig(groups=matryoshka_groups(F, 512))
+    for _ in range(2):  # thresholds start on the first batch
+        with Largest() as largest:
+            objective(sae, x_BD, torch.arange(300), AuxKConfig(k_aux=4), nested, l0_weight=0.1).loss.backward()
+        assert largest.numel <= B * P, largest.operation
+    with Largest() as largest:
+        sae.trained()(x_BD)
+    assert largest.numel <= B * P, largest.operation
 
 
 @both_encoders

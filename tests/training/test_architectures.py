@@ -1,0 +1,142 @@
+"""The ten cells of the comparison, each trained on a tiny stream, stopped, carried on, saved and read again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kronsae.architectures import ARCHITECTURES, batch_topk, jumprelu, matryoshka, switch
+from kronsae.cli import architecture, parse_sae
+from kronsae.core import checkpoint
+from kronsae.core.losses import MatryoshkaConfig
+from kronsae.core.metrics import explained_variance
+from kronsae.core.objective import AuxKConfig
+from kronsae.errors import UserError
+from kronsae.training.config import MemberConfig
+from kronsae.training.member import Member
+from kronsae.training.sparsity import SparsityConfig, SparsityController
+
+D_IN, BATCH, STEPS = 16, 128, 40
+CELLS = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def batch(seed: int, tokens: int = BATCH) -> Tensor:
+    """Sparse sums of 60 fixed directions, off centre."""
+    directions = torch.randn(60, D_IN, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed + 1)
+    on = torch.rand(tokens, 60, generator=generator) < 0.05
+    return (on * torch.rand(tokens, 60, generator=generator)) @ directions + 5
+
+
+def small(name: str) -> MemberConfig:
+    """The cell's own words, an eighth as large in every size."""
+    smaller = {"d_sae": "128", "num_heads": "16", "k": "4", "smallest": "16", "num_experts": "4"}
+    kind, *words = ARCHITECTURES[name].split()
+    pairs = [word.split("=") for word in words]
+    member = parse_sae(" ".join([kind, *(f"{key}={smaller.get(key, value)}" for key, value in pairs), "lr=5e-3"]))
+    return replace(member, aux_k=AuxKConfig(dead_after_tokens=5 * BATCH))
+
+
+def train(member: Member, start: int = 0, stop: int = STEPS) -> Member:
+    for step in range(start, stop):
+        member.step(batch(step), step, want_metrics=False)
+    return member
+
+
+@CELLS
+def test_a_cell_learns_and_is_saved_as_it_is(name: str, tmp_path: Path) -> None:
+    member = Member(small(name), D_IN, "h", STEPS)
+    x_BD = batch(1000, 500)
+    train(member, 0, 2)
+    before = explained_variance(x_BD, member.finished_sae()(x_BD))
+    train(member, 2)
+    sae = member.finished_sae()
+    after = explained_variance(x_BD, sae(x_BD))
+    assert after > max(before, 0.2)
+    again = checkpoint.load(checkpoint.save(sae, tmp_path))
+    assert torch.equal(again(x_BD), sae(x_BD))
+    assert torch.equal(again.encode(x_BD).to_dense(), sae.encode(x_BD).to_dense())
+    saved_as = "jumprelu" if sae.config.sparsifier.kind == "batch_topk" else sae.config.sparsifier.kind
+    assert again.config.sparsifier.kind == saved_as
+    assert "sparsity" not in json.loads((tmp_path / "cfg.json").read_text())["sae"]
+    for token in (0, 7):  # no token's codes depend on the batch it comes in
+        torch.testing.assert_close(again(x_BD[token : token + 1]), again(x_BD)[token : token + 1], rtol=1e-4, atol=1e-4)
+
+
+@CELLS
+def test_a_cell_carries_on_with_the_same_bits(name: str) -> None:
+    whole = train(Member(small(name), D_IN, "h", STEPS), 0, 12)
+    first = train(Member(small(name), D_IN, "h", STEPS), 0, 5)
+    second = Member(replace(small(name), seed=9), D_IN, "h", STEPS)
+    second.load_state({key: value.clone() for key, value in first.state().items()})
+    train(second, 5, 12)
+    for key, value in whole.state().items():
+        assert key == "seconds" or torch.equal(value, second.state()[key]), key
+
+
+def test_the_list_of_cells_is_the_table() -> None:
+    rows = [architecture(name, words) for name, words in ARCHITECTURES.items()]
+    assert len(rows) == len({(r["encoder"], r["sparsifier"], r["loss"], r["experts"]) for r in rows}) == 10
+    for dense, kron in zip(rows[::2], rows[1::2], strict=True):
+        assert (dense["encoder"], kron["encoder"]) == ("dense", "kronecker")
+        assert {k: dense[k] for k in ("sparsifier", "loss", "experts")} == {
+            k: kron[k] for k in ("sparsifier", "loss", "experts")
+        }
+        assert parse_sae(dense["sae"]).encoder.d_sae == parse_sae(kron["sae"]).encoder.d_sae == 1024
+        assert dense["train"] == f"kronsae train --recipe tiny --sae '{dense['sae']}' --out runs/{dense['name']}"
+
+
+def test_words_reach_the_configs() -> None:
+    heads: dict[str, Any] = {"num_heads": 8, "d_base": 2, "d_extension": 4}
+    loss = matryoshka(k=2, groups=(8, 56), **heads).loss
+    assert loss == MatryoshkaConfig(groups=(8, 56))
+    assert matryoshka(k=2, d_sae=64).loss == MatryoshkaConfig(groups=(8, 8, 16, 32))
+    assert matryoshka(k=2, d_sae=64, across_batch=True).sparsifier.kind == "batch_topk"
+    assert jumprelu(k=2, d_sae=64, coefficient=0.5).sparsity == SparsityConfig(coefficient=0.5)
+    assert switch(k=2, num_experts=4, **heads).encoder.d_sae == 64
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "message"),
+    [
+        (batch_topk, {"k": 2}, "give d_sae for a dense encoder, or num_heads, d_base and d_extension for a Kronecker"),
+        (batch_topk, {"k": 2, "num_heads": 4}, "a Kronecker encoder needs num_heads, d_base and d_extension, all"),
+        (matryoshka, {"k": 2, "d_sae": 64, "smallest": 8, "groups": (64,)}, "give smallest or groups, not both."),
+        (switch, {"k": 2, "d_sae": 66}, "d_sae must be a multiple of num_experts; got 66 with num_experts=8."),
+        (jumprelu, {"k": 2, "d_sae": 66, "coefficient": -1.0}, "sparsity.coefficient must be finite and at least 0"),
+    ],
+)
+def test_refusals(make: Any, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        make(**words)
+    assert str(error.value).startswith(message)
+
+
+# --- the weight of l0 ---
+
+
+def test_a_fixed_coefficient_warms_up_linearly() -> None:
+    controller = SparsityController(SparsityConfig(coefficient=2.0, warmup_share=0.5), target=4)
+    assert [controller.coefficient(step, 8) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    controller.update(torch.tensor(100.0), torch.tensor(1.0))
+    assert controller.coefficient(7, 8) == 2.0
+
+
+def test_a_steered_coefficient_rises_while_l0_is_above_its_target_and_scales_with_the_loss() -> None:
+    one, other = (SparsityController(SparsityConfig(), target=4) for _ in range(2))
+    assert one.coefficient(0, 8) == 0.0
+    last = 0.0
+    for step in range(5):
+        one.update(torch.tensor(5.0), torch.tensor(1.0))
+        other.update(torch.tensor(5.0), torch.tensor(10.0))
+        assert one.coefficient(step, 8) > last
+        assert other.coefficient(step, 8) == pytest.approx(10 * one.coefficient(step, 8))
+        last = one.coefficient(step, 8)
+    one.update(torch.tensor(3.0), torch.tensor(1.0))
+    assert one.coefficient(6, 8) < last
