@@ -13,6 +13,7 @@ from kronsae.config import from_dict, to_dict
 from kronsae.core import checkpoint
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import Encoder, Latents
+from kronsae.core.experts import SwitchEncoderConfig
 from kronsae.core.objective import objective
 from kronsae.core.sae import SAE, SAEConfig, count_parameters
 from kronsae.core.sparsifiers import Sparsifier
@@ -194,7 +195,10 @@ def test_forward_and_backward_repeat_bit_for_bit(config: SAEConfig) -> None:
 def test_config_survives_json(config: SAEConfig) -> None:
     assert from_dict(SAEConfig, to_dict(config)) == config
     assert config.build().config == config
-    assert config.architecture == f"{config.encoder.kind}-{config.sparsifier.kind}"
+    encoder, ending = (config.encoder, "")
+    if isinstance(encoder, SwitchEncoderConfig):
+        encoder, ending = encoder.expert, "-switch"
+    assert config.architecture == f"{encoder.kind}-{config.sparsifier.kind}{ending}"
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (7,), (2, 3, 1), (6, 0)], ids=str)

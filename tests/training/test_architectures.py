@@ -140,3 +140,13 @@ def test_a_steered_coefficient_rises_while_l0_is_above_its_target_and_scales_wit
         last = one.coefficient(step, 8)
     one.update(torch.tensor(3.0), torch.tensor(1.0))
     assert one.coefficient(6, 8) < last
+
+
+@pytest.mark.parametrize("encoder", [{"d_sae": 256}, {"num_heads": 32, "d_base": 2, "d_extension": 4}], ids=str)
+@pytest.mark.parametrize("k", [4, 8])
+def test_l0_lands_within_two_percent_of_its_target(encoder: dict[str, Any], k: int) -> None:
+    member = Member(jumprelu(k=k, lr=5e-3, **encoder), D_IN, "h", 150)
+    for step in range(150):
+        member.step(batch(step, 512), step, want_metrics=False)
+    l0 = float(member.finished_sae().encode(batch(10_000, 8192)).l0())
+    assert l0 == pytest.approx(k, rel=0.02)

@@ -12,7 +12,7 @@ from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
 from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
-from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder
+from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder, SwitchEncoderConfig
 from kronsae.core.sparsifiers import BatchTopK, JumpReLU, SparsifierConfig, TopK
 from kronsae.errors import UserError
 
@@ -36,7 +36,9 @@ class SAEConfig:
 
     @property
     def architecture(self) -> str:
-        """The name of this cell of the comparison, such as ``kronecker-topk``."""
+        """The name of this cell of the comparison, such as ``kronecker-topk`` or ``dense-topk-switch``."""
+        if isinstance(self.encoder, SwitchEncoderConfig):
+            return f"{self.encoder.expert.kind}-{self.sparsifier.kind}-switch"
         return f"{self.encoder.kind}-{self.sparsifier.kind}"
 
     def build(self, seed: int = 0) -> SAE:

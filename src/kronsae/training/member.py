@@ -20,7 +20,7 @@ from kronsae.core.sae import SAE
 from kronsae.errors import UserError
 from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients, grad_norm
 from kronsae.training.config import MemberConfig, OptimizerConfig
-from kronsae.training.sparsity import SparsityController
+from kronsae.training.sparsity import THRESHOLD_LR_FLOOR, SparsityController
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class Member:
         settings = self.config.optimizer
         lr = learning_rate(settings, step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr
+            if "lr_scale" in group:  # thresholds
+                group["lr"] = group["lr_scale"] * max(lr, THRESHOLD_LR_FLOOR * settings.lr)
         dead_C = self.dead.dead(self.config.aux_k.dead_after_tokens)
         with collect_row_gradients() as rows:  # gradients of weights stay lists of touched rows, never F x D
             l0_weight = self.sparsity.coefficient(step, self.steps)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kronsae.errors import UserError
 
+THRESHOLD_LR_FLOOR = 0.1  # of the peak rate: thresholds that stop with the weights cannot bring l0 to its target
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
@@ -19,7 +21,8 @@ class SparsityConfig:
         coefficient: of l0 in the loss (Rajamanoharan et al. 2024b); None: steered so that l0 comes to the
             sparsifier's k.
         warmup_share: share of all steps over which a fixed coefficient rises linearly from 0.
-        threshold_lr_scale: learning rate of the thresholds' logarithms, as a multiple of the other weights'.
+        threshold_lr_scale: learning rate of the thresholds' logarithms, as a multiple of the other weights'; it
+            falls to a tenth of its peak and no further.
     """
 
     coefficient: float | None = None
@@ -44,7 +47,7 @@ class SparsityController:
     penalty ``(l0 / target - 1)^2``, the integral part removes its lag.
     """
 
-    GAIN, RATE = 5.0, 0.05
+    GAIN, RATE = 5.0, 0.25
     LIMIT = 1.0  # errors beyond twice the target push no harder: the first steps must not wind the integral up
 
     def __init__(self, config: SparsityConfig, target: int) -> None:
