@@ -21,8 +21,9 @@ from tests.tiny_runs import assert_same_run, listing, tiny_config
 from kronsae import cli
 from kronsae.cli import main, parse_sae, with_options
 from kronsae.config import to_dict
+from kronsae.core.gates import GATES
 from kronsae.errors import UserError
-from kronsae.recipes import kron, topk
+from kronsae.recipes import SAE_KINDS, kron, topk
 from kronsae.run import Run, execute, open_run
 from kronsae.run_config import RunConfig
 from kronsae.training.config import LoopConfig
@@ -300,8 +301,9 @@ class TestVerbs:
 
 
 BAD_SAES = {
-    "": "--sae must begin with one of topk, kron; got ''.",
-    "topp d_sae=8 k=2": "--sae must begin with one of topk, kron; got 'topp d_sae=8 k=2'. Did you mean 'topk'?",
+    "": f"--sae must begin with one of {', '.join(SAE_KINDS)}; got ''.",
+    "topp d_sae=8 k=2": f"--sae must begin with one of {', '.join(SAE_KINDS)}; got 'topp d_sae=8 k=2'. "
+    "Did you mean 'topk'?",
     "topk": "--sae topk needs d_sae, k; got 'topk'.",
     "topk d_sae=8": "--sae topk needs k; got 'topk d_sae=8'.",
     "topk d_sae=8 k": "--sae takes name=value pairs after its kind; got 'k' in 'topk d_sae=8 k'.",
@@ -321,7 +323,7 @@ BAD_SAES = {
     "kron num_heads=8 d_base=2 d_extension=2 k=4 d_sae=33": (
         "d_sae must equal num_heads * d_base * d_extension; got 33 with 8 * 2 * 2 = 32. Leave d_sae out, or change one."
     ),
-    "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=mend": "gate must be one of 'mand', 'mand_eps'; got 'mend'.",
+    "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=mend": f"gate must be one of {', '.join(map(repr, GATES))}; got 'mend'.",
 }
 
 

@@ -300,9 +300,12 @@ def _finish(run: Run, members: Sequence[Member], progress: Progress) -> None:
             member.finished_sae(), run.folder / "saes" / member.name, sae_metadata(run.config, member.config)
         )
     seconds = {member.name: member.seconds for member in members}
+    learned = {member.name: getattr(member.sae.encoder, "gate_exponent", None) for member in members}
+    exponents = {name: exponent for name, exponent in learned.items() if exponent is not None}
     write_json(
         run.folder / "training.json",
-        {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "sae_seconds": seconds},
+        {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "sae_seconds": seconds}
+        | ({"gate_exponents": exponents} if exponents else {}),
     )
     shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
 
