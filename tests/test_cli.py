@@ -323,7 +323,8 @@ BAD_SAES = {
     "kron num_heads=8 d_base=2 d_extension=2 k=4 d_sae=33": (
         "d_sae must equal num_heads * d_base * d_extension; got 33 with 8 * 2 * 2 = 32. Leave d_sae out, or change one."
     ),
-    "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=mend": f"gate must be one of {', '.join(map(repr, GATES))}; got 'mend'.",
+    "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=mend": f"gate must be one of {', '.join(map(repr, GATES))}; "
+    "got 'mend'.",
 }
 
 

@@ -328,7 +328,7 @@ class KroneckerLatents:
     def penalty(self) -> None:
         return None
 
-    def _codes(self, chosen: kernels.ChosenPairs) -> SparseCodes:
+    def _codes(self, chosen: kernels.PaddedPairs) -> SparseCodes:
         u_BK, v_BK = chosen.pre_BR.chunk(2, dim=1)
         values_BK = self.encoder.compose(u_BK, v_BK)
         if chosen.chosen_BK is not None:

@@ -25,6 +25,7 @@ from kronsae.kernels.selection import (
     Composition,
     KroneckerSelection,
     Order,
+    PaddedPairs,
     Request,
     parents,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Composition",
     "KroneckerSelection",
     "Order",
+    "PaddedPairs",
     "Request",
     "RowAdamW",
     "RowGradient",

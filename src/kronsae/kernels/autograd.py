@@ -236,7 +236,7 @@ def kronecker_linear_topk(
     weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
     return [
         ChosenPairs(selection, rows_BR, linear_at(x_BD, weight_PD, bias_P, rows_BR, pre_BR))
-        for selection, rows_BR, pre_BR, _ in results
+        for selection, rows_BR, pre_BR in results
     ]
 
 

@@ -181,7 +181,7 @@ def kronecker_linear_topk(
         pre_BP = _workspace(part.stop - part.start, heads * width, x_BD.dtype)
         torch.mm(x_BD[part], weight_PD.T, out=pre_BP)
         best_BH = _bounds(pre_BP.numpy(), bias_P, heads, d_base)
-        for choice, (selection, rows_BR, pre_BR, _) in zip(choices, results, strict=True):
+        for choice, (selection, rows_BR, pre_BR) in zip(choices, results, strict=True):
             own = KroneckerSelection(*(tensor[part] for tensor in selection))
             chosen = ChosenPairs(own, rows_BR[part], pre_BR[part])
             _select(pre_BP.numpy(), bias_P, best_BH, d_base, choice, chosen)

@@ -24,7 +24,7 @@ from kronsae.kernels.autograd import (
     linear_at,
 )
 from kronsae.kernels.portable import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
-from kronsae.kernels.selection import Above, BatchChoice, Choice, ChosenPairs, Composition, Request, pad, parents
+from kronsae.kernels.selection import Above, BatchChoice, Choice, Composition, PaddedPairs, Request, pad, parents
 
 Padded = tuple[Int[Tensor, "B K"], Bool[Tensor, "B K"] | None]
 
@@ -36,18 +36,18 @@ def kronecker_linear_select(
     d_base: int,
     requests: Sequence[Request],
     composition: Composition,
-) -> list[ChosenPairs]:
+) -> list[PaddedPairs]:
     """Several requests of the heads of ``x W^T + b``; the values of the pairs chosen are differentiable.
 
     The pre-latents of a `BatchChoice` exist for the whole batch at once (B x H x P), all others chunk by chunk.
     """
     plain = [request for request in requests if isinstance(request, Choice)]
     if composition.order == "product" and len(plain) == len(requests):
-        return kronecker_linear_topk(x_BD, weight_HPD, bias_HP, d_base, plain)
+        return [PaddedPairs(*pairs) for pairs in kronecker_linear_topk(x_BD, weight_HPD, bias_HP, d_base, plain)]
     weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
     whole = any(isinstance(request, BatchChoice) for request in requests)
     chunk = max(1, len(x_BD)) if whole else max(64, PRODUCT_ELEMENTS // len(weight_PD))
-    parts: list[list[ChosenPairs]] = [[] for _ in requests]
+    parts: list[list[PaddedPairs]] = [[] for _ in requests]
     with torch.no_grad():
         for part_BD in x_BD.split(chunk):
             pre_BP = torch.addmm(bias_P, part_BD, weight_PD.T)
@@ -56,7 +56,7 @@ def kronecker_linear_select(
                 indices_BK, chosen_BK = select(pre_BHP, d_base, request, composition)
                 selection = parents(indices_BK, d_base, bias_HP.shape[1] - d_base)
                 rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
-                chosen.append(ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR), chosen_BK))
+                chosen.append(PaddedPairs(selection, rows_BR, pre_BP.gather(1, rows_BR), chosen_BK))
     results = []
     for chosen in parts:
         _, rows_BR, pre_BR, chosen_BK = joined = _join(chosen, d_base, bias_HP.shape[1] - d_base)
@@ -229,7 +229,7 @@ def _cat(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=like.device)
 
 
-def _join(parts: list[ChosenPairs], d_base: int, d_extension: int) -> ChosenPairs:
+def _join(parts: list[PaddedPairs], d_base: int, d_extension: int) -> PaddedPairs:
     """Chunks one below the other, each padded to the widest with latent 0."""
     width = max(part.selection.indices_BK.shape[1] for part in parts)
     if len(parts) == 1:
@@ -243,4 +243,4 @@ def _join(parts: list[ChosenPairs], d_base: int, d_extension: int) -> ChosenPair
     pre = [[widen(half) for half in part.pre_BR.chunk(2, dim=1)] for part in parts]
     pre_BR = torch.cat([torch.cat(halves) for halves in zip(*pre, strict=True)], dim=1)
     marks = [part.chosen_BK for part in parts if part.chosen_BK is not None]
-    return ChosenPairs(selection, rows_BR, pre_BR, torch.cat([widen(mark) for mark in marks]) if marks else None)
+    return PaddedPairs(selection, rows_BR, pre_BR, torch.cat([widen(mark) for mark in marks]) if marks else None)

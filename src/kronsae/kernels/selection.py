@@ -65,10 +65,15 @@ class Composition(NamedTuple):
 
 
 class ChosenPairs(NamedTuple):
-    """A selection with its parents' values: ``pre[:, :K]`` are the bases' u, ``pre[:, K:]`` the extensions' v.
+    """A selection with its parents' values: ``pre[:, :K]`` are the bases' u, ``pre[:, K:]`` the extensions' v."""
 
-    ``chosen`` marks what is not padding; None: all of it was chosen.
-    """
+    selection: KroneckerSelection
+    rows_BR: Int[Tensor, "B R"]
+    pre_BR: Float[Tensor, "B R"]
+
+
+class PaddedPairs(NamedTuple):
+    """`ChosenPairs` of any request; ``chosen`` marks what is not padding, None: all of it was chosen."""
 
     selection: KroneckerSelection
     rows_BR: Int[Tensor, "B R"]
