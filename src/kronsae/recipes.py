@@ -10,7 +10,7 @@ from typing import Any
 
 from kronsae.architectures import batch_topk, jumprelu, matryoshka, switch
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
-from kronsae.core.gates import GateName
+from kronsae.core.gates import GATES, GateName
 from kronsae.core.normalization import NormalizationName
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sparsifiers import TopKConfig
@@ -59,11 +59,16 @@ def kron(
     seed: int = 0,
     init_norm: float | None = None,
     unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName = "center_and_scale",
+    normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
 ) -> MemberConfig:
-    """A KronSAE: ``num_heads`` heads, each composing ``d_base`` bases with ``d_extension`` extensions."""
+    """A KronSAE: ``num_heads`` heads, each composing ``d_base`` bases with ``d_extension`` extensions.
+
+    ``normalize_activations`` None centres and scales where the gate allows it to be folded away, so not for `mand_eps`.
+    """
+    if normalize_activations is None:
+        normalize_activations = "center_and_scale" if GATES[gate].homogeneous else "none"
     return MemberConfig(
         name=name,
         encoder=KroneckerEncoderConfig(

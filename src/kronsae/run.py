@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import signal
 import threading
@@ -25,12 +24,13 @@ from torch import Tensor
 
 from kronsae.config import differences, from_dict, to_dict
 from kronsae.core import checkpoint
+from kronsae.core.checks import check_count
 from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.errors import UserError, nearest
-from kronsae.files import read_json, write_json
+from kronsae.files import check_folder_place, read_json, write_json
 from kronsae.pipeline import Source
 from kronsae.run_config import RunConfig
 from kronsae.training.config import LoopConfig, MemberConfig
@@ -103,14 +103,22 @@ class Run:
         return write_report(self)
 
     def activations(self, tokens: int) -> Float[Tensor, "B D"]:
-        """Activations of held-out text at the run's hook: ``[tokens, d_in]``, float32, in the text's order."""
+        """Activations of held-out text at the run's hook: ``[tokens, d_in]``, float32, in the text's order.
+
+        Raises:
+            UserError: the held-out text has fewer tokens; none is given twice.
+        """
+        check_count("tokens", tokens)
         parts, count = [], 0
-        for values, _ in Source(self.config).activations(held_out=True):
+        for values, _ in Source(self.config).activations(held_out=True, repeat=False):
             parts.append(values[self.config.hook].cpu())
             count += len(parts[-1])
             if count >= tokens:
-                break
-        return torch.cat(parts)[:tokens]
+                return torch.cat(parts)[:tokens]
+        raise UserError(
+            f"tokens must not exceed what the held-out text gives; got {tokens}, and it ended after {count}. "
+            "Ask for fewer, or train on a longer text."
+        )
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``."""
@@ -155,7 +163,7 @@ def train(
 ) -> Run:
     """Train SAEs side by side on the activations of one hook of a language model.
 
-    The same call on an unfinished run carries it on with the same bits; on a finished one it returns it.
+    The same call on an unfinished run carries it on (on a CPU with the same bits); on a finished one it returns it.
 
     Args:
         model: Hub name, local folder, ``"bundled"``, or a config.
@@ -201,12 +209,12 @@ def execute(
     run = Run(Path(out))
     config = from_dict(RunConfig, to_dict(config))  # what could not be read back must not be written
     check_folder(run, config)
-    if run.finished:
-        say(f"The run in {run.folder} is finished; nothing is left to train.")
-        return run
     for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
         if wanted:
             require(package)
+    if run.finished:
+        say(f"The run in {run.folder} is finished; nothing is left to train, or to log.")
+        return run
     source = Source(config)
     progress = load_progress(run.folder / "checkpoint") or Progress()
     members = [Member(member, source.d_in, config.hook, config.loop.steps, source.device) for member in config.saes]
@@ -253,13 +261,9 @@ class Interrupted(UserError):
 
 def check_folder(run: Run, config: RunConfig) -> None:
     """Refuse a folder that holds something else than this very run."""
+    check_folder_place(run.folder)
     if not run.folder.exists():
-        above = next(path for path in run.folder.absolute().parents if path.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"out must be a folder that can be made; {run.folder} can not, in {above}. Name another.")
         return
-    if not run.folder.is_dir():
-        raise UserError(f"out must be a folder; {run.folder} is a file. Name another one.")
     if not (run.folder / "run.json").exists():
         if any(not path.name.startswith(".") for path in run.folder.iterdir()):
             raise UserError(f"out must be a new or empty folder or a run; {run.folder} holds other files.")

@@ -47,7 +47,8 @@ def evaluate_run(
 
     Args:
         run: a finished run.
-        tokens: how many held-out tokens; None: the run's ``eval_tokens``. Equal figures are not computed again.
+        tokens: how many held-out tokens; None: those of the last evaluation, or else the run's ``eval_tokens``. What
+            is known is not computed again.
         say: told what is being done.
         progress: called with (tokens done, tokens to do); there are two passes.
 
@@ -56,13 +57,12 @@ def evaluate_run(
     """
     run.require_finished()
     config = run.config
-    wanted = config.eval_tokens if tokens is None else tokens
     path = run.folder / "evaluation.json"
-    if path.exists():
-        known = read_json(path, "the evaluation")
-        if known["requested_tokens"] == wanted:
-            say(f"Already evaluated on {wanted:,} held-out tokens: {path}.")
-            return list(known["saes"])
+    known = _known_evaluation(path)
+    if known is not None and tokens in (None, known["requested_tokens"]):
+        say(f"Already evaluated on {known['requested_tokens']:,} held-out tokens: {path}.")
+        return list(known["saes"])
+    wanted = config.eval_tokens if tokens is None else tokens
     say(f"Evaluating on {wanted:,} held-out tokens.")
     source = Source(config)
     device = source.language_model.device
@@ -77,20 +77,26 @@ def evaluate_run(
     )
     training = read_json(run.folder / "training.json", "the training's summary")
     rows = [_row(name, sae, found[name], training) for name, sae in saes.items()]
+    path.unlink(missing_ok=True)  # written last: while it is there, all three files belong together
     write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
     write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
     write_json(path, {"requested_tokens": wanted, "saes": rows})
     return rows
 
 
+def _known_evaluation(path: Path) -> dict[str, Any] | None:
+    """What is on disk, if it is what `evaluate_run` writes."""
+    if not path.exists():
+        return None
+    known = read_json(path, "the evaluation")
+    return known if isinstance(known, dict) and {"requested_tokens", "saes"} <= known.keys() else None
+
+
 def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write ``report.html`` from what was measured last, measuring first where nothing was."""
-    path = run.folder / "evaluation.json"
-    if not path.exists():
-        evaluate_run(run, say=say)
     data = report_data(
         run=read_json(run.folder / "run.json", "the run folder"),
-        rows=read_json(path, "the evaluation")["saes"],
+        rows=evaluate_run(run, say=say),
         metrics=run.metrics(),
         latents=read_json(run.folder / "latents.json", "the evaluation's latents"),
     )

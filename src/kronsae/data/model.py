@@ -32,7 +32,7 @@ class ModelConfig:
         name: ``"bundled"``, a local folder, or a model's name on the Hugging Face Hub.
         revision: Branch, tag or commit of a Hub model.
         dtype: Precision of the model's weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the fastest there is.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"`` for CUDA where there is any, else the CPU.
     """
 
     name: str = BUNDLED
@@ -128,17 +128,19 @@ def load_model(config: ModelConfig) -> LanguageModel:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a name; ``"auto"`` is the fastest there is.
+    """Return the device of a name; ``"auto"`` is CUDA where there is any, else the CPU.
 
     Raises:
         UserError: If this machine has no such device.
     """
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        # not mps: it has no float64, in which norms and explained variance are summed
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "mps":
+            raise UserError("device must have float64, which mps lacks; got 'mps'. Give 'cpu'.")
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device must be one that this machine and this build of torch have; got '{name}'. Give 'auto' or 'cpu'."

@@ -24,7 +24,7 @@ class OptimizerConfig:
     Args:
         lr: peak learning rate.
         final_lr: learning rate at the last step.
-        warmup_share: share of all steps over which the rate rises linearly from 0.
+        warmup_share: share of all steps over which the rate rises linearly to ``lr``.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: Adam's epsilon.

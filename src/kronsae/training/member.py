@@ -106,6 +106,7 @@ class Member:
         result.loss.backward()
         needs_norm = want_metrics or settings.clip_norm is not None
         norm = grad_norm(self.sae.parameters(), rows) if needs_norm else 0.0
+        self._check_finite(result, norm, lr, step)  # before the weights are touched: a checkpoint is never of NaN
         self.optimizer.step(row_gradients=rows, grad_scale=clip_scale(norm, settings.clip_norm))
         self.dead.update(result.codes)
         if self.config.sparsifier.kind == "jumprelu":
@@ -113,17 +114,18 @@ class Member:
         self.seconds += perf_counter() - started
         return self._metrics(x_BD, result, lr, norm, step) if want_metrics else None
 
-    def _metrics(self, x_BD: Tensor, result: Objective, lr: float, norm: float, step: int) -> StepMetrics:
-        loss = float(result.loss.detach())
-        for what, value in (("loss", loss), ("gradient's norm", norm)):
+    def _check_finite(self, result: Objective, norm: float, lr: float, step: int) -> None:
+        for what, value in (("loss", float(result.loss.detach())), ("gradient's norm", norm)):
             if not math.isfinite(value):
                 raise UserError(
                     f"training of '{self.name}' diverged: the {what} is {value} at step {step}. "
                     f"Lower its learning rate (now {lr:.2g})."
                 )
+
+    def _metrics(self, x_BD: Tensor, result: Objective, lr: float, norm: float, step: int) -> StepMetrics:
         dead = len(self.dead.dead(self.config.aux_k.dead_after_tokens))
         return StepMetrics(
-            loss=loss,
+            loss=float(result.loss.detach()),
             auxiliary_loss=0.0 if result.auxiliary_loss is None else float(result.auxiliary_loss),
             explained_variance=explained_variance(x_BD, result.x_hat_BD),
             l0=float(result.codes.l0()),
@@ -161,6 +163,8 @@ class Member:
             UserError: it is of another SAE.
         """
         expected = {f"sae.{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
+        if self.config.normalize_activations != "none":
+            expected |= {"normalization.mean": (self.sae.d_in,), "normalization.scale": ()}
         expected |= {"dead.tokens_since_active": self.dead.tokens_since_active_F.shape, "seconds": torch.Size()}
         expected["sparsity"] = self.sparsity.state.shape
         wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]

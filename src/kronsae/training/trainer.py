@@ -49,6 +49,7 @@ def fit(
     progress = Progress() if progress is None else progress
     started = perf_counter() - progress.seconds
     batches = iter(stream)
+    hooks = {member.hook for member in members}
     stopping = should_stop()
     while progress.step < config.steps and not stopping:
         batch, stream_state = next(batches, (None, None))
@@ -58,6 +59,8 @@ def fit(
                 "Ask for fewer tokens or give more text."
             )
         step = progress.step
+        for hook in hooks:
+            check_batch(batch, hook, config.batch_tokens, step)
         last = step + 1 == config.steps
         wanted = last or (step + 1) % config.log_every == 0
         metrics = {member.name: member.step(batch[member.hook], step, wanted) for member in members}
@@ -80,3 +83,21 @@ def fit(
 def _json_number(value: float) -> float | None:
     """JSON has neither NaN nor infinity: what is not defined on a batch is null."""
     return value if math.isfinite(value) else None
+
+
+def check_batch(batch: Mapping[str, Tensor], hook: str, batch_tokens: int, step: int) -> None:
+    """Refuse a batch without the hook, of another length, or with values that are not finite."""
+    if hook not in batch:
+        raise UserError(f"the stream must give activations of hook '{hook}'; it gives {', '.join(batch)}.")
+    rows = len(batch[hook])
+    if rows != batch_tokens:
+        raise UserError(
+            f"batches must hold batch_tokens={batch_tokens} tokens; step {step} got {rows}. Make them equal."
+        )
+    finite_B = batch[hook].isfinite().all(-1)
+    if not bool(finite_B.all()):
+        row = int((~finite_B).nonzero()[0, 0])
+        raise UserError(
+            f"activations must be finite; hook '{hook}' gave NaN or infinity at step {step}, row {row} of the batch. "
+            "Check what made them."
+        )
