@@ -22,6 +22,8 @@ from kronsae import cli
 from kronsae.cli import main, parse_sae, with_options
 from kronsae.config import to_dict
 from kronsae.core.gates import GATES
+from kronsae.data.model import ModelConfig
+from kronsae.data.text import TextConfig
 from kronsae.errors import UserError
 from kronsae.recipes import SAE_KINDS, kron, topk
 from kronsae.run import Run, execute, open_run
@@ -114,7 +116,11 @@ class TestHelp:
             ),
             ("eval", "--out --tokens --json"),
             ("report", "--out --json"),
-            ("harvest", "--out --hook --tokens --model --text --dtype --context-length --json"),
+            (
+                "harvest",
+                "--out --hook --tokens --model --revision --model-dtype --device --text --subset --split --column "
+                "--dtype --context-length --model-batch --held-out-share --quiet --json",
+            ),
             ("recipes", "--json"),
         ],
     )
@@ -167,7 +173,7 @@ class TestVerbs:
     ) -> None:
         given = kronsae("train", "--config", finished_run.folder / "run.json", "--out", finished_run.folder, "--json")
         assert given.status == 0
-        assert "is finished; nothing is left to train." in given.err
+        assert "is finished; nothing is left to train, or to log." in given.err
         assert given.json["saes"] == finished_run.metrics()[-2:]
 
     def test_stopped_and_given_again(
@@ -228,6 +234,34 @@ class TestVerbs:
         assert "tokens: 50\n" in shown.out
         assert "What now? kronsae train --activations" in shown.err
 
+    def test_harvest_passes_on_how_to_read_the_model_and_the_text(
+        self, kronsae: Kronsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: dict[str, Any] = {}
+        monkeypatch.setattr("kronsae.harvesting.harvest", lambda **arguments: asked.update(arguments) or {})
+        done = kronsae(
+            *("harvest", "--out", tmp_path / "acts", "--hook", 6, "--tokens", 50, "--model-batch", 8),
+            *("--model", "google/gemma-2-2b", "--revision", "main", "--model-dtype", "bfloat16", "--device", "cuda:1"),
+            *(
+                "--text",
+                "HuggingFaceFW/fineweb-edu",
+                "--subset",
+                "sample-10BT",
+                "--split",
+                "test",
+                "--column",
+                "content",
+            ),
+        )
+        assert done.status == 0
+        assert asked["model"] == ModelConfig(
+            name="google/gemma-2-2b", revision="main", dtype="bfloat16", device="cuda:1"
+        )
+        assert asked["text"] == TextConfig(
+            source="HuggingFaceFW/fineweb-edu", subset="sample-10BT", split="test", column="content"
+        )
+        assert (asked["hook"], asked["tokens"], asked["dtype"], asked["model_batch"]) == ("6", 50, "float32", 8)
+
     def test_report(self, finished_run: Run, kronsae: Kronsae, tmp_path: Path) -> None:
         shutil.copytree(finished_run.folder, tmp_path / "r")
         written = kronsae("report", tmp_path / "r", "--json")
@@ -252,7 +286,7 @@ class TestVerbs:
         )
         assert [list(row) for row in summary] == [keys.split()] * 2
         again = kronsae("quickstart", "--out", tmp_path / "q", "--tokens", 128, "--json", "--quiet")
-        assert "is finished; nothing is left to train." in again.err
+        assert "is finished; nothing is left to train, or to log." in again.err
         assert again.json == done.json
 
     def test_recipes(self, kronsae: Kronsae) -> None:
@@ -467,7 +501,7 @@ class TestBadInput:
             assert told.status == 2
             assert told.sentence.startswith(sentence)
         assert kronsae("harvest", "--hook", 1, "--tokens", 9, "--out", tmp_path).sentence.startswith(
-            "folder must be new"
+            "out must be a new or empty folder"
         )
         assert listing(tmp_path) == ["mine"]
         assert (tmp_path / "mine").read_text() == "precious"

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -121,6 +122,18 @@ class TestAFinishedRun:
         assert (x_BD.shape, x_BD.dtype) == ((50, WIDTH), torch.float32)
         assert run.load("kron").encode(x_BD).l0() > 0
         assert torch.equal(run.activations(70)[:50], x_BD)
+
+    def test_held_out_activations_are_never_given_twice(self, finished_run: Run) -> None:
+        message = r"^tokens must not exceed what the held-out text gives; got 100000, and it ended after \d+\. Ask"
+        with pytest.raises(UserError, match=message) as caught:
+            finished_run.activations(100_000)
+        there_are = int(re.findall(r"after (\d+)", str(caught.value))[0])
+        assert len(finished_run.activations(there_are)) == there_are
+        with pytest.raises(UserError):
+            finished_run.activations(there_are + 1)
+        for wrong in (0, -1, True):
+            with pytest.raises(UserError, match=rf"^tokens must be a whole number above 0; got {wrong}.$"):
+                finished_run.activations(wrong)
 
     def test_given_again_it_says_so_and_trains_nothing(
         self, finished_run: Run, config: RunConfig, monkeypatch: pytest.MonkeyPatch
@@ -466,6 +479,41 @@ class TestHarvested:
             UserError, match=r"does not say which model and hook it holds. Harvest it with `kronsae harvest`"
         ):
             with_activations(config, tmp_path / "acts")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"held_out_share": 0}, r"^held_out_share must be between 0 and 1; got 0.$"),
+            ({"held_out_share": 1.0}, r"^held_out_share must be between 0 and 1; got 1.0.$"),
+            ({"held_out_share": float("nan")}, r"^held_out_share must be between 0 and 1; got nan.$"),
+            ({"tokens": 0}, r"^tokens must be a whole number above 0; got 0.$"),
+            ({"context_length": 1.5}, r"^context_length must be a whole number above 0; got 1.5.$"),
+            ({"model_batch": 0}, r"^model_batch must be a whole number above 0; got 0.$"),
+            ({"dtype": "flaot32"}, r"^dtype must be one of .*; got 'flaot32'. Did you mean 'float32'\?$"),
+            ({"out": Path(os.devnull) / "x"}, rf"^out must be a folder that can be made; {os.devnull}/x can not"),
+            ({"out": Path(__file__)}, r"^out must be a folder; .*test_run.py is a file. Name another one.$"),
+            ({"out": Path(__file__).parent}, r"^out must be a new or empty folder; .*tests holds other files."),
+            ({"text": TextConfig(split=cast("Any", 3))}, r"^text.split must be str; got 3.$"),
+        ],
+    )
+    def test_a_harvest_that_cannot_work_is_refused_before_the_model_is_loaded(
+        self, changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("kronsae.harvesting.load_model", None)
+        asked: dict[str, Any] = {"model": "bundled", "text": "bundled", "hook": 1, "tokens": 9, "out": tmp_path / "h"}
+        with pytest.raises(UserError, match=message):
+            harvest(**asked | changes)
+        assert listing(tmp_path) == []
+
+    def test_a_harvest_takes_configs(self, config: RunConfig, tmp_path: Path) -> None:
+        rows = [json.dumps({"content": text}) for text in texts()]
+        (tmp_path / "t.jsonl").write_text("\n".join(rows))
+        text = TextConfig(source=str(tmp_path / "t.jsonl"), column="content")
+        model = replace(config.model, dtype="bfloat16")
+        about = harvest(model=model, text=text, hook=2, tokens=50, out=str(tmp_path / "h"), context_length=32)
+        assert (about["model"], about["hook"], about["tokens"]) == (model.name, "2", 50)
+        stored = with_activations(config, tmp_path / "h")
+        assert (stored.model, stored.text, stored.hook) == (model, text, "2")
 
     def test_a_harvest_that_fails_leaves_nothing(self, tiny_model_folder: FolderOf, tmp_path: Path) -> None:
         (tmp_path / "t.txt").write_text(" ".join(texts(30)))

@@ -13,6 +13,19 @@ from typing import Any
 from kronsae.errors import UserError
 
 
+def check_folder_place(folder: Path) -> None:
+    """Refuse a path at which no folder can be made or written to; what the folder holds is not looked at."""
+    if folder.is_dir():
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"out must be a folder that can be written to; {folder} can not. Name another one.")
+    elif folder.exists():
+        raise UserError(f"out must be a folder; {folder} is a file. Name another one.")
+    else:
+        above = next(path for path in folder.absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"out must be a folder that can be made; {folder} can not, in {above}. Name another.")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is flushed to disk and takes ``path``'s place."""

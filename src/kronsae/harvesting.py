@@ -10,22 +10,23 @@ from time import perf_counter
 from typing import Any
 
 from kronsae.config import from_dict, to_dict
+from kronsae.core.checks import check_count
 from kronsae.data.buffer import Activations
 from kronsae.data.harvest import ActivationStream
 from kronsae.data.model import ModelConfig, load_model
-from kronsae.data.store import read_manifest, write_activations
+from kronsae.data.store import check_target, read_manifest, write_activations
 from kronsae.data.stream import State
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.data.tokens import TokenStream
 from kronsae.errors import UserError
-from kronsae.run_config import RunConfig
+from kronsae.run_config import RunConfig, check_held_out_share
 
 
 def harvest(
     *,
-    model: str,
-    text: str,
-    hook: str,
+    model: str | ModelConfig,
+    text: str | TextConfig,
+    hook: str | int,
     tokens: int,
     out: Path | str,
     dtype: str = "float32",
@@ -37,8 +38,37 @@ def harvest(
     """Write the activations of the training part of a text into ``out``; return what was written.
 
     Held-out documents are left out, so that SAEs trained on the folder can be evaluated on them.
+
+    Args:
+        model: Hub name, local folder, ``"bundled"``, or a config.
+        text: Hub data set, local file or folder, ``"bundled"``, or a config.
+        hook: module path or layer whose output is read, such as ``"layers.6"`` or ``6``.
+        tokens: tokens to harvest.
+        out: a new or empty folder.
+        dtype: precision on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        context_length: T, tokens of text the model sees at once.
+        model_batch: S, sequences per forward pass of the model.
+        held_out_share: share of documents kept for evaluation.
+        progress: called with the tokens done and those asked for.
+
+    Raises:
+        UserError: anything given that cannot work; what can be known beforehand, before the model is loaded.
     """
-    model_config, text_config = ModelConfig(name=model), TextConfig(source=text)
+    for name, value in (("tokens", tokens), ("context_length", context_length), ("model_batch", model_batch)):
+        check_count(name, value)
+    check_held_out_share(held_out_share)
+    out, hook = Path(out), str(hook)
+    check_target(out, dtype)
+    model_config = ModelConfig(name=model) if isinstance(model, str) else model
+    text_config = TextConfig(source=text) if isinstance(text, str) else text
+    about = {
+        # Read back as a later training will: what that would refuse must not be written.
+        "model": to_dict(from_dict(ModelConfig, to_dict(model_config), where="model")),
+        "text": to_dict(from_dict(TextConfig, to_dict(text_config), where="text")),
+        "hook": hook,
+        "context_length": context_length,
+        "held_out_share": held_out_share,
+    }
     language_model = load_model(model_config)
     language_model.check_context_length(context_length)
     documents = partial(TextStream, text_config, held_out_share=held_out_share)
@@ -49,20 +79,13 @@ def harvest(
         context_length=context_length,
         batch_sequences=model_batch,
     )
-    about = {
-        "model": to_dict(model_config),
-        "text": to_dict(text_config),
-        "hook": hook,
-        "context_length": context_length,
-        "held_out_share": held_out_share,
-    }
     started = perf_counter()
     stream = ActivationStream(language_model, hook, windows)
     manifest = write_activations(_told(stream, hook, tokens, progress), out, tokens=tokens, dtype=dtype, metadata=about)
     seconds = perf_counter() - started
     return {
         "out": str(out),
-        "model": model,
+        "model": model_config.name,
         "hook": hook,
         "d_in": manifest.d_in[hook],
         "tokens": manifest.tokens,

@@ -72,9 +72,9 @@ class Source:
             batch_sequences=config.model_batch,
         )
 
-    def activations(self, *, held_out: bool, state: State | None = None) -> ActivationStream:
+    def activations(self, *, held_out: bool, repeat: bool = True) -> ActivationStream:
         """Activations in the order of the text, one item per forward pass."""
-        return ActivationStream(self.language_model, self.config.hook, self.tokens(held_out=held_out), state=state)
+        return ActivationStream(self.language_model, self.config.hook, self.tokens(held_out=held_out, repeat=repeat))
 
     def batches(self, state: State | None) -> ShuffleBuffer | StoredActivations:
         """Shuffled batches of activations for training, carrying on after ``state``."""

@@ -261,7 +261,8 @@ class Interrupted(UserError):
 
 def check_folder(run: Run, config: RunConfig) -> None:
     """Refuse a folder that holds something else than this very run."""
-    check_folder_place(run.folder)
+    if not run.finished:  # a finished one is only read
+        check_folder_place(run.folder)
     if not run.folder.exists():
         return
     if not (run.folder / "run.json").exists():

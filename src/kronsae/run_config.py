@@ -56,5 +56,10 @@ class RunConfig:
                 f"buffer_tokens must be at least batch_tokens; got {self.buffer_tokens} with "
                 f"batch_tokens={self.loop.batch_tokens}. Enlarge the buffer or shrink the batch."
             )
-        if not 0 < self.held_out_share < 1:
-            raise UserError(f"held_out_share must be between 0 and 1; got {self.held_out_share!r}.")
+        check_held_out_share(self.held_out_share)
+
+
+def check_held_out_share(share: float) -> None:
+    """Refuse a share that leaves nothing to train on or nothing to evaluate on."""
+    if not 0 < share < 1:
+        raise UserError(f"held_out_share must be between 0 and 1; got {share!r}.")

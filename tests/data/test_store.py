@@ -110,11 +110,13 @@ def test_an_error_of_the_stream_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_only_a_new_or_empty_folder_is_written_to(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"folder must be new or empty; '.*acts' is neither\. Give another one"):
+    with pytest.raises(UserError, match=r"^out must be a new or empty folder; .*acts holds other files\. Name another"):
         write_activations(activations(), folder, tokens=10)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"folder must be new or empty; '.*file' is neither"):
+    with pytest.raises(UserError, match=r"^out must be a folder; .*file is a file\. Name another one\.$"):
         write_activations(activations(), tmp_path / "file", tokens=10)
+    with pytest.raises(UserError, match=r"^out must be a folder that can be made; .*file/acts can not, in .*file\."):
+        write_activations(activations(), tmp_path / "file" / "acts", tokens=10)
     assert (tmp_path / "file").read_text() == "mine"
 
 

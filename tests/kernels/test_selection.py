@@ -162,6 +162,80 @@ def test_infinite_pre_latents_come_first() -> None:
     assert (chosen.base_rows_BK[1] == 2 * 5 + 1).all()
 
 
+def not_finite(rows: Tensor) -> Tensor:
+    """Rows 1 to 6 with one NaN, NaN only, one infinity, +inf only, -inf only, one of each; the rest stays."""
+    rows[1, 2] = torch.nan
+    rows[2] = torch.nan
+    rows[3, 2] = torch.inf
+    rows[4] = torch.inf
+    rows[5] = -torch.inf
+    rows[6, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    return rows
+
+
+def check_rows_exist(rows: Tensor, height: int) -> None:
+    assert (rows >= 0).all()
+    assert (rows < height).all()
+
+
+@pytest.mark.parametrize("width", [3, 16, 1500])
+@pytest.mark.parametrize("k", [1, 3, 16])
+@pytest.mark.parametrize("where", ["x", "weight", "bias"])
+def test_dense_topk_of_rows_not_finite(path: str, width: int, k: int, where: str) -> None:
+    k = min(k, width)
+    x_BD, weight_PD, bias_P = torch.randn(8, 6), torch.randn(width, 6), torch.randn(width)
+    if where == "x":
+        x_BD = not_finite(x_BD)
+    elif where == "weight":  # one output of every token is NaN, another is infinite
+        weight_PD[0], weight_PD[1, 0] = torch.nan, torch.inf
+    else:
+        bias_P[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    values_BK, rows_BK = operation(path, "linear_topk")(x_BD, weight_PD, bias_P, k)
+    check_rows_exist(rows_BK, width)
+    assert (rows_BK.sort(dim=1).values.diff(dim=1) > 0).all()
+    own_BK = torch.addmm(bias_P, x_BD, weight_PD.T).gather(1, rows_BK)
+    torch.testing.assert_close(values_BK, own_BK, rtol=1e-5, atol=1e-5, equal_nan=True)
+    decoded_BD = operation(path, "weighted_rows")(values_BK.relu(), rows_BK, torch.randn(width, 6))
+    assert decoded_BD[values_BK.isnan().any(dim=1)].isnan().all()  # a NaN is not hidden
+    if where == "x":
+        assert values_BK[1:3].isnan().all()
+        assert not values_BK[[0, 7]].isnan().any()
+        assert not decoded_BD[[0, 7]].isnan().any()
+
+
+@pytest.mark.parametrize("k", [1, 5, 60])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_kronecker_topk_of_rows_not_finite(path: str, k: int, sign: int) -> None:
+    pre_BHP = not_finite(torch.randn(9, 50)).view(9, 10, 5)
+    pre_BHP[7, :, 0], pre_BHP[7, :, 2:] = torch.inf, -1  # inf * 0 in every head
+    pre_BHP[8, 3:] = torch.nan
+    pre_BHP = sign * pre_BHP
+    among_C = torch.arange(0, 60, 1 if k == 60 else 2)
+    among = operation(path, "kronecker_topk_among")(pre_BHP, 2, k, among_C)
+    assert torch.isin(among.indices_BK, among_C).all()
+    batch, chosen_BK = operation(path, "kronecker_batch_topk")(pre_BHP, 2, 9 * k)
+    assert chosen_BK.shape == batch.indices_BK.shape
+    for got in (operation(path, "kronecker_topk")(pre_BHP, 2, k), among, batch):
+        check_rows_exist(got.indices_BK, 60)
+        assert all(torch.equal(a, b) for a, b in zip(got, parents(got.indices_BK, 2, 3), strict=True))
+    for got in (operation(path, "kronecker_topk")(pre_BHP, 2, k), among):
+        assert (got.indices_BK.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
+def test_a_pre_latent_not_finite_hides_no_other() -> None:
+    """Ten finite heads and an eleventh of NaN or of infinity times zero: the selections are those of the ten."""
+    finite_BHP = torch.rand(6, 10, 5) + 0.1
+    odd_BHP = torch.full((6, 1, 5), torch.nan)
+    odd_BHP[3:, :, :2], odd_BHP[3:, :, 2:] = torch.inf, -1
+    pre_BHP = torch.cat([finite_BHP, odd_BHP], dim=1)
+    got, want = cpu.kronecker_topk(pre_BHP, 2, 20), cpu.kronecker_topk(finite_BHP, 2, 20)
+    assert torch.equal(got.indices_BK.sort().values, want.indices_BK.sort().values)
+    for total in (1, 40):
+        batch, expected = (cpu.kronecker_batch_topk(each, 2, total) for each in (pre_BHP, finite_BHP))
+        assert torch.equal(batch.selection.indices_BK, expected.selection.indices_BK)
+        assert int(batch.chosen_BK.sum()) == total
+
+
 def test_the_suite_would_notice_a_wrong_selection() -> None:
     pre_BHP = torch.rand(3, 4, 5)
     want = reference.kronecker_topk(pre_BHP, 2, 3)

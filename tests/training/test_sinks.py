@@ -104,21 +104,41 @@ class FakeWandb(types.ModuleType):
         self.finished = True
 
 
-def test_wandb_gets_every_row_under_the_run_folder_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "mine").mkdir()
     sink = WandbSink("project", tmp_path / "mine" / ".", {"hook": "layers.2"})
     sink.write(row(2, explained_variance=None))
     sink.flush()
     sink.close()
-    assert {key: wandb.asked[key] for key in ("project", "id", "resume", "config")} == {
+    assert {key: wandb.asked[key] for key in ("project", "name", "resume", "config")} == {
         "project": "project",
-        "id": "mine",
+        "name": "mine",
         "resume": "allow",
         "config": {"hook": "layers.2"},
     }
     assert wandb.logged == [(2, {"a/loss": 0.5, "tokens": 20})]
     assert wandb.finished
+
+
+def test_wandb_goes_on_with_the_run_of_the_same_folder_and_of_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked_of(folder: Path) -> dict[str, Any]:
+        wandb = FakeWandb()
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        WandbSink("project", folder, {}).close()
+        return wandb.asked
+
+    one, other = tmp_path / "a" / "kron", tmp_path / "b" / "kron"
+    first, elsewhere = asked_of(one), asked_of(other)
+    assert (first["name"], elsewhere["name"]) == ("kron", "kron")
+    assert first["id"] != elsewhere["id"]
+    one.rename(tmp_path / "moved")
+    again = asked_of(tmp_path / "moved")
+    assert (again["id"], again["resume"]) == (first["id"], "allow")
+    assert "name" not in again
 
 
 def test_a_wandb_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +148,4 @@ def test_a_wandb_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pytest
     assert str(caught.value) == (
         "wandb could not be started (No API key configured). Try `wandb login`, or leave it out."
     )
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from kronsae.bench.checks import check_operations
-from kronsae.bench.machine import peak_bytes, reset_peak, resident_bytes
+from kronsae.bench.machine import available_bytes, peak_bytes, reset_peak, resident_bytes
 from kronsae.bench.measure import Timing, interleaved, make_batches
 from kronsae.bench.subjects import REGISTRY, EncoderProduct, OwnTrainer, Shape, kronsae, topk
 from kronsae.core.objective import objective
@@ -67,13 +67,16 @@ def grid(
     batch: int = 256,
     rounds: int = 5,
     seed: int = 0,
-    memory_bytes: int = 14 * 2**30,
+    memory_bytes: int | None = None,
 ) -> list[GridPoint]:
     """Training steps over hidden widths and dictionary sizes (paper, fig. 8), M = 4 and N = 8.
 
-    A point whose weights, moments and dense TopK encoder would need more than ``memory_bytes`` is skipped.
+    A point whose weights and moments would need more than ``memory_bytes`` is skipped; None: two fifths of what is
+    free, since building the weights takes as much again for a moment.
     """
     check_operations(seed)
+    if memory_bytes is None:
+        memory_bytes = available_bytes() * 2 // 5
     points = []
     for d_sae in sizes:
         for d_in in widths:

@@ -74,7 +74,7 @@ class EncoderProduct:
 
 
 class OwnTrainer:
-    """The library's own training step, as `kronsae train` takes it but for clipping and normalisation, which rivals do not do."""
+    """The step `kronsae train` takes, but for clipping and normalisation, which the rivals do not do."""
 
     def __init__(self, shape: Shape, encoder: EncoderConfig) -> None:
         config = MemberConfig(

@@ -17,12 +17,12 @@ from typing import IO, Any, Protocol, TypeVar
 
 from kronsae.data.corpus import Document, standard_library_documents
 from kronsae.data.hub import check_dataset, looks_like_path, one_line
+from kronsae.data.model import BUNDLED
 from kronsae.data.stream import State
 from kronsae.errors import UserError, nearest
 
 _T = TypeVar("_T")
 
-BUNDLED = "bundled"
 TEXT_SUFFIXES = (".txt",)
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 JSON_SUFFIXES = (".json", ".json.gz")

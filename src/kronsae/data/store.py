@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kronsae.data.buffer import Activations, RowReader, ShuffleBuffer, permutation
+from kronsae.data.model import DTYPES
 from kronsae.data.stream import State
-from kronsae.errors import UserError
-from kronsae.files import atomic_path, read_json, write_json
+from kronsae.errors import UserError, nearest
+from kronsae.files import atomic_path, check_folder_place, read_json, write_json
 
 FORMAT = "kronsae-activations-1"
 MANIFEST = "manifest.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Rows read from a shard at once: a shard need not fit into memory.
 CHUNK_ROWS = 8192
 
@@ -85,14 +85,11 @@ def write_activations(
     Raises:
         UserError: If the folder holds anything, the stream ends early, or a value exceeds the dtype's range.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.")
+    folder = Path(folder)
+    check_target(folder, dtype)
     if tokens < 1 or shard_tokens < 1:
         raise UserError(f"tokens and shard_tokens must be at least 1; got {tokens} and {shard_tokens}.")
-    folder = Path(folder)
     existed = folder.exists()
-    if existed and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"folder must be new or empty; '{folder}' is neither. Give another one, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     try:
@@ -103,6 +100,15 @@ def write_activations(
         if not existed:
             folder.rmdir()
         raise
+
+
+def check_target(folder: Path, dtype: str) -> None:
+    """Refuse what ``write_activations`` would, as far as it can be known before there are activations."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.{nearest(dtype, DTYPES)}")
+    check_folder_place(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"out must be a new or empty folder; {folder} holds other files. Name another, or remove it.")
 
 
 def _write(

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kronsae.data.corpus import Document, is_held_out
-from kronsae.data.sources import BUNDLED, ListedSource, Source, document_of, open_named
+from kronsae.data.model import BUNDLED
+from kronsae.data.sources import ListedSource, Source, document_of, open_named
 from kronsae.data.stream import State
 from kronsae.errors import UserError
 

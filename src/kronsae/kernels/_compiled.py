@@ -7,6 +7,8 @@ belongs to them, so the parts may run on different threads in any order and give
 use no threading layer of numba's: its OpenMP layer is a second pool beside PyTorch's, and the two took turns
 waiting for each other (16 ms instead of 2 for the same loop, measured on two cores).
 
+A NaN is in no comparison larger, so the selections rank it with the zeros: every row number they write is valid.
+
 Loops that add up in a fixed order carry no ``reassoc``; dot products and squared norms do, in an order fixed by the
 compiled code. Compiled code is cached beside the module (as Python does with .pyc files), or in numba's user cache
 where that folder cannot be written, or in ``NUMBA_CACHE_DIR``.
@@ -23,7 +25,7 @@ from numba import njit
 
 _PLAIN: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
 _SUMS: dict[str, Any] = _PLAIN | {"fastmath": {"contract", "reassoc", "nsz"}}
-_MAXIMA: dict[str, Any] = _PLAIN | {"fastmath": {"contract", "nnan", "nsz"}}
+_MAXIMA: dict[str, Any] = _PLAIN | {"fastmath": {"contract", "nsz"}}
 
 
 @njit(**_PLAIN)
@@ -114,7 +116,8 @@ def head_bounds(d_base, d_extension):
                     value = pre_BP[b, row + j] + bias_P[row + j]
                     if value > largest_extension:
                         largest_extension = value
-                best_BH[b, head] = largest_base * largest_extension
+                best = largest_base * largest_extension
+                best_BH[b, head] = best if best > 0 else zero  # inf * 0 is NaN
 
     return bounds
 
@@ -188,7 +191,7 @@ def kronecker_topk(
                     least = values[0]
         latent = 0
         while size < k:
-            if _product(pre_P, bias_P, latent, d_base, d_extension) <= 0:
+            if not _product(pre_P, bias_P, latent, d_base, d_extension) > 0:
                 indices[size] = latent
                 size += 1
             latent += 1
@@ -221,7 +224,7 @@ def kronecker_topk_among(
             first = last
         c = 0
         while size < k:
-            if _product(pre_P, bias_P, latents_C[c], d_base, d_extension) <= 0:
+            if not _product(pre_P, bias_P, latents_C[c], d_base, d_extension) > 0:
                 indices[size] = latents_C[c]
                 size += 1
             c += 1
@@ -294,7 +297,7 @@ def topk(start, stop, pre_BF, bias_F, out_value_BK, out_index_BK):
                             least = values[0]
         f = 0
         while size < k:
-            if pre_F[f] + bias_F[f] <= 0:
+            if not pre_F[f] + bias_F[f] > 0:
                 indices[size] = f
                 size += 1
             f += 1
@@ -484,10 +487,3 @@ def adamw_dense(
         )
         if unit_norm:
             _normalise(weight_PD[p])
-
-
-@njit(**_PLAIN)
-def normalise_rows(start, stop, weight_PD):
-    """Scale every row to length one; a row of zeros stays."""
-    for p in range(start, stop):
-        _normalise(weight_PD[p])

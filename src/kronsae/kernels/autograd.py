@@ -27,8 +27,9 @@ class RowGradients:
         self._grouped: dict[Tensor, RowGradient] = {}
 
     def add(self, parameter: Tensor, term: Term) -> None:
-        """Take in one backward pass's share."""
-        self._terms.setdefault(parameter, []).append(term)
+        """Take in one backward pass's share; what it refers to is cut from its graph, which may then be freed."""
+        cut = Term(term.weights_BR.detach(), term.rows_BR, term.x_BD.detach())
+        self._terms.setdefault(parameter, []).append(cut)
         self._grouped.pop(parameter, None)
 
     def get(self, parameter: Tensor) -> RowGradient | None:

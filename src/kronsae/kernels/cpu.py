@@ -1,7 +1,7 @@
 """The CPU path: numba's loops over tokens or weight rows, split over as many threads as PyTorch may use.
 
 Every function has the meaning of its namesake in `portable`; ties go to the smaller latent, so a selection is one
-definite answer. A pre-latent that is NaN is never selected.
+definite answer. A pre-latent that is NaN ranks with the zeros, which only fill up.
 """
 
 from __future__ import annotations

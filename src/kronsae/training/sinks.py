@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from kronsae.errors import UserError
 from kronsae.files import write_text
 
 AXES = ("step", "tokens", "seconds", "sae")
+WANDB_ID = "wandb-id.txt"
 
 
 class Sink(Protocol):
@@ -90,18 +92,23 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases; the run is resumed under the id of the run folder's name."""
+    """Weights & Biases; a resumed run goes on there under the id kept in its folder."""
 
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
         require("wandb")
         import wandb
 
-        name = folder.resolve().name
+        path = folder / WANDB_ID
+        if path.exists():  # the name stays what it is there: a person may have changed it
+            which = {"id": path.read_text(encoding="utf-8").strip()}
+        else:
+            which = {"id": secrets.token_hex(8), "name": folder.resolve().name}
         try:
-            self._run = wandb.init(project=project, id=name, dir=str(folder), config=dict(config), resume="allow")
+            self._run = wandb.init(project=project, **which, dir=str(folder), config=dict(config), resume="allow")
         except Exception as error:  # no account, no network, a name it refuses: each has a class of its own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(f"wandb could not be started ({reason}). Try `wandb login`, or leave it out.") from error
+        write_text(path, f"{which['id']}\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
         values = {f"{row['sae']}/{key}": value for key, value in _values(row).items()}
