@@ -190,8 +190,9 @@ class TestVerbs:
         with monkeypatch.context() as patch:
             patch.setattr(Member, "step", stopping)
             stopped = kronsae(*command)
-        assert stopped.status != 0
-        assert stopped.sentence.startswith("stopped after 512 of 1,280 tokens; the state is saved in ")
+        assert stopped.status == 130
+        assert stopped.err.splitlines()[-1].startswith("stopped after 512 of 1,280 tokens; the state is saved in ")
+        assert "Traceback" not in stopped.err
         carried_on = kronsae(*command)
         assert carried_on.status == 0
         assert "Carrying on after 512 of 1,280 tokens." in carried_on.err
