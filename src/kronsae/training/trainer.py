@@ -32,7 +32,7 @@ def fit(
     """Train every member on the same batches until ``config.tokens`` are used, or until told to stop.
 
     Args:
-        members: the SAEs; each reads ``batch[member.hook]``.
+        members: the SAEs; each picks its own hooks of a batch.
         stream: yields ``({hook: activations [B, d_in]}, state)``, starting where ``progress`` says.
         config: how long, how often.
         sinks: told every ``log_every`` steps and at the last one.
@@ -49,7 +49,7 @@ def fit(
     progress = Progress() if progress is None else progress
     started = perf_counter() - progress.seconds
     batches = iter(stream)
-    hooks = {member.hook for member in members}
+    hooks = list(dict.fromkeys(hook for member in members for hook in member.hooks))
     stopping = should_stop()
     while progress.step < config.steps and not stopping:
         batch, stream_state = next(batches, (None, None))
@@ -63,7 +63,7 @@ def fit(
             check_batch(batch, hook, config.batch_tokens, step)
         last = step + 1 == config.steps
         wanted = last or (step + 1) % config.log_every == 0
-        metrics = {member.name: member.step(batch[member.hook], step, wanted) for member in members}
+        metrics = {member.name: member.step_on(batch, step, wanted) for member in members}
         tokens = progress.tokens + config.batch_tokens
         progress = Progress(step + 1, tokens, perf_counter() - started, stream_state)
         for name, of_step in metrics.items():
