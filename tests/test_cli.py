@@ -585,6 +585,17 @@ class TestWords:
         assert (changed.hook, changed.model.revision) == ("layers.1", "main")
         assert with_options(config, []) == config
 
+    def test_d_sae_follows_the_heads_that_are_set(self, tmp_path: Path) -> None:
+        config = tiny_config(tmp_path, tmp_path)
+        assert with_options(config, ["saes.1.encoder.num_heads=16"]).saes[1].encoder.d_sae == 64
+        both = with_options(config, ["saes.1.encoder.num_heads=16", "saes.1.encoder.d_sae=64"])
+        assert both.saes[1].encoder.d_sae == 64
+        for wrong in (["saes.1.encoder.d_sae=33"], ["saes.1.encoder.d_sae=32", "saes.1.encoder.num_heads=16"]):
+            with pytest.raises(
+                UserError, match=r"^d_sae must equal num_heads \* d_base \* d_extension; got 3[23] with"
+            ):
+                with_options(config, wrong)
+
     def test_a_user_error_is_a_value_error(self) -> None:
         with pytest.raises(ValueError, match="--sae must begin with"):
             parse_sae("dense")

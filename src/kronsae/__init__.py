@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kronsae.vector_math import warm_up as _warm_up
 
 if TYPE_CHECKING:
+    from kronsae.architectures import kron, topk
     from kronsae.core.checkpoint import save
     from kronsae.core.codes import SparseCodes
     from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from kronsae.core.sparsifiers import TopKConfig
     from kronsae.errors import UserError
     from kronsae.loading import load
-    from kronsae.recipes import kron, topk
     from kronsae.run import Run, open_run, train
     from kronsae.run_config import RunConfig
     from kronsae.training.config import MemberConfig, OptimizerConfig
@@ -44,12 +44,12 @@ _HOMES = {
     "TopKConfig": "core.sparsifiers",
     "UserError": "errors",
     "explained_variance": "core.metrics",
-    "kron": "recipes",
+    "kron": "architectures",
     "load": "loading",
     "mand": "core.gates",
     "open_run": "run",
     "save": "core.checkpoint",
-    "topk": "recipes",
+    "topk": "architectures",
     "train": "run",
 }
 

@@ -371,17 +371,19 @@ def with_options(config: RunConfig, options: list[str]) -> RunConfig:
     from kronsae.config import from_dict, to_dict
     from kronsae.run_config import RunConfig
 
-    data = to_dict(config)
+    shown, data = to_dict(config), to_dict(config, derived=False)  # what is derived may be named, but is not kept
     for option in options:
         place, equals, value = option.partition("=")
         if not equals:
             raise UserError(f"--set takes place=value, such as loop.batch_tokens=4096; got '{option}'.")
         *path, last = place.split(".")
+        outer: Any = shown
         inner: Any = data
         for key in path:
-            inner = _step_into(inner, key, place)
-        _step_into(inner, last, place)
-        inner[int(last) if isinstance(inner, list) else last] = _json_value(value)
+            outer, inner = _step_into(outer, key, place), _step_into(inner, key, place)
+        _step_into(outer, last, place)
+        for parts in (outer, inner):
+            parts[int(last) if isinstance(parts, list) else last] = _json_value(value)
     return from_dict(RunConfig, data)
 
 
