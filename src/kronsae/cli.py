@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -208,7 +208,7 @@ def list_architectures(as_json: Json = False) -> None:
         _print_json(rows)
     else:
         for row in rows:
-            parts = ", ".join(f"{part} {row[part]}" for part in ("encoder", "sparsifier", "loss", "experts"))
+            parts = ", ".join(f"{part} {row[part]}" for part in ("role", "encoder", "sparsifier", "loss", "experts"))
             print(f"{row['name']}: {parts}\n    {row['train']}")
     _next("one of these commands, and `kronsae eval` on the run folder it names")
 
@@ -219,6 +219,7 @@ def architecture(name: str, words: str) -> dict[str, Any]:
     experts = getattr(member.encoder, "num_experts", 1)
     return {
         "name": name,
+        "role": member.shape(1).role or "autoencoder",
         "encoder": getattr(member.encoder, "expert", member.encoder).kind,
         "sparsifier": member.sparsifier.kind,
         "loss": member.loss.kind,
@@ -357,7 +358,8 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
         if name not in parameters:
             raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, parameters)} In '{spec}'.")
         hint = hints[name]
-        values[name] = checked(hint, value if hint is str else _json_value(value), name)
+        is_text = hint is str or str in get_args(hint)
+        values[name] = checked(hint, value if is_text else _json_value(value), name)
     missing = [
         name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name not in values
     ]
