@@ -38,7 +38,10 @@ Text = Annotated[
     str | None,
     typer.Option(help="Text: Hub data set, local .txt/.jsonl/.parquet or folder; 'bundled' is Python's own library."),
 ]
-Hook = Annotated[str | None, typer.Option(help="Where to read: module path or layer, such as layers.6.")]
+Hook = Annotated[
+    str | None,
+    typer.Option(help="Where to read: module path or layer, such as layers.6; with --activations, one of theirs."),
+]
 Tokens = Annotated[int | None, typer.Option(help="Tokens to use.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the weights and of the order of the data.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
@@ -78,7 +81,8 @@ def train(
         list[str] | None,
         typer.Option(
             help="An SAE to train, repeatable: 'topk d_sae=4096 k=32' or "
-            "'kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine'."
+            "'kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine'. read= and write= name hooks of its "
+            "own: 'topk d_sae=4096 k=32 read=layers.3.mlp:input write=layers.3.mlp' is a transcoder."
         ),
     ] = None,
     seed: Seed = None,
@@ -138,7 +142,10 @@ def report(run_folder: RunFolder = None, out: OptionalOut = None, as_json: Json 
 @app.command()
 def harvest(
     out: Out,
-    hook: Annotated[str, typer.Option(help="Where to read: module path or layer, such as layers.6.")],
+    hook: Annotated[
+        list[str],
+        typer.Option(help="Where to read, repeatable: module path or layer, such as layers.6 or layers.6.mlp:input."),
+    ],
     tokens: Annotated[int, typer.Option(help="Tokens to harvest.")],
     model: Annotated[str, typer.Option(help="Hugging Face model: Hub name or local folder.")] = "bundled",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
@@ -157,7 +164,7 @@ def harvest(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a model over text and keep one hook's activations on disk, as safetensors."""
+    """Run a model over text and keep the activations of some hooks on disk, as safetensors."""
     from kronsae.data.model import ModelConfig
     from kronsae.data.text import TextConfig
     from kronsae.harvesting import harvest as harvest_to
@@ -272,9 +279,9 @@ def _train_config(
     members = [parse_sae(spec, seed) for spec in saes]
     if recipe is not None and config is not None:
         raise UserError("give --recipe or --config, not both.")
-    named = {"--model": model, "--text": text, "--hook": hook}
+    named = {"--model": model, "--text": text}
     if activations is not None and (given := [name for name, value in named.items() if value is not None]):
-        raise UserError(f"--activations has a model, a text and a hook of its own; leave out {', '.join(given)}.")
+        raise UserError(f"--activations has a model and a text of its own; leave out {', '.join(given)}.")
     if recipe is not None:
         whole = _recipe(recipe)
     elif config is not None:

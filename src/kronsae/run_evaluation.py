@@ -112,9 +112,7 @@ def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) ->
     return write(data, run.folder / "report.html")
 
 
-def _row(
-    config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]
-) -> dict[str, Any]:
+def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]) -> dict[str, Any]:
     member = next(member for member in config.saes if member.name == name)
     figures = evaluation.figures()
     reconstruction, spliced = figures["reconstruction"], figures["language_model"]
@@ -132,7 +130,7 @@ def _row(
         "tokens": training["tokens"],
         "explained_variance": reconstruction["explained_variance"],
         "explained_variance_per_token": reconstruction["explained_variance_per_token"],
-        "explained_variance_by_hook": reconstruction["explained_variance_by_hook"],
+        "explained_variance_by_hook": reconstruction.get("explained_variance_by_hook", []),
         "mean_squared_error": reconstruction["mean_squared_error"],
         "cosine_similarity": reconstruction["cosine_similarity"],
         "l0": reconstruction["l0"],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
+from kronsae.data.model import HookPoint
 
 PADDING, BOS = 0, 1
 
@@ -60,16 +61,19 @@ class ToyTokenizer:
 
 @dataclass(frozen=True)
 class ToyLanguageModel:
-    model: ToyModel
+    """As much of a `LanguageModel` as is asked for."""
+
+    model: Any
     no_lm_head_reason: str = ""
     tokenizer: Any = field(default_factory=ToyTokenizer)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    name: str = "toy"
+
+    def check_context_length(self, context_length: int) -> None:
+        assert context_length > 0
 
 
-@dataclass(frozen=True)
-class ToyHook:
-    path: str
-    module: nn.Module
+ToyHook = HookPoint
 
 
 @dataclass(frozen=True, eq=False)

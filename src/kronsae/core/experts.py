@@ -98,9 +98,7 @@ class SwitchEncoder(nn.Module):
         return SwitchLatents(x_BD, self)
 
     @torch.no_grad()
-    def fold(
-        self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]
-    ) -> None:
+    def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
         """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
         for expert in self.experts:
             expert.fold(mean_D, scale_D, latent_scale)  # type: ignore[operator]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_positive
 from kronsae.core.sae import SAE
 from kronsae.errors import UserError
@@ -50,7 +49,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON values: `figures` and `latents` in one."""
-        return to_dict(self)
+        return self.figures() | self.latents()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,8 +51,11 @@ class Reconstruction:
     explained_variance_by_hook: tuple[float | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return to_dict(self)
+        """As JSON values; figures by hook only where there are several."""
+        figures = to_dict(self)
+        if not self.explained_variance_by_hook:
+            del figures["explained_variance_by_hook"]
+        return figures
 
 
 class ReconstructionMeter:
