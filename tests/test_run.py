@@ -50,8 +50,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], 
     """Let ``stop`` be called at the end of the step with that number (from 0)."""
     plain = Member.step
 
-    def watched(self: Member, x_BD: torch.Tensor, number: int, *rest: Any) -> object:
-        metrics = plain(self, x_BD, number, *rest)
+    def watched(self: Member, x_BD: torch.Tensor, number: int, want_metrics: bool) -> object:
+        metrics = plain(self, x_BD, number, want_metrics)
         if number == step and self.name == "kron":
             stop()
         return metrics

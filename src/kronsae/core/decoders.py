@@ -67,6 +67,6 @@ class Skip(nn.Module):
     def fold(
         self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], scale_O: Float[Tensor, " O"]
     ) -> Float[Tensor, " O"]:
-        """Take raw x and give raw y, as `Decoder.fold`; returns what the decoder's bias has to lose: ``W_skip mean``."""
+        """Take raw x and give raw y; returns ``W_skip mean``, which the decoder's bias has to lose."""
         self.W_skip.mul_(scale_O.unsqueeze(1)).div_(scale_D)
         return self.W_skip @ mean_D

@@ -87,7 +87,7 @@ class SAEConfig:
 
     @property
     def architecture(self) -> str:
-        """The name of this cell of the comparison: ``kronecker-topk``, ``dense-topk-switch``, ``dense-topk-transcoder``."""
+        """The name of this cell of the comparison, such as ``kronecker-topk`` or ``dense-topk-switch-transcoder``."""
         switch = isinstance(self.encoder, SwitchEncoderConfig)
         encoder = self.encoder.expert if isinstance(self.encoder, SwitchEncoderConfig) else self.encoder
         parts = [encoder.kind, self.sparsifier.kind, "switch" if switch else "", self.role]
@@ -95,7 +95,7 @@ class SAEConfig:
 
     @property
     def role(self) -> str:
-        """``crosscoder`` where several hooks are read or written, ``transcoder`` where one other is written, else ``""``.
+        """``crosscoder``: several hooks are read or written; ``transcoder``: another one is written; ``""``: an SAE.
 
         With ``skip_`` in front where there is a skip connection.
         """

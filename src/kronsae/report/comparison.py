@@ -210,8 +210,8 @@ def notes(rows: Sequence[Row]) -> tuple[str, ...]:
         )
     if differ_in_hooks(rows):
         found.append(
-            "The SAEs belong to different hooks: what they reconstruct differs, so no best is marked among the measures "
-            "of reconstruction."
+            "The SAEs belong to different hooks and reconstruct different things, so no best is marked among the "
+            "measures of reconstruction."
         )
     found += filter(None, map(_by_hook, rows))
     reasons = {str(entry(row, "language_model", "reason")) for row in rows if row.get("ce_recovered") is None}
@@ -239,7 +239,7 @@ def _by_hook(row: Row) -> str:
 
 
 def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Each Kronecker SAE with the dense one it is to be compared to: same sparsifier and hooks, same width if there is one."""
+    """Each Kronecker SAE with the dense one to compare it to: same sparsifier and hooks, same width if there is one."""
     found = []
     for row in rows:
         encoder, _, sparsifier = str(row.get("architecture", "")).partition("-")

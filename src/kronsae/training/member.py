@@ -103,8 +103,10 @@ class Member:
 
     def step_on(self, batch: Mapping[str, Tensor], step: int, want_metrics: bool) -> StepMetrics | None:
         """`step` on its own hooks of a batch, several side by side."""
-        target_BO = None if self.writes == self.reads else side_by_side(batch, self.writes)
-        return self.step(side_by_side(batch, self.reads), step, want_metrics, target_BO)
+        x_BD = side_by_side(batch, self.reads)
+        if self.writes == self.reads:
+            return self.step(x_BD, step, want_metrics)
+        return self.step(x_BD, step, want_metrics, side_by_side(batch, self.writes))
 
     def step(
         self,
