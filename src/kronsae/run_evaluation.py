@@ -14,6 +14,7 @@ from kronsae.core.sae import SAE, count_parameters
 from kronsae.data.model import resolve_hook
 from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.files import read_json, write_json
+from kronsae.measures.material import kept_results
 from kronsae.pipeline import Source
 from kronsae.report import report_data, write
 from kronsae.run import Run
@@ -99,6 +100,7 @@ def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) ->
         rows=evaluate_run(run, say=say),
         metrics=run.metrics(),
         latents=read_json(run.folder / "latents.json", "the evaluation's latents"),
+        measures=kept_results(run),
     )
     return write(data, run.folder / "report.html")
 
