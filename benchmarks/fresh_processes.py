@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kronsae.bench.machine import provenance, write_csv
+from kronsae.files import write_csv
+from kronsae.provenance import provenance_columns
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -43,7 +44,7 @@ def main() -> int:
         found[process.stdout.strip()] += 1
     print(f"{arguments.processes} processes, {len(found)} different results")
     if arguments.out is not None:
-        row = {"processes": arguments.processes, "different_results": len(found), **provenance(11)}
+        row = {"processes": arguments.processes, "different_results": len(found), **provenance_columns(11)}
         row["threads"] = arguments.threads
         write_csv(arguments.out, [row])
     return 0 if len(found) == 1 else 1

@@ -23,8 +23,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from kronsae.bench.machine import provenance, write_csv
+from kronsae.files import write_csv
 from kronsae.kernels import kronecker_topk
+from kronsae.provenance import provenance_columns
 
 D, H, M, N, K, B = 768, 1024, 4, 8, 32, 1024
 
@@ -96,7 +97,7 @@ def main() -> None:
     pair_BKD = weight_HPD[heads_BK, 0] + weight_HPD[heads_BK, M]
     aligned_BD = 2 * pair_BKD.sum(1) + 0.1 * isotropic_BD
     rows = [
-        {"activations": name, **screen(x_BD, weight_HPD), **provenance(arguments.seed)}
+        {"activations": name, **screen(x_BD, weight_HPD), **provenance_columns(arguments.seed)}
         for name, x_BD in (("isotropic", isotropic_BD), ("sums of 32 pairs", aligned_BD))
     ]
     for row in rows:

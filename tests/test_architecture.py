@@ -35,9 +35,9 @@ ARROWS: dict[str, set[str]] = {
     "bundled scripts": {"bundled", "data"},
     "data": {"bundled"},
 }
-TOP = {path.stem for path in SRC.glob("*.py")} - LEAVES - {"__init__"}
-"""Modules beside the rooms (``run``, ``recipes``, ``cli``, ...) that put them together: they import any room and
-each other, and no room imports them."""
+TOP = {path.stem for path in SRC.glob("*.py")} - LEAVES - {"__init__"} | {"measures"}
+"""What puts the rooms together (``run``, ``cli``, ..., and the folder ``measures``): it imports any room and each
+other, and no room imports it."""
 
 ROOT = "(root)"
 """``kronsae/__init__.py``: it gathers the public names, so a room that imported it would import every room."""
@@ -50,7 +50,7 @@ FORBIDDEN_PACKAGES: dict[str, set[str]] = {
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 """Reading one of these runs code chosen by whoever wrote the file; weights are safetensors, the rest is JSON."""
 
-SCRIPTS = {"cli.py"}
+SCRIPTS = {"cli.py", "terminal.py"}
 """Where ``print`` is the job."""
 
 

@@ -114,7 +114,7 @@ class TestHelp:
                 "--out --recipe --config --model --text --hook --tokens --sae --seed --set --activations "
                 "--tensorboard --wandb --quiet --json",
             ),
-            ("eval", "--out --tokens --json"),
+            ("eval", "table"),
             ("report", "--out --json"),
             (
                 "harvest",

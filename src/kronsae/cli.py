@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from kronsae.errors import UserError, nearest
+from kronsae.measures.verbs import DEFAULT, MeasureGroup
+from kronsae.terminal import Json, Quiet, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
     from kronsae.run import Run
@@ -30,7 +32,6 @@ app = typer.Typer(
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder.")]
 RunFolder = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder (the same as --out).")]
 OptionalOut = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout, and nothing else there.")]
 Model = Annotated[
     str | None, typer.Option(help="Hugging Face model: Hub name or local folder; 'bundled' is the one inside.")
 ]
@@ -44,7 +45,6 @@ Hook = Annotated[
 ]
 Tokens = Annotated[int | None, typer.Option(help="Tokens to use.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the weights and of the order of the data.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 
 
 @app.command()
@@ -63,9 +63,11 @@ def quickstart(
     from kronsae.run import execute, with_overrides
 
     config = with_overrides(recipes.quickstart(), tokens=tokens, seed=seed)
-    run = execute(config, out, show_progress=not quiet, say=_say)
+    run = execute(config, out, show_progress=not quiet, say=say)
     _evaluate_and_report(run, as_json, quiet)
-    _next(f"open {run.folder / 'report.html'} in a browser", "kronsae train --help, and --model with a model of yours")
+    what_now(
+        f"open {run.folder / 'report.html'} in a browser", "kronsae train --help, and --model with a model of yours"
+    )
 
 
 @app.command()
@@ -106,14 +108,23 @@ def train(
     from kronsae.run import execute
 
     whole = _train_config(recipe, config, activations, model, text, hook, tokens, sae or [], seed, option or [])
-    run = execute(whole, out, show_progress=not quiet, tensorboard=tensorboard, wandb=wandb, say=_say)
+    run = execute(whole, out, show_progress=not quiet, tensorboard=tensorboard, wandb=wandb, say=say)
     if as_json:
         last = {row["sae"]: row for row in run.metrics()}
-        _print_json({"out": str(run.folder), "saes": list(last.values())})
-    _next(f"kronsae eval {shlex.quote(str(out))}", f"kronsae report {shlex.quote(str(out))}")
+        print_json({"out": str(run.folder), "saes": list(last.values())})
+    what_now(f"kronsae eval {shlex.quote(str(out))}", f"kronsae report {shlex.quote(str(out))}")
 
 
-@app.command("eval")
+eval_app = typer.Typer(
+    cls=MeasureGroup,
+    no_args_is_help=True,
+    help="Measure a finished run: `kronsae eval RUN` is the table (explained variance, l0, dead share, CE and KL "
+    "recovered on held-out text); the verbs measure more.",
+)
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.command(DEFAULT)
 def evaluate(
     run_folder: RunFolder = None,
     out: OptionalOut = None,
@@ -126,7 +137,7 @@ def evaluate(
 
     run = open_run(_one_folder(run_folder, out))
     _show(_evaluate(run, tokens, quiet), as_json)
-    _next(f"kronsae report {shlex.quote(str(run.folder))}")
+    what_now(f"kronsae report {shlex.quote(str(run.folder))}")
 
 
 @app.command()
@@ -136,7 +147,7 @@ def report(run_folder: RunFolder = None, out: OptionalOut = None, as_json: Json 
 
     run = open_run(_one_folder(run_folder, out))
     _evaluate_and_report(run, as_json, quiet)
-    _next(f"open {run.folder / 'report.html'} in a browser")
+    what_now(f"open {run.folder / 'report.html'} in a browser")
 
 
 @app.command()
@@ -184,11 +195,11 @@ def harvest(
             progress=progress,
         )
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         for key, value in summary.items():
             print(f"{key}: {value}")
-    _next(f"kronsae train --activations {shlex.quote(str(out))} --sae '...' --tokens ... --out runs/...")
+    what_now(f"kronsae train --activations {shlex.quote(str(out))} --sae '...' --tokens ... --out runs/...")
 
 
 @app.command("recipes")
@@ -198,11 +209,11 @@ def list_recipes(as_json: Json = False) -> None:
 
     described = {name: recipes.describe(recipe) for name, recipe in recipes.RECIPES.items()}
     if as_json:
-        _print_json(described)
+        print_json(described)
     else:
         for name, description in described.items():
             print(f"{name}: {description}")
-    _next("kronsae train --recipe NAME --out runs/NAME")
+    what_now("kronsae train --recipe NAME --out runs/NAME")
 
 
 @app.command("architectures")
@@ -212,12 +223,12 @@ def list_architectures(as_json: Json = False) -> None:
 
     rows = [architecture(name, words) for name, words in ARCHITECTURES.items()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         for row in rows:
             parts = ", ".join(f"{part} {row[part]}" for part in ("role", "encoder", "sparsifier", "loss", "experts"))
             print(f"{row['name']}: {parts}\n    {row['train']}")
-    _next("one of these commands, and `kronsae eval` on the run folder it names")
+    what_now("one of these commands, and `kronsae eval` on the run folder it names")
 
 
 def architecture(name: str, words: str) -> dict[str, Any]:
@@ -423,7 +434,7 @@ def _evaluate(run: Run, tokens: int | None, quiet: bool) -> list[dict[str, Any]]
     from kronsae.run_evaluation import evaluate_run
 
     with progress_bar("evaluating", quiet=quiet) as progress:
-        return evaluate_run(run, tokens=tokens, say=_say, progress=progress)
+        return evaluate_run(run, tokens=tokens, say=say, progress=progress)
 
 
 def _evaluate_and_report(run: Run, as_json: bool, quiet: bool) -> None:
@@ -432,18 +443,16 @@ def _evaluate_and_report(run: Run, as_json: bool, quiet: bool) -> None:
     rows = _evaluate(run, None, quiet)
     path = write_report(run)
     _show(rows, as_json)
-    _say(f"Report: {path}")
+    say(f"Report: {path}")
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     from kronsae.run_evaluation import as_table
 
     if as_json:
-        _print_json({"saes": rows})
+        print_json({"saes": rows})
     else:
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 200).print(as_table(rows))
+        print_table(as_table(rows))
 
 
 def _one_folder(argument: Path | None, out: Path | None) -> Path:
@@ -452,15 +461,3 @@ def _one_folder(argument: Path | None, out: Path | None) -> Path:
     folder = argument if argument is not None else out
     assert folder is not None
     return folder
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _next(*commands: str) -> None:
-    _say("What now? " + "; ".join(commands))

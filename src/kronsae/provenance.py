@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("kronsae", "torch", "numpy", "numba", "transformers")
+PACKAGES = ("kronsae", "torch", "numpy", "numba", "transformers", "eai-sparsify", "sae-lens")
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
 def provenance() -> dict[str, Any]:
@@ -18,30 +19,70 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instruction_sets": instruction_sets(),
+        "cores": _cores(),
         "memory_gb": _memory_gb(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "commit": commit(),
+    }
+
+
+def provenance_columns(seed: int) -> dict[str, str | int]:
+    """The same in few columns, for the end of each row of a table; ``threads`` are those torch uses now."""
+    import torch
+
+    about = provenance()
+    sets = f" ({' '.join(about['instruction_sets'])})" if about["instruction_sets"] else ""
+    return {
+        "machine": f"{about['processor']}{sets}, {about['cores']} cores",
+        "threads": torch.get_num_threads(),
+        "python": about["python"],
+        "versions": ", ".join(f"{name} {found}" for name, found in about["versions"].items()),
+        "commit": about["commit"] or "unknown",
+        "seed": seed,
+        "date": about["date"],
     }
 
 
 def processor() -> str:
     """The processor's model name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    """Those of `INSTRUCTION_SETS` that the processor has, as far as the system tells it."""
+    has = _of_processor("flags").split()
+    return [name for name in INSTRUCTION_SETS if name in has]
 
 
 def commit() -> str | None:
-    """The commit of the source tree; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the checkout, ``-dirty`` where the package's own files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        dirty = "-dirty" if git("status", "--porcelain", "--", ".") else ""
+        return git("rev-parse", "--short=12", "HEAD") + dirty
+    except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _of_processor(key: str) -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _memory_gb() -> float | None:

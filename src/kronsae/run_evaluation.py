@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kronsae.core.flops import training_flops
 from kronsae.core.sae import SAE, count_parameters
-from kronsae.data.model import resolve_hook
-from kronsae.eval.evaluation import Evaluation, Hooks, evaluate
+from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.files import read_json, write_json
-from kronsae.pipeline import Source
+from kronsae.measures.material import Material, kept_results
 from kronsae.report import report_data, write
 from kronsae.report.comparison import differ_in_hooks, hooks
 from kronsae.run import Run
@@ -66,21 +64,13 @@ def evaluate_run(
         return list(known["saes"])
     wanted = config.eval_tokens if tokens is None else tokens
     say(f"Evaluating on {wanted:,} held-out tokens.")
-    source = Source(config)
-    model, device = source.language_model.model, source.language_model.device
-    places = {
-        member.name: Hooks(
-            read=tuple(resolve_hook(model, hook) for hook in member.reads(config.hook)),
-            write=tuple(resolve_hook(model, hook) for hook in member.writes(config.hook)),
-        )
-        for member in config.saes
-    }
-    saes = {name: sae.to(device).eval() for name, sae in run.saes().items()}
+    material = Material(run)
+    saes = material.saes
     found = evaluate(
         saes,
-        source.language_model,
-        places,
-        partial(source.tokens(held_out=True, repeat=False), state=None),
+        material.language_model,
+        material.places,
+        material.make_tokens(),
         tokens=wanted,
         progress=progress,
     )
@@ -108,6 +98,7 @@ def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) ->
         rows=evaluate_run(run, say=say),
         metrics=run.metrics(),
         latents=read_json(run.folder / "latents.json", "the evaluation's latents"),
+        measures=kept_results(run),
     )
     return write(data, run.folder / "report.html")
 

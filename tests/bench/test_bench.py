@@ -12,11 +12,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kronsae import kernels
-from kronsae.bench import checks, machine, measure, runs, subjects
+from kronsae.bench import checks, measure, runs, subjects
 from kronsae.bench.commands import app
+from kronsae.bench.machine import peak_bytes
 from kronsae.bench.measure import Timing
+from kronsae.bench.plot import plot_grid
 from kronsae.bench.subjects import Entry, Shape
 from kronsae.errors import UserError
+from kronsae.provenance import provenance_columns
 
 SMALL = Shape(d_in=16, num_heads=8, d_base=2, d_extension=3, k=4, batch=32)
 OWN = ["--only", "kronsae", "--only", "encoder_product", "--only", "paper_listing", "--only", "topk"]
@@ -118,7 +121,7 @@ def test_interleaving_takes_turns() -> None:
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
 
 
-@pytest.mark.skipif(machine.peak_bytes() is None, reason="needs Linux to tell a process's peak memory")
+@pytest.mark.skipif(peak_bytes() is None, reason="needs Linux to tell a process's peak memory")
 def test_memory_and_scaling_in_processes_of_their_own() -> None:
     result = runs.memory(SMALL)
     assert result.extra_bytes >= 0
@@ -136,8 +139,19 @@ def test_the_grid_skips_what_does_not_fit() -> None:
     assert large.skipped.startswith("needs ")
 
 
+def test_the_grid_is_plotted(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    points = runs.grid(widths=(8, 16, 4096), sizes=(512, 2048), batch=16, rounds=2, memory_bytes=2**22)
+    plot_grid(points, tmp_path / "grid.svg")
+    text = (tmp_path / "grid.svg").read_text()
+    assert "TopK, F = 512" in text
+    assert "KronSAE, F = 2,048" in text
+    with pytest.raises(UserError, match=r"plot must end on \.svg, \.png or \.pdf; got '.*grid\.txt'"):
+        plot_grid(points, tmp_path / "grid.txt")
+
+
 def test_provenance_names_machine_versions_and_commit() -> None:
-    row = machine.provenance(7)
+    row = provenance_columns(7)
     assert row["seed"] == 7
     assert "torch" in str(row["versions"])
     assert "cores" in str(row["machine"])

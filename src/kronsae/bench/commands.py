@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from kronsae.bench import runs
-from kronsae.bench.machine import provenance, write_csv
 from kronsae.bench.measure import Timing
 from kronsae.bench.subjects import Shape
+from kronsae.files import write_csv
+from kronsae.provenance import provenance_columns
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,7 +66,7 @@ def step(
         "unavailable": result.unavailable,
         "sizes": _sizes(shape),
         "rounds": rounds,
-        **provenance(seed),
+        **provenance_columns(seed),
     }
     lines = [
         f"{name:16s} {t.median_ms:9.1f} ms   ({t.low_ms:.1f} to {t.high_ms:.1f})   {_in_words(name, ratios)}"
@@ -76,8 +77,19 @@ def step(
 
 
 @app.command()
-def grid(batch: Batch = 256, rounds: Rounds = 5, seed: Seed = 0, csv: Csv = None, as_json: Json = False) -> None:
+def grid(
+    batch: Batch = 256,
+    rounds: Rounds = 5,
+    seed: Seed = 0,
+    csv: Csv = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .svg, .png or .pdf as well.")] = None,
+    as_json: Json = False,
+) -> None:
     """KronSAE against TopK over hidden widths and dictionary sizes (the paper's figure 8)."""
+    from kronsae.bench.plot import check_plot, plot_grid
+
+    if plot is not None:
+        check_plot(plot)
     points = runs.grid(batch=batch, rounds=rounds, seed=seed)
     rows = [
         {"subject": name, **_sizes(point.shape), **_times(timing)}
@@ -87,7 +99,9 @@ def grid(batch: Batch = 256, rounds: Rounds = 5, seed: Seed = 0, csv: Csv = None
     skipped = [{**_sizes(point.shape), "reason": point.skipped} for point in points if point.skipped is not None]
     lines = [f"F={row['d_sae']:7d} D={row['d_in']:5d} {row['subject']:16s} {row['median_ms']:10.1f} ms" for row in rows]
     lines += [f"F={point['d_sae']:7d} D={point['d_in']:5d} skipped: {point['reason']}" for point in skipped]
-    _report(rows, {"points": rows, "skipped": skipped, **provenance(seed)}, lines, seed, csv, as_json)
+    _report(rows, {"points": rows, "skipped": skipped, **provenance_columns(seed)}, lines, seed, csv, as_json)
+    if plot is not None:
+        plot_grid(points, plot)
 
 
 @app.command()
@@ -110,7 +124,7 @@ def scaling(
         f"F={row['d_sae']:8d} {row['subject']:16s} {row['median_ms']:9.1f} ms  peak {row['peak_bytes'] / 2**30:.2f} GiB"
         for row in rows
     ]
-    _report(rows, {"points": rows, **provenance(seed)}, lines, seed, csv, as_json)
+    _report(rows, {"points": rows, **provenance_columns(seed)}, lines, seed, csv, as_json)
 
 
 @app.command()
@@ -135,7 +149,7 @@ def memory(
         "ratio": round(result.ratio, 4),
     }
     line = f"forward + backward add {result.extra_bytes / 2**20:.0f} MiB: {result.ratio:.2f} x all pre-latents"
-    _report([row], {**row, **provenance(seed)}, [line], seed, csv, as_json)
+    _report([row], {**row, **provenance_columns(seed)}, [line], seed, csv, as_json)
 
 
 def _sizes(shape: Shape) -> dict[str, int]:
@@ -161,5 +175,5 @@ def _report(
     rows: list[dict[str, Any]], payload: dict[str, Any], lines: list[str], seed: int, csv: Path | None, as_json: bool
 ) -> None:
     if csv is not None:
-        write_csv(csv, [{**row, **provenance(seed)} for row in rows])
+        write_csv(csv, [{**row, **provenance_columns(seed)} for row in rows])
     typer.echo(json.dumps(payload, indent=2) if as_json else "\n".join(lines))

@@ -27,12 +27,12 @@ from kronsae.bundled.train import (
     TRAINING_FILE,
     Settings,
     encode,
-    processor_name,
     token_nats,
     training_documents,
 )
 from kronsae.data.corpus import Document, is_held_out, standard_library_documents
 from kronsae.files import read_json, write_json, write_text
+from kronsae.provenance import processor
 
 EVALUATION_FILE = "evaluation.json"
 CARD_FILE = "README.md"
@@ -193,7 +193,7 @@ def measure(folder: Path, library_weight: int = Settings.library_weight) -> dict
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": processor_name(),
+        "processor": processor(),
         "context": model.config.max_position_embeddings,
         "bigram_pseudo_count": bigram.pseudo_count,
         "held_out": asdict(compare(model, tokenizer, bigram, documents, name_documents=False)),

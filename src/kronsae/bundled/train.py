@@ -32,6 +32,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from kronsae.data.corpus import Document, is_held_out, standard_library_documents
 from kronsae.files import atomic_path, write_json
+from kronsae.provenance import processor
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -337,7 +338,7 @@ class Run:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
-            "processor": processor_name(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "parameters": self.model.num_parameters(),
             "steps": self.step,
@@ -408,14 +409,6 @@ def train(settings: Settings, out: Path, *, save_every: int, log_every: int, com
                 log.write(json.dumps(record) + "\n")
                 log.flush()
     run.save()
-
-
-def processor_name() -> str:
-    """Return the processor's model name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 from kronsae.eval.display import visible
 from kronsae.report.charts import Chart, Series
 from kronsae.report.comparison import Row, Table, comparison, entry, hooks, is_figure, losses, notes, verdicts
+from kronsae.report.section import Section
+from kronsae.report.sections import sections
 
 BINS_PER_DECADE = 4
 MAX_POINTS = 300  # per curve
@@ -40,6 +42,7 @@ class ReportData:
     curves: tuple[Chart, ...]
     density: Chart | None
     saes: tuple[SAELatents, ...]
+    sections: tuple[Section, ...]
     config: str
 
 
@@ -49,6 +52,7 @@ def report_data(
     rows: Sequence[Row],
     metrics: Iterable[Row] = (),
     latents: Mapping[str, Mapping[str, Any]] | None = None,
+    measures: Mapping[str, Mapping[str, Any]] | None = None,
     title: str = "",
 ) -> ReportData:
     """Gather what the page shows.
@@ -59,6 +63,7 @@ def report_data(
             a dash.
         metrics: the lines of ``metrics.jsonl``.
         latents: by SAE, `kronsae.eval.Evaluation.latents`: ``{"statistics", "gallery"}``.
+        measures: kept results of `kronsae.measures` by name, each to become a section.
         title: of the page; empty: made of the model and the hook.
     """
     config = run.get("config", {})
@@ -81,6 +86,7 @@ def report_data(
         curves=_curves([str(row["name"]) for row in rows], list(metrics)),
         density=_density(rows, latents),
         saes=tuple(saes),
+        sections=sections({} if measures is None else measures, [str(row["name"]) for row in rows]),
         config=visible_lines(json.dumps(run, indent=2, ensure_ascii=False)),
     )
 

@@ -1,0 +1,132 @@
+"""What every measurement starts from: a finished run's SAEs, language model and text; and where results are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kronsae.config import differences
+from kronsae.core.sae import SAE
+from kronsae.data.model import HookPoint, LanguageModel, resolve_hook
+from kronsae.errors import UserError
+from kronsae.eval.evaluation import Hooks
+from kronsae.eval.hooked import MakeTokens, Windows, hidden_states, kept, read_windows
+from kronsae.files import read_json, write_json
+from kronsae.pipeline import Source
+from kronsae.provenance import provenance
+from kronsae.run import Run
+
+
+class Material:
+    """A finished run, opened for measuring; the model and the SAEs are loaded when they are first needed.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+
+    def __init__(self, run: Run) -> None:
+        run.require_finished()
+        self.run = run
+
+    @cached_property
+    def source(self) -> Source:
+        """The run's way from text to activations."""
+        return Source(self.run.config)
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The run's language model, in evaluation mode."""
+        return self.source.language_model
+
+    @cached_property
+    def saes(self) -> dict[str, SAE]:
+        """The run's SAEs by name, on the language model's device, in evaluation mode; they take raw activations."""
+        return {name: sae.to(self.language_model.device).eval() for name, sae in self.run.saes().items()}
+
+    @cached_property
+    def places(self) -> dict[str, Hooks]:
+        """What each SAE reads and writes, by its name."""
+        config, model = self.run.config, self.language_model.model
+        points = {hook: resolve_hook(model, hook) for hook in config.hooks}
+        return {
+            member.name: Hooks(
+                read=tuple(points[hook] for hook in member.reads(config.hook)),
+                write=tuple(points[hook] for hook in member.writes(config.hook)),
+            )
+            for member in config.saes
+        }
+
+    @cached_property
+    def hook(self) -> HookPoint:
+        """The one hook that every SAE of the run reads and reconstructs.
+
+        Raises:
+            UserError: they belong to different hooks, or one is a transcoder or crosscoder.
+        """
+        config = self.run.config
+        first = config.hooks[0]
+        for member in config.saes:
+            if {*member.reads(config.hook), *member.writes(config.hook)} != {first}:
+                raise UserError(
+                    f"this measurement takes SAEs that all reconstruct one hook; '{member.name}' reads "
+                    f"{' + '.join(member.reads(config.hook))} and writes {' + '.join(member.writes(config.hook))} in a "
+                    f"run with the hooks {', '.join(config.hooks)}. Train those to be measured in a run of their own."
+                )
+        return resolve_hook(self.language_model.model, first)
+
+    def make_tokens(self, *, held_out: bool = True) -> MakeTokens:
+        """Makes the stream of token windows of the held-out or the training documents, from its beginning, once."""
+        return partial(self.source.tokens(held_out=held_out, repeat=False), state=None)
+
+    def windows(self, tokens: int, *, held_out: bool = True) -> list[Windows]:
+        """Windows of text with about so many tokens that count; the last one is whole."""
+        return read_windows(self.make_tokens(held_out=held_out), tokens)
+
+    def activations(
+        self, windows: list[Windows], progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[Windows, Float[Tensor, "N D"]]]:
+        """The activations that count at the hook, float32, with their windows; each pass ends at the hook."""
+        total = sum(one.num_kept for one in windows)
+        done = 0
+        for one in windows:
+            yield one, kept(hidden_states(self.language_model, self.hook, one), one)
+            done += one.num_kept
+            if progress is not None:
+                progress(done, total)
+
+
+def result_path(run: Run, name: str) -> Path:
+    """Where the result of the measurement ``name`` is kept."""
+    return run.folder / "measures" / f"{name}.json"
+
+
+def known_result(run: Run, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The kept result, if it was measured with these very settings; a run's SAEs never change once it is finished."""
+    path = result_path(run, name)
+    if not path.exists():
+        return None
+    known = read_json(path, f"the result of '{name}'")
+    if not isinstance(known, dict) or differences(known.get("settings"), dict(settings)):
+        return None
+    result = known.get("result")
+    return result if isinstance(result, dict) else None
+
+
+def keep_result(run: Run, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> Path:
+    """Write a result (JSON values) with its settings and what it depends on; return where."""
+    path = result_path(run, name)
+    about = {"measure": name, "kronsae_version": version("kronsae"), "settings": dict(settings)}
+    write_json(path, {**about, "provenance": provenance(), "result": dict(result)})
+    return path
+
+
+def kept_results(run: Run) -> dict[str, dict[str, Any]]:
+    """All kept results by name, each ``{"measure", "settings", "provenance", "result", ...}``."""
+    paths = sorted((run.folder / "measures").glob("*.json"))
+    return {path.stem: read_json(path, f"the result of '{path.stem}'") for path in paths}

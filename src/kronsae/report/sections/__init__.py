@@ -1,0 +1,21 @@
+"""From the kept result of each measurement to its section of the page.
+
+A builder takes ``{"measure", "settings", "provenance", "result"}`` as `kronsae.measures` keeps it, and the names of the
+page's SAEs in order (their places are the numbers of their colours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kronsae.report.section import Section
+
+Builder = Callable[[Mapping[str, Any], Sequence[str]], Section]
+
+BUILDERS: dict[str, Builder] = {}
+
+
+def sections(kept: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> tuple[Section, ...]:
+    """The sections of the results that are there, in the order of `BUILDERS`."""
+    return tuple(builder(kept[name], names) for name, builder in BUILDERS.items() if name in kept)

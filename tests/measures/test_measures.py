@@ -1,0 +1,54 @@
+"""The verbs of ``kronsae eval``, and how results are kept."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kronsae.cli import app
+from kronsae.errors import UserError
+from kronsae.measures.material import keep_result, kept_results, known_result
+from kronsae.measures.verbs import VERBS
+from kronsae.report.sections import BUILDERS
+from kronsae.run import Run
+
+
+def test_the_group_lists_the_table_and_every_verb() -> None:
+    told = CliRunner().invoke(app, ["eval", "--help"])
+    assert told.exit_code == 0
+    for verb in ("table", *VERBS):
+        assert f" {verb} " in told.output
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_a_command_with_json(verb: str) -> None:
+    module = import_module(f"kronsae.measures.{verb.replace('-', '_')}")
+    assert isinstance(module.app, typer.Typer)
+    told = CliRunner().invoke(app, ["eval", verb, "--help"])
+    assert told.exit_code == 0
+    assert "--json" in told.output
+
+
+def test_every_section_belongs_to_a_verb() -> None:
+    assert set(BUILDERS) <= set(VERBS)
+
+
+def test_a_misspelt_verb_is_told_from_a_folder() -> None:
+    with pytest.raises(UserError, match=r"'tabel' is no measurement; there are table.*Did you mean 'table'"):
+        CliRunner().invoke(app, ["eval", "tabel", "runs/x"], catch_exceptions=False, standalone_mode=False)
+
+
+def test_a_result_is_known_by_its_settings(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert known_result(run, "toy", {"seed": 1}) is None
+    keep_result(run, "toy", {"seed": 1}, {"value": 0.5})
+    assert known_result(run, "toy", {"seed": 1}) == {"value": 0.5}
+    assert known_result(run, "toy", {"seed": 2}) is None
+    [kept] = kept_results(run).values()
+    assert kept["measure"] == "toy"
+    assert kept["result"] == {"value": 0.5}
+    assert kept["provenance"]["python"]
