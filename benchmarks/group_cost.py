@@ -35,6 +35,7 @@ from kronsae.training.member import Member
 from kronsae.training.trainer import fit
 
 LIMIT = 1.25
+CONTEXT = 256  # tokens of a window
 Block = list[tuple[Activations, State]]
 
 
@@ -108,6 +109,9 @@ def main() -> int:
         saes=tuple(parse_sae(words) for words in group(arguments.heads)),
         loop=LoopConfig(tokens=block, batch_tokens=arguments.batch),
         buffer_tokens=block,
+        # several forward passes in a block: were there one for many blocks, a round would find it in one and not in all
+        model_batch=min(32, max(1, block // (8 * CONTEXT))),
+        context_length=CONTEXT,
     )
     times = measure(parts(config), arguments.rounds)
     alone = [sum(times[name][turn] for name in times if name != "group") for turn in range(arguments.rounds)]
