@@ -98,7 +98,7 @@ def test_the_model_runs_once_for_all(config: RunConfig, monkeypatch: pytest.Monk
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the training be told to stop after that many steps."""
-    plain = trainer.fit
+    plain: Any = trainer.fit
 
     def fit(*arguments: Any) -> Any:
         *rest, _ = arguments

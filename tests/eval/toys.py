@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.data.model import HookPoint
+from kronsae.data.model import HookPoint, LanguageModel
 
 PADDING, BOS = 0, 1
 
@@ -59,18 +59,16 @@ class ToyTokenizer:
         return {PADDING: "<pad>", BOS: "<bos>"}.get(token, f" t{token}")
 
 
-@dataclass(frozen=True)
-class ToyLanguageModel:
-    """As much of a `LanguageModel` as is asked for."""
+@dataclass(frozen=True, eq=False)
+class ToyLanguageModel(LanguageModel):
+    """A `LanguageModel` of a toy, which need not be named."""
 
     model: Any
-    no_lm_head_reason: str = ""
-    tokenizer: Any = field(default_factory=ToyTokenizer)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    name: str = "toy"
-
-    def check_context_length(self, context_length: int) -> None:
-        assert context_length > 0
+    name: str = field(default="toy", kw_only=True)
+    tokenizer: Any = field(default_factory=ToyTokenizer, kw_only=True)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"), kw_only=True)
+    no_lm_head_reason: str = field(default="", kw_only=True)
+    max_positions: int | None = field(default=None, kw_only=True)
 
 
 ToyHook = HookPoint

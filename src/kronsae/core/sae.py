@@ -207,7 +207,8 @@ class SAE(nn.Module):
     @property
     def W_dec_by_hook(self) -> tuple[Float[Tensor, "F _"], ...]:
         """``W_dec`` of each hook written, ``[d_sae, width]`` each, as views: where a crosscoder's latents live."""
-        return self.W_dec.split(self.write_widths or self.read_widths or self.d_out, dim=1)
+        parts: tuple[Tensor, ...] = self.W_dec.split(self.write_widths or self.read_widths or self.d_out, dim=1)
+        return parts
 
     def encode(self, x: Float[Tensor, "... D"]) -> SparseCodes:
         """Sparse codes of activations; leading dimensions are kept.
@@ -237,7 +238,8 @@ class SAE(nn.Module):
             return x_hat
         if x is None:
             raise UserError("decode needs x where there is a skip connection, W_skip x; give decode(codes, x).")
-        return x_hat + self.skip(x)
+        skipped: Tensor = self.skip(x)
+        return x_hat + skipped
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
         """``decode(encode(x), x)``."""

@@ -118,19 +118,19 @@ def evaluate(
         if splicing and with_loss:
             hidden, clean_STV = all_hidden_states_and_logits(language_model, points, part)
             rows = _Rows(hidden, part)
-            x_hat = {name: meters.update(rows) for name, meters in second.items()}
+            x_hat = {name: later.update(rows) for name, later in second.items()}
             for meter in splicing.values():
                 meter.update(part, hidden, clean_STV, x_hat)
         else:
             rows = _Rows(all_hidden_states(language_model, points, part), part)
-            for meters in second.values():
-                meters.update(rows)
+            for later in second.values():
+                later.update(rows)
         report.add(part.num_kept)
     spliced: dict[str, Spliced] = dict.fromkeys(saes, Skipped(language_model.no_lm_head_reason))
     for meter in splicing.values():
         spliced |= meter.values()
     token_text = TokenText(language_model.tokenizer)
-    return {name: meters.value(spliced[name], token_text) for name, meters in second.items()}
+    return {name: later.value(spliced[name], token_text) for name, later in second.items()}
 
 
 def _splicing_meters(
@@ -180,7 +180,9 @@ class _Rows:
 
     def __init__(self, hidden: Mapping[str, Tensor], windows: Windows) -> None:
         self.windows = windows
-        self._rows = {(name,): kept(hidden_STD, windows) for name, hidden_STD in hidden.items()}
+        self._rows: dict[tuple[str, ...], Tensor] = {}
+        for name, hidden_STD in hidden.items():
+            self._rows[name,] = kept(hidden_STD, windows)
 
     def at(self, points: tuple[HookPoint, ...]) -> Tensor:
         names = tuple(point.name for point in points)

@@ -171,8 +171,8 @@ def splice(
 
 def windows_per_pass(language_model: LanguageModel, length: int) -> int:
     """How many windows of ``length`` tokens to run at once so that no tensor of logits exceeds `MAX_LOGITS`."""
-    vocabulary = int(language_model.model.get_input_embeddings().weight.shape[0])
-    return max(1, MAX_LOGITS // (vocabulary * length))
+    embeddings: Any = language_model.model.get_input_embeddings()
+    return max(1, MAX_LOGITS // (int(embeddings.weight.shape[0]) * length))
 
 
 def _checked(hidden: dict[str, Tensor], windows: Windows) -> dict[str, Tensor]:

@@ -202,9 +202,9 @@ class Member:
             UserError: it is of another SAE.
         """
         expected = {f"sae.{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
-        for what, own in self._widths.items():
-            expected[f"normalization.{what}.mean"] = torch.Size((sum(own),))
-            expected[f"normalization.{what}.scale"] = torch.Size((len(own),))
+        for what, widths in self._widths.items():
+            expected[f"normalization.{what}.mean"] = torch.Size((sum(widths),))
+            expected[f"normalization.{what}.scale"] = torch.Size((len(widths),))
         expected |= {"dead.tokens_since_active": self.dead.tokens_since_active_F.shape, "seconds": torch.Size()}
         expected["sparsity"] = self.sparsity.state.shape
         wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]
@@ -218,10 +218,10 @@ class Member:
             self.optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
         self.dead.tokens_since_active_F.copy_(tensors["dead.tokens_since_active"])
         self.sparsity.state.copy_(tensors["sparsity"])
-        for what, own in self._widths.items():
+        for what, widths in self._widths.items():
             parts = (tensors[f"normalization.{what}.{part}"] for part in ("mean", "scale"))
             mean_D, scale_H = (part.to(self.sae.W_dec.device, copy=True) for part in parts)
-            self.normalizations[what] = Normalization(mean_D, scale_H, own)
+            self.normalizations[what] = Normalization(mean_D, scale_H, widths)
         self.seconds = float(tensors["seconds"])
 
 
