@@ -53,7 +53,7 @@ def parts(config: RunConfig) -> dict[str, Callable[[], object]]:
     source = Source(config)
 
     def members() -> list[Member]:
-        steps = 1_000_000  # of the schedule: the rate does not matter here
+        steps = config.loop.steps  # a block's: each call goes through the schedule once more, which costs nothing
         return [Member(member, source.widths, config.hook, steps, source.device) for member in config.saes]
 
     def train(some: list[Member], batches: Iterator[tuple[Activations, State]]) -> None:
