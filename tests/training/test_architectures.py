@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kronsae.architectures import ARCHITECTURES, SAE_KINDS, batch_topk, jumprelu, matryoshka, switch
-from kronsae.cli import architecture, parse_sae
+from kronsae.cli import architecture
 from kronsae.core import checkpoint
 from kronsae.core.losses import MatryoshkaConfig
 from kronsae.core.metrics import explained_variance
@@ -21,6 +21,7 @@ from kronsae.errors import UserError
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member
 from kronsae.training.sparsity import SparsityConfig, SparsityController
+from kronsae.words import parse_sae
 
 D_IN, BATCH, STEPS = 16, 128, 40
 CELLS = pytest.mark.parametrize("name", ARCHITECTURES)
