@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kronsae.loading import load
     from kronsae.run import Run, open_run, train
     from kronsae.run_config import RunConfig
+    from kronsae.sweeping import sweep
     from kronsae.training.config import MemberConfig, OptimizerConfig
 
 __version__ = _version("kronsae")
@@ -49,6 +50,7 @@ _HOMES = {
     "mand": "core.gates",
     "open_run": "run",
     "save": "core.checkpoint",
+    "sweep": "sweeping",
     "topk": "architectures",
     "train": "run",
 }
@@ -73,6 +75,7 @@ __all__ = [
     "mand",
     "open_run",
     "save",
+    "sweep",
     "topk",
     "train",
 ]
