@@ -124,6 +124,11 @@ class TestHelp:
                 "--dtype --context-length --model-batch --held-out-share --quiet --json",
             ),
             ("recipes", "--json"),
+            (
+                "sweep",
+                "--out --grid --recipe --config --model --text --hook --activations --sae --tokens --flops "
+                "--same-flops-as --seeds --set --group-size --dry-run --quiet --json",
+            ),
         ],
     )
     def test_each_verb_names_its_options(
@@ -218,6 +223,24 @@ class TestVerbs:
         assert carried_on.status == 0
         assert "Carrying on after 512 of 1,280 tokens." in carried_on.err
         assert_same_run(finished_run, open_run(tmp_path / "r"))
+
+    def test_sweep(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+        words = ("sweep", *base[1:], "--sae", "topk d_sae=32 k={2,4}", "--seeds", "2", "--out", tmp_path / "s")
+        planned = kronsae(*words, "--dry-run", "--json")
+        assert [group["saes"] for group in planned.json["groups"]] == [["topk-k2", "topk-k4"]] * 2
+        assert "4 SAEs to train in 2 group(s), seeds 0, 1" in kronsae(*words, "--dry-run").out
+        assert listing(tmp_path) == []
+        swept = kronsae(*words)
+        assert swept.status == 0
+        assert "topk-k4" in swept.out
+        assert f"What now? open {tmp_path / 's' / 'sweep.html'} in a browser" in swept.err
+        again = kronsae("sweep", "--grid", tmp_path / "s" / "sweep.json", "--out", tmp_path / "s", "--json")
+        assert "4 are finished" in again.err
+        assert [(row["name"], row["seed"]) for row in again.json["saes"]] == [
+            (f"topk-k{k}", seed) for seed in (0, 1) for k in (2, 4)
+        ]
+        told = kronsae("sweep", "--recipe", "tiny", "--sae", "topk d_sae=32 k={2", "--out", tmp_path / "x")
+        assert (told.status, told.sentence.startswith("--sae must have values between its braces")) == (2, True)
 
     def test_harvest_then_train_then_eval(
         self, tiny_model_folder: FolderOf, text_file: Path, kronsae: Kronsae, tmp_path: Path

@@ -179,13 +179,13 @@ def _values(inside: str) -> list[str]:
 
 
 def _named(found: Sequence[Point]) -> list[Point]:
-    """Names that say what varies: ``kron-d_base2-lr0.001``."""
+    """Names that say what varies: ``kron-d_base2-lr0.001-minimum``."""
     named = []
     for point in found:
         alike = [other for other in found if other.kind == point.kind]
         keys = dict.fromkeys(key for other in alike for key in other.settings)
         varying = [key for key in keys if len({repr(other.settings.get(key)) for other in alike}) > 1]
-        tail = [f"{key.removeprefix('saes.*.')}{point.settings[key]}" for key in varying if key in point.settings]
+        tail = [_tail(key, point.settings[key]) for key in varying if key in point.settings]
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([point.kind, *tail])).rstrip("_")
         run = replace(point.run, saes=(replace(point.run.saes[0], name=name),))
         named.append(replace(point, name=name, run=run))
@@ -195,6 +195,11 @@ def _named(found: Sequence[Point]) -> list[Point]:
             raise UserError(f"the grid must not hold an SAE twice; '{point.name}' is there again. Give it a name=.")
         seen[key] = point
     return named
+
+
+def _tail(key: str, value: Any) -> str:
+    """A value that is a word says itself what it is about."""
+    return value if isinstance(value, str) else f"{key.removeprefix('saes.*.')}{value}"
 
 
 def numbers(text: str, name: str) -> tuple[int | float, ...]:
