@@ -62,6 +62,7 @@ def test_times_are_measured_and_change_nothing(config: RunConfig, finished_run: 
     plan = plan_run(config, tmp_path)
     assert plan.batch_seconds is not None
     assert all(member.step_seconds is not None and member.step_seconds > 0 for member in plan.members)
+    assert plan.seconds is not None
     assert plan.seconds == pytest.approx(
         STEPS * (plan.batch_seconds + sum(member.step_seconds or 0 for member in plan.members))
     )

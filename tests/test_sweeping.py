@@ -20,6 +20,8 @@ from kronsae.config import to_dict
 from kronsae.core.flops import training_flops
 from kronsae.errors import UserError
 from kronsae.grid import SweepConfig
+from kronsae.pipeline import Source
+from kronsae.planning import Plan, make_plan, with_times
 from kronsae.run import Interrupted, execute, open_run
 from kronsae.run_config import RunConfig
 from kronsae.sweep_results import Sweep, as_csv
@@ -152,7 +154,7 @@ def test_groups_are_bounded_by_number_and_by_memory(base: str, tmp_path: Path, m
     _, plan = plan_sweep(wanted, tmp_path / "s")
     assert [len(group.points) for group in plan.groups] == [5]
     (group,) = plan.groups
-    made = sweeping.make_plan(sweeping.Source(group.run_config), tmp_path)
+    made = make_plan(Source(group.run_config), tmp_path)
     state = made.members[0].state_bytes
     fixed = made.memory_bytes - 5 * state
     free = int((fixed + 3.5 * state) / sweeping.MEMORY_SHARE) - made.language_model_bytes
@@ -188,9 +190,13 @@ def test_times_are_estimated_where_they_are_worth_it(
     monkeypatch.setattr(sweeping, "TIMED_FROM_STEPS", 1)
     one = sweep_points(SweepConfig(saes=("topk d_sae=32 k=2",), config=base))
     two = sweep_points(SweepConfig(saes=("topk d_sae=32 k=2",), config=base, seeds=(0, 1)))
-    timed: list[str] = []
-    with_times = sweeping.with_times
-    monkeypatch.setattr(sweeping, "with_times", lambda plan, source: timed.append("") or with_times(plan, source))
+    timed: list[Plan] = []
+
+    def watched(plan: Plan, source: Source) -> Plan:
+        timed.append(plan)
+        return with_times(plan, source)
+
+    monkeypatch.setattr(sweeping, "with_times", watched)
     _, plan = plan_sweep(one, tmp_path)
     assert plan.seconds is not None
     assert plan.seconds > 0

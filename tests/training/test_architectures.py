@@ -110,7 +110,7 @@ def test_every_function_passes_on_what_all_have_in_common(kind: str) -> None:
     common |= {"normalize_activations": "none", "dead_after_tokens": 7, "aux_weight": 0.125}
     shape: dict[str, Any] = {"d_sae": 64} if kind == "topk" else {"num_heads": 8, "d_base": 2, "d_extension": 4}
     member = SAE_KINDS[kind](k=2, **shape, **common)
-    encoder = getattr(member.encoder, "expert", member.encoder)
+    encoder: Any = getattr(member.encoder, "expert", member.encoder)
     aux_k = member.aux_k
     found = (member.name, member.optimizer.lr, member.seed, encoder.init_norm, member.unit_norm_decoder)
     assert found == ("n", 0.5, 3, 0.25, False)
