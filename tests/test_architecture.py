@@ -18,7 +18,7 @@ import kronsae
 SRC = Path(__file__).parents[1] / "src" / "kronsae"
 MAX_LINES = 500
 
-LEAVES = {"errors", "config", "files", "provenance", "vector_math"}
+LEAVES = {"errors", "config", "files", "provenance", "resources", "vector_math"}
 """Small modules without a room's knowledge: everyone may import them."""
 
 ARROWS: dict[str, set[str]] = {

@@ -1,18 +1,23 @@
-"""The SAEs of the comparison beyond TopK: each function describes one, with a dense or a Kronecker encoder.
+"""The SAEs of the comparison: each function describes one.
 
-Encoder, sparsifier, loss and experts combine freely; a function here is only a name for one combination.
-`ARCHITECTURES` holds the ten cells of the comparison, each as the ``--sae`` words that train it small.
+Encoder, sparsifier, loss and experts combine freely; a function here is only a name for one combination, and
+`SAE_KINDS` gives each the word that ``--sae`` begins with. `ARCHITECTURES` holds the ten cells of the comparison, each
+as the ``--sae`` words that train it small.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kronsae.core.checks import check_count
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
-from kronsae.core.experts import SwitchEncoderConfig
-from kronsae.core.gates import GateName
-from kronsae.core.losses import MatryoshkaConfig, matryoshka_groups
+from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
+from kronsae.core.gates import GATES, GateName
+from kronsae.core.losses import LossConfig, MatryoshkaConfig, SquaredErrorConfig, matryoshka_groups
 from kronsae.core.normalization import NormalizationName
 from kronsae.core.objective import AuxKConfig
-from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, TopKConfig
+from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
 from kronsae.errors import UserError
 from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.sparsity import SparsityConfig
@@ -31,6 +36,58 @@ ARCHITECTURES: dict[str, str] = {
 }
 
 
+def topk(
+    *,
+    d_sae: int,
+    k: int,
+    name: str = "topk",
+    lr: float = 8e-4,
+    seed: int = 0,
+    init_norm: float | None = None,
+    unit_norm_decoder: bool = True,
+    normalize_activations: NormalizationName | None = None,
+    dead_after_tokens: int = 1_000_000,
+    aux_weight: float = 1 / 32,
+) -> MemberConfig:
+    """A TopK SAE with a dense encoder (Gao et al. 2025): the baseline."""
+    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
+    return _member(DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm), TopKConfig(k=k), training)
+
+
+def kron(
+    *,
+    d_base: int,
+    d_extension: int,
+    k: int,
+    num_heads: int | None = None,
+    d_sae: int | None = None,
+    gate: GateName = "mand",
+    name: str = "kron",
+    lr: float = 8e-4,
+    seed: int = 0,
+    init_norm: float | None = None,
+    unit_norm_decoder: bool = True,
+    normalize_activations: NormalizationName | None = None,
+    dead_after_tokens: int = 1_000_000,
+    aux_weight: float = 1 / 32,
+) -> MemberConfig:
+    """A KronSAE: ``num_heads`` heads, each composing ``d_base`` bases with ``d_extension`` extensions.
+
+    Args:
+        d_base: M.
+        d_extension: N.
+        k: latents per token.
+        num_heads: H; left out, as many as make ``d_sae`` latents.
+        d_sae: latents; left out, ``num_heads * d_base * d_extension``.
+        gate: how a base and an extension compose.
+        normalize_activations: here and in the other functions None centres and scales where the gate allows it to be
+            folded away, so not for `mand_eps`.
+    """
+    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
+    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
+    return _member(encoder, TopKConfig(k=k), training)
+
+
 def batch_topk(
     *,
     k: int,
@@ -44,7 +101,7 @@ def batch_topk(
     seed: int = 0,
     init_norm: float | None = None,
     unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName = "center_and_scale",
+    normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
 ) -> MemberConfig:
@@ -53,18 +110,11 @@ def batch_topk(
     Args:
         k: latents per token, on average.
         d_sae: latents, for a dense encoder.
-        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead.
+        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead; ``d_sae`` may stand for ``num_heads``.
     """
-    return MemberConfig(
-        name=name,
-        encoder=_encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm),
-        sparsifier=BatchTopKConfig(k=k),
-        optimizer=OptimizerConfig(lr=lr),
-        aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
-        unit_norm_decoder=unit_norm_decoder,
-        normalize_activations=normalize_activations,
-        seed=seed,
-    )
+    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
+    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
+    return _member(encoder, BatchTopKConfig(k=k), training)
 
 
 def jumprelu(
@@ -82,7 +132,7 @@ def jumprelu(
     seed: int = 0,
     init_norm: float | None = None,
     unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName = "center_and_scale",
+    normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
 ) -> MemberConfig:
@@ -93,19 +143,12 @@ def jumprelu(
         coefficient: fixed weight of the l0 penalty.
         bandwidth: of the straight-through estimator, as a share of the threshold.
         d_sae: latents, for a dense encoder.
-        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead.
+        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead; ``d_sae`` may stand for ``num_heads``.
     """
-    return MemberConfig(
-        name=name,
-        encoder=_encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm),
-        sparsifier=JumpReLUConfig(k=k, bandwidth=bandwidth),
-        sparsity=SparsityConfig(coefficient=coefficient),
-        optimizer=OptimizerConfig(lr=lr),
-        aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
-        unit_norm_decoder=unit_norm_decoder,
-        normalize_activations=normalize_activations,
-        seed=seed,
-    )
+    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
+    sparsifier, sparsity = JumpReLUConfig(k=k, bandwidth=bandwidth), SparsityConfig(coefficient=coefficient)
+    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
+    return _member(encoder, sparsifier, training, sparsity=sparsity)
 
 
 def matryoshka(
@@ -124,7 +167,7 @@ def matryoshka(
     seed: int = 0,
     init_norm: float | None = None,
     unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName = "center_and_scale",
+    normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
 ) -> MemberConfig:
@@ -136,24 +179,16 @@ def matryoshka(
         groups: any other group sizes, in place of ``smallest``.
         across_batch: BatchTopK in place of TopK.
         d_sae: latents, for a dense encoder.
-        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead.
+        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead; ``d_sae`` may stand for ``num_heads``.
     """
     encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
     if groups is None:
         groups = matryoshka_groups(encoder.d_sae, max(1, encoder.d_sae // 8) if smallest is None else smallest)
     elif smallest is not None:
         raise UserError("give smallest or groups, not both.")
-    return MemberConfig(
-        name=name,
-        encoder=encoder,
-        sparsifier=BatchTopKConfig(k=k) if across_batch else TopKConfig(k=k),
-        loss=MatryoshkaConfig(groups=groups),
-        optimizer=OptimizerConfig(lr=lr),
-        aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
-        unit_norm_decoder=unit_norm_decoder,
-        normalize_activations=normalize_activations,
-        seed=seed,
-    )
+    sparsifier = BatchTopKConfig(k=k) if across_batch else TopKConfig(k=k)
+    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
+    return _member(encoder, sparsifier, training, loss=MatryoshkaConfig(groups=groups))
 
 
 def switch(
@@ -171,7 +206,7 @@ def switch(
     seed: int = 0,
     init_norm: float | None = None,
     unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName = "center_and_scale",
+    normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
 ) -> MemberConfig:
@@ -182,22 +217,63 @@ def switch(
         num_experts: E; they share the latents, or the heads, evenly.
         balance_weight: coefficient of the load-balancing loss.
         d_sae: latents, for a dense encoder.
-        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead.
+        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead; ``d_sae`` may stand for ``num_heads``.
     """
     for what, whole in (("d_sae", d_sae), ("num_heads", num_heads)):
         if whole is not None and (num_experts < 1 or whole % num_experts):
             raise UserError(f"{what} must be a multiple of num_experts; got {whole} with num_experts={num_experts}.")
     own_latents, own_heads = (None if whole is None else whole // num_experts for whole in (d_sae, num_heads))
     expert = _encoder(own_latents, own_heads, d_base, d_extension, gate, init_norm)
+    encoder = SwitchEncoderConfig(num_experts=num_experts, expert=expert, balance_weight=balance_weight)
+    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
+    return _member(encoder, TopKConfig(k=k), training)
+
+
+SAE_KINDS: dict[str, Callable[..., MemberConfig]] = {
+    "topk": topk,
+    "kron": kron,
+    "batch_topk": batch_topk,
+    "jumprelu": jumprelu,
+    "matryoshka": matryoshka,
+    "switch": switch,
+}
+
+
+class _Training(NamedTuple):
+    """The words that mean the same for every SAE."""
+
+    name: str
+    lr: float
+    seed: int
+    unit_norm_decoder: bool
+    normalize_activations: NormalizationName | None
+    dead_after_tokens: int
+    aux_weight: float
+
+
+def _member(
+    encoder: AnyEncoderConfig,
+    sparsifier: SparsifierConfig,
+    training: _Training,
+    *,
+    loss: LossConfig | None = None,
+    sparsity: SparsityConfig | None = None,
+) -> MemberConfig:
+    normalization = training.normalize_activations
+    if normalization is None:
+        gate = getattr(getattr(encoder, "expert", encoder), "gate", None)
+        normalization = "center_and_scale" if gate is None or GATES[gate].homogeneous else "none"
     return MemberConfig(
-        name=name,
-        encoder=SwitchEncoderConfig(num_experts=num_experts, expert=expert, balance_weight=balance_weight),
-        sparsifier=TopKConfig(k=k),
-        optimizer=OptimizerConfig(lr=lr),
-        aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
-        unit_norm_decoder=unit_norm_decoder,
-        normalize_activations=normalize_activations,
-        seed=seed,
+        name=training.name,
+        encoder=encoder,
+        sparsifier=sparsifier,
+        optimizer=OptimizerConfig(lr=training.lr),
+        aux_k=AuxKConfig(weight=training.aux_weight, dead_after_tokens=training.dead_after_tokens),
+        loss=SquaredErrorConfig() if loss is None else loss,
+        sparsity=SparsityConfig() if sparsity is None else sparsity,
+        unit_norm_decoder=training.unit_norm_decoder,
+        normalize_activations=normalization,
+        seed=training.seed,
     )
 
 
@@ -214,14 +290,28 @@ def _encoder(
     if all(value is None for value in heads):
         if d_sae is None:
             raise UserError("give d_sae for a dense encoder, or num_heads, d_base and d_extension for a Kronecker one.")
+        if gate != "mand":
+            raise UserError(
+                f"gate is for a Kronecker encoder; got '{gate}' with a dense one. Leave it out, or give heads."
+            )
         return DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm)
+    if num_heads is None and not (d_sae is None or d_base is None or d_extension is None):
+        num_heads = _heads(d_sae, d_base, d_extension)
     if num_heads is None or d_base is None or d_extension is None:
-        raise UserError("a Kronecker encoder needs num_heads, d_base and d_extension, all three.")
+        raise UserError("a Kronecker encoder needs d_base, d_extension and num_heads (or d_sae in its place).")
     return KroneckerEncoderConfig(
-        num_heads=num_heads,
-        d_base=d_base,
-        d_extension=d_extension,
-        d_sae=0 if d_sae is None else d_sae,
-        gate=gate,
-        init_norm=init_norm,
+        num_heads=num_heads, d_base=d_base, d_extension=d_extension, d_sae=d_sae, gate=gate, init_norm=init_norm
     )
+
+
+def _heads(d_sae: int, d_base: int, d_extension: int) -> int:
+    """The heads that make ``d_sae`` latents."""
+    for what, size in (("d_sae", d_sae), ("d_base", d_base), ("d_extension", d_extension)):
+        check_count(what, size)
+    heads, rest = divmod(d_sae, d_base * d_extension)
+    if rest:
+        raise UserError(
+            f"without num_heads, d_sae must be a multiple of d_base * d_extension; got {d_sae} with {d_base} * "
+            f"{d_extension} = {d_base * d_extension}. Change one."
+        )
+    return heads

@@ -108,6 +108,7 @@ def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) ->
 def _row(name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]) -> dict[str, Any]:
     figures = evaluation.figures()
     reconstruction, spliced = figures["reconstruction"], figures["language_model"]
+    tokens = training.get("sae_tokens", {}).get(name, training["tokens"])
     return {
         "name": name,
         "architecture": sae.config.architecture,
@@ -115,8 +116,8 @@ def _row(name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any
         "d_sae": sae.d_sae,
         "parameters": sae.num_parameters(),
         "encoder_parameters": count_parameters(sae.encoder),
-        "training_flops": training_flops(sae.config, training["tokens"]),
-        "tokens": training["tokens"],
+        "training_flops": training_flops(sae.config, tokens),
+        "tokens": tokens,
         "explained_variance": reconstruction["explained_variance"],
         "explained_variance_per_token": reconstruction["explained_variance_per_token"],
         "mean_squared_error": reconstruction["mean_squared_error"],

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.architectures import ARCHITECTURES, batch_topk, jumprelu, matryoshka, switch
-from kronsae.cli import architecture, parse_sae
+from kronsae.architectures import ARCHITECTURES, SAE_KINDS, batch_topk, jumprelu, matryoshka, switch
+from kronsae.cli import architecture
 from kronsae.core import checkpoint
 from kronsae.core.losses import MatryoshkaConfig
 from kronsae.core.metrics import explained_variance
@@ -21,6 +21,7 @@ from kronsae.errors import UserError
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member
 from kronsae.training.sparsity import SparsityConfig, SparsityController
+from kronsae.words import parse_sae
 
 D_IN, BATCH, STEPS = 16, 128, 40
 CELLS = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -100,13 +101,49 @@ def test_words_reach_the_configs() -> None:
     assert matryoshka(k=2, d_sae=64, across_batch=True).sparsifier.kind == "batch_topk"
     assert jumprelu(k=2, d_sae=64, coefficient=0.5).sparsity == SparsityConfig(coefficient=0.5)
     assert switch(k=2, num_experts=4, **heads).encoder.d_sae == 64
+    assert switch(k=2, num_experts=4, d_sae=64, d_base=2, d_extension=4) == switch(k=2, num_experts=4, **heads)
+
+
+@pytest.mark.parametrize("kind", SAE_KINDS)
+def test_every_function_passes_on_what_all_have_in_common(kind: str) -> None:
+    common: dict[str, Any] = {"name": "n", "lr": 0.5, "seed": 3, "init_norm": 0.25, "unit_norm_decoder": False}
+    common |= {"normalize_activations": "none", "dead_after_tokens": 7, "aux_weight": 0.125}
+    shape: dict[str, Any] = {"d_sae": 64} if kind == "topk" else {"num_heads": 8, "d_base": 2, "d_extension": 4}
+    member = SAE_KINDS[kind](k=2, **shape, **common)
+    encoder: Any = getattr(member.encoder, "expert", member.encoder)
+    aux_k = member.aux_k
+    found = (member.name, member.optimizer.lr, member.seed, encoder.init_norm, member.unit_norm_decoder)
+    assert found == ("n", 0.5, 3, 0.25, False)
+    assert (member.normalize_activations, aux_k.dead_after_tokens, aux_k.weight) == ("none", 7, 0.125)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SAE_KINDS if kind != "topk"])
+def test_activations_are_normalised_where_the_gate_lets_them(kind: str) -> None:
+    for gate, expected in (("mand", "center_and_scale"), ("mand_eps", "none")):
+        made = SAE_KINDS[kind](k=2, num_heads=8, d_base=2, d_extension=4, gate=gate)
+        assert made.normalize_activations == expected
 
 
 @pytest.mark.parametrize(
     ("make", "words", "message"),
     [
         (batch_topk, {"k": 2}, "give d_sae for a dense encoder, or num_heads, d_base and d_extension for a Kronecker"),
-        (batch_topk, {"k": 2, "num_heads": 4}, "a Kronecker encoder needs num_heads, d_base and d_extension, all"),
+        (
+            batch_topk,
+            {"k": 2, "num_heads": 4},
+            "a Kronecker encoder needs d_base, d_extension and num_heads (or d_sae ",
+        ),
+        (batch_topk, {"k": 2, "d_sae": 64, "d_base": 4}, "a Kronecker encoder needs d_base, d_extension and num_heads"),
+        (
+            batch_topk,
+            {"k": 2, "d_sae": 66, "d_base": 4, "d_extension": 4},
+            "without num_heads, d_sae must be a multiple of d_base * d_extension; got 66 with 4 * 4 = 16. Change one.",
+        ),
+        (
+            jumprelu,
+            {"k": 2, "d_sae": 64, "gate": "relu_product"},
+            "gate is for a Kronecker encoder; got 'relu_product' with a dense one.",
+        ),
         (matryoshka, {"k": 2, "d_sae": 64, "smallest": 8, "groups": (64,)}, "give smallest or groups, not both."),
         (switch, {"k": 2, "d_sae": 66}, "d_sae must be a multiple of num_experts; got 66 with num_experts=8."),
         (jumprelu, {"k": 2, "d_sae": 66, "coefficient": -1.0}, "sparsity.coefficient must be finite and at least 0"),

@@ -100,13 +100,14 @@ def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str]
     config = run.get("config", {})
     loop = config.get("loop", {})
     revision = entry(config, "model", "revision")
+    tokens = {row["tokens"] for row in rows if row.get("tokens") is not None}  # where they differ, the table has them
     found = [
         ("model", str(entry(config, "model", "name")) + (f" @ {revision}" if revision not in (None, "?") else "")),
         ("hook", config.get("hook")),
         ("width (d_in)", next((row.get("d_in") for row in rows), None)),
         ("text", entry(config, "text", "source")),
         ("context", _unit(config.get("context_length"), "tokens")),
-        ("trained on", _unit(loop.get("tokens"), "tokens")),
+        ("trained on", _unit(tokens.pop(), "tokens") if len(tokens) == 1 else None),
         ("batch", _unit(loop.get("batch_tokens"), "tokens")),
         ("evaluated on", _unit(next((row.get("evaluation_tokens") for row in rows), None), "held-out tokens")),
         ("seed", config.get("seed")),

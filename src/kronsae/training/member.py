@@ -47,7 +47,7 @@ class Member:
         config: the SAE and its training.
         d_in: width of the activations.
         hook: which stream of activations it reads.
-        steps: length of the whole training, for the schedule.
+        steps: length of its training, for the schedule; the members of a group may differ in it.
         device: where it lives.
     """
 
