@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "core": {"kernels"},
     "training": {"core", "kernels"},
-    "eval": {"core", "kernels"},
+    "eval": {"core", "kernels", "data"},
     "interop": {"core", "kernels"},
     "bench": {"core", "kernels", "training"},
     "report": {"eval", "core"},

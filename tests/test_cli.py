@@ -116,7 +116,7 @@ class TestHelp:
                 "--activations --dry-run "
                 "--tensorboard --wandb --quiet --json",
             ),
-            ("eval", "table"),
+            ("eval table", "--out --tokens --json"),
             ("report", "--out --json"),
             (
                 "harvest",
@@ -135,7 +135,7 @@ class TestHelp:
         self, verb: str, options: str, kronsae: Kronsae, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("COLUMNS", "200")
-        shown = kronsae(verb, "--help")
+        shown = kronsae(*verb.split(), "--help")
         assert shown.status == 0
         assert [option for option in options.split() if option not in re.findall(r"--[a-z-]+", shown.out)] == []
         assert f"kronsae {verb}" in shown.out
@@ -255,8 +255,7 @@ class TestVerbs:
         assert figures == {
             "out": str(tmp_path / "acts"),
             "model": str(model),
-            "hook": "layers.1",
-            "d_in": 16,
+            "hooks": {"layers.1": 16},
             "tokens": 300,
             "dtype": "bfloat16",
             "shards": 1,
@@ -305,7 +304,7 @@ class TestVerbs:
         assert asked["text"] == TextConfig(
             source="HuggingFaceFW/fineweb-edu", subset="sample-10BT", split="test", column="content"
         )
-        assert (asked["hook"], asked["tokens"], asked["dtype"], asked["model_batch"]) == ("6", 50, "float32", 8)
+        assert (asked["hook"], asked["tokens"], asked["dtype"], asked["model_batch"]) == (["6"], 50, "float32", 8)
 
     def test_report(self, finished_run: Run, kronsae: Kronsae, tmp_path: Path) -> None:
         shutil.copytree(finished_run.folder, tmp_path / "r")
@@ -474,7 +473,7 @@ class TestBadInput:
             (["--config", "no.json"], r"^the config: no.json does not exist.$"),
             (
                 ["--activations", "x"],
-                r"^--activations has a model, a text and a hook of its own; leave out --model, --text, ",
+                r"^--activations has a model and a text of its own; leave out --model, --text.$",
             ),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",

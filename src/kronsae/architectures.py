@@ -1,8 +1,10 @@
 """The SAEs of the comparison: each function describes one.
 
 Encoder, sparsifier, loss and experts combine freely; a function here is only a name for one combination, and
-`SAE_KINDS` gives each the word that ``--sae`` begins with. `ARCHITECTURES` holds the ten cells of the comparison, each
-as the ``--sae`` words that train it small.
+`SAE_KINDS` gives each the word that ``--sae`` begins with. All of them take ``read`` and ``write``, the hooks read and
+written where these are not the run's: one name or several (``"layers.2,layers.3"``), which makes a transcoder or a
+crosscoder of any of them, and ``skip`` for a transcoder's linear path. `ARCHITECTURES` holds the cells of the
+comparison, each as the ``--sae`` words that train it small.
 """
 
 from __future__ import annotations
@@ -33,6 +35,13 @@ ARCHITECTURES: dict[str, str] = {
     "matryoshka-kron": "matryoshka num_heads=128 d_base=2 d_extension=4 k=16 smallest=128",
     "switch": "switch d_sae=1024 k=16 num_experts=8",
     "switch-kron": "switch num_heads=128 d_base=2 d_extension=4 k=16 num_experts=8",
+    "transcoder": "topk d_sae=1024 k=16 read=layers.3.mlp:input write=layers.3.mlp",
+    "transcoder-kron": "kron num_heads=128 d_base=2 d_extension=4 k=16 read=layers.3.mlp:input write=layers.3.mlp",
+    "skip_transcoder": "topk d_sae=1024 k=16 read=layers.3.mlp:input write=layers.3.mlp skip=true",
+    "skip_transcoder-kron": "kron num_heads=128 d_base=2 d_extension=4 k=16 read=layers.3.mlp:input "
+    "write=layers.3.mlp skip=true",
+    "crosscoder": "topk d_sae=1024 k=16 read=layers.2,layers.3",
+    "crosscoder-kron": "kron num_heads=128 d_base=2 d_extension=4 k=16 read=layers.2,layers.3",
 }
 
 
@@ -48,10 +57,14 @@ def topk(
     normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
+    read: str | tuple[str, ...] | None = None,
+    write: str | tuple[str, ...] | None = None,
+    skip: bool = False,
 ) -> MemberConfig:
     """A TopK SAE with a dense encoder (Gao et al. 2025): the baseline."""
     training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    return _member(DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm), TopKConfig(k=k), training)
+    places = _Places(read, write, skip)
+    return _member(DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm), TopKConfig(k=k), training, places)
 
 
 def kron(
@@ -70,6 +83,9 @@ def kron(
     normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
+    read: str | tuple[str, ...] | None = None,
+    write: str | tuple[str, ...] | None = None,
+    skip: bool = False,
 ) -> MemberConfig:
     """A KronSAE: ``num_heads`` heads, each composing ``d_base`` bases with ``d_extension`` extensions.
 
@@ -85,7 +101,8 @@ def kron(
     """
     encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
     training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    return _member(encoder, TopKConfig(k=k), training)
+    places = _Places(read, write, skip)
+    return _member(encoder, TopKConfig(k=k), training, places)
 
 
 def batch_topk(
@@ -104,6 +121,9 @@ def batch_topk(
     normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
+    read: str | tuple[str, ...] | None = None,
+    write: str | tuple[str, ...] | None = None,
+    skip: bool = False,
 ) -> MemberConfig:
     """The B * k largest latents of each batch; saved as JumpReLU with a learned threshold (Bussmann et al. 2024).
 
@@ -114,7 +134,8 @@ def batch_topk(
     """
     encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
     training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    return _member(encoder, BatchTopKConfig(k=k), training)
+    places = _Places(read, write, skip)
+    return _member(encoder, BatchTopKConfig(k=k), training, places)
 
 
 def jumprelu(
@@ -135,6 +156,9 @@ def jumprelu(
     normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
+    read: str | tuple[str, ...] | None = None,
+    write: str | tuple[str, ...] | None = None,
+    skip: bool = False,
 ) -> MemberConfig:
     """A learned threshold per latent, under an l0 penalty (Rajamanoharan et al. 2024b).
 
@@ -148,7 +172,8 @@ def jumprelu(
     encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
     sparsifier, sparsity = JumpReLUConfig(k=k, bandwidth=bandwidth), SparsityConfig(coefficient=coefficient)
     training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    return _member(encoder, sparsifier, training, sparsity=sparsity)
+    places = _Places(read, write, skip)
+    return _member(encoder, sparsifier, training, places, sparsity=sparsity)
 
 
 def matryoshka(
@@ -170,6 +195,9 @@ def matryoshka(
     normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
+    read: str | tuple[str, ...] | None = None,
+    write: str | tuple[str, ...] | None = None,
+    skip: bool = False,
 ) -> MemberConfig:
     """Nested prefixes of the dictionary that each reconstruct on their own (Bussmann et al. 2025).
 
@@ -188,7 +216,8 @@ def matryoshka(
         raise UserError("give smallest or groups, not both.")
     sparsifier = BatchTopKConfig(k=k) if across_batch else TopKConfig(k=k)
     training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    return _member(encoder, sparsifier, training, loss=MatryoshkaConfig(groups=groups))
+    places = _Places(read, write, skip)
+    return _member(encoder, sparsifier, training, places, loss=MatryoshkaConfig(groups=groups))
 
 
 def switch(
@@ -209,6 +238,9 @@ def switch(
     normalize_activations: NormalizationName | None = None,
     dead_after_tokens: int = 1_000_000,
     aux_weight: float = 1 / 32,
+    read: str | tuple[str, ...] | None = None,
+    write: str | tuple[str, ...] | None = None,
+    skip: bool = False,
 ) -> MemberConfig:
     """Experts of equal size, of which a router picks one per token (Mudide et al. 2025).
 
@@ -226,7 +258,8 @@ def switch(
     expert = _encoder(own_latents, own_heads, d_base, d_extension, gate, init_norm)
     encoder = SwitchEncoderConfig(num_experts=num_experts, expert=expert, balance_weight=balance_weight)
     training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    return _member(encoder, TopKConfig(k=k), training)
+    places = _Places(read, write, skip)
+    return _member(encoder, TopKConfig(k=k), training, places)
 
 
 SAE_KINDS: dict[str, Callable[..., MemberConfig]] = {
@@ -251,10 +284,24 @@ class _Training(NamedTuple):
     aux_weight: float
 
 
+class _Places(NamedTuple):
+    """Where an SAE belongs, as it may be written: one hook, several with commas between them, or a tuple."""
+
+    read: str | tuple[str, ...] | None
+    write: str | tuple[str, ...] | None
+    skip: bool
+
+    @staticmethod
+    def hooks(given: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """As a config keeps them."""
+        return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
+
+
 def _member(
     encoder: AnyEncoderConfig,
     sparsifier: SparsifierConfig,
     training: _Training,
+    places: _Places,
     *,
     loss: LossConfig | None = None,
     sparsity: SparsityConfig | None = None,
@@ -274,6 +321,9 @@ def _member(
         unit_norm_decoder=training.unit_norm_decoder,
         normalize_activations=normalization,
         seed=training.seed,
+        read=places.hooks(places.read),
+        write=places.hooks(places.write),
+        skip=places.skip,
     )
 
 

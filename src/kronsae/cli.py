@@ -36,7 +36,10 @@ Text = Annotated[
     str | None,
     typer.Option(help="Text: Hub data set, local .txt/.jsonl/.parquet or folder; 'bundled' is Python's own library."),
 ]
-Hook = Annotated[str | None, typer.Option(help="Where to read: module path or layer, such as layers.6.")]
+Hook = Annotated[
+    str | None,
+    typer.Option(help="Where to read: module path or layer, such as layers.6; with --activations, one of theirs."),
+]
 Tokens = Annotated[int | None, typer.Option(help="Tokens to use.")]
 Flops = Annotated[
     float | None, typer.Option(help="Instead of --tokens: what the training of each SAE may cost, such as 1e15.")
@@ -89,7 +92,8 @@ def train(
         list[str] | None,
         typer.Option(
             help="An SAE to train, repeatable: 'topk d_sae=4096 k=32' or "
-            "'kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine'."
+            "'kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine'. read= and write= name hooks of its "
+            "own: 'topk d_sae=4096 k=32 read=layers.3.mlp:input write=layers.3.mlp' is a transcoder."
         ),
     ] = None,
     seed: Seed = None,
@@ -250,7 +254,10 @@ def report(run_folder: RunFolder = None, out: OptionalOut = None, as_json: Json 
 @app.command()
 def harvest(
     out: Out,
-    hook: Annotated[str, typer.Option(help="Where to read: module path or layer, such as layers.6.")],
+    hook: Annotated[
+        list[str],
+        typer.Option(help="Where to read, repeatable: module path or layer, such as layers.6 or layers.6.mlp:input."),
+    ],
     tokens: Annotated[int, typer.Option(help="Tokens to harvest.")],
     model: Annotated[str, typer.Option(help="Hugging Face model: Hub name or local folder.")] = "bundled",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
@@ -269,7 +276,7 @@ def harvest(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a model over text and keep one hook's activations on disk, as safetensors."""
+    """Run a model over text and keep the activations of some hooks on disk, as safetensors."""
     from kronsae.data.model import ModelConfig
     from kronsae.data.text import TextConfig
     from kronsae.harvesting import harvest as harvest_to
@@ -320,7 +327,7 @@ def list_architectures(as_json: Json = False) -> None:
         print_json(rows)
     else:
         for row in rows:
-            parts = ", ".join(f"{part} {row[part]}" for part in ("encoder", "sparsifier", "loss", "experts"))
+            parts = ", ".join(f"{part} {row[part]}" for part in ("role", "encoder", "sparsifier", "loss", "experts"))
             print(f"{row['name']}: {parts}\n    {row['train']}")
     what_now("one of these commands, and `kronsae eval` on the run folder it names")
 
@@ -333,6 +340,7 @@ def architecture(name: str, words: str) -> dict[str, Any]:
     experts = getattr(member.encoder, "num_experts", 1)
     return {
         "name": name,
+        "role": member.shape(1).role or "autoencoder",
         "encoder": getattr(member.encoder, "expert", member.encoder).kind,
         "sparsifier": member.sparsifier.kind,
         "loss": member.loss.kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +14,7 @@ from torch import Tensor
 from kronsae.core.flops import training_flops
 from kronsae.core.gates import GATES
 from kronsae.core.sae import SAEConfig, count_parameters
+from kronsae.data.harvest import ActivationStream
 from kronsae.data.store import read_manifest
 from kronsae.errors import UserError
 from kronsae.kernels.portable import PRODUCT_ELEMENTS
@@ -190,7 +192,7 @@ def plan_run(config: RunConfig, folder: Path, *, timed: bool = True) -> Plan:
 def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
     """What the run that reads ``source`` and lives in ``folder`` will take, without the times."""
     config = source.config
-    shapes = {member.name: member.shape(source.d_in) for member in config.saes}
+    shapes = {member.name: member.shape(source.widths, config.hook) for member in config.saes}
     steps = member_steps(config.loop, shapes)
     members = tuple(
         _member_plan(member, shapes[member.name], steps[member.name], config.loop.batch_tokens)
@@ -202,7 +204,7 @@ def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
     latents = sum(member.d_sae for member in members)
     return Plan(
         model=config.model.name,
-        hook=config.hook,
+        hook=", ".join(config.hooks),
         d_in=source.d_in,
         batch_tokens=config.loop.batch_tokens,
         steps_done=steps_done,
@@ -222,9 +224,9 @@ def with_times(plan: Plan, source: Source) -> Plan:
     The SAEs are built for it and let go again, one at a time; the run's own are not touched. Latents that die later
     on, and AuxK with them, are not in it.
     """
-    x_BD, token_seconds = _first_rows(source, plan.batch_tokens)
+    batch, token_seconds = _first_rows(source, plan.batch_tokens)
     timed = [
-        replace(member, step_seconds=_step_seconds(config, x_BD))
+        replace(member, step_seconds=_step_seconds(config, batch, source.config.hook))
         for member, config in zip(plan.members, source.config.saes, strict=True)
     ]
     return replace(plan, members=tuple(timed), batch_seconds=token_seconds * plan.batch_tokens)
@@ -258,17 +260,18 @@ def _member_plan(config: MemberConfig, shape: SAEConfig, steps: int, batch_token
 
 
 def _step_work_bytes(shape: SAEConfig, batch_tokens: int) -> int:
-    """What a step holds besides the state, about: vectors of the width of x, the codes, a chunk of the product.
+    """What a step holds besides the state, about: vectors as wide as x and target, the codes, a chunk of the product.
 
-    Eight of the first (x normalised, reconstruction, residual, their gradients and copies); index, value, pre-latents
-    and gradients of the k codes and of AuxK's d_in / 2. BatchTopK looks at the pre-latents of the whole batch.
+    Four of each of the first (normalised, reconstruction, residual, their gradients and copies); index, value,
+    pre-latents and gradients of the k codes and of AuxK's d_out / 2. BatchTopK looks at the
+    pre-latents of the whole batch.
     """
     rows = max(1, shape.encoder.multiply_adds(shape.d_in) // shape.d_in)
     product = max(min(batch_tokens * rows, PRODUCT_ELEMENTS), 64 * rows)
     if shape.sparsifier.kind == "batch_topk":
         product = max(product, batch_tokens * rows)
-    codes = shape.sparsifier.k + shape.d_in // 2
-    return 4 * (batch_tokens * (8 * shape.d_in + 8 * codes) + product)
+    codes = shape.sparsifier.k + shape.d_out // 2
+    return 4 * (batch_tokens * (4 * (shape.d_in + shape.d_out) + 8 * codes) + product)
 
 
 def _language_model_bytes(source: Source) -> tuple[int, int]:
@@ -285,32 +288,40 @@ def _available_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
 
 
-def _first_rows(source: Source, count: int) -> tuple[Tensor, float]:
-    """So many rows of activations, on a stream of their own, and the seconds that one token took."""
+def _first_rows(source: Source, count: int) -> tuple[dict[str, Tensor], float]:
+    """So many rows of every hook's activations, on a stream of their own, and the seconds that one token took."""
     config = source.config
     if config.activations is not None:
         started = perf_counter()
         batch, _ = next(iter(source.batches(None)))  # reads a whole buffer
         read = min(config.buffer_tokens, read_manifest(config.activations).tokens)
-        return batch[config.hook], (perf_counter() - started) / read
-    items = (values[config.hook] for values, _ in source.activations(held_out=False))
+        return dict(batch), (perf_counter() - started) / read
+    items = (
+        values for values, _ in ActivationStream(source.language_model, config.hooks, source.tokens(held_out=False))
+    )
     rows = [next(items)]  # the first pass allocates and compiles
     started, timed = perf_counter(), 0
-    while timed == 0 or len(rows[0]) + timed < count:
+    while timed == 0 or _num_rows(rows[0]) + timed < count:
         rows.append(next(items))
-        timed += len(rows[-1])
+        timed += _num_rows(rows[-1])
     _wait_for(source.device)
-    return torch.cat(rows)[:count], (perf_counter() - started) / timed
+    batch = {hook: torch.cat([values[hook] for values in rows])[:count] for hook in config.hooks}
+    return batch, (perf_counter() - started) / timed
 
 
-def _step_seconds(config: MemberConfig, x_BD: Tensor) -> float:
-    member = Member(config, x_BD.shape[1], "", 3, x_BD.device)
-    member.step(x_BD, 0, want_metrics=False)  # compiles and allocates
-    _wait_for(x_BD.device)
+def _num_rows(values: Mapping[str, Tensor]) -> int:
+    return len(next(iter(values.values())))
+
+
+def _step_seconds(config: MemberConfig, batch: Mapping[str, Tensor], hook: str) -> float:
+    device = next(iter(batch.values())).device
+    member = Member(config, {name: values.shape[1] for name, values in batch.items()}, hook, 3, device)
+    member.step_on(batch, 0, want_metrics=False)  # compiles and allocates
+    _wait_for(device)
     started = perf_counter()
     for step in (1, 2):
-        member.step(x_BD, step, want_metrics=False)
-    _wait_for(x_BD.device)
+        member.step_on(batch, step, want_metrics=False)
+    _wait_for(device)
     return (perf_counter() - started) / 2
 
 

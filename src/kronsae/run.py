@@ -102,16 +102,21 @@ class Run:
 
         return write_report(self)
 
-    def activations(self, tokens: int) -> Float[Tensor, "B D"]:
-        """Activations of held-out text at the run's hook: ``[tokens, d_in]``, float32, in the text's order.
+    def activations(self, tokens: int, hook: str | None = None) -> Float[Tensor, "B D"]:
+        """Activations of held-out text at one hook: ``[tokens, width]``, float32, in the text's order.
+
+        Args:
+            tokens: how many; row n belongs to the same token whatever the hook.
+            hook: None: the run's.
 
         Raises:
             UserError: the held-out text has fewer tokens; none is given twice.
         """
         check_count("tokens", tokens)
+        hook = self.config.hook if hook is None else hook
         parts, count = [], 0
-        for values, _ in Source(self.config).activations(held_out=True, repeat=False):
-            parts.append(values[self.config.hook].cpu())
+        for values, _ in Source(self.config).activations(held_out=True, repeat=False, hook=hook):
+            parts.append(values[hook].cpu())
             count += len(parts[-1])
             if count >= tokens:
                 return torch.cat(parts)[:tokens]
@@ -163,15 +168,15 @@ def train(
     wandb: str | None = None,
     **options: Any,
 ) -> Run:
-    """Train SAEs side by side on the activations of one hook of a language model.
+    """Train SAEs side by side on the activations of a language model, in one pass over the text.
 
     The same call on an unfinished run carries it on (on a CPU with the same bits); on a finished one it returns it.
 
     Args:
         model: Hub name, local folder, ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
-        hook: module path or layer, such as ``"layers.6"`` or ``6``.
-        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.architectures`.
+        hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own.
+        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.recipes`.
         out: the run folder.
         tokens: the budget: tokens to train on.
         flops: or what each SAE's training may cost (`kronsae.core.flops.training_flops`), in place of ``tokens``.
@@ -233,7 +238,7 @@ def execute(
             plan = with_times(plan, source)
         say(str(plan))
     steps = {member.name: member.steps for member in plan.members}
-    members = [Member(member, source.d_in, config.hook, steps[member.name], source.device) for member in config.saes]
+    members = [Member(member, source.widths, config.hook, steps[member.name], source.device) for member in config.saes]
     if progress.step:
         load_members(run.folder / "checkpoint", members)
         say(f"Carrying on after {progress.tokens:,} of {plan.tokens:,} tokens.")
@@ -295,8 +300,9 @@ def check_folder(run: Run, config: RunConfig) -> None:
 def _finish(run: Run, members: Sequence[Member], progress: Progress) -> None:
     tokens = {member.name: member.steps * run.config.loop.batch_tokens for member in members}
     for member in members:
-        metadata = sae_metadata(run.config, member.config, tokens[member.name])
-        checkpoint.save(member.finished_sae(), run.folder / "saes" / member.name, metadata)
+        scales = {what: of.scale_H.tolist() for what, of in member.normalizations.items()}
+        about = sae_metadata(run.config, member.config, tokens[member.name]) | {"training_scales": scales}
+        checkpoint.save(member.finished_sae(), run.folder / "saes" / member.name, about)
     seconds = {member.name: member.seconds for member in members}
     learned = {member.name: getattr(member.sae.encoder, "gate_exponent", None) for member in members}
     exponents = {name: exponent for name, exponent in learned.items() if exponent is not None}
@@ -326,7 +332,9 @@ def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[s
     return {
         "model_name": config.model.name,
         "model_revision": config.model.revision,
-        "hook_name": config.hook,
+        "hook_name": member.reads(config.hook)[0],
+        "hooks_read": list(member.reads(config.hook)),
+        "hooks_written": list(member.writes(config.hook)),
         "context_length": config.context_length,
         "text": to_dict(config.text),
         "tokens": tokens,

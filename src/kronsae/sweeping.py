@@ -172,7 +172,7 @@ def sweep_points(config: SweepConfig) -> list[Point]:
     found = points(config)
     if config.same_flops_as is None:
         return found
-    resolved, widths = [], dict[str, int]()
+    resolved, widths = [], dict[str, dict[str, int]]()
     for point in found:
         alike = [other for other in found if other.shared == point.shared]
         names = [other for other in alike if config.same_flops_as in (other.name, other.kind)]
@@ -184,9 +184,9 @@ def sweep_points(config: SweepConfig) -> list[Point]:
             )
         key = digest_of(to_dict(point.run) | {"saes": [], "seed": 0, "loop": {}})
         if key not in widths:
-            widths[key] = Source(point.run).d_in
+            widths[key] = Source(point.run).widths
         loop = point.run.loop
-        flops = training_flops(names[0].run.saes[0].shape(widths[key]), loop.steps * loop.batch_tokens)
+        flops = training_flops(names[0].run.saes[0].shape(widths[key], point.run.hook), loop.steps * loop.batch_tokens)
         run = replace(point.run, loop=replace(loop, tokens=None, flops=flops))
         resolved.append(replace(point, run=run))
     return resolved

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from kronsae.architectures import SAE_KINDS
 from kronsae.config import checked, from_dict, to_dict
@@ -68,9 +68,9 @@ class RunWords:
         """
         if self.recipe is not None and self.config is not None:
             raise UserError("give --recipe or --config, not both.")
-        named = {"--model": self.model, "--text": self.text, "--hook": self.hook}
+        named = {"--model": self.model, "--text": self.text}
         if self.activations is not None and (given := [name for name, value in named.items() if value is not None]):
-            raise UserError(f"--activations has a model, a text and a hook of its own; leave out {', '.join(given)}.")
+            raise UserError(f"--activations has a model and a text of its own; leave out {', '.join(given)}.")
         if self.recipe is not None:
             whole = named_recipe(self.recipe)
         elif self.config is not None:
@@ -127,7 +127,7 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
         if name not in parameters:
             raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, parameters)} In '{spec}'.")
         hint = hints[name]
-        values[name] = checked(hint, value if hint is str else json_value(value), name)
+        values[name] = checked(hint, value if str in (hint, *get_args(hint)) else json_value(value), name)
     missing = [
         name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name not in values
     ]

@@ -61,7 +61,9 @@ class Encoder(Protocol):
 
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]: ...
 
-    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None: ...
+    def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +183,10 @@ class DenseEncoder(nn.Module):
         return DenseLatents(x_BD, self.weight, self.bias)
 
     @torch.no_grad()
-    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``scale`` times as large."""
-        self.bias.mul_(scale).sub_(self.weight @ mean_D)
+    def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        self.weight.mul_(latent_scale / scale_D)
+        self.bias.mul_(latent_scale).sub_(self.weight @ mean_D)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -295,9 +298,10 @@ class KroneckerEncoder(nn.Module):
         return KroneckerLatents(x_BD, self)
 
     @torch.no_grad()
-    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``scale`` times as large."""
-        self.bias.mul_(scale).sub_(self.weight @ mean_D)
+    def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        self.weight.mul_(latent_scale / scale_D)
+        self.bias.mul_(latent_scale).sub_(self.weight @ mean_D)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

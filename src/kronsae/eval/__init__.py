@@ -1,7 +1,7 @@
 """Evaluation: reconstruction, the spliced language model, and the latents with the text they are active on."""
 
 from kronsae.eval.contexts import Context, Gallery, ShownHead, ShownLatent, ShownParent
-from kronsae.eval.evaluation import Evaluation, evaluate
+from kronsae.eval.evaluation import Evaluation, Hooks, evaluate
 from kronsae.eval.language_model import Skipped, SplicedModel, spliced_models
 from kronsae.eval.latents import GalleryConfig, LatentStatistics, latent_statistics
 from kronsae.eval.reconstruction import Reconstruction, reconstruction
@@ -11,6 +11,7 @@ __all__ = [
     "Evaluation",
     "Gallery",
     "GalleryConfig",
+    "Hooks",
     "LatentStatistics",
     "Reconstruction",
     "ShownHead",

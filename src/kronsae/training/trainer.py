@@ -34,7 +34,7 @@ def fit(
     The loop ends with the longest training; a member that has had its steps is left as it is from then on.
 
     Args:
-        members: the SAEs; each reads ``batch[member.hook]``.
+        members: the SAEs; each picks its own hooks of a batch.
         stream: yields ``({hook: activations [B, d_in]}, state)``, starting where ``progress`` says.
         config: batch size, and how often to tell and to save.
         sinks: told every ``log_every`` steps and at each member's last one.
@@ -51,7 +51,7 @@ def fit(
     progress = Progress() if progress is None else progress
     started = perf_counter() - progress.seconds
     batches = iter(stream)
-    hooks = {member.hook for member in members}
+    hooks = list(dict.fromkeys(hook for member in members for hook in member.hooks))
     steps = max(member.steps for member in members)
     stopping = should_stop()
     while progress.step < steps and not stopping:
@@ -66,7 +66,7 @@ def fit(
             check_batch(batch, hook, config.batch_tokens, step)
         logging = (step + 1) % config.log_every == 0
         metrics = {
-            member.name: member.step(batch[member.hook], step, logging or step + 1 == member.steps)
+            member.name: member.step_on(batch, step, logging or step + 1 == member.steps)
             for member in members
             if step < member.steps
         }
