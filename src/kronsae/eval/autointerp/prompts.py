@@ -131,4 +131,5 @@ def _text(value: Any) -> str:
     as their own, wherever they come from.
     """
     whole = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+    whole = whole.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no UTF-8
     return re.sub(r"\[(?=/?[A-Z_]+\])", "\\\\u005b", whole)
