@@ -61,7 +61,7 @@ def test_a_chat_template_is_used(system_role: bool, tiny_model_folder: Callable[
 
         def __call__(self, text: str, **options: object) -> object:
             asked.append(text)
-            return tokenize(text, **options)  # type: ignore[arg-type]
+            return tokenize(text, **options)
 
     object.__setattr__(loaded, "tokenizer", Listening())
     answer(LocalModel(loaded, max_answer_tokens=2))

@@ -115,7 +115,7 @@ def test_stopped_at_a_bound_it_goes_on_without_paying_twice(run: Run) -> None:
 
     with serving(flaky) as stub:
         first = Asking(persistence=Persistence(attempts=4, backoff_seconds=0.001, concurrency=2), bounds=Bounds())
-        questions = []
+        questions: list[str] = []
         model = EndpointModel(*endpoint_from_environment(environment=stub.environment))
         assert measure(run, CONFIG, model, asking=first, only_estimate=True, say=questions.append) is None
         total = int(questions[1].split()[0])

@@ -113,9 +113,11 @@ class Asker:
                 answer = await self._persistently(question)
             except RefusedError as error:
                 self.report.failed_attempts[str(error)] += 1
-                return self._without_answer(str(error))
+                self._count_unanswered(str(error))
+                return None
             except TryAgainError as error:
-                return self._without_answer(error.reason)
+                self._count_unanswered(error.reason)
+                return None
         self.report.answered += 1
         self._failed_in_a_row = 0
         return answer.text
@@ -125,7 +127,7 @@ class Asker:
         await asyncio.gather(*self._under_way, return_exceptions=True)
         await self._model.close()
 
-    def _without_answer(self, reason: str) -> None:
+    def _count_unanswered(self, reason: str) -> None:
         self.report.unanswered[reason] += 1
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self._persistence.give_up_after:
@@ -144,7 +146,7 @@ class Asker:
         def wait(state: RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome is not None else None
             asked = error.retry_after if isinstance(error, TryAgainError) else None
-            return backoff(state) if asked is None else max(asked, backoff(state))
+            return max(0.0 if asked is None else asked, backoff(state))
 
         attempts = AsyncRetrying(
             sleep=self._sleep,

@@ -191,8 +191,8 @@ class EndpointModel:
         tokens_in, tokens_out = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
         return Answer(
             text=self._without_key(text),
-            tokens_in=tokens_in if _is_count(tokens_in) else question.estimated_tokens,
-            tokens_out=tokens_out if _is_count(tokens_out) else self._endpoint.max_answer_tokens,
+            tokens_in=_count(tokens_in, question.estimated_tokens),
+            tokens_out=_count(tokens_out, self._endpoint.max_answer_tokens),
         )
 
     def _as_failure(self, error: Any) -> Exception:
@@ -232,8 +232,10 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+def _count(value: object, otherwise: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53:
+        return value
+    return otherwise
 
 
 def _is_loopback(host: str) -> bool:

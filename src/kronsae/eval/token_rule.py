@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -117,16 +117,16 @@ def token_rule(train: tuple[FlatText, Firings], test: tuple[FlatText, Firings], 
     rng = np.random.default_rng([config.seed, latent])
     places, truth = _places(*train, config.examples, rng)
     test_places, test_truth = _places(*test, config.examples, rng)
-    sizes = {"learned_from": len(truth) // 2, "tested_on": len(test_truth) // 2}
-    if not sizes["learned_from"] or not sizes["tested_on"]:
-        return TokenRule(latent=latent, **sizes, problem="not both active and inactive in both texts")
+    found = TokenRule(latent=latent, learned_from=len(truth) // 2, tested_on=len(test_truth) // 2)
+    if not found.learned_from or not found.tested_on:
+        return replace(found, problem="not both active and inactive in both texts")
     x, columns = _features(train[0], places, config, None)
     x_test, _ = _features(test[0], test_places, config, columns)
     rule = LogisticRegression(C=config.inverse_penalty, max_iter=1000).fit(x, truth)
     odds = rule.decision_function(x_test)
     called = odds > 0
-    return TokenRule(
-        latent=latent,
+    return replace(
+        found,
         balanced_accuracy=balanced_accuracy(
             true_positives=int((called & test_truth).sum()),
             positives=int(test_truth.sum()),
@@ -134,7 +134,6 @@ def token_rule(train: tuple[FlatText, Firings], test: tuple[FlatText, Firings], 
             negatives=int((~test_truth).sum()),
         ),
         auc=float(roc_auc_score(test_truth, odds)),
-        **sizes,
     )
 
 
