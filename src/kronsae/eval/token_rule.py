@@ -36,7 +36,7 @@ class TokenRuleConfig:
 
     latents: int = 100
     chosen: tuple[int, ...] = ()
-    tokens: int = 500_000
+    tokens: int = 200_000
     examples: int = 500
     near: int = 3
     radius: int = 15
