@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"core", "kernels"},
     "eval": {"core", "kernels", "data"},
     "interop": {"core", "kernels"},
+    "chat": set(),
     "bench": {"core", "kernels", "training"},
     "report": {"eval", "core"},
     # `bundled` is the address of the model folder, no more; the scripts that made the model read the corpus.
