@@ -179,8 +179,12 @@ def splice(
 
 def windows_per_pass(language_model: LanguageModel, length: int) -> int:
     """How many windows of ``length`` tokens to run at once so that no tensor of logits exceeds `MAX_LOGITS`."""
-    vocabulary = int(language_model.model.get_input_embeddings().weight.shape[0])
-    return max(1, MAX_LOGITS // (vocabulary * length))
+    return max(1, MAX_LOGITS // (vocabulary_size(language_model) * length))
+
+
+def vocabulary_size(language_model: LanguageModel) -> int:
+    """How many token ids the model takes."""
+    return int(language_model.model.get_input_embeddings().weight.shape[0])
 
 
 def _forward(language_model: LanguageModel, hook: HookPoint, windows: Windows, replace: Replace) -> Any:
