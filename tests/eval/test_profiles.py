@@ -61,10 +61,11 @@ def test_batches_do_not_matter(size: int) -> None:
     assert meters[0].value() == meters[1].value()
 
 
-@pytest.mark.parametrize("most", [1, 2**23])
+@pytest.mark.parametrize("most", [1, 5, 512])
 def test_pre_latents_are_like_latents_of_their_dense_activations(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense meter against the sparse one, given all activations as codes."""
-    monkeypatch.setattr(profiles, "MAX_DENSE", most)  # a window at a time, or all
+    monkeypatch.setattr(profiles, "DENSE_TOKENS", most)  # a window at a time, or all
+    monkeypatch.setattr(profiles, "DENSE_UNITS", most)
     sae = toys.kron_sae(8)
     encoder = sae.encoder
     assert isinstance(encoder, KroneckerEncoder)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -15,16 +14,6 @@ from kronsae.report.sections import sections
 from kronsae.run import Run
 
 CONFIG = LatentsConfig(tokens=300, pre_latent_tokens=100, example_tokens=200, num_latents=4, num_heads=1)
-
-
-@pytest.fixture
-def run(finished_run: Run, tmp_path: Path) -> Run:
-    """The finished run, with a folder of its own for results."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for path in finished_run.folder.iterdir():
-        (folder / path.name).symlink_to(path)
-    return Run(folder)
 
 
 def test_a_run_is_measured_kept_and_known(run: Run) -> None:

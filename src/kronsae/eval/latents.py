@@ -67,16 +67,17 @@ class LatentMeter:
         self._max_F.scatter_reduce_(0, indices_E, values_E, "amax")
         self._sum_F.index_add_(0, indices_E, values_E.double())
 
-    def update_dense(self, values_BF: Float[Tensor, "B F"]) -> None:
-        """Take in a batch of activations >= 0 of all units, on the CPU: for what has no codes."""
-        if len(values_BF) == 0:
+    def update_dense(self, values_BC: Float[Tensor, "B C"], units: slice) -> None:
+        """Take in activations >= 0 of some units, on the CPU: for what has no codes. The caller counts `tokens`."""
+        if len(values_BC) == 0:
             return
-        active_BF = values_BF > 0
-        self.tokens += len(values_BF)
-        self.counts_F += active_BF.sum(0)
-        self._min_F = torch.minimum(self._min_F, values_BF.masked_fill(~active_BF, torch.inf).amin(0))
-        self._max_F = torch.maximum(self._max_F, values_BF.amax(0))
-        self._sum_F += values_BF.sum(0, dtype=torch.float64)
+        active_BC = values_BC > 0
+        self.counts_F[units] += active_BC.sum(0)
+        infinite = torch.tensor(torch.inf, dtype=values_BC.dtype)  # a plain number would be cast element by element
+        smallest_C = torch.where(active_BC, values_BC, infinite).amin(0)
+        self._min_F[units] = torch.minimum(self._min_F[units], smallest_C)
+        self._max_F[units] = torch.maximum(self._max_F[units], values_BC.amax(0))
+        self._sum_F[units] += values_BC.sum(0, dtype=torch.float64)
 
     def value(self) -> LatentStatistics:
         """The statistics of the batches taken in."""

@@ -23,7 +23,7 @@ from kronsae.eval.hooked import Windows
 from kronsae.eval.latents import LatentMeter, LatentStatistics, rounded
 from kronsae.eval.token_entropy import MAX_PAIRS, PairSums, dense_entropies
 
-MAX_DENSE = 2**23  # activations of bases or extensions held at once: 32 MiB
+DENSE_TOKENS, DENSE_UNITS = 512, 512  # bases or extensions looked at together: 1 MiB, which stays in the cache
 MAX_TABLE = 2**26  # sums of the dense token entropy, by token and pre-latent: 512 MiB
 
 Optionals = tuple[float | None, ...]
@@ -97,6 +97,11 @@ class ProfileMeter:
         self._entropy_tokens = 0
         self._multitoken = _Multitoken(d_sae)
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a latent and a token that are kept now."""
+        return self._pairs.num_pairs
+
     def update(self, windows: Windows, codes: SparseCodes) -> None:
         """Take in whole windows, given the codes of the tokens that count."""
         self.activity.update(codes)
@@ -123,7 +128,7 @@ class ProfileMeter:
 class PreLatentMeter:
     """Accumulates the `Profile` of some bases or extensions of a Kronecker encoder, from activations.
 
-    Memory: `MAX_DENSE` activations at a time, and for the token entropy a table of ``vocabulary`` times so many rows
+    Memory: few activations at a time, and for the token entropy a table of ``vocabulary`` times so many rows
     as keep it below ``max_table``; they are drawn at random, seeded.
 
     Args:
@@ -154,13 +159,21 @@ class PreLatentMeter:
     @torch.no_grad()
     def update(self, windows: Windows, x_ND: Float[Tensor, "N D"]) -> None:
         """Take in whole windows, given the activations that count."""
-        for part, rows in _portions(windows, MAX_DENSE // max(1, len(self._bias_R))):
-            pre_NR = torch.addmm(self._bias_R, x_ND[rows].to(self._weight_RD), self._weight_RD.T)
-            value_NR = pre_NR.relu().float().cpu()
-            self.activity.update_dense(value_NR)
-            self._multitoken.update_dense(value_NR > 0, part)
-            token_N = part.input_ids_ST[part.keep_ST].long()
-            self._sums_VC.index_add_(0, token_N, value_NR[:, self._chosen_C].double())
+        self.activity.tokens += len(x_ND)
+        for part, rows in _portions(windows, DENSE_TOKENS):
+            part_ND = x_ND[rows].to(self._weight_RD)
+            for start in range(0, len(self._bias_R), DENSE_UNITS):
+                units = slice(start, min(start + DENSE_UNITS, len(self._bias_R)))
+                pre_NC = torch.addmm(self._bias_R[units], part_ND, self._weight_RD[units].T)
+                self._update(pre_NC.relu().float().cpu(), units, part)
+
+    def _update(self, value_NC: Tensor, units: slice, part: Windows) -> None:
+        self.activity.update_dense(value_NC, units)
+        self._multitoken.update_dense(value_NC > 0, units, part)
+        drawn = slice(*torch.searchsorted(self._chosen_C, torch.tensor([units.start, units.stop])).tolist())
+        token_N = part.input_ids_ST[part.keep_ST].long()
+        chosen_NC = value_NC.index_select(1, self._chosen_C[drawn] - units.start)
+        self._sums_VC[:, drawn].index_add_(0, token_N, chosen_NC.double())
 
     def value(self) -> Profile:
         """The profile of what was taken in."""
@@ -195,12 +208,12 @@ class _Multitoken:
         seen_SU.view(-1)[window_E * units + unit_E] = True
         self._windows_U += seen_SU.sum(0)
 
-    def update_dense(self, active_NU: Tensor, windows: Windows) -> None:
+    def update_dense(self, active_NC: Tensor, units: slice, windows: Windows) -> None:
         window_N, _ = windows.keep_ST.nonzero(as_tuple=True)
-        count_SU = torch.zeros(len(windows), active_NU.shape[1]).index_add_(0, window_N, active_NU.float())
+        count_SC = torch.zeros(len(windows), active_NC.shape[1]).index_add_(0, window_N, active_NC.float())
         length_S1 = windows.keep_ST.sum(1, keepdim=True).clamp_min(1)
-        self._sum_U += (count_SU / length_S1).sum(0)
-        self._windows_U += (count_SU > 0).sum(0)
+        self._sum_U[units] += (count_SC.double() / length_S1).sum(0)
+        self._windows_U[units] += (count_SC > 0).sum(0)
 
     def value(self) -> Tensor:
         return torch.where(self._windows_U > 0, self._sum_U / self._windows_U, math.nan)

@@ -48,7 +48,7 @@ class LatentsConfig:
     """
 
     tokens: int | None = None
-    pre_latent_tokens: int = 65_536
+    pre_latent_tokens: int = 32_768
     example_tokens: int = 131_072
     max_pairs: int = MAX_PAIRS
     latents: tuple[int, ...] = ()
@@ -249,7 +249,7 @@ def latents(
     latent: Annotated[list[int] | None, typer.Option(help="A latent to show examples of, repeatable.")] = None,
     num_latents: Annotated[int, typer.Option(help="Further latents to show examples of.")] = 16,
     num_heads: Annotated[int, typer.Option(help="Heads to show whole (Kronecker encoders).")] = 1,
-    pre_latent_tokens: Annotated[int, typer.Option(help="Tokens for the statistics of bases and extensions.")] = 65_536,
+    pre_latent_tokens: Annotated[int, typer.Option(help="Tokens for the statistics of bases and extensions.")] = 32_768,
     example_tokens: Annotated[int, typer.Option(help="Tokens to seek examples in.")] = 131_072,
     seed: Seed = 0,
     as_json: Json = False,

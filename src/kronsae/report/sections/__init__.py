@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kronsae.report.section import Section
-from kronsae.report.sections import latents
+from kronsae.report.sections import interaction, latents
 
 Builder = Callable[[Mapping[str, Any], Sequence[str]], Section]
 
-BUILDERS: dict[str, Builder] = {"latents": latents.section}
+BUILDERS: dict[str, Builder] = {"latents": latents.section, "interaction": interaction.section}
 
 
 def sections(kept: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> tuple[Section, ...]:
