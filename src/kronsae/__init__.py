@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kronsae.core.sae import SAE, SAEConfig
     from kronsae.core.sparsifiers import TopKConfig
     from kronsae.errors import UserError
+    from kronsae.intervention import intervene
     from kronsae.loading import load
     from kronsae.recipes import kron, topk
     from kronsae.run import Run, open_run, train
@@ -44,6 +45,7 @@ _HOMES = {
     "TopKConfig": "core.sparsifiers",
     "UserError": "errors",
     "explained_variance": "core.metrics",
+    "intervene": "intervention",
     "kron": "recipes",
     "load": "loading",
     "mand": "core.gates",
@@ -68,6 +70,7 @@ __all__ = [
     "UserError",
     "__version__",
     "explained_variance",
+    "intervene",
     "kron",
     "load",
     "mand",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kronsae.eval.display import visible
+from kronsae.eval.display import visible, visible_lines
 from kronsae.report.charts import Chart, Series
 from kronsae.report.comparison import Row, Table, comparison, entry, is_figure, losses, notes, verdicts
 from kronsae.report.section import Section
@@ -89,11 +89,6 @@ def report_data(
         sections=sections({} if measures is None else measures, [str(row["name"]) for row in rows]),
         config=visible_lines(json.dumps(run, indent=2, ensure_ascii=False)),
     )
-
-
-def visible_lines(text: str) -> str:
-    """`visible`, but with the line breaks left in."""
-    return "\n".join(visible(line) for line in text.split("\n"))
 
 
 def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
