@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kronsae.core.sae import SAE, SAEConfig
     from kronsae.core.sparsifiers import TopKConfig
     from kronsae.errors import UserError
+    from kronsae.intervention import intervene
     from kronsae.loading import load
     from kronsae.run import Run, open_run, train
     from kronsae.run_config import RunConfig
@@ -45,6 +46,7 @@ _HOMES = {
     "TopKConfig": "core.sparsifiers",
     "UserError": "errors",
     "explained_variance": "core.metrics",
+    "intervene": "intervention",
     "kron": "architectures",
     "load": "loading",
     "mand": "core.gates",
@@ -70,6 +72,7 @@ __all__ = [
     "UserError",
     "__version__",
     "explained_variance",
+    "intervene",
     "kron",
     "load",
     "mand",

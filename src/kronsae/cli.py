@@ -351,6 +351,19 @@ def architecture(name: str, words: str) -> dict[str, Any]:
 
 
 @app.command(
+    "steer",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    help="Let a run's language model write with some latents changed, beside what it writes without.",
+)
+def steer(context: typer.Context) -> None:
+    """Hand over to the verb's own module, which is imported only here."""
+    from kronsae.steering import app as steering
+
+    steering(context.args, prog_name="kronsae steer")
+
+
+@app.command(
     "bench",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,

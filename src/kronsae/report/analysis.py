@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kronsae.eval.display import visible
+from kronsae.eval.display import visible, visible_lines
 from kronsae.report.charts import Chart, Series
 from kronsae.report.comparison import Row, Table, comparison, entry, hooks, is_figure, losses, notes, verdicts
 from kronsae.report.section import Section
@@ -94,11 +94,6 @@ def report_data(
 def _hooks(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The places the SAEs belong to, each once; of rows that do not say, the run's hook."""
     return ", ".join(filter(None, dict.fromkeys(map(hooks, rows)))) or visible(str(config.get("hook", "?")))
-
-
-def visible_lines(text: str) -> str:
-    """`visible`, but with the line breaks left in."""
-    return "\n".join(visible(line) for line in text.split("\n"))
 
 
 def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:

@@ -10,11 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kronsae.report.section import Section
-from kronsae.report.sections import autointerp, token_rule
+from kronsae.report.sections import autointerp, interaction, latents, token_rule
 
 Builder = Callable[[Mapping[str, Any], Sequence[str]], Section]
 
-BUILDERS: dict[str, Builder] = {"autointerp": autointerp.section, "token-rule": token_rule.section}
+BUILDERS: dict[str, Builder] = {
+    "latents": latents.section,
+    "interaction": interaction.section,
+    "autointerp": autointerp.section,
+    "token-rule": token_rule.section,
+}
 
 
 def sections(kept: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> tuple[Section, ...]:
