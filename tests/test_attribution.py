@@ -51,7 +51,8 @@ def test_for_a_linear_metric_it_is_ablation() -> None:
     direction = torch.randn(16, dtype=torch.float64)
 
     def linear(logits: Tensor) -> Tensor:
-        return logits @ torch.linalg.pinv(model.lm_head.weight.T) @ direction
+        read_out: Tensor = logits @ torch.linalg.pinv(model.lm_head.weight.T) @ direction
+        return read_out
 
     # the last block's output reaches the logits through the final norm; without it the way is linear
     model.gpt_neox.final_layer_norm = torch.nn.Identity()

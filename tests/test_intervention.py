@@ -162,18 +162,15 @@ def test_generation_with_a_cache_is_generation_without(kind: str, positions: Any
     intervention = Intervention(sae=sae, hook="layers.2", changes=[steer(5, 4.0), scale(2, 3.0)], positions=positions)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, use_cache=True, **options)
+    found: list[Tensor] = []
     with intervene(model, intervention):
-        passes: list[Tensor] = []
-        found = []
         for use_cache in (True, False):
-            found.append(None)
-            passes = hidden(
-                model,
-                "layers.2",
-                lambda use=use_cache: found.__setitem__(-1, model.generate(ids, use_cache=use, **options)),
-            )
+
+            def write(use_cache: bool = use_cache) -> None:
+                found.append(model.generate(ids, use_cache=use_cache, **options))
+
+            passes = hidden(model, "layers.2", write)
             assert passes[-1].shape[1] == (1 if use_cache else 11)
-    assert found[0] is not None
     assert torch.equal(found[0], found[1])
     if positions is None:
         assert not torch.equal(found[0], plain)

@@ -179,9 +179,11 @@ def _edit(intervention: Intervention, tracker: _Tracker, path: str, hidden_STD: 
 def _check_positions(positions: Positions) -> None:
     if positions is None or positions == "last":
         return
-    numbers = (positions.start, positions.stop, positions.step) if isinstance(positions, slice) else positions
-    whole = all(number is None or (isinstance(number, int) and number >= 0) for number in numbers)
-    if isinstance(positions, str) or not whole:
+    if isinstance(positions, slice):
+        numbers = [number for number in (positions.start, positions.stop, positions.step) if number is not None]
+    else:
+        numbers = list(positions)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise UserError(
             f"positions must be None, 'last', a slice or a list of whole numbers from 0 on; got {positions!r}."
         )

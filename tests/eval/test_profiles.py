@@ -28,10 +28,10 @@ def test_by_hand() -> None:
     meter.update(windows, SparseCodes(values_NK, indices_NK, 4))
     found = meter.value()
     assert found.activity.tokens == found.entropy_tokens == 4
-    assert found.activity.active_tokens == (2, 3, 2, 0)
-    assert found.activity.min_activation == (4, 1, 2, 0)
-    assert found.activity.mean_activation == (4, 1, 2.5, 0)
-    assert found.activity.max_activation == (4, 1, 3, 0)
+    assert list(found.activity.active_tokens) == [2, 3, 2, 0]
+    assert list(found.activity.min_activation) == [4, 1, 2, 0]
+    assert list(found.activity.mean_activation) == [4, 1, 2.5, 0]
+    assert list(found.activity.max_activation) == [4, 1, 3, 0]
     # latent 1: 2/3 of it on token 2, 1/3 on token 3; latents 0 and 2 on one token alone
     third = math.log(3) - 2 / 3 * math.log(2)
     assert found.token_entropy == (0, pytest.approx(third, rel=1e-3), 0, None)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kronsae.architectures import switch
 from kronsae.cli import app
 from kronsae.errors import UserError
 from kronsae.measures.interaction import InteractionConfig, measure, not_applicable, random_twin
 from kronsae.measures.material import kept_results, result_path
-from kronsae.recipes import kron, switch, topk
+from kronsae.recipes import kron, topk
 from kronsae.report.sections import sections
 from kronsae.run import Run
 

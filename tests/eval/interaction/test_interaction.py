@@ -160,7 +160,7 @@ def test_living_cells_and_meanings_by_hand() -> None:
     assert mass_HMN.flatten().tolist() == [10, 10, 0, 35, 0, 0, 0, 0, 0]
     bases = meanings(mass_HMN.flatten(0, 1))
     assert bases.possible == 3
-    assert bases.each == (2, 1, None)
+    assert list(bases.each) == [2, 1, None]
     assert (bases.effective_number.number, bases.effective_number.mean) == (2, 1.5)
     assert bases.largest_share.mean == 0.75
     (shown,) = shown_grids(found, grid, [0])
@@ -293,7 +293,8 @@ def test_nothing_kept_is_no_error() -> None:
     meter.update(values)
     found = meter.value()
     assert found.activations == 0
-    assert found.log2_imbalance is found.balance_mean is None
+    assert found.log2_imbalance is None
+    assert found.balance_mean is None
     assert found.at_product == ()
 
 

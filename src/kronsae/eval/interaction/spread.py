@@ -64,4 +64,5 @@ def effective_number(mass_AB: Float[Tensor, "A B"]) -> Float[Tensor, " A"]:
     1: all of it in one place; B: evenly spread over all.
     """
     p_AB = mass_AB.double() / mass_AB.double().sum(1, keepdim=True)
-    return torch.special.entr(p_AB).sum(1).exp()
+    entropy_A: Tensor = torch.special.entr(p_AB).sum(1)
+    return entropy_A.exp()

@@ -13,7 +13,7 @@ Figure = Callable[[Mapping[str, Any]], float | None]
 
 
 def _correlation(whose: str, which: str, kind: str) -> Figure:
-    return lambda sae: sae[whose][which][kind]["mean"]  # type: ignore[no-any-return]
+    return lambda sae: sae[whose][which][kind]["mean"]
 
 
 def _at(curve: str, x: float) -> Figure:
@@ -21,11 +21,11 @@ def _at(curve: str, x: float) -> Figure:
 
 
 def _meanings(whose: str) -> Figure:
-    return lambda sae: sae[whose]["effective_number"]["mean"]  # type: ignore[no-any-return]
+    return lambda sae: sae[whose]["effective_number"]["mean"]
 
 
 def _inherited(name: str, against: str) -> Figure:
-    return lambda sae: sae["inheritance"]["r"][name][against]  # type: ignore[no-any-return]
+    return lambda sae: sae["inheritance"]["r"][name][against]
 
 
 _ROWS: tuple[tuple[str, Figure, str], ...] = (
