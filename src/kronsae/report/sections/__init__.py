@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kronsae.report.section import Section
-from kronsae.report.sections import toy
+from kronsae.report.sections import synthetic, toy
 
 Builder = Callable[[Mapping[str, Any], Sequence[str]], Section]
 
-BUILDERS: dict[str, Builder] = {"toy": toy.section}
+BUILDERS: dict[str, Builder] = {"synthetic": synthetic.section, "toy": toy.section}
 
 
 def sections(kept: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> tuple[Section, ...]:
