@@ -13,10 +13,10 @@ from typing import Any
 
 from kronsae.config import to_dict
 from kronsae.files import write_json, write_text
+from kronsae.measures.tables import markdown_table
 from kronsae.measures.toy import ToyConfig, measure
 from kronsae.progress_bar import progress_bar
 from kronsae.provenance import provenance
-from kronsae.report.comparison import Table
 from kronsae.report.sections.toy import setup_table, table, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,8 @@ START, END = "<!-- results:toy -->", "<!-- /results -->"
 def markdown(kept: dict[str, Any]) -> str:
     """The generated part of the page: both tables, the verdict, and what they were made with."""
     result, about, settings = kept["result"], kept["provenance"], kept["settings"]
-    lines = [*rows(table(result), "dictionary"), "", "RV by setup:", "", *rows(setup_table(result), "setup"), ""]
+    lines = [markdown_table(table(result), "dictionary"), "", "RV by setup:", ""]
+    lines += [markdown_table(setup_table(result), "setup"), ""]
     lines += [f"- {sentence}" for sentence in verdict(result)]
     lines += [
         "",
@@ -37,13 +38,6 @@ def markdown(kept: dict[str, Any]) -> str:
         f"core(s) of {about['processor']}, commit {about['commit']} ([all figures](../results/toy.json)).",
     ]
     return "\n".join(lines)
-
-
-def rows(found: Table, first: str) -> list[str]:
-    """A table in Markdown."""
-    headings = [first, *(heading for heading, _ in found.headings)]
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
-    return lines + [f"| {' | '.join([row.name, *(cell.text for cell in row.cells)])} |" for row in found.rows]
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ class SyntheticConfig:
     d_in: int = 96
     independent: int = 256
     group_size: int = 8
-    correlation: float = 0.6
+    correlation: float = 0.8
     roots: int = 32
     branching: int = 3
     conjunctions: int = 128

@@ -137,7 +137,8 @@ class ToyAutoencoder(nn.Module):
         return s_BG @ self.W.T
 
     def forward(self, s_BG: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-        return (self.hidden(s_BG) @ self.W + self.b).relu()
+        s_hat_BG: Tensor = (self.hidden(s_BG) @ self.W + self.b).relu()
+        return s_hat_BG
 
     @property
     def rows(self) -> Float[Tensor, "G D"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,17 +59,24 @@ class SaeLensFeatures:
                 "sae-lens is not installed; install it with: pip install sae-lens, or use the source 'own'."
             )
         from sae_lens.synthetic import (
+            FeatureDictionary,
             FoldedNormalMagnitudeConfig,
             HierarchyConfig,
             LinearMagnitudeConfig,
             LowRankCorrelationConfig,
-            OrthogonalizationConfig,
             SyntheticModel,
             SyntheticModelConfig,
             ZipfianFiringProbabilityConfig,
+            orthogonal_initializer,
         )
 
         self.config = config
+        directions = FeatureDictionary(  # made here: left to the model it would show a progress bar
+            num_features=config.features,
+            hidden_dim=config.d_in,
+            initializer=orthogonal_initializer(num_steps=100, lr=3e-4),
+            seed=config.seed,
+        )
         self.model = SyntheticModel(
             SyntheticModelConfig(
                 num_features=config.features,
@@ -81,17 +89,15 @@ class SaeLensFeatures:
                     mutually_exclusive_portion=1.0,
                     compensate_probabilities=True,
                 ),
-                orthogonalization=OrthogonalizationConfig(num_steps=100, lr=3e-4),
                 correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
                 mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
                 std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
                 bias=False,
                 seed=config.seed,
-            )
+            ),
+            feature_dict=directions,
         )
-        self.directions_GD: Tensor = torch.nn.functional.normalize(
-            self.model.feature_dict.feature_vectors.detach(), dim=1
-        )
+        self.directions_GD: Tensor = torch.nn.functional.normalize(directions.feature_vectors.detach(), dim=1)
         roots, edges = [], []
         waiting = list(self.model.hierarchy.roots) if self.model.hierarchy is not None else []
         for node in waiting:
@@ -112,6 +118,7 @@ class SaeLensFeatures:
         sae-lens draws from torch's global generator, which is seeded for each batch and left as it was.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.config.seed * 2 + held_out) * 2**32 + number)
+            words = [self.config.seed, int(held_out), number]
+            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
             x_BD, activations_BG = self.model.sample_with_features(tokens)
         return x_BD, activations_BG

@@ -7,7 +7,7 @@ the true l0, trained alike on activations made of known features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
@@ -27,6 +27,7 @@ from kronsae.eval.known_features import KnownFeaturesMeter, absolute_cosines, me
 from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
 from kronsae.interop.sae_lens_synthetic import SaeLensConfig
 from kronsae.measures.material import keep_result, known_result
+from kronsae.measures.tables import rich_table
 from kronsae.measures.training import Report, train_on
 from kronsae.report.sections.synthetic import table, verdict
 from kronsae.run import open_run
@@ -35,6 +36,7 @@ from kronsae.training.config import MemberConfig, OptimizerConfig
 
 NAME = "synthetic"
 HELD_OUT_BATCH = 2048
+INIT_NORM = 0.5  # of encoder rows, as in the other short trainings of the library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class SyntheticStudyConfig:
     sae_lens: SaeLensConfig = field(default_factory=SaeLensConfig)
     seeds: int = 3
     seed: int = 0
-    steps: int = 1000
+    steps: int = 1500
     batch: int = 512
     lr: float = 4e-3
     held_out_tokens: int = 16_384
@@ -176,9 +178,6 @@ def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
     return replace(encoder, num_heads=units, d_sae=0, init_norm=INIT_NORM)
 
 
-INIT_NORM = 0.5  # of encoder rows, as in the other short trainings of the library
-
-
 def _regrouped(loss: LossConfig, encoder: AnyEncoderConfig) -> LossConfig:
     if not isinstance(loss, MatryoshkaConfig):
         return loss
@@ -231,8 +230,8 @@ def command(
     if result is None:
         members = run.config.saes
         say(
-            f"Training {seeds} x {len(members)} SAEs on {steps * config.batch:,} synthetic tokens each: on two cores about "
-            "20 seconds for each."
+            f"Training {seeds} x {len(members)} SAEs on {steps * config.batch:,} synthetic tokens each: on two cores "
+            "about 20 seconds for each."
         )
         with progress_bar("training", quiet=quiet) as progress:
             result = measure(members, config, progress=progress)
@@ -242,7 +241,7 @@ def command(
     if as_json:
         print_json(result | {"verdict": list(verdict(result))})
     else:
-        print_table(_as_table(result))
+        print_table(rich_table(table(result), "SAE"))
         for sentence in verdict(result):
             say(sentence)
     what_now(f"kronsae report {run.folder}")
@@ -254,13 +253,3 @@ def _source(name: str) -> Literal["own", "sae_lens"]:
     if name == "sae_lens":
         return "sae_lens"
     raise UserError(f"--source must be 'own' or 'sae_lens'; got '{name}'.")
-
-
-def _as_table(result: Mapping[str, Any]) -> Any:
-    from rich.table import Table
-
-    found = table(result)
-    shown = Table("SAE", *(heading for heading, _ in found.headings), box=None)
-    for row in found.rows:
-        shown.add_row(row.name, *(cell.text for cell in row.cells))
-    return shown

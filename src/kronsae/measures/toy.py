@@ -24,6 +24,7 @@ from kronsae.errors import UserError
 from kronsae.eval.known_covariance import effective_rank, recovery
 from kronsae.eval.reconstruction import reconstruction
 from kronsae.measures.material import keep_result, known_result
+from kronsae.measures.tables import rich_table
 from kronsae.measures.training import Report, train_on
 from kronsae.recipes import kron, topk
 from kronsae.report.sections.toy import AUTOENCODER, table, verdict
@@ -219,7 +220,7 @@ def command(
     if as_json:
         print_json(result | {"verdict": list(verdict(result))})
     else:
-        print_table(_as_table(result))
+        print_table(rich_table(table(result), "dictionary"))
         for sentence in verdict(result):
             say(sentence)
     if run is not None:
@@ -243,13 +244,3 @@ def _result(run: Run | None, config: ToyConfig, quiet: bool, say: Callable[[str]
     if run is not None:
         say(f"Kept: {keep_result(run, NAME, settings, result)}")
     return result
-
-
-def _as_table(result: Mapping[str, Any]) -> Any:
-    from rich.table import Table
-
-    found = table(result)
-    shown = Table("dictionary", *(heading for heading, _ in found.headings), box=None)
-    for row in found.rows:
-        shown.add_row(row.name, *(cell.text for cell in row.cells))
-    return shown
