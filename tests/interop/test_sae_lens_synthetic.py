@@ -50,6 +50,18 @@ def test_its_features_are_what_it_says() -> None:
 
 @needs_sae_lens
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_sae_of_the_same_seed_does_not_start_at_the_truth(seed: int) -> None:
+    from kronsae.eval.known_features import absolute_cosines
+    from kronsae.recipes import topk
+
+    features = replace(SMALL, seed=seed).build()
+    untrained = topk(d_sae=256, k=4).shape(24).build(seed)
+    assert float(absolute_cosines(untrained.W_dec, features.directions_GD).diagonal().mean()) < 0.3
+
+
+@needs_sae_lens
+@pytest.mark.filterwarnings("ignore")
 def test_an_sae_is_measured_as_sae_lens_measures_it() -> None:
     from sae_lens.synthetic.evals import compute_classification_metrics
 

@@ -105,6 +105,14 @@ def test_training_finds_more_than_chance() -> None:
     assert row["f1_by_kind"]["independent"] > 0.5
 
 
+def test_no_sae_starts_at_the_truth() -> None:
+    """An SAE and features that drew the same numbers would be found untrained."""
+    for seed in (0, 1):
+        features = replace(OWN, d_in=64, seed=seed).build()
+        untrained = fit_to(MEMBERS[0], d_sae=OWN.features, k=2, seed=seed, config=TINY).shape(64).build(seed)
+        assert float(absolute_cosines(untrained.W_dec, features.directions_GD).diagonal().mean()) < 0.2
+
+
 def test_progress_counts_over_all_seeds() -> None:
     told: list[tuple[int, int]] = []
     measure(MEMBERS[:1], replace(TINY, held_out_tokens=1), progress=lambda *at: told.append(at))

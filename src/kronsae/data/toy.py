@@ -107,7 +107,7 @@ class CorrelatedFeatures:
     def __init__(self, covariance_GG: Float[Tensor, "G G"], active: int) -> None:
         if not 0 < active <= len(covariance_GG):
             raise UserError(f"active must be from 1 to the number of features, {len(covariance_GG)}; got {active}.")
-        self.factor_GG = torch.linalg.cholesky(covariance_GG.double()).float()
+        self.factor_GG: Tensor = torch.linalg.cholesky(covariance_GG.double()).float()
         self.active = active
 
     def sample(self, tokens: int, generator: torch.Generator) -> Float[Tensor, "B G"]:

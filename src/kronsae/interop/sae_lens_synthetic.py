@@ -71,11 +71,13 @@ class SaeLensFeatures:
         )
 
         self.config = config
+        # hashed: an SAE started with the same number would draw the very directions it is to find
+        seed = _seed(config.seed)
         directions = FeatureDictionary(  # made here: left to the model it would show a progress bar
             num_features=config.features,
             hidden_dim=config.d_in,
             initializer=orthogonal_initializer(num_steps=100, lr=3e-4),
-            seed=config.seed,
+            seed=seed,
         )
         self.model = SyntheticModel(
             SyntheticModelConfig(
@@ -93,7 +95,7 @@ class SaeLensFeatures:
                 mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
                 std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
                 bias=False,
-                seed=config.seed,
+                seed=seed,
             ),
             feature_dict=directions,
         )
@@ -118,7 +120,11 @@ class SaeLensFeatures:
         sae-lens draws from torch's global generator, which is seeded for each batch and left as it was.
         """
         with torch.random.fork_rng(devices=[]):
-            words = [self.config.seed, int(held_out), number]
-            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+            torch.manual_seed(_seed(self.config.seed, 1 + held_out, number))
             x_BD, activations_BG = self.model.sample_with_features(tokens)
         return x_BD, activations_BG
+
+
+def _seed(*words: int) -> int:
+    """A seed below 2^31 that depends on all the words."""
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) >> 1
