@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kronsae.report.section import Section
-from kronsae.report.sections import autointerp, interaction, latents, token_rule
+from kronsae.report.sections import autointerp, interaction, latents, synthetic, token_rule, toy
 
 Builder = Callable[[Mapping[str, Any], Sequence[str]], Section]
 
@@ -19,6 +19,8 @@ BUILDERS: dict[str, Builder] = {
     "interaction": interaction.section,
     "autointerp": autointerp.section,
     "token-rule": token_rule.section,
+    "synthetic": synthetic.section,
+    "toy": toy.section,
 }
 
 
