@@ -34,7 +34,7 @@ def test_a_study_is_a_grid_with_three_seeds_and_equal_tokens(name: str) -> None:
     found = points(sweep_config(ROOT / "studies" / f"{name}.json", {}))
     assert {point.seed for point in found} == {0, 1, 2}
     assert len({point.shared for point in found}) == 3, "all SAEs of a seed train on one stream"
-    assert {point.run.saes[0].encoder.d_sae for point in found} == {4096}
+    assert {point.run.saes[0].encoder.d_sae for point in found} == {2048}
 
 
 def test_the_studies_have_what_they_are_about() -> None:
@@ -43,7 +43,9 @@ def test_the_studies_have_what_they_are_about() -> None:
     def cell(member: Any) -> tuple[str, ...]:
         return member.shape(8).architecture, member.loss.kind
 
-    assert {cell(point.run.saes[0]) for point in cells} == {cell(parse_sae(words)) for words in ARCHITECTURES.values()}
+    ten = [parse_sae(words) for name, words in ARCHITECTURES.items() if "coder" not in name]
+    assert {cell(point.run.saes[0]) for point in cells} == {cell(member) for member in ten}
+    assert len({cell(member) for member in ten}) == 10
     encoders = [point.run.saes[0].encoder for point in gates]
     assert {getattr(encoder, "gate", None) for encoder in encoders} == set(GATES)
     kinds = {(point.run.saes[0].encoder.kind, point.run.saes[0].sparsifier.kind) for point in jumprelu}
