@@ -75,6 +75,8 @@ def _plain(value: Any, derived: bool) -> Any:
         return to_dict(value, derived=derived)
     if isinstance(value, tuple | list):
         return [_plain(item, derived) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, derived) for key, item in value.items()}
     return value
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from kronsae.config import from_dict, to_dict
 from kronsae.core.checks import check_count
 from kronsae.data.buffer import Activations
-from kronsae.data.harvest import ActivationStream
-from kronsae.data.model import ModelConfig, load_model
+from kronsae.data.harvest import ActivationStream, widths
+from kronsae.data.model import DTYPES, ModelConfig, load_model
 from kronsae.data.store import check_target, read_manifest, write_activations
 from kronsae.data.stream import State
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.data.tokens import TokenStream
 from kronsae.errors import UserError
+from kronsae.resources import check_disk
 from kronsae.run_config import RunConfig, check_held_out_share
 
 
@@ -83,6 +84,8 @@ def harvest(
         context_length=context_length,
         batch_sequences=model_batch,
     )
+    needed_bytes = tokens * sum(widths(language_model, hooks).values()) * DTYPES[dtype].itemsize
+    check_disk(out, needed_bytes, "the activations", "Harvest fewer tokens, or in dtype bfloat16.")
     started = perf_counter()
     stream = ActivationStream(language_model, hooks, windows)
     manifest = write_activations(

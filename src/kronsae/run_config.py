@@ -8,6 +8,7 @@ from kronsae.core.checks import check_count
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.errors import UserError
+from kronsae.training.budget import check_reference
 from kronsae.training.config import LoopConfig, MemberConfig
 
 
@@ -21,7 +22,7 @@ class RunConfig:
         hook: what SAEs that name no hooks of their own read and reconstruct: a module path or layer, such as
             ``layers.6``; ``layers.6.mlp:input`` is what a module is given in place of what it gives.
         saes: the SAEs, trained side by side on the same tokens.
-        loop: tokens, batch size, logging and checkpoints.
+        loop: budget, batch size, logging and checkpoints.
         activations: folder of harvested activations to train on instead of running the model; None runs it.
         context_length: T, tokens of text the model sees at once.
         model_batch: S, sequences per forward pass of the model.
@@ -52,6 +53,7 @@ class RunConfig:
         names = [member.name for member in self.saes]
         if len(set(names)) < len(names):
             raise UserError(f"saes must have different names; got {', '.join(names)}. Give name= to each.")
+        check_reference(self.loop.same_flops_as, names)
         if self.buffer_tokens < self.loop.batch_tokens:
             raise UserError(
                 f"buffer_tokens must be at least batch_tokens; got {self.buffer_tokens} with "

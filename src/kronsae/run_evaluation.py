@@ -107,6 +107,7 @@ def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, trainin
     member = next(member for member in config.saes if member.name == name)
     figures = evaluation.figures()
     reconstruction, spliced = figures["reconstruction"], figures["language_model"]
+    tokens = training.get("sae_tokens", {}).get(name, training["tokens"])
     return {
         "name": name,
         "architecture": sae.config.architecture,
@@ -117,8 +118,8 @@ def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, trainin
         "d_sae": sae.d_sae,
         "parameters": sae.num_parameters(),
         "encoder_parameters": count_parameters(sae.encoder),
-        "training_flops": training_flops(sae.config, training["tokens"]),
-        "tokens": training["tokens"],
+        "training_flops": training_flops(sae.config, tokens),
+        "tokens": tokens,
         "explained_variance": reconstruction["explained_variance"],
         "explained_variance_per_token": reconstruction["explained_variance_per_token"],
         "explained_variance_by_hook": reconstruction.get("explained_variance_by_hook", []),

@@ -13,7 +13,7 @@ import torch
 from tests.tiny_models import CAUSAL_KINDS, KINDS, LAYERS, TEXT, WIDTH
 from torch import Tensor, nn
 
-from kronsae.data.harvest import ActivationStream, d_in, forward, hidden_states, widths
+from kronsae.data.harvest import ActivationStream, forward, hidden_states, widths
 from kronsae.data.model import LanguageModel, ModelConfig, load_model, resolve_hook
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
@@ -147,7 +147,7 @@ def test_each_state_goes_on_exactly_after_its_item(gpt2: LanguageModel) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_d_in_is_the_width_of_any_module(kind: str, tiny_model_folder: FolderOf) -> None:
-    assert d_in(load(tiny_model_folder(kind)), "layers.1") == WIDTH
+    assert widths(load(tiny_model_folder(kind)), "layers.1") == {"layers.1": WIDTH}
 
 
 # The module whose output is what the MLP of a block is given, by architecture; GPT-NeoX norms it beside attention.
@@ -197,7 +197,7 @@ def test_what_is_read_early_is_safe_from_layers_that_write_into_it(gpt2: Languag
 
 
 def test_d_in_inside_a_block(gpt2: LanguageModel) -> None:
-    assert d_in(gpt2, "layers.1.mlp.c_fc") == 4 * WIDTH
+    assert widths(gpt2, "layers.1.mlp.c_fc") == {"layers.1.mlp.c_fc": 4 * WIDTH}
 
 
 def test_the_values_can_be_trained_on(gpt2: LanguageModel) -> None:

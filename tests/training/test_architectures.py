@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kronsae.architectures import ARCHITECTURES, SAE_KINDS, batch_topk, jumprelu, matryoshka, switch
-from kronsae.cli import architecture, parse_sae
+from kronsae.cli import architecture
 from kronsae.core import checkpoint
 from kronsae.core.losses import MatryoshkaConfig
 from kronsae.core.metrics import explained_variance
@@ -22,6 +22,7 @@ from kronsae.errors import UserError
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member, side_by_side
 from kronsae.training.sparsity import SparsityConfig, SparsityController
+from kronsae.words import parse_sae
 
 D_IN, BATCH, STEPS = 16, 128, 40
 CELLS = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -121,7 +122,7 @@ def test_every_function_passes_on_what_all_have_in_common(kind: str) -> None:
     common |= {"read": "a, b", "write": ("c",), "skip": True}
     shape: dict[str, Any] = {"d_sae": 64} if kind == "topk" else {"num_heads": 8, "d_base": 2, "d_extension": 4}
     member = SAE_KINDS[kind](k=2, **shape, **common)
-    encoder = getattr(member.encoder, "expert", member.encoder)
+    encoder: Any = getattr(member.encoder, "expert", member.encoder)
     aux_k = member.aux_k
     found = (member.name, member.optimizer.lr, member.seed, encoder.init_norm, member.unit_norm_decoder)
     assert found == ("n", 0.5, 3, 0.25, False)

@@ -126,11 +126,6 @@ def widths(language_model: LanguageModel, hooks: Hooks) -> dict[str, int]:
     return {hook: hidden.shape[-1] for hook, hidden in hidden_states(language_model, hooks, batch).items()}
 
 
-def d_in(language_model: LanguageModel, hook: str | int) -> int:
-    """Return the width of one hook's activations."""
-    return widths(language_model, hook)[str(hook)]
-
-
 class ActivationStream:
     """Yield ``({hook: values_ND}, state)``: float32 rows of the kept tokens, on the model's device.
 

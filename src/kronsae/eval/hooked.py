@@ -171,8 +171,13 @@ def splice(
 
 def windows_per_pass(language_model: LanguageModel, length: int) -> int:
     """How many windows of ``length`` tokens to run at once so that no tensor of logits exceeds `MAX_LOGITS`."""
+    return max(1, MAX_LOGITS // (vocabulary_size(language_model) * length))
+
+
+def vocabulary_size(language_model: LanguageModel) -> int:
+    """How many token ids the model takes."""
     embeddings: Any = language_model.model.get_input_embeddings()
-    return max(1, MAX_LOGITS // (int(embeddings.weight.shape[0]) * length))
+    return int(embeddings.weight.shape[0])
 
 
 def _checked(hidden: dict[str, Tensor], windows: Windows) -> dict[str, Tensor]:

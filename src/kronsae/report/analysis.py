@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kronsae.eval.display import visible
+from kronsae.eval.display import visible, visible_lines
 from kronsae.report.charts import Chart, Series
 from kronsae.report.comparison import Row, Table, comparison, entry, hooks, is_figure, losses, notes, verdicts
 from kronsae.report.section import Section
@@ -96,22 +96,18 @@ def _hooks(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return ", ".join(filter(None, dict.fromkeys(map(hooks, rows)))) or visible(str(config.get("hook", "?")))
 
 
-def visible_lines(text: str) -> str:
-    """`visible`, but with the line breaks left in."""
-    return "\n".join(visible(line) for line in text.split("\n"))
-
-
 def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     config = run.get("config", {})
     loop = config.get("loop", {})
     revision = entry(config, "model", "revision")
+    tokens = {row["tokens"] for row in rows if row.get("tokens") is not None}  # where they differ, the table has them
     found = [
         ("model", str(entry(config, "model", "name")) + (f" @ {revision}" if revision not in (None, "?") else "")),
         ("hook", _hooks(config, rows)),
         ("width (d_in)", ", ".join(dict.fromkeys(str(row["d_in"]) for row in rows if row.get("d_in"))) or None),
         ("text", entry(config, "text", "source")),
         ("context", _unit(config.get("context_length"), "tokens")),
-        ("trained on", _unit(loop.get("tokens"), "tokens")),
+        ("trained on", _unit(tokens.pop(), "tokens") if len(tokens) == 1 else None),
         ("batch", _unit(loop.get("batch_tokens"), "tokens")),
         ("evaluated on", _unit(next((row.get("evaluation_tokens") for row in rows), None), "held-out tokens")),
         ("seed", config.get("seed")),

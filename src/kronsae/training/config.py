@@ -144,22 +144,39 @@ class MemberConfig:
 class LoopConfig:
     """How long the loop runs and how often it tells and saves.
 
+    The budget is ``tokens`` or ``flops``, rounded down to whole batches; see `kronsae.training.budget.member_steps`.
+
     Args:
-        tokens: tokens to train on, rounded down to whole batches.
+        tokens: tokens to train on.
+        flops: what the training of each SAE may cost instead, counted by `kronsae.core.flops.training_flops`.
+        same_flops_as: name of the SAE that trains on ``tokens``; the others train on as many as cost the same.
         batch_tokens: B, tokens per step.
         log_every: steps between metrics.
         checkpoint_every: steps between checkpoints.
     """
 
-    tokens: int
+    tokens: int | None = None
+    flops: int | float | None = None
+    same_flops_as: str | None = None
     batch_tokens: int = 8192
     log_every: int = 10
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.flops is None):
+            raise UserError(
+                f"give the budget as tokens or as flops, one of them; got tokens={self.tokens}, flops={self.flops}."
+            )
+        if self.flops is not None and self.same_flops_as is not None:
+            raise UserError(
+                "same_flops_as goes with tokens, those of the SAE that it names; got "
+                f"flops={self.flops:g}. Give tokens, or leave same_flops_as out."
+            )
+        check_positive("flops", self.flops)
         for name in ("tokens", "batch_tokens", "log_every", "checkpoint_every"):
-            check_count(name, getattr(self, name))
-        if self.tokens < self.batch_tokens:
+            if name != "tokens" or self.tokens is not None:
+                check_count(name, getattr(self, name))
+        if self.tokens is not None and self.tokens < self.batch_tokens:
             raise UserError(
                 f"tokens must be at least one batch; got tokens={self.tokens} with batch_tokens="
                 f"{self.batch_tokens}. Ask for more tokens or smaller batches."
@@ -167,7 +184,9 @@ class LoopConfig:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Optimiser steps of an SAE that trains on all ``tokens``."""
+        if self.tokens is None:
+            raise UserError("a budget in flops is another number of steps for each SAE; ask member_steps.")
         return self.tokens // self.batch_tokens
 
 

@@ -47,7 +47,7 @@ class Member:
         config: the SAE and its training.
         d_in: width of the activations, by hook; one number: of every hook.
         hook: the run's hook: what it reads and writes if its config names no hooks of its own.
-        steps: length of the whole training, for the schedule.
+        steps: length of its training, for the schedule; the members of a group may differ in it.
         device: where it lives.
     """
 
