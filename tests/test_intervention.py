@@ -270,6 +270,13 @@ def test_what_cannot_be() -> None:
         pytest.raises(UserError, match=re.escape("width of hook 'gpt_neox.layers.1', 16; it has d_in=8")),
     ):
         model(ids)
+    short = Intervention(sae=sae, hook="layers.1", changes=[steer(1, 1.0)])
+    cache = model(ids, use_cache=True).past_key_values
+    with (
+        intervene(model, short),
+        pytest.raises(UserError, match=r"attention_mask must be 2 x 8, over the tokens in the cache.*got 2 x 1\."),
+    ):
+        model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
     mask = torch.ones(2, 1, 7, 7)
     with (
         intervene(model, Intervention(sae=sae, hook="layers.1", changes=[steer(1, 1.0)])),
