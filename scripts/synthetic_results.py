@@ -48,8 +48,8 @@ def markdown(kept: dict[str, Any]) -> str:
         "",
         f"Mean ± standard deviation over {len(truth)} seeds; {truth[0]['features']} features in width "
         f"{truth[0]['d_in']}, {l0:.1f} of them on per token; {settings['steps'] * settings['batch']:,} training tokens "
-        f"for every SAE. {kept['seconds'] / 60:.0f} minutes on {about['cores']} core(s) of {about['processor']}, "
-        f"commit {about['commit']} ([all figures](../results/synthetic.json)).",
+        f"for every SAE. Measured on {about['processor']}, commit {about['commit']} "
+        "([all figures](../results/synthetic.json)).",
     ]
     return "\n".join(lines)
 
