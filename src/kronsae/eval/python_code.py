@@ -174,10 +174,9 @@ def _lexical(source: _Source, tokens: list[tokenize.TokenInfo]) -> Iterator[Span
 def _docstrings(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | _Functions) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    yield first.value
+            value = getattr(node.body[0], "value", None) if isinstance(node.body[0], ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value
 
 
 def _of_node(source: _Source, node: ast.AST, docstrings: set[int]) -> Iterator[Span]:

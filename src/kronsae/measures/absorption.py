@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "absorption"
 TASKS = ("roles", "first-letter", "labels")
+LATENT_BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class AbsorptionSettings:
         place: read a word at its own ``last`` token or at the ``next`` one.
         min_classes: classes that must have a probe with F1 > 0.6; None: 20 of 26.
         max_k: latents that may stand for a class, at most.
+        latent_batch: examples in a step of the probe on latents; None: SAEBench's 4096 for its first-letter task,
+            which has tens of thousands of words, and 128 for the others. Few steps leave the weights near their random
+            start, and the latents with the largest ones mean nothing.
         seed: of the draw, the split and the probes.
     """
 
@@ -44,6 +48,7 @@ class AbsorptionSettings:
     place: str = "last"
     min_classes: int | None = None
     max_k: int = 10
+    latent_batch: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,7 +58,7 @@ class AbsorptionSettings:
             raise UserError(f"labels belongs to the task 'labels'; got it with '{self.task}'. Leave one out.")
         if self.place not in ("last", "next"):
             raise UserError(f"place must be 'last' or 'next'; got '{self.place}'.")
-        for name in ("windows", "min_classes", "max_k"):
+        for name in ("windows", "min_classes", "max_k", "latent_batch"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
 
@@ -82,6 +87,7 @@ def measure(
         UserError: the run is not finished, the labels do not suffice, or the model does not know the classes.
     """
     from kronsae.eval.absorption import AbsorptionConfig, Examples, absorption, probe_classes
+    from kronsae.eval.absorption.probes import ON_LATENTS
     from kronsae.measures.material import Material, keep_result, known_result
     from kronsae.measures.tasks import TaskName, build_task, default_task, example_activations
 
@@ -96,7 +102,13 @@ def measure(
         place=settings.place,  # type: ignore[arg-type]
         seed=settings.seed,
     )
-    config = AbsorptionConfig(seed=settings.seed, max_k=settings.max_k, min_classes=settings.min_classes)
+    batch = settings.latent_batch or (ON_LATENTS.batch if task_name == "first-letter" else LATENT_BATCH)
+    config = AbsorptionConfig(
+        seed=settings.seed,
+        max_k=settings.max_k,
+        min_classes=settings.min_classes,
+        latent_probe=replace(ON_LATENTS, batch=batch),
+    )
     about = {"task": task_name, "place": settings.place, "content": task.digest(), "config": to_dict(config)}
     if (known := known_result(run, NAME, about)) is not None:
         say("Already measured with these settings.")
@@ -163,6 +175,9 @@ def absorption(
         int | None, typer.Option(help="Classes whose probe must have F1 > 0.6; 20 of 26 without this.")
     ] = None,
     max_k: Annotated[int, typer.Option(help="Latents that may stand for a class, at most.")] = 10,
+    latent_batch: Annotated[
+        int | None, typer.Option(help="Examples in a step of the probe on latents; by the task without this.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for activations that several runs share.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -174,7 +189,14 @@ def absorption(
 
     run = open_run(run_folder)
     settings = AbsorptionSettings(
-        task=task, labels=labels, windows=windows, place=place, min_classes=min_classes, max_k=max_k, seed=seed
+        task=task,
+        labels=labels,
+        windows=windows,
+        place=place,
+        min_classes=min_classes,
+        max_k=max_k,
+        latent_batch=latent_batch,
+        seed=seed,
     )
     with progress_bar("examples", quiet=quiet) as progress:
         result = measure(run, settings, cache=cache, say=(lambda line: None) if quiet else say, progress=progress)

@@ -26,7 +26,7 @@ from kronsae.measures.material import Material
 
 TaskName = Literal["roles", "first-letter", "labels"]
 HELD_OUT_SHARE = 0.2  # of a user's labelled texts
-DOCUMENTS = 240  # of code to learn from; a quarter as many are scored on
+DOCUMENTS = 120  # of code to learn from; a quarter as many are scored on
 WORDS = 10_000  # prompts of the first-letter task, of about 80 tokens each
 
 

@@ -99,12 +99,13 @@ def _train(
     examples, classes = y_EC.shape
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(inputs)
-    weight_CI = torch.empty(classes, inputs, dtype=dtype).uniform_(-bound, bound, generator=generator)
-    bias_C = torch.empty(classes, dtype=dtype).uniform_(-bound, bound, generator=generator)
-    y_EC = y_EC.to(dtype)
+    # drawn in float32 whatever the dtype, as torch's linear layer is
+    weight_CI = torch.empty(classes, inputs).uniform_(-bound, bound, generator=generator).to(dtype)
+    bias_C = torch.empty(classes).uniform_(-bound, bound, generator=generator).to(dtype)
     positives_C = y_EC.sum(0)
     # a class without positives has no say in them, whatever they weigh
-    pos_weight_C = (examples - positives_C) / positives_C.clamp_min(1)
+    pos_weight_C = ((examples - positives_C) / positives_C.clamp_min(1)).to(dtype)
+    y_EC = y_EC.to(dtype)
     parameters = (weight_CI.requires_grad_(), bias_C.requires_grad_())
     optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
     decay = (training.final_lr / training.lr) ** (1 / training.epochs)
