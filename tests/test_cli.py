@@ -19,7 +19,7 @@ from tests.tiny_models import make_model, make_tokenizer
 from tests.tiny_runs import assert_same_run, listing, tiny_config
 
 from kronsae import cli
-from kronsae.cli import main, parse_sae, with_options
+from kronsae.cli import main
 from kronsae.config import to_dict
 from kronsae.core.gates import GATES
 from kronsae.data.model import ModelConfig
@@ -30,6 +30,7 @@ from kronsae.run import Run, execute, open_run
 from kronsae.run_config import RunConfig
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Member
+from kronsae.words import parse_sae, with_options
 
 FolderOf = Callable[[str], Path]
 KRON = "kron num_heads=8 d_base=2 d_extension=2 k=4"
@@ -111,10 +112,11 @@ class TestHelp:
             ("quickstart", "--out --tokens --json --quiet"),
             (
                 "train",
-                "--out --recipe --config --model --text --hook --tokens --sae --seed --set --activations "
+                "--out --recipe --config --model --text --hook --tokens --flops --same-flops-as --sae --seed --set "
+                "--activations --dry-run "
                 "--tensorboard --wandb --quiet --json",
             ),
-            ("eval", "table"),
+            ("eval table", "--out --tokens --json"),
             ("report", "--out --json"),
             (
                 "harvest",
@@ -122,13 +124,18 @@ class TestHelp:
                 "--dtype --context-length --model-batch --held-out-share --quiet --json",
             ),
             ("recipes", "--json"),
+            (
+                "sweep",
+                "--out --grid --recipe --config --model --text --hook --activations --sae --tokens --flops "
+                "--same-flops-as --seeds --set --group-size --dry-run --quiet --json",
+            ),
         ],
     )
     def test_each_verb_names_its_options(
         self, verb: str, options: str, kronsae: Kronsae, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("COLUMNS", "200")
-        shown = kronsae(verb, "--help")
+        shown = kronsae(*verb.split(), "--help")
         assert shown.status == 0
         assert [option for option in options.split() if option not in re.findall(r"--[a-z-]+", shown.out)] == []
         assert f"kronsae {verb}" in shown.out
@@ -168,6 +175,25 @@ class TestVerbs:
         summary = json.loads((out / "summary.json").read_text())
         assert [row["name"] for row in summary["saes"]] == ["kron", "base"]
 
+    def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+        self, base: list[str], kronsae: Kronsae, tmp_path: Path
+    ) -> None:
+        saes = ("--sae", "topk d_sae=64 k=4 name=base", "--sae", KRON)
+        asked = (*base, *saes, "--same-flops-as", "base", "--out", tmp_path / "r", "--dry-run")
+        shown = kronsae(*asked)
+        assert (shown.status, "What now? the same command without --dry-run" in shown.err) == (0, True)
+        for words in ("at layers.2 of", "base: dense-topk, 64 latents, ", "Memory: about ", "Disk: ", "Time: about "):
+            assert words in shown.out
+        figures = kronsae(*asked, "--json").json
+        base_plan, kron_plan = figures["members"]
+        assert (base_plan["tokens"], base_plan["steps"]) == (256, 4)
+        assert kron_plan["steps"] == figures["steps"] > 4
+        assert figures["seconds"] > 0
+        in_flops = without([*base], "--tokens")
+        budget = ("--flops", base_plan["flops"], *saes, "--out", tmp_path / "r", "--dry-run", "--json")
+        assert [member["steps"] for member in kronsae(*in_flops, *budget).json["members"]] == [4, kron_plan["steps"]]
+        assert listing(tmp_path) == []
+
     def test_a_finished_run_says_so_and_gives_the_same_figures(
         self, finished_run: Run, kronsae: Kronsae, tmp_path: Path
     ) -> None:
@@ -198,6 +224,24 @@ class TestVerbs:
         assert "Carrying on after 512 of 1,280 tokens." in carried_on.err
         assert_same_run(finished_run, open_run(tmp_path / "r"))
 
+    def test_sweep(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+        words = ("sweep", *base[1:], "--sae", "topk d_sae=32 k={2,4}", "--seeds", "2", "--out", tmp_path / "s")
+        planned = kronsae(*words, "--dry-run", "--json")
+        assert [group["saes"] for group in planned.json["groups"]] == [["topk-k2", "topk-k4"]] * 2
+        assert "4 SAEs to train in 2 group(s), seeds 0, 1" in kronsae(*words, "--dry-run").out
+        assert listing(tmp_path) == []
+        swept = kronsae(*words)
+        assert swept.status == 0
+        assert "topk-k4" in swept.out
+        assert f"What now? open {tmp_path / 's' / 'sweep.html'} in a browser" in swept.err
+        again = kronsae("sweep", "--grid", tmp_path / "s" / "sweep.json", "--out", tmp_path / "s", "--json")
+        assert "4 are finished" in again.err
+        assert [(row["name"], row["seed"]) for row in again.json["saes"]] == [
+            (f"topk-k{k}", seed) for seed in (0, 1) for k in (2, 4)
+        ]
+        told = kronsae("sweep", "--recipe", "tiny", "--sae", "topk d_sae=32 k={2", "--out", tmp_path / "x")
+        assert (told.status, told.sentence.startswith("--sae must have values between its braces")) == (2, True)
+
     def test_harvest_then_train_then_eval(
         self, tiny_model_folder: FolderOf, text_file: Path, kronsae: Kronsae, tmp_path: Path
     ) -> None:
@@ -211,8 +255,7 @@ class TestVerbs:
         assert figures == {
             "out": str(tmp_path / "acts"),
             "model": str(model),
-            "hook": "layers.1",
-            "d_in": 16,
+            "hooks": {"layers.1": 16},
             "tokens": 300,
             "dtype": "bfloat16",
             "shards": 1,
@@ -261,7 +304,7 @@ class TestVerbs:
         assert asked["text"] == TextConfig(
             source="HuggingFaceFW/fineweb-edu", subset="sample-10BT", split="test", column="content"
         )
-        assert (asked["hook"], asked["tokens"], asked["dtype"], asked["model_batch"]) == ("6", 50, "float32", 8)
+        assert (asked["hook"], asked["tokens"], asked["dtype"], asked["model_batch"]) == (["6"], 50, "float32", 8)
 
     def test_report(self, finished_run: Run, kronsae: Kronsae, tmp_path: Path) -> None:
         shutil.copytree(finished_run.folder, tmp_path / "r")
@@ -403,6 +446,11 @@ class TestBadInput:
                 ["--tokens", "63"],
                 r"^tokens must be at least one batch; got tokens=63 with batch_tokens=64. Ask for more",
             ),
+            (["--flops", "1e9"], r"^give the budget as tokens or as flops, one of them; got tokens=256, flops=1"),
+            (
+                ["--same-flops-as", "korn"],
+                r"^same_flops_as must name an SAE of the run: kron; got 'korn'.$",
+            ),
             (["--tokens", "-3"], r"^tokens must be a whole number above 0; got -3.$"),
             (
                 ["--hook", "layers.2.mpl"],
@@ -425,7 +473,7 @@ class TestBadInput:
             (["--config", "no.json"], r"^the config: no.json does not exist.$"),
             (
                 ["--activations", "x"],
-                r"^--activations has a model, a text and a hook of its own; leave out --model, --text, ",
+                r"^--activations has a model and a text of its own; leave out --model, --text.$",
             ),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -584,6 +632,17 @@ class TestWords:
         assert (changed.loop.log_every, changed.saes[1].optimizer.clip_norm) == (7, None)
         assert (changed.hook, changed.model.revision) == ("layers.1", "main")
         assert with_options(config, []) == config
+
+    def test_d_sae_follows_the_heads_that_are_set(self, tmp_path: Path) -> None:
+        config = tiny_config(tmp_path, tmp_path)
+        assert with_options(config, ["saes.1.encoder.num_heads=16"]).saes[1].encoder.d_sae == 64
+        both = with_options(config, ["saes.1.encoder.num_heads=16", "saes.1.encoder.d_sae=64"])
+        assert both.saes[1].encoder.d_sae == 64
+        for wrong in (["saes.1.encoder.d_sae=33"], ["saes.1.encoder.d_sae=32", "saes.1.encoder.num_heads=16"]):
+            with pytest.raises(
+                UserError, match=r"^d_sae must equal num_heads \* d_base \* d_extension; got 3[23] with"
+            ):
+                with_options(config, wrong)
 
     def test_a_user_error_is_a_value_error(self) -> None:
         with pytest.raises(ValueError, match="--sae must begin with"):

@@ -1,4 +1,4 @@
-"""README's Python blocks run as they stand, and its table is what its result file says."""
+"""The Python blocks of README and docs/sweeps.md run as they stand, and README's table is what its file says."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from kronsae.grid import points, sweep_config
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SWEEPS = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README + SWEEPS, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -26,7 +29,13 @@ def test_block_runs(block: str, tmp_path: Path) -> None:
 
 
 def test_there_are_blocks() -> None:
-    assert BLOCKS
+    assert len(BLOCKS) == 2
+
+
+def test_the_grid_file_can_be_read(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", SWEEPS, flags=re.DOTALL)
+    (tmp_path / "grid.json").write_text(block, encoding="utf-8")
+    assert len(points(sweep_config(tmp_path / "grid.json", {}))) == 3 * 2 * 3
 
 
 def test_table_is_the_result_files() -> None:

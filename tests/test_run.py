@@ -439,7 +439,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Folde
         context_length=32,
         held_out_share=0.2,
     )
-    assert (about["tokens"], about["d_in"], about["shards"]) == (600, WIDTH, 1)
+    assert (about["tokens"], about["hooks"], about["shards"]) == (600, {"layers.2": WIDTH}, 1)
     return folder
 
 
@@ -511,7 +511,7 @@ class TestHarvested:
         text = TextConfig(source=str(tmp_path / "t.jsonl"), column="content")
         model = replace(config.model, dtype="bfloat16")
         about = harvest(model=model, text=text, hook=2, tokens=50, out=str(tmp_path / "h"), context_length=32)
-        assert (about["model"], about["hook"], about["tokens"]) == (model.name, "2", 50)
+        assert (about["model"], about["hooks"], about["tokens"]) == (model.name, {"2": WIDTH}, 50)
         stored = with_activations(config, tmp_path / "h")
         assert (stored.model, stored.text, stored.hook) == (model, text, "2")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kronsae.vector_math import warm_up as _warm_up
 
 if TYPE_CHECKING:
+    from kronsae.architectures import kron, topk
     from kronsae.core.checkpoint import save
     from kronsae.core.codes import SparseCodes
     from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from kronsae.core.sae import SAE, SAEConfig
     from kronsae.core.sparsifiers import TopKConfig
     from kronsae.errors import UserError
+    from kronsae.intervention import intervene
     from kronsae.loading import load
-    from kronsae.recipes import kron, topk
     from kronsae.run import Run, open_run, train
     from kronsae.run_config import RunConfig
+    from kronsae.sweeping import sweep
     from kronsae.training.config import MemberConfig, OptimizerConfig
 
 __version__ = _version("kronsae")
@@ -44,12 +46,14 @@ _HOMES = {
     "TopKConfig": "core.sparsifiers",
     "UserError": "errors",
     "explained_variance": "core.metrics",
-    "kron": "recipes",
+    "intervene": "intervention",
+    "kron": "architectures",
     "load": "loading",
     "mand": "core.gates",
     "open_run": "run",
     "save": "core.checkpoint",
-    "topk": "recipes",
+    "sweep": "sweeping",
+    "topk": "architectures",
     "train": "run",
 }
 
@@ -68,11 +72,13 @@ __all__ = [
     "UserError",
     "__version__",
     "explained_variance",
+    "intervene",
     "kron",
     "load",
     "mand",
     "open_run",
     "save",
+    "sweep",
     "topk",
     "train",
 ]

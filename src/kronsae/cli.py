@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kronsae.errors import UserError, nearest
+from kronsae.errors import UserError
 from kronsae.measures.verbs import DEFAULT, MeasureGroup
 from kronsae.terminal import Json, Quiet, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
     from kronsae.run import Run
     from kronsae.run_config import RunConfig
-    from kronsae.training.config import MemberConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,8 +36,21 @@ Text = Annotated[
     str | None,
     typer.Option(help="Text: Hub data set, local .txt/.jsonl/.parquet or folder; 'bundled' is Python's own library."),
 ]
-Hook = Annotated[str | None, typer.Option(help="Where to read: module path or layer, such as layers.6.")]
+Hook = Annotated[
+    str | None,
+    typer.Option(help="Where to read: module path or layer, such as layers.6; with --activations, one of theirs."),
+]
 Tokens = Annotated[int | None, typer.Option(help="Tokens to use.")]
+Flops = Annotated[
+    float | None, typer.Option(help="Instead of --tokens: what the training of each SAE may cost, such as 1e15.")
+]
+SameFlopsAs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The SAE of this name trains on --tokens, each other one on as many as cost the same FLOPs.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the weights and of the order of the data.")]
 
 
@@ -76,11 +86,14 @@ def train(
     text: Text = None,
     hook: Hook = None,
     tokens: Tokens = None,
+    flops: Flops = None,
+    same_flops_as: SameFlopsAs = None,
     sae: Annotated[
         list[str] | None,
         typer.Option(
             help="An SAE to train, repeatable: 'topk d_sae=4096 k=32' or "
-            "'kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine'."
+            "'kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine'. read= and write= name hooks of its "
+            "own: 'topk d_sae=4096 k=32 read=layers.3.mlp:input write=layers.3.mlp' is a transcoder."
         ),
     ] = None,
     seed: Seed = None,
@@ -93,22 +106,114 @@ def train(
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     wandb: Annotated[str | None, typer.Option(help="Also log to this Weights & Biases project.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take: tokens, memory, disk, time.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train SAEs side by side on one stream of a model's activations.
 
-    Start from a recipe, a config file, or --model, --text, --hook, --tokens and --sae. The same command on an
-    unfinished run carries it on.
+    Start from a recipe, a config file, or --model, --text, --hook, --tokens (or --flops) and --sae. The same command
+    on an unfinished run carries it on.
     """
     from kronsae.run import execute
+    from kronsae.words import RunWords, parse_sae
 
-    whole = _train_config(recipe, config, activations, model, text, hook, tokens, sae or [], seed, option or [])
+    words = RunWords(recipe=recipe, config=config, activations=activations, model=model, text=text, hook=hook)
+    budget = {"tokens": tokens, "flops": flops, "same_flops_as": same_flops_as}
+    whole = words.run_config([parse_sae(spec, seed) for spec in sae or []], budget, seed, option or [])
+    if dry_run:
+        _dry_run(whole, out, as_json)
+        return
     run = execute(whole, out, show_progress=not quiet, tensorboard=tensorboard, wandb=wandb, say=say)
     if as_json:
         last = {row["sae"]: row for row in run.metrics()}
         print_json({"out": str(run.folder), "saes": list(last.values())})
     what_now(f"kronsae eval {shlex.quote(str(out))}", f"kronsae report {shlex.quote(str(out))}")
+
+
+def _dry_run(config: RunConfig, out: Path, as_json: bool) -> None:
+    from kronsae.planning import plan_run
+
+    plan = plan_run(config, out)
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        print(plan)
+    plan.check()
+    what_now("the same command without --dry-run")
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the sweep.")],
+    grid: Annotated[
+        Path | None,
+        typer.Option(help="The sweep as JSON (a sweep.json); options given besides take its values' place."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="A named run to start from; see `kronsae recipes`.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A run's config as JSON, to start from.")] = None,
+    model: Model = None,
+    text: Text = None,
+    hook: Hook = None,
+    activations: Annotated[Path | None, typer.Option(help="Folder that `kronsae harvest` wrote.")] = None,
+    sae: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SAEs, repeatable; {a,b} is each in turn: 'kron d_base={1,2} d_extension=4 d_sae=1024 k=16'."
+        ),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens to train on, or several budgets: 250000,500000.")] = None,
+    flops: Annotated[str | None, typer.Option(help="The same in FLOPs, instead of --tokens: 1e13,3e13.")] = None,
+    same_flops_as: SameFlopsAs = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="How many seeds (3 is 0, 1 and 2), or which: 4,5. Each is one of weights and data."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other field, repeatable: --set 'saes.*.optimizer.beta2={0.99,0.999}'."),
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="At most so many SAEs on one stream of activations.")] = 16,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is left to train and how long.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train and evaluate a grid of SAEs: one CSV with every figure, one page with EV against heads, l0 and budget.
+
+    SAEs of one seed see the same batches, many of them from one pass of the model. The same command carries on what
+    was stopped; of a grid that was changed, only what is new is trained.
+    """
+    from kronsae.grid import numbers, sweep_config
+    from kronsae.grid import seeds as seeds_of
+    from kronsae.sweeping import execute_sweep, plan_sweep, sweep_points
+
+    given = {
+        "recipe": recipe,
+        "config": config,
+        "model": model,
+        "text": text,
+        "hook": hook,
+        "activations": activations,
+        "same_flops_as": same_flops_as,
+        "saes": sae or None,
+        "set": option or None,
+        "tokens": None if tokens is None else numbers(tokens, "--tokens"),
+        "flops": None if flops is None else numbers(flops, "--flops"),
+        "seeds": None if seeds is None else seeds_of(seeds),
+    }
+    whole = sweep_config(grid, {name: value for name, value in given.items() if value is not None})
+    if dry_run:
+        _, plan = plan_sweep(sweep_points(whole), out, group_size)
+        print_json(plan.to_dict()) if as_json else print(plan)
+        return
+    found = execute_sweep(whole, out, group_size=group_size, show_progress=not quiet, say=say)
+    if as_json:
+        print_json({"csv": str(found.csv), "page": str(found.page), "saes": found.rows})
+    else:
+        print(found)
+    what_now(f"open {found.page} in a browser", f"{found.csv} has every setting and figure")
 
 
 eval_app = typer.Typer(
@@ -149,7 +254,10 @@ def report(run_folder: RunFolder = None, out: OptionalOut = None, as_json: Json 
 @app.command()
 def harvest(
     out: Out,
-    hook: Annotated[str, typer.Option(help="Where to read: module path or layer, such as layers.6.")],
+    hook: Annotated[
+        list[str],
+        typer.Option(help="Where to read, repeatable: module path or layer, such as layers.6 or layers.6.mlp:input."),
+    ],
     tokens: Annotated[int, typer.Option(help="Tokens to harvest.")],
     model: Annotated[str, typer.Option(help="Hugging Face model: Hub name or local folder.")] = "bundled",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
@@ -168,7 +276,7 @@ def harvest(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a model over text and keep one hook's activations on disk, as safetensors."""
+    """Run a model over text and keep the activations of some hooks on disk, as safetensors."""
     from kronsae.data.model import ModelConfig
     from kronsae.data.text import TextConfig
     from kronsae.harvesting import harvest as harvest_to
@@ -219,17 +327,20 @@ def list_architectures(as_json: Json = False) -> None:
         print_json(rows)
     else:
         for row in rows:
-            parts = ", ".join(f"{part} {row[part]}" for part in ("encoder", "sparsifier", "loss", "experts"))
+            parts = ", ".join(f"{part} {row[part]}" for part in ("role", "encoder", "sparsifier", "loss", "experts"))
             print(f"{row['name']}: {parts}\n    {row['train']}")
     what_now("one of these commands, and `kronsae eval` on the run folder it names")
 
 
 def architecture(name: str, words: str) -> dict[str, Any]:
     """One cell of the comparison: its parts, its ``--sae`` words, and a command that trains it small."""
+    from kronsae.words import parse_sae
+
     member = parse_sae(words)
     experts = getattr(member.encoder, "num_experts", 1)
     return {
         "name": name,
+        "role": member.shape(1).role or "autoencoder",
         "encoder": getattr(member.encoder, "expert", member.encoder).kind,
         "sparsifier": member.sparsifier.kind,
         "loss": member.loss.kind,
@@ -237,6 +348,19 @@ def architecture(name: str, words: str) -> dict[str, Any]:
         "sae": words,
         "train": f"kronsae train --recipe tiny --sae {shlex.quote(words)} --out runs/{name}",
     }
+
+
+@app.command(
+    "steer",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    help="Let a run's language model write with some latents changed, beside what it writes without.",
+)
+def steer(context: typer.Context) -> None:
+    """Hand over to the verb's own module, which is imported only here."""
+    from kronsae.steering import app as steering
+
+    steering(context.args, prog_name="kronsae steer")
 
 
 @app.command(
@@ -263,159 +387,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(130)
-
-
-def _train_config(
-    recipe: str | None,
-    config: Path | None,
-    activations: Path | None,
-    model: str | None,
-    text: str | None,
-    hook: str | None,
-    tokens: int | None,
-    saes: list[str],
-    seed: int | None,
-    options: list[str],
-) -> RunConfig:
-    from kronsae.run import with_overrides
-
-    members = [parse_sae(spec, seed) for spec in saes]
-    if recipe is not None and config is not None:
-        raise UserError("give --recipe or --config, not both.")
-    named = {"--model": model, "--text": text, "--hook": hook}
-    if activations is not None and (given := [name for name, value in named.items() if value is not None]):
-        raise UserError(f"--activations has a model, a text and a hook of its own; leave out {', '.join(given)}.")
-    if recipe is not None:
-        whole = _recipe(recipe)
-    elif config is not None:
-        whole = _config_file(config)
-    else:
-        whole = _from_parts(activations, model, text, hook, tokens, members)
-    if activations is not None:
-        from kronsae.harvesting import with_activations
-
-        whole = with_activations(whole, activations)
-    whole = with_overrides(whole, model=model, text=text, hook=hook, tokens=tokens, seed=seed, saes=members)
-    return with_options(whole, options)
-
-
-def _from_parts(
-    activations: Path | None,
-    model: str | None,
-    text: str | None,
-    hook: str | None,
-    tokens: int | None,
-    members: list[MemberConfig],
-) -> RunConfig:
-    from kronsae.data.model import ModelConfig
-    from kronsae.data.text import TextConfig
-    from kronsae.run_config import RunConfig
-    from kronsae.training.config import LoopConfig
-
-    needed: dict[str, object] = {"--tokens": tokens, "--sae": members or None}
-    if activations is None:
-        needed |= {"--model": model, "--text": text, "--hook": hook}
-    missing = [name for name, value in needed.items() if value is None]
-    if missing or tokens is None:
-        raise UserError(f"without --recipe or --config, give also {', '.join(missing)}; see `kronsae train --help`.")
-    return RunConfig(
-        model=ModelConfig(name=model or "bundled"),
-        text=TextConfig(source=text or "bundled"),
-        hook=hook or "0",
-        saes=tuple(members),
-        loop=LoopConfig(tokens=tokens, batch_tokens=min(LoopConfig(tokens=2**40).batch_tokens, tokens)),
-    )
-
-
-def _recipe(name: str) -> RunConfig:
-    from kronsae.recipes import RECIPES
-
-    if name not in RECIPES:
-        raise UserError(f"recipe must be one of {', '.join(RECIPES)}; got '{name}'.{nearest(name, RECIPES)}")
-    return RECIPES[name]()
-
-
-def _config_file(path: Path) -> RunConfig:
-    from kronsae.config import from_dict
-    from kronsae.files import read_json
-    from kronsae.run_config import RunConfig
-
-    data = read_json(path, "the config")
-    inner = data.get("config", data) if isinstance(data, dict) and "kronsae_version" in data else data
-    return from_dict(RunConfig, inner, where=str(path))
-
-
-def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
-    """``"kron num_heads=512 d_base=2 d_extension=4 k=32"`` as the call ``kron(num_heads=512, ...)``.
-
-    ``seed`` is that of an SAE which names none.
-    """
-    from kronsae.config import checked
-    from kronsae.recipes import SAE_KINDS
-
-    try:
-        kind, *words = shlex.split(spec) or [""]
-    except ValueError as error:
-        raise UserError(f"--sae must have its quotes in pairs; got '{spec}' ({error}).") from None
-    if kind not in SAE_KINDS:
-        raise UserError(f"--sae must begin with one of {', '.join(SAE_KINDS)}; got '{spec}'.{nearest(kind, SAE_KINDS)}")
-    parameters, hints = inspect.signature(SAE_KINDS[kind]).parameters, get_type_hints(SAE_KINDS[kind])
-    values: dict[str, Any] = {} if seed is None else {"seed": seed}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"--sae takes name=value pairs after its kind; got '{word}' in '{spec}'.")
-        if name not in parameters:
-            raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, parameters)} In '{spec}'.")
-        hint = hints[name]
-        values[name] = checked(hint, value if hint is str else _json_value(value), name)
-    missing = [
-        name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name not in values
-    ]
-    if missing:
-        raise UserError(f"--sae {kind} needs {', '.join(missing)}; got '{spec}'.")
-    return SAE_KINDS[kind](**values)
-
-
-def with_options(config: RunConfig, options: list[str]) -> RunConfig:
-    """Apply ``--set loop.batch_tokens=4096``: any field of the config by its place."""
-    from kronsae.config import from_dict, to_dict
-    from kronsae.run_config import RunConfig
-
-    data = to_dict(config)
-    for option in options:
-        place, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"--set takes place=value, such as loop.batch_tokens=4096; got '{option}'.")
-        *path, last = place.split(".")
-        inner: Any = data
-        for key in path:
-            inner = _step_into(inner, key, place)
-        _step_into(inner, last, place)
-        inner[int(last) if isinstance(inner, list) else last] = _json_value(value)
-    return from_dict(RunConfig, data)
-
-
-def _step_into(inner: Any, key: str, place: str) -> Any:
-    if isinstance(inner, dict) and key in inner:
-        return inner[key]
-    if isinstance(inner, list) and key.isdigit() and int(key) < len(inner):
-        return inner[int(key)]
-    known = list(inner) if isinstance(inner, dict) else []
-    if isinstance(inner, list):
-        known = [str(number) for number in range(len(inner))]
-    rest = f"{nearest(key, known)} Known: {', '.join(known)}." if known else " That place has no parts."
-    raise UserError(f"--set {place}: there is no '{key}' in the config.{rest}")
-
-
-def _json_value(text: str) -> Any:
-    as_in_python = {"True": True, "False": False, "None": None}
-    if text in as_in_python:
-        return as_in_python[text]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _evaluate(run: Run, tokens: int | None, quiet: bool) -> list[dict[str, Any]]:

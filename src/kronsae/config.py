@@ -18,10 +18,17 @@ from kronsae.errors import UserError, nearest
 C = TypeVar("C")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return ``config`` (a dataclass, nested ones included) as plain JSON values."""
+def to_dict(config: Any, *, derived: bool = True) -> dict[str, Any]:
+    """Return ``config`` (a dataclass, nested ones included) as plain JSON values.
+
+    Args:
+        config: the dataclass.
+        derived: also what follows from the other fields (``field(init=False)``, such as a Kronecker encoder's d_sae).
+            It is there for readers; without it the others can be changed one by one.
+    """
     tag = {"kind": config.kind} if hasattr(config, "kind") else {}
-    return tag | {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    fields = [field.name for field in dataclasses.fields(config) if derived or field.init]
+    return tag | {name: _plain(getattr(config, name), derived) for name in fields}
 
 
 def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
@@ -63,11 +70,13 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, derived: bool) -> Any:
     if dataclasses.is_dataclass(value):
-        return to_dict(value)
+        return to_dict(value, derived=derived)
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [_plain(item, derived) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, derived) for key, item in value.items()}
     return value
 
 

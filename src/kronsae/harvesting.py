@@ -1,8 +1,8 @@
-"""Harvesting as a verb: one hook's activations of a text, on disk, with all that a later training must know."""
+"""Harvesting as a verb: activations of a text at some hooks, on disk, with all that a later training must know."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 from kronsae.config import from_dict, to_dict
 from kronsae.core.checks import check_count
 from kronsae.data.buffer import Activations
-from kronsae.data.harvest import ActivationStream
-from kronsae.data.model import ModelConfig, load_model
+from kronsae.data.harvest import ActivationStream, widths
+from kronsae.data.model import DTYPES, ModelConfig, load_model
 from kronsae.data.store import check_target, read_manifest, write_activations
 from kronsae.data.stream import State
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.data.tokens import TokenStream
 from kronsae.errors import UserError
+from kronsae.resources import check_disk
 from kronsae.run_config import RunConfig, check_held_out_share
 
 
@@ -26,7 +27,7 @@ def harvest(
     *,
     model: str | ModelConfig,
     text: str | TextConfig,
-    hook: str | int,
+    hook: str | int | Sequence[str | int],
     tokens: int,
     out: Path | str,
     dtype: str = "float32",
@@ -42,7 +43,8 @@ def harvest(
     Args:
         model: Hub name, local folder, ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
-        hook: module path or layer whose output is read, such as ``"layers.6"`` or ``6``.
+        hook: module path or layer whose output is read, such as ``"layers.6"`` or ``6``; or several, read in the same
+            pass. The first is that of SAEs which name no hooks of their own.
         tokens: tokens to harvest.
         out: a new or empty folder.
         dtype: precision on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -57,7 +59,10 @@ def harvest(
     for name, value in (("tokens", tokens), ("context_length", context_length), ("model_batch", model_batch)):
         check_count(name, value)
     check_held_out_share(held_out_share)
-    out, hook = Path(out), str(hook)
+    out = Path(out)
+    hooks = [str(one) for one in ([hook] if isinstance(hook, str | int) else hook)]
+    if not hooks or len(set(hooks)) < len(hooks):
+        raise UserError(f"hook must name different hooks, at least one; got {', '.join(hooks) or 'none'}.")
     check_target(out, dtype)
     model_config = ModelConfig(name=model) if isinstance(model, str) else model
     text_config = TextConfig(source=text) if isinstance(text, str) else text
@@ -65,7 +70,7 @@ def harvest(
         # Read back as a later training will: what that would refuse must not be written.
         "model": to_dict(from_dict(ModelConfig, to_dict(model_config), where="model")),
         "text": to_dict(from_dict(TextConfig, to_dict(text_config), where="text")),
-        "hook": hook,
+        "hook": hooks[0],
         "context_length": context_length,
         "held_out_share": held_out_share,
     }
@@ -79,15 +84,18 @@ def harvest(
         context_length=context_length,
         batch_sequences=model_batch,
     )
+    needed_bytes = tokens * sum(widths(language_model, hooks).values()) * DTYPES[dtype].itemsize
+    check_disk(out, needed_bytes, "the activations", "Harvest fewer tokens, or in dtype bfloat16.")
     started = perf_counter()
-    stream = ActivationStream(language_model, hook, windows)
-    manifest = write_activations(_told(stream, hook, tokens, progress), out, tokens=tokens, dtype=dtype, metadata=about)
+    stream = ActivationStream(language_model, hooks, windows)
+    manifest = write_activations(
+        _told(stream, hooks[0], tokens, progress), out, tokens=tokens, dtype=dtype, metadata=about
+    )
     seconds = perf_counter() - started
     return {
         "out": str(out),
         "model": model_config.name,
-        "hook": hook,
-        "d_in": manifest.d_in[hook],
+        "hooks": manifest.d_in,
         "tokens": manifest.tokens,
         "dtype": dtype,
         "shards": len(manifest.shards),
@@ -107,7 +115,7 @@ def _told(
 
 
 def with_activations(config: RunConfig, folder: Path) -> RunConfig:
-    """``config`` reading harvested activations; model, text and hook are those of the harvest."""
+    """``config`` reading harvested activations; model and text are those of the harvest, the hook its first."""
     about = read_manifest(folder).metadata
     if not {"model", "text", "hook", "context_length", "held_out_share"} <= about.keys():
         raise UserError(f"{folder} does not say which model and hook it holds. Harvest it with `kronsae harvest`.")

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import torch
 
 from kronsae.data.buffer import ShuffleBuffer
-from kronsae.data.harvest import ActivationStream, d_in
+from kronsae.data.harvest import ActivationStream, widths
 from kronsae.data.model import LanguageModel, find_device, load_model, resolve_hook
 from kronsae.data.store import StoredActivations, read_manifest
 from kronsae.data.stream import MakeStream, State
@@ -20,7 +20,7 @@ from kronsae.run_config import RunConfig
 
 @dataclass(frozen=True)
 class Source:
-    """Where activations come from: a model with its hook, or a folder of harvested ones.
+    """Where activations come from: a model with its hooks, or a folder of harvested ones.
 
     The model is loaded when it is first needed, so training on harvested activations never loads it.
     """
@@ -29,9 +29,10 @@ class Source:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        """The model; it has the hook, and the text's windows fit."""
+        """The model; it has the hooks, and the text's windows fit."""
         language_model = load_model(self.config.model)
-        resolve_hook(language_model.model, self.config.hook)
+        for hook in self.config.hooks:
+            resolve_hook(language_model.model, hook)
         language_model.check_context_length(self.config.context_length)
         return language_model
 
@@ -41,18 +42,24 @@ class Source:
         return find_device(self.config.model.device)
 
     @cached_property
-    def d_in(self) -> int:
-        """Width of the activations."""
+    def widths(self) -> dict[str, int]:
+        """Width of the activations of each hook that some SAE reads or writes."""
         config = self.config
         if config.activations is None:
-            return d_in(self.language_model, config.hook)
+            return widths(self.language_model, config.hooks)
         harvested = read_manifest(config.activations).d_in
-        if config.hook not in harvested:
-            raise UserError(
-                f"hook must be one that was harvested into {config.activations}: {', '.join(harvested)}; "
-                f"got '{config.hook}'. Leave hook out, or harvest it."
-            )
-        return harvested[config.hook]
+        for hook in config.hooks:
+            if hook not in harvested:
+                raise UserError(
+                    f"hook must be one that was harvested into {config.activations}: {', '.join(harvested)}; "
+                    f"got '{hook}'. Leave hook out, or harvest it."
+                )
+        return {hook: harvested[hook] for hook in config.hooks}
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations of all these hooks together: what is kept of a token."""
+        return sum(self.widths.values())
 
     def tokens(self, *, held_out: bool, repeat: bool = True) -> MakeStream[TokenBatch]:
         """Makes the stream of token batches of the training or of the held-out documents."""
@@ -72,9 +79,10 @@ class Source:
             batch_sequences=config.model_batch,
         )
 
-    def activations(self, *, held_out: bool, repeat: bool = True) -> ActivationStream:
-        """Activations in the order of the text, one item per forward pass."""
-        return ActivationStream(self.language_model, self.config.hook, self.tokens(held_out=held_out, repeat=repeat))
+    def activations(self, *, held_out: bool, repeat: bool = True, hook: str | None = None) -> ActivationStream:
+        """Activations of one hook, the run's if none is named, in the order of the text; one item per forward pass."""
+        hook = self.config.hook if hook is None else hook
+        return ActivationStream(self.language_model, hook, self.tokens(held_out=held_out, repeat=repeat))
 
     def batches(self, state: State | None) -> ShuffleBuffer | StoredActivations:
         """Shuffled batches of activations for training, carrying on after ``state``."""
@@ -86,9 +94,10 @@ class Source:
                 buffer_tokens=config.buffer_tokens,
                 seed=config.seed,
                 device=self.device,
+                hooks=config.hooks,
                 state=state,
             )
-        activations = partial(ActivationStream, self.language_model, self.config.hook, self.tokens(held_out=False))
+        activations = partial(ActivationStream, self.language_model, config.hooks, self.tokens(held_out=False))
         return ShuffleBuffer(
             activations,
             batch_size=batch_tokens,

@@ -58,10 +58,16 @@ def instruction_sets() -> list[str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    """The commit of the checkout, ``-dirty`` where the package's own files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        dirty = "-dirty" if git("status", "--porcelain", "--", ".") else ""
+        return git("rev-parse", "--short=12", "HEAD") + dirty
     except (OSError, subprocess.SubprocessError):
         return None
 

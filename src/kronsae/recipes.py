@@ -1,6 +1,6 @@
-"""Named runs, each a function that returns a whole run config, and the two words a run is mostly made of.
+"""Named runs, each a function that returns a whole run config, and the words a run is made of.
 
-`topk` and `kron` describe one SAE; `RECIPES` holds the named runs of ``kronsae train --recipe``.
+`RECIPES` holds the named runs of ``kronsae train --recipe``; the SAEs are described in `kronsae.architectures`.
 """
 
 from __future__ import annotations
@@ -8,84 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kronsae.architectures import batch_topk, jumprelu, matryoshka, switch
-from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
-from kronsae.core.gates import GATES, GateName
-from kronsae.core.normalization import NormalizationName
-from kronsae.core.objective import AuxKConfig
-from kronsae.core.sparsifiers import TopKConfig
+from kronsae.architectures import SAE_KINDS, kron, topk
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.run_config import RunConfig
-from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
+from kronsae.training.config import LoopConfig
 
-
-def topk(
-    *,
-    d_sae: int,
-    k: int,
-    name: str = "topk",
-    lr: float = 8e-4,
-    seed: int = 0,
-    init_norm: float | None = None,
-    unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName = "center_and_scale",
-    dead_after_tokens: int = 1_000_000,
-    aux_weight: float = 1 / 32,
-) -> MemberConfig:
-    """A TopK SAE with a dense encoder (Gao et al. 2025): the baseline."""
-    return MemberConfig(
-        name=name,
-        encoder=DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm),
-        sparsifier=TopKConfig(k=k),
-        optimizer=OptimizerConfig(lr=lr),
-        aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
-        unit_norm_decoder=unit_norm_decoder,
-        normalize_activations=normalize_activations,
-        seed=seed,
-    )
-
-
-def kron(
-    *,
-    num_heads: int,
-    d_base: int,
-    d_extension: int,
-    k: int,
-    d_sae: int = 0,
-    gate: GateName = "mand",
-    name: str = "kron",
-    lr: float = 8e-4,
-    seed: int = 0,
-    init_norm: float | None = None,
-    unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName | None = None,
-    dead_after_tokens: int = 1_000_000,
-    aux_weight: float = 1 / 32,
-) -> MemberConfig:
-    """A KronSAE: ``num_heads`` heads, each composing ``d_base`` bases with ``d_extension`` extensions.
-
-    ``normalize_activations`` None centres and scales where the gate allows it to be folded away, so not for `mand_eps`.
-    """
-    if normalize_activations is None:
-        normalize_activations = "center_and_scale" if GATES[gate].homogeneous else "none"
-    return MemberConfig(
-        name=name,
-        encoder=KroneckerEncoderConfig(
-            num_heads=num_heads,
-            d_base=d_base,
-            d_extension=d_extension,
-            d_sae=d_sae,
-            gate=gate,
-            init_norm=init_norm,
-        ),
-        sparsifier=TopKConfig(k=k),
-        optimizer=OptimizerConfig(lr=lr),
-        aux_k=AuxKConfig(weight=aux_weight, dead_after_tokens=dead_after_tokens),
-        unit_norm_decoder=unit_norm_decoder,
-        normalize_activations=normalize_activations,
-        seed=seed,
-    )
+__all__ = ["RECIPES", "SAE_KINDS", "describe", "kron", "quickstart", "tiny", "topk"]
 
 
 def quickstart() -> RunConfig:
@@ -147,15 +76,6 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "paper-qwen2.5-1.5b": _paper("Qwen/Qwen2.5-1.5B", "layers.14"),
     "paper-pythia-1.4b": _paper("EleutherAI/pythia-1.4b", "layers.14"),
     "paper-gemma-2-2b": _paper("google/gemma-2-2b", "layers.12"),
-}
-
-SAE_KINDS: dict[str, Callable[..., MemberConfig]] = {
-    "topk": topk,
-    "kron": kron,
-    "batch_topk": batch_topk,
-    "jumprelu": jumprelu,
-    "matryoshka": matryoshka,
-    "switch": switch,
 }
 
 

@@ -25,13 +25,13 @@ from torch import Tensor
 from kronsae.config import differences, from_dict, to_dict
 from kronsae.core import checkpoint
 from kronsae.core.checks import check_count
-from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.errors import UserError, nearest
 from kronsae.files import check_folder_place, read_json, write_json
 from kronsae.pipeline import Source
+from kronsae.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
 from kronsae.run_config import RunConfig
 from kronsae.training.config import LoopConfig, MemberConfig
 from kronsae.training.display import DisplaySink
@@ -102,16 +102,21 @@ class Run:
 
         return write_report(self)
 
-    def activations(self, tokens: int) -> Float[Tensor, "B D"]:
-        """Activations of held-out text at the run's hook: ``[tokens, d_in]``, float32, in the text's order.
+    def activations(self, tokens: int, hook: str | None = None) -> Float[Tensor, "B D"]:
+        """Activations of held-out text at one hook: ``[tokens, width]``, float32, in the text's order.
+
+        Args:
+            tokens: how many; row n belongs to the same token whatever the hook.
+            hook: None: the run's.
 
         Raises:
             UserError: the held-out text has fewer tokens; none is given twice.
         """
         check_count("tokens", tokens)
+        hook = self.config.hook if hook is None else hook
         parts, count = [], 0
-        for values, _ in Source(self.config).activations(held_out=True, repeat=False):
-            parts.append(values[self.config.hook].cpu())
+        for values, _ in Source(self.config).activations(held_out=True, repeat=False, hook=hook):
+            parts.append(values[hook].cpu())
             count += len(parts[-1])
             if count >= tokens:
                 return torch.cat(parts)[:tokens]
@@ -150,9 +155,11 @@ def train(
     model: str | ModelConfig,
     text: str | TextConfig,
     hook: str | int,
-    tokens: int,
     saes: Sequence[MemberConfig],
     out: Path | str,
+    tokens: int | None = None,
+    flops: float | None = None,
+    same_flops_as: str | None = None,
     batch_tokens: int = 8192,
     log_every: int = 10,
     checkpoint_every: int = 500,
@@ -161,17 +168,19 @@ def train(
     wandb: str | None = None,
     **options: Any,
 ) -> Run:
-    """Train SAEs side by side on the activations of one hook of a language model.
+    """Train SAEs side by side on the activations of a language model, in one pass over the text.
 
     The same call on an unfinished run carries it on (on a CPU with the same bits); on a finished one it returns it.
 
     Args:
         model: Hub name, local folder, ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
-        hook: module path or layer, such as ``"layers.6"`` or ``6``.
-        tokens: tokens to train on.
-        saes: made by `kronsae.topk` and `kronsae.kron`.
+        hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own.
+        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.recipes`.
         out: the run folder.
+        tokens: the budget: tokens to train on.
+        flops: or what each SAE's training may cost (`kronsae.core.flops.training_flops`), in place of ``tokens``.
+        same_flops_as: name of the SAE that trains on ``tokens``; each other one on as many as cost the same.
         batch_tokens: tokens per optimiser step.
         log_every: steps between metrics.
         checkpoint_every: steps between checkpoints.
@@ -189,7 +198,12 @@ def train(
         hook=str(hook),
         saes=tuple(saes),
         loop=LoopConfig(
-            tokens=tokens, batch_tokens=batch_tokens, log_every=log_every, checkpoint_every=checkpoint_every
+            tokens=tokens,
+            flops=flops,
+            same_flops_as=same_flops_as,
+            batch_tokens=batch_tokens,
+            log_every=log_every,
+            checkpoint_every=checkpoint_every,
         ),
         **_known_options(options),
     )
@@ -217,14 +231,20 @@ def execute(
         return run
     source = Source(config)
     progress = load_progress(run.folder / "checkpoint") or Progress()
-    members = [Member(member, source.d_in, config.hook, config.loop.steps, source.device) for member in config.saes]
+    plan = make_plan(source, run.folder, progress.step)
+    if progress.step < plan.steps:
+        plan.check()
+        if plan.steps - progress.step >= TIMED_FROM_STEPS:
+            plan = with_times(plan, source)
+        say(str(plan))
+    steps = {member.name: member.steps for member in plan.members}
+    members = [Member(member, source.widths, config.hook, steps[member.name], source.device) for member in config.saes]
     if progress.step:
         load_members(run.folder / "checkpoint", members)
-        say(f"Carrying on after {progress.tokens:,} of {config.loop.tokens:,} tokens.")
-    if progress.step == config.loop.steps:  # stopped between the last step and the saving of what was trained
+        say(f"Carrying on after {progress.tokens:,} of {plan.tokens:,} tokens.")
+    if progress.step == plan.steps:  # stopped between the last step and the saving of what was trained
         _finish(run, members, progress)
         return run
-    say(plan(source, members))
     if config.activations is None:
         say(f"Filling the shuffle buffer with the activations of {config.buffer_tokens:,} tokens.")
     filling = perf_counter()
@@ -235,14 +255,14 @@ def execute(
         say(f"Note: `kronsae eval` will find no text of its own: {problem}")
     write_json(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
     with (
-        _sinks(run, progress, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb) as sinks,
+        _sinks(run, plan, progress, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb) as sinks,
         _stop_on_interrupt() as should_stop,
     ):
         batches = itertools.chain([first], stream)
         progress = fit(members, batches, config.loop, sinks, run.folder / "checkpoint", progress, should_stop)
-    if progress.step < config.loop.steps:
+    if progress.step < plan.steps:
         raise Interrupted(
-            f"stopped after {progress.tokens:,} of {config.loop.tokens:,} tokens; the state is saved in {run.folder}. "
+            f"stopped after {progress.tokens:,} of {plan.tokens:,} tokens; the state is saved in {run.folder}. "
             "Give the same command again to carry on."
         )
     _finish(run, members, progress)
@@ -277,39 +297,19 @@ def check_folder(run: Run, config: RunConfig) -> None:
         )
 
 
-def plan(source: Source, members: Sequence[Member]) -> str:
-    """What is about to happen, in one line per SAE, before it happens."""
-    config = source.config
-    lines = [
-        f"{config.loop.steps:,} steps of {config.loop.batch_tokens:,} tokens at {config.hook} of "
-        f"{config.model.name} (d_in {source.d_in}); shuffle buffer "
-        f"{config.buffer_tokens * source.d_in * 4 / 2**20:,.0f} MB"
-    ]
-    for member in members:
-        count = member.sae.num_parameters()
-        lines.append(
-            f"  {member.name}: {member.sae.config.architecture}, {member.sae.d_sae:,} latents, {count:,} parameters; "
-            f"weights, gradients and Adam's moments {16 * count / 2**20:,.0f} MB"
-        )
-        gate = getattr(getattr(member.config.encoder, "expert", member.config.encoder), "gate", "mand")
-        if GATES[gate].order == "none":
-            lines.append(
-                f"    gate {gate} has no bound by head: all latents of a token are computed, a chunk at a time"
-            )
-    return "\n".join(lines)
-
-
 def _finish(run: Run, members: Sequence[Member], progress: Progress) -> None:
+    tokens = {member.name: member.steps * run.config.loop.batch_tokens for member in members}
     for member in members:
-        checkpoint.save(
-            member.finished_sae(), run.folder / "saes" / member.name, sae_metadata(run.config, member.config)
-        )
+        scales = {what: of.scale_H.tolist() for what, of in member.normalizations.items()}
+        about = sae_metadata(run.config, member.config, tokens[member.name]) | {"training_scales": scales}
+        checkpoint.save(member.finished_sae(), run.folder / "saes" / member.name, about)
     seconds = {member.name: member.seconds for member in members}
     learned = {member.name: getattr(member.sae.encoder, "gate_exponent", None) for member in members}
     exponents = {name: exponent for name, exponent in learned.items() if exponent is not None}
     write_json(
         run.folder / "training.json",
-        {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "sae_seconds": seconds}
+        {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds}
+        | {"sae_tokens": tokens, "sae_seconds": seconds}
         | ({"gate_exponents": exponents} if exponents else {}),
     )
     shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
@@ -327,15 +327,17 @@ def _nothing_held_out(config: RunConfig) -> str:
     return ""
 
 
-def sae_metadata(config: RunConfig, member: MemberConfig) -> dict[str, Any]:
-    """Where an SAE belongs: kept in its ``cfg.json``."""
+def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[str, Any]:
+    """Where an SAE belongs and on how many tokens it was trained: kept in its ``cfg.json``."""
     return {
         "model_name": config.model.name,
         "model_revision": config.model.revision,
-        "hook_name": config.hook,
+        "hook_name": member.reads(config.hook)[0],
+        "hooks_read": list(member.reads(config.hook)),
+        "hooks_written": list(member.writes(config.hook)),
         "context_length": config.context_length,
         "text": to_dict(config.text),
-        "tokens": config.loop.tokens,
+        "tokens": tokens,
         "training": to_dict(member),
     }
 
@@ -350,7 +352,7 @@ def _known_options(options: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _sinks(
-    run: Run, progress: Progress, *, show_progress: bool, tensorboard: bool, wandb: str | None
+    run: Run, plan: Plan, progress: Progress, *, show_progress: bool, tensorboard: bool, wandb: str | None
 ) -> Iterator[list[Sink]]:
     sinks: list[Sink] = [JsonlSink(run.folder / "metrics.jsonl", after_step=progress.step)]
     try:
@@ -359,7 +361,7 @@ def _sinks(
         if wandb is not None:
             sinks.append(WandbSink(wandb, run.folder, to_dict(run.config)))
         if show_progress:
-            sinks.append(DisplaySink(run.config.loop.tokens, progress.tokens))
+            sinks.append(DisplaySink(plan.tokens, progress.tokens))
         yield sinks
     finally:
         for sink in reversed(sinks):
@@ -393,19 +395,27 @@ def with_overrides(
     text: str | None = None,
     hook: str | None = None,
     tokens: int | None = None,
+    flops: float | None = None,
+    same_flops_as: str | None = None,
     seed: int | None = None,
     saes: Sequence[MemberConfig] = (),
 ) -> RunConfig:
-    """A recipe with some of its parts replaced; None and no SAEs leave the recipe's."""
+    """A recipe with some of its parts replaced; None and no SAEs leave the recipe's.
+
+    Tokens replace a budget in FLOPs, and the other way round.
+    """
     if model is not None:
         config = replace(config, model=replace(config.model, name=model, revision=None))
     if text is not None:
         config = replace(config, text=TextConfig(source=text))
     if hook is not None:
         config = replace(config, hook=hook)
-    if tokens is not None:
-        config = replace(config, loop=replace(config.loop, tokens=tokens))
     if seed is not None:
         members = tuple(replace(member, seed=seed) for member in config.saes)
         config = replace(config, seed=seed, saes=members)
-    return replace(config, saes=tuple(saes)) if saes else config
+    loop = config.loop
+    if tokens is not None or flops is not None:
+        loop = replace(loop, tokens=tokens, flops=flops, same_flops_as=None if tokens is None else loop.same_flops_as)
+    if same_flops_as is not None:
+        loop = replace(loop, same_flops_as=same_flops_as)
+    return replace(config, loop=loop, saes=tuple(saes) or config.saes)

@@ -8,23 +8,25 @@ from kronsae.core.checks import check_count
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.errors import UserError
+from kronsae.training.budget import check_reference
 from kronsae.training.config import LoopConfig, MemberConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run: SAEs trained on the activations of one hook of one model over one text.
+    """A run: SAEs trained on the activations of one model over one text, each at its own hooks.
 
     Args:
         model: the language model.
         text: where its text comes from.
-        hook: module path or layer whose output is read, such as ``layers.6``.
-        saes: the SAEs, trained side by side on the same batches.
-        loop: tokens, batch size, logging and checkpoints.
+        hook: what SAEs that name no hooks of their own read and reconstruct: a module path or layer, such as
+            ``layers.6``; ``layers.6.mlp:input`` is what a module is given in place of what it gives.
+        saes: the SAEs, trained side by side on the same tokens.
+        loop: budget, batch size, logging and checkpoints.
         activations: folder of harvested activations to train on instead of running the model; None runs it.
         context_length: T, tokens of text the model sees at once.
         model_batch: S, sequences per forward pass of the model.
-        buffer_tokens: activations shuffled together; memory is ``buffer_tokens * d_in * 4`` bytes.
+        buffer_tokens: tokens shuffled together; memory is ``buffer_tokens * 4`` bytes times the widths of all `hooks`.
         eval_tokens: held-out tokens to evaluate on.
         held_out_share: share of documents kept for evaluation.
         seed: of the order of the activations.
@@ -51,12 +53,19 @@ class RunConfig:
         names = [member.name for member in self.saes]
         if len(set(names)) < len(names):
             raise UserError(f"saes must have different names; got {', '.join(names)}. Give name= to each.")
+        check_reference(self.loop.same_flops_as, names)
         if self.buffer_tokens < self.loop.batch_tokens:
             raise UserError(
                 f"buffer_tokens must be at least batch_tokens; got {self.buffer_tokens} with "
                 f"batch_tokens={self.loop.batch_tokens}. Enlarge the buffer or shrink the batch."
             )
         check_held_out_share(self.held_out_share)
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Every hook that some SAE reads or writes, each once."""
+        needed = (hook for member in self.saes for hook in (*member.reads(self.hook), *member.writes(self.hook)))
+        return tuple(dict.fromkeys(needed))
 
 
 def check_held_out_share(share: float) -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kronsae.core.flops import training_flops
 from kronsae.core.sae import SAE, count_parameters
-from kronsae.data.model import resolve_hook
 from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.files import read_json, write_json
-from kronsae.measures.material import kept_results
-from kronsae.pipeline import Source
+from kronsae.measures.material import Material, kept_results
 from kronsae.report import report_data, write
+from kronsae.report.comparison import differ_in_hooks, hooks
 from kronsae.run import Run
+from kronsae.run_config import RunConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,19 +64,18 @@ def evaluate_run(
         return list(known["saes"])
     wanted = config.eval_tokens if tokens is None else tokens
     say(f"Evaluating on {wanted:,} held-out tokens.")
-    source = Source(config)
-    device = source.language_model.device
-    saes = {name: sae.to(device).eval() for name, sae in run.saes().items()}
+    material = Material(run)
+    saes = material.saes
     found = evaluate(
         saes,
-        source.language_model,
-        resolve_hook(source.language_model.model, config.hook),
-        partial(source.tokens(held_out=True, repeat=False), state=None),
+        material.language_model,
+        material.places,
+        material.make_tokens(),
         tokens=wanted,
         progress=progress,
     )
     training = read_json(run.folder / "training.json", "the training's summary")
-    rows = [_row(name, sae, found[name], training) for name, sae in saes.items()]
+    rows = [_row(config, name, sae, found[name], training) for name, sae in saes.items()]
     path.unlink(missing_ok=True)  # written last: while it is there, all three files belong together
     write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
     write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
@@ -105,20 +103,26 @@ def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) ->
     return write(data, run.folder / "report.html")
 
 
-def _row(name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]) -> dict[str, Any]:
+def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]) -> dict[str, Any]:
+    member = next(member for member in config.saes if member.name == name)
     figures = evaluation.figures()
     reconstruction, spliced = figures["reconstruction"], figures["language_model"]
+    tokens = training.get("sae_tokens", {}).get(name, training["tokens"])
     return {
         "name": name,
         "architecture": sae.config.architecture,
+        "hooks_read": list(member.reads(config.hook)),
+        "hooks_written": list(member.writes(config.hook)),
         "d_in": sae.d_in,
+        "d_out": sae.d_out,
         "d_sae": sae.d_sae,
         "parameters": sae.num_parameters(),
         "encoder_parameters": count_parameters(sae.encoder),
-        "training_flops": training_flops(sae.config, training["tokens"]),
-        "tokens": training["tokens"],
+        "training_flops": training_flops(sae.config, tokens),
+        "tokens": tokens,
         "explained_variance": reconstruction["explained_variance"],
         "explained_variance_per_token": reconstruction["explained_variance_per_token"],
+        "explained_variance_by_hook": reconstruction.get("explained_variance_by_hook", []),
         "mean_squared_error": reconstruction["mean_squared_error"],
         "cosine_similarity": reconstruction["cosine_similarity"],
         "l0": reconstruction["l0"],
@@ -167,9 +171,13 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table for a terminal."""
     from rich.table import Table
 
-    table = Table(*(heading for heading, _ in _COLUMNS.values()), box=None)
+    columns = _COLUMNS
+    if differ_in_hooks(rows):
+        rows = [row | {"hooks": hooks(row)} for row in rows]
+        columns = {"name": _COLUMNS["name"], "hooks": ("hooks", "{}")} | _COLUMNS
+    table = Table(*(heading for heading, _ in columns.values()), box=None)
     for row in rows:
-        cells = [("-" if row[key] is None else form.format(row[key])) for key, (_, form) in _COLUMNS.items()]
+        cells = [("-" if row[key] is None else form.format(row[key])) for key, (_, form) in columns.items()]
         table.add_row(*cells)
     reasons = {row["language_model"].get("reason") for row in rows if row["ce_recovered"] is None}
     if reasons := {reason for reason in reasons if reason}:

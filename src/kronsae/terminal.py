@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from kronsae.report.comparison import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
@@ -25,6 +28,16 @@ def print_table(table: Any) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def rich_table(heading: str, table: Table) -> Any:
+    """A table of the page for the terminal; ``heading`` is that of its first column."""
+    from rich.table import Table as RichTable
+
+    shown = RichTable(heading, *(name for name, _ in table.headings), box=None)
+    for row in table.rows:
+        shown.add_row(row.name, *(cell.text for cell in row.cells))
+    return shown
 
 
 def say(line: str) -> None:

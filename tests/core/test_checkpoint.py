@@ -60,6 +60,9 @@ def test_a_saved_sae_is_two_files(saved: Path) -> None:
             "init_norm": None,
         },
         "sparsifier": {"kind": "topk", "k": 2},
+        "read_widths": [],
+        "write_widths": [],
+        "skip": False,
     }
     assert checkpoint.read_config(saved) == config
     with safe_open(saved / "sae_weights.safetensors", "pt") as weights:

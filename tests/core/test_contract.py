@@ -66,6 +66,7 @@ def test_shapes_and_dtypes(config: SAEConfig, dtype: torch.dtype) -> None:
     x_hat_BD = sae.decode(codes)
     assert (x_hat_BD.shape, x_hat_BD.dtype) == (x_BD.shape, dtype)
     assert torch.equal(sae(x_BD), x_hat_BD)
+    assert torch.equal(sae.decode(codes, x_BD), x_hat_BD), "what was encoded plays no part without a skip connection"
     assert sae.encoder(x_BD).materialize().shape == (7, sae.d_sae)
     assert (sae.W_dec.shape, sae.b_dec.shape) == ((sae.d_sae, sae.d_in), (sae.d_in,))
 

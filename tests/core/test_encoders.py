@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kronsae import kernels
+from kronsae.config import from_dict, to_dict
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoder, KroneckerEncoderConfig
 from kronsae.core.gates import GATES, GateName
@@ -359,6 +361,12 @@ def test_d_sae_must_be_the_product() -> None:
     )
     given_and_right = KroneckerEncoderConfig(num_heads=8, d_base=16, d_extension=16, d_sae=2048)
     assert given_and_right == KroneckerEncoderConfig(num_heads=8, d_base=16, d_extension=16)
+    assert replace(given_and_right, num_heads=4).d_sae == 1024
+    assert from_dict(KroneckerEncoderConfig, to_dict(given_and_right)) == given_and_right
+    assert to_dict(given_and_right)["d_sae"] == 2048
+    assert "d_sae" not in to_dict(given_and_right, derived=False)
+    with pytest.raises(UserError, match=r"^d_sae must equal .*; got 2048 with 4 \* 16 \* 16 = 1024\."):
+        from_dict(KroneckerEncoderConfig, to_dict(given_and_right) | {"num_heads": 4})
 
 
 @pytest.mark.parametrize("name", ["num_heads", "d_base", "d_extension"])

@@ -61,7 +61,7 @@ def test_without_dead_latents_the_loss_is_the_squared_error(sae: SAE, x_BD: Tens
         result = objective(sae, x_BD, dead_C, aux_k)
         assert result.auxiliary_loss is None
         assert result.loss.item() == result.reconstruction_loss.item() == squared_error(x_BD, sae(x_BD)).item()
-        assert torch.equal(result.x_hat_BD, sae(x_BD))
+        assert torch.equal(result.x_hat_BO, sae(x_BD))
         assert torch.equal(result.codes.to_dense(), sae.encode(x_BD).to_dense())
 
 
@@ -121,7 +121,7 @@ def test_results_for_metrics_carry_no_graph(sae: SAE, x_BD: Tensor) -> None:
     result = objective(sae, x_BD, DEAD_C, AuxKConfig())
     assert result.loss.requires_grad
     assert result.auxiliary_loss is not None
-    for tensor in (result.reconstruction_loss, result.auxiliary_loss, result.x_hat_BD):
+    for tensor in (result.reconstruction_loss, result.auxiliary_loss, result.x_hat_BO):
         assert not tensor.requires_grad
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import KINDS, LAYERS, TEXT, WIDTH
-from torch import nn
+from tests.tiny_models import CAUSAL_KINDS, KINDS, LAYERS, TEXT, WIDTH
+from torch import Tensor, nn
 
-from kronsae.data.harvest import ActivationStream, d_in, forward, hidden_states
+from kronsae.data.harvest import ActivationStream, forward, hidden_states, widths
 from kronsae.data.model import LanguageModel, ModelConfig, load_model, resolve_hook
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
@@ -147,11 +147,57 @@ def test_each_state_goes_on_exactly_after_its_item(gpt2: LanguageModel) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_d_in_is_the_width_of_any_module(kind: str, tiny_model_folder: FolderOf) -> None:
-    assert d_in(load(tiny_model_folder(kind)), "layers.1") == WIDTH
+    assert widths(load(tiny_model_folder(kind)), "layers.1") == {"layers.1": WIDTH}
+
+
+# The module whose output is what the MLP of a block is given, by architecture; GPT-NeoX norms it beside attention.
+NORM_BEFORE_MLP = {
+    "qwen2": "post_attention_layernorm",
+    "gemma2": "pre_feedforward_layernorm",
+    "gpt_neox": "post_attention_layernorm",
+    "gpt2": "ln_2",
+    "llama": "post_attention_layernorm",
+}
+
+
+@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+def test_inputs_of_modules(kind: str, tiny_model_folder: FolderOf) -> None:
+    """A block is given what the one before it gives, an MLP what the norm in front of it gives."""
+    language_model = load(tiny_model_folder(kind))
+    norm = f"layers.2.{NORM_BEFORE_MLP[kind]}"
+    hooks = ["layers.1", "layers.2:input", norm, "layers.2.mlp:input", "layers.2.mlp", "layers.2.mlp:output"]
+    found = hidden_states(language_model, hooks, first_batch(language_model))
+    assert list(found) == hooks
+    assert torch.equal(found["layers.2:input"], found["layers.1"])
+    assert torch.equal(found["layers.2.mlp:input"], found[norm])
+    assert torch.equal(found["layers.2.mlp:output"], found["layers.2.mlp"])
+    mlp = resolve_hook(language_model.model, "layers.2.mlp").module
+    assert torch.equal(mlp(found["layers.2.mlp:input"]), found["layers.2.mlp"])
+    for hook in ("layers.2.mlp:input", "layers.2.mlp"):  # alone as among others
+        assert torch.equal(hidden_states(language_model, hook, first_batch(language_model))[hook], found[hook])
+    assert widths(language_model, hooks) == dict.fromkeys(hooks, WIDTH)
+
+
+def test_a_pass_that_reads_an_input_does_not_run_the_module(gpt2: LanguageModel) -> None:
+    mlp = resolve_hook(gpt2.model, "layers.2.mlp.c_fc").module
+    with counted([mlp]) as calls:
+        hidden_states(gpt2, ["layers.1", "layers.2.mlp:input"], first_batch(gpt2))
+    assert calls == [0]
+
+
+def test_what_is_read_early_is_safe_from_layers_that_write_into_it(gpt2: LanguageModel) -> None:
+    def write(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].add_(1.0)
+
+    batch = first_batch(gpt2)
+    expected = hidden_states(gpt2, 1, batch)["1"]
+    handle = resolve_hook(gpt2.model, 2).module.register_forward_pre_hook(write)
+    assert torch.equal(hidden_states(gpt2, [1, 2], batch)["1"], expected)
+    handle.remove()
 
 
 def test_d_in_inside_a_block(gpt2: LanguageModel) -> None:
-    assert d_in(gpt2, "layers.1.mlp.c_fc") == 4 * WIDTH
+    assert widths(gpt2, "layers.1.mlp.c_fc") == {"layers.1.mlp.c_fc": 4 * WIDTH}
 
 
 def test_the_values_can_be_trained_on(gpt2: LanguageModel) -> None:
@@ -211,7 +257,13 @@ def test_hooks_are_checked_before_anything_runs(gpt2: LanguageModel) -> None:
         (
             "gpt2",
             "transformer.h",
-            r"hook must name a module that runs .*; 'transformer\.h' \(transformer\.h\) does not",
+            r"hook must name a module that runs .*; 'transformer\.h' does not",
+        ),
+        ("gpt2", "h", r"hook must name a module that runs .*; 'h' \(transformer\.h\) does not"),
+        (
+            "gpt2",
+            "wte:input",
+            r"one vector per token as input; 'transformer\.wte:input' gives a tensor of 2 dimensions",
         ),
         ("bert", "pooler", r"one vector per token as output; 'pooler' gives a tensor of 2 dimensions"),
         ("llama", "model", r"one vector per token as output; 'model' gives BaseModelOutputWithPast"),

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from kronsae import bundled
 from kronsae.data import hub
 from kronsae.data.harvest import forward
-from kronsae.data.model import LanguageModel, ModelConfig, load_model, replace_output, resolve_hook
+from kronsae.data.model import HookPoint, LanguageModel, ModelConfig, load_model, resolve_hook, tap
 from kronsae.data.tokens import TokenBatch
 from kronsae.errors import UserError
 
@@ -318,24 +318,43 @@ class TestHooks:
         ):
             resolve_hook(model, "mlp")
 
+    def test_a_side(self, tiny_model_folder: FolderOf) -> None:
+        model = load(tiny_model_folder("gpt2")).model
+        given = resolve_hook(model, "layers.1.mlp:input")
+        assert (given.path, given.side, given.name) == ("transformer.h.1.mlp", "input", "transformer.h.1.mlp:input")
+        for hook in ("layers.1.mlp", "layers.1.mlp:output"):
+            point = resolve_hook(model, hook)
+            assert (point.path, point.side, point.name) == ("transformer.h.1.mlp", "output", "transformer.h.1.mlp")
+        assert resolve_hook(model, "2:input").name == "transformer.h.2:input"
+        with pytest.raises(UserError) as error:
+            resolve_hook(model, "layers.1.mlp:inputs")
+        assert str(error.value) == (
+            "hook must end in ':input' or ':output' if it has a ':'; got 'layers.1.mlp:inputs'. Did you mean 'input'?"
+        )
+
     def test_a_model_without_blocks(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         with pytest.raises(UserError, match=r"hook must name a module of the model"):
             resolve_hook(model, "layers.1")
 
 
-class TestReplaceOutput:
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_the_same_output_changes_nothing_and_another_does(self, kind: str, tiny_model_folder: FolderOf) -> None:
+class TestTap:
+    @pytest.mark.parametrize("hook", ["layers.1", "layers.1:input", "layers.1.mlp", "layers.2.mlp:input"])
+    @pytest.mark.parametrize("kind", CAUSAL_KINDS)
+    def test_the_same_changes_nothing_and_another_does(self, kind: str, hook: str, tiny_model_folder: FolderOf) -> None:
         language_model = load(tiny_model_folder(kind))
-        module = resolve_hook(language_model.model, 1).module
+        point = resolve_hook(language_model.model, hook)
         batch = batch_of()
         plain = forward(language_model, batch)[0]
-        with replace_output(module, lambda hidden_STD: hidden_STD.clone()):
+        seen: list[Tensor] = []
+        with tap(point, seen.append):
             assert torch.equal(forward(language_model, batch)[0], plain)
-        with replace_output(module, torch.zeros_like):
+        with tap(point, lambda hidden_STD: hidden_STD.clone()):
+            assert torch.equal(forward(language_model, batch)[0], plain)
+        with tap(point, torch.zeros_like):
             assert not torch.allclose(forward(language_model, batch)[0], plain)
         assert torch.equal(forward(language_model, batch)[0], plain)
+        assert [hidden_STD.shape for hidden_STD in seen] == [(*batch.input_ids_ST.shape, WIDTH)]
 
     def test_a_tuple_keeps_its_other_elements(self) -> None:
         class Pair(nn.Module):
@@ -343,24 +362,39 @@ class TestReplaceOutput:
                 return hidden, "other"
 
         module = Pair()
-        with replace_output(module, lambda hidden_STD: hidden_STD.double() + 1):
+        with tap(HookPoint("pair", module), lambda hidden_STD: hidden_STD.double() + 1):
             hidden, other = module(torch.zeros(1, 2, 3))
         assert torch.equal(hidden, torch.ones(1, 2, 3))
         assert hidden.dtype == torch.float32
         assert other == "other"
         assert torch.equal(module(torch.zeros(1, 2, 3))[0], torch.zeros(1, 2, 3))
 
-    def test_the_shape_must_stay(self) -> None:
+    def test_an_input_may_be_given_by_name_and_others_stay(self) -> None:
+        class Sum(nn.Module):
+            def forward(self, hidden_states: Tensor, add: float = 0.0) -> Tensor:
+                return hidden_states + add
+
+        module = Sum()
+        with tap(HookPoint("sum", module, "input"), lambda hidden_STD: hidden_STD + 1):
+            assert torch.equal(module(torch.zeros(1, 2, 3), 4.0), torch.full((1, 2, 3), 5.0))
+            assert torch.equal(module(add=4.0, hidden_states=torch.zeros(1, 2, 3)), torch.full((1, 2, 3), 5.0))
+            with pytest.raises(UserError, match=r"one vector per token as input; 'sum:input' gives a tensor of 2 dim"):
+                module(torch.zeros(2, 3))
+        assert torch.equal(module(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
+
+    @pytest.mark.parametrize("side", ["output", "input"])
+    def test_the_shape_must_stay(self, side: str) -> None:
         module = nn.Identity()
         with (
-            replace_output(module, lambda hidden_STD: hidden_STD[:, :1]),
-            pytest.raises(ValueError, match=r"replace must keep the shape \(1, 2, 3\); it returned \(1, 1, 3\)"),
+            tap(HookPoint("same", module, side), lambda hidden_STD: hidden_STD[:, :1]),
+            pytest.raises(ValueError, match=r"must keep the shape \(1, 2, 3\); got \(1, 1, 3\)"),
         ):
             module(torch.zeros(1, 2, 3))
 
-    def test_it_is_undone_after_an_error(self) -> None:
+    @pytest.mark.parametrize("side", ["output", "input"])
+    def test_it_is_undone_after_an_error(self, side: str) -> None:
         module = nn.Identity()
-        with pytest.raises(RuntimeError, match="stop"), replace_output(module, torch.zeros_like):
+        with pytest.raises(RuntimeError, match="stop"), tap(HookPoint("same", module, side), torch.zeros_like):
             raise RuntimeError("stop")
         assert torch.equal(module(torch.ones(1, 2, 3)), torch.ones(1, 2, 3))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from tests.eval import toys
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoder
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
+from kronsae.errors import UserError
 from kronsae.eval import Gallery, GalleryConfig
 from kronsae.eval import contexts as contexts_module
 from kronsae.eval.contexts import GalleryMeter
@@ -151,3 +153,50 @@ def test_an_sae_that_is_dead_has_an_empty_gallery() -> None:
     sae, model, hook = one_latent()
     found = gallery(sae, model, hook, [[1, 2, 3]], GalleryConfig())
     assert found.to_dict() == {"tokens": 2, "latents": [], "heads": []}
+
+
+def test_bands_part_the_drawn_by_activation() -> None:
+    sae, model, hook = one_latent()
+    windows = toys.random_windows(60, 12, 20)
+    config = GalleryConfig(top=1, sampled=0, window=3, quantiles=3, quantile_contexts=2)
+    (latent,) = gallery(sae, model, hook, windows, config).latents
+    assert latent.sampled == ()
+    assert len(latent.quantiles) == 3
+    for band, above in itertools.pairwise(latent.quantiles):
+        assert band.high <= above.low
+    for band in latent.quantiles:
+        assert len(band.contexts) == 2
+        for context in band.contexts:
+            assert band.low <= context.values[context.peak] <= band.high
+    assert latent.quantiles[0].low < 5 < latent.quantiles[-1].high
+
+
+def test_fewer_activations_than_bands() -> None:
+    sae, model, hook = one_latent()
+    config = GalleryConfig(top=1, window=0, quantiles=4)
+    (latent,) = gallery(sae, model, hook, [[1, 9, 2], [1, 7]], config).latents
+    assert [(band.low, band.high, len(band.contexts)) for band in latent.quantiles] == [(3, 3, 1), (5, 5, 1)]
+
+
+def test_negatives_are_windows_without_any_activation() -> None:
+    sae, model, hook = one_latent()
+    windows = [[1, 2, 3], [1, 2, 9], [1, 3], [1], [1, 4, 4, 4], [1, 8]]
+    config = GalleryConfig(top=1, window=9, negatives=10)
+    (latent,) = gallery(sae, model, hook, windows, config).latents
+    found = {context.tokens for context in latent.negatives}
+    assert found == {("<bos>", " t2", " t3"), ("<bos>", " t3"), ("<bos>", " t4", " t4", " t4")}
+    for context in latent.negatives:
+        assert set(context.values) == {0.0}
+        assert context.tokens[context.peak] != "<bos>"
+
+
+def test_named_latents_are_shown_first_dead_or_not() -> None:
+    model, hook = toys.language_model(30, 8)
+    sae, windows = toys.kron_sae(8), toys.random_windows(40, 14, 30)
+    sae.encoder.bias.data[0, 0] = -1e6  # base 0 of head 0, so latents 0 to 2, never fires
+    shown = gallery(sae, model, hook, windows, GalleryConfig(num_latents=2, num_heads=0, latents=(20, 0)))
+    assert [latent.latent for latent in shown.latents][:2] == [20, 0]
+    assert shown.latents[1].top == ()
+    assert len(shown.latents) in (3, 4)
+    with pytest.raises(UserError, match=r"latents must be numbers from 0 to 35; got 36\."):
+        gallery(sae, model, hook, windows, GalleryConfig(latents=(36,)))

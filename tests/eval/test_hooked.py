@@ -62,6 +62,6 @@ def test_the_pass_ends_at_the_hook() -> None:
 def test_hooks_are_removed_after_an_error() -> None:
     model, hook = toys.language_model(10, 4)
     (windows,) = read_windows(toys.batches([[1, 2, 3]], 1), 9)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"must keep the shape \(1, 3, 4\); got \(1, 3, 5\)"):
         logits(model, hook, windows, torch.zeros(1, 3, 5))
     assert not model.model.block._forward_hooks

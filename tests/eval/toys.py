@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
+from kronsae.data.model import HookPoint, LanguageModel
 
 PADDING, BOS = 0, 1
 
@@ -58,18 +59,19 @@ class ToyTokenizer:
         return {PADDING: "<pad>", BOS: "<bos>"}.get(token, f" t{token}")
 
 
-@dataclass(frozen=True)
-class ToyLanguageModel:
-    model: ToyModel
-    no_lm_head_reason: str = ""
-    tokenizer: Any = field(default_factory=ToyTokenizer)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+@dataclass(frozen=True, eq=False)
+class ToyLanguageModel(LanguageModel):
+    """A `LanguageModel` of a toy, which need not be named."""
+
+    model: Any
+    name: str = field(default="toy", kw_only=True)
+    tokenizer: Any = field(default_factory=ToyTokenizer, kw_only=True)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"), kw_only=True)
+    no_lm_head_reason: str = field(default="", kw_only=True)
+    max_positions: int | None = field(default=None, kw_only=True)
 
 
-@dataclass(frozen=True)
-class ToyHook:
-    path: str
-    module: nn.Module
+ToyHook = HookPoint
 
 
 @dataclass(frozen=True, eq=False)

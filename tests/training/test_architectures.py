@@ -1,8 +1,9 @@
-"""The ten cells of the comparison, each trained on a tiny stream, stopped, carried on, saved and read again."""
+"""The cells of the comparison, each trained on a tiny stream, stopped, carried on, saved and read again."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.architectures import ARCHITECTURES, batch_topk, jumprelu, matryoshka, switch
-from kronsae.cli import architecture, parse_sae
+from kronsae.architectures import ARCHITECTURES, SAE_KINDS, batch_topk, jumprelu, matryoshka, switch
+from kronsae.cli import architecture
 from kronsae.core import checkpoint
 from kronsae.core.losses import MatryoshkaConfig
 from kronsae.core.metrics import explained_variance
 from kronsae.core.objective import AuxKConfig
 from kronsae.errors import UserError
 from kronsae.training.config import MemberConfig
-from kronsae.training.member import Member
+from kronsae.training.member import Member, side_by_side
 from kronsae.training.sparsity import SparsityConfig, SparsityController
+from kronsae.words import parse_sae
 
 D_IN, BATCH, STEPS = 16, 128, 40
 CELLS = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -34,6 +36,13 @@ def batch(seed: int, tokens: int = BATCH) -> Tensor:
     return (on * torch.rand(tokens, 60, generator=generator)) @ directions + 5
 
 
+def at_hooks(hooks: Sequence[str], seed: int, tokens: int = BATCH) -> dict[str, Tensor]:
+    """The same directions at every hook, turned by the hook's own rotation."""
+    x_BD = batch(seed, tokens)
+    turns = (torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(n)) for n in range(len(hooks)))
+    return {hook: x_BD @ torch.linalg.qr(turn).Q for hook, turn in zip(hooks, turns, strict=True)}
+
+
 def small(name: str) -> MemberConfig:
     """The cell's own words, an eighth as large in every size."""
     smaller = {"d_sae": "128", "num_heads": "16", "k": "4", "smallest": "16", "num_experts": "4"}
@@ -45,20 +54,23 @@ def small(name: str) -> MemberConfig:
 
 def train(member: Member, start: int = 0, stop: int = STEPS) -> Member:
     for step in range(start, stop):
-        member.step(batch(step), step, want_metrics=False)
+        member.step_on(at_hooks(member.hooks, step), step, want_metrics=False)
     return member
 
 
 @CELLS
 def test_a_cell_learns_and_is_saved_as_it_is(name: str, tmp_path: Path) -> None:
     member = Member(small(name), D_IN, "h", STEPS)
-    x_BD = batch(1000, 500)
+    held_out = at_hooks(member.hooks, 1000, 500)
+    x_BD, target_BO = side_by_side(held_out, member.reads), side_by_side(held_out, member.writes)
     train(member, 0, 2)
-    before = explained_variance(x_BD, member.finished_sae()(x_BD))
+    before = explained_variance(target_BO, member.finished_sae()(x_BD))
     train(member, 2)
     sae = member.finished_sae()
-    after = explained_variance(x_BD, sae(x_BD))
+    after = explained_variance(target_BO, sae(x_BD))
     assert after > max(before, 0.2)
+    cell = name.removesuffix("-kron")
+    assert sae.config.role == (cell if cell.endswith("coder") else "")
     again = checkpoint.load(checkpoint.save(sae, tmp_path))
     assert torch.equal(again(x_BD), sae(x_BD))
     assert torch.equal(again.encode(x_BD).to_dense(), sae.encode(x_BD).to_dense())
@@ -82,12 +94,12 @@ def test_a_cell_carries_on_with_the_same_bits(name: str) -> None:
 
 def test_the_list_of_cells_is_the_table() -> None:
     rows = [architecture(name, words) for name, words in ARCHITECTURES.items()]
-    assert len(rows) == len({(r["encoder"], r["sparsifier"], r["loss"], r["experts"]) for r in rows}) == 10
+    parts = ("role", "encoder", "sparsifier", "loss", "experts")
+    assert len(rows) == len({tuple(row[part] for part in parts) for row in rows}) == 16
     for dense, kron in zip(rows[::2], rows[1::2], strict=True):
         assert (dense["encoder"], kron["encoder"]) == ("dense", "kronecker")
-        assert {k: dense[k] for k in ("sparsifier", "loss", "experts")} == {
-            k: kron[k] for k in ("sparsifier", "loss", "experts")
-        }
+        others = [part for part in parts if part != "encoder"]
+        assert [dense[part] for part in others] == [kron[part] for part in others]
         assert parse_sae(dense["sae"]).encoder.d_sae == parse_sae(kron["sae"]).encoder.d_sae == 1024
         assert dense["train"] == f"kronsae train --recipe tiny --sae '{dense['sae']}' --out runs/{dense['name']}"
 
@@ -100,13 +112,51 @@ def test_words_reach_the_configs() -> None:
     assert matryoshka(k=2, d_sae=64, across_batch=True).sparsifier.kind == "batch_topk"
     assert jumprelu(k=2, d_sae=64, coefficient=0.5).sparsity == SparsityConfig(coefficient=0.5)
     assert switch(k=2, num_experts=4, **heads).encoder.d_sae == 64
+    assert switch(k=2, num_experts=4, d_sae=64, d_base=2, d_extension=4) == switch(k=2, num_experts=4, **heads)
+
+
+@pytest.mark.parametrize("kind", SAE_KINDS)
+def test_every_function_passes_on_what_all_have_in_common(kind: str) -> None:
+    common: dict[str, Any] = {"name": "n", "lr": 0.5, "seed": 3, "init_norm": 0.25, "unit_norm_decoder": False}
+    common |= {"normalize_activations": "none", "dead_after_tokens": 7, "aux_weight": 0.125}
+    common |= {"read": "a, b", "write": ("c",), "skip": True}
+    shape: dict[str, Any] = {"d_sae": 64} if kind == "topk" else {"num_heads": 8, "d_base": 2, "d_extension": 4}
+    member = SAE_KINDS[kind](k=2, **shape, **common)
+    encoder: Any = getattr(member.encoder, "expert", member.encoder)
+    aux_k = member.aux_k
+    found = (member.name, member.optimizer.lr, member.seed, encoder.init_norm, member.unit_norm_decoder)
+    assert found == ("n", 0.5, 3, 0.25, False)
+    assert (member.normalize_activations, aux_k.dead_after_tokens, aux_k.weight) == ("none", 7, 0.125)
+    assert (member.read, member.write, member.skip) == (("a", "b"), ("c",), True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SAE_KINDS if kind != "topk"])
+def test_activations_are_normalised_where_the_gate_lets_them(kind: str) -> None:
+    for gate, expected in (("mand", "center_and_scale"), ("mand_eps", "none")):
+        made = SAE_KINDS[kind](k=2, num_heads=8, d_base=2, d_extension=4, gate=gate)
+        assert made.normalize_activations == expected
 
 
 @pytest.mark.parametrize(
     ("make", "words", "message"),
     [
         (batch_topk, {"k": 2}, "give d_sae for a dense encoder, or num_heads, d_base and d_extension for a Kronecker"),
-        (batch_topk, {"k": 2, "num_heads": 4}, "a Kronecker encoder needs num_heads, d_base and d_extension, all"),
+        (
+            batch_topk,
+            {"k": 2, "num_heads": 4},
+            "a Kronecker encoder needs d_base, d_extension and num_heads (or d_sae ",
+        ),
+        (batch_topk, {"k": 2, "d_sae": 64, "d_base": 4}, "a Kronecker encoder needs d_base, d_extension and num_heads"),
+        (
+            batch_topk,
+            {"k": 2, "d_sae": 66, "d_base": 4, "d_extension": 4},
+            "without num_heads, d_sae must be a multiple of d_base * d_extension; got 66 with 4 * 4 = 16. Change one.",
+        ),
+        (
+            jumprelu,
+            {"k": 2, "d_sae": 64, "gate": "relu_product"},
+            "gate is for a Kronecker encoder; got 'relu_product' with a dense one.",
+        ),
         (matryoshka, {"k": 2, "d_sae": 64, "smallest": 8, "groups": (64,)}, "give smallest or groups, not both."),
         (switch, {"k": 2, "d_sae": 66}, "d_sae must be a multiple of num_experts; got 66 with num_experts=8."),
         (jumprelu, {"k": 2, "d_sae": 66, "coefficient": -1.0}, "sparsity.coefficient must be finite and at least 0"),

@@ -224,6 +224,44 @@ def test_normalising_is_training_on_normalised_activations(name: str) -> None:
     assert torch.equal(by_hand.finished_sae()(raw[-1]), by_hand.sae(raw[-1]))
 
 
+@pytest.mark.parametrize(
+    ("read", "write", "skip"),
+    [
+        (("a",), ("b",), False),
+        (("a",), ("b",), True),
+        (("a", "b"), None, False),
+        (("a", "b"), ("b", "c"), True),
+    ],
+    ids=["transcoder", "skip transcoder", "crosscoder", "skip crosscoder"],
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_hook_is_normalised_alone_and_that_is_folded(
+    name: str, read: tuple[str, ...], write: tuple[str, ...] | None, skip: bool
+) -> None:
+    """Training at raw hooks is training at hooks that were normalised one by one before."""
+    places: dict[str, Any] = {"read": read, "write": write, "skip": skip}
+    scaled = make(CONFIGS[name], normalize_activations="center_and_scale", **places)
+    by_hand = make(CONFIGS[name], **places)
+    raw = [{"a": 20 * x_BD + 7, "b": x_BD.roll(1, 1) * 0.1 - 3, "c": x_BD.roll(2, 1) + x_BD} for x_BD in batches()]
+    normalizations = {hook: Normalization.of(x_BD) for hook, x_BD in raw[0].items()}
+    for step, batch in enumerate(raw):
+        scaled.step_on(batch, step, want_metrics=False)
+        metrics = by_hand.step_on({hook: normalizations[hook](x) for hook, x in batch.items()}, step, True)
+    for key, value in scaled.sae.state_dict().items():
+        assert torch.equal(value, by_hand.sae.state_dict()[key]), key
+    if by_hand.sae.skip is not None:
+        assert by_hand.sae.skip.W_skip.count_nonzero() > 0
+    assert metrics is not None
+    assert math.isfinite(metrics.explained_variance)
+    last = raw[-1]
+    x_BD = torch.cat([normalizations[hook](last[hook]) for hook in read], dim=1)
+    parts = by_hand.sae(x_BD).split(D_IN, dim=1)
+    written = [normalizations[hook] for hook in write or read]
+    expected = [n.scale * part_BD + n.mean_D for n, part_BD in zip(written, parts, strict=True)]
+    found_BO = scaled.finished_sae()(torch.cat([last[hook] for hook in read], dim=1))
+    torch.testing.assert_close(found_BO, torch.cat(expected, dim=1), rtol=1e-4, atol=1e-3)
+
+
 def test_normalization_is_part_of_the_state() -> None:
     config = replace(CONFIGS["kron"], normalize_activations="center_and_scale")
     member, resumed = make(config), make(config)

@@ -15,16 +15,6 @@ def peak_bytes() -> int | None:
     return _status("VmHWM:")
 
 
-def available_bytes() -> int:
-    """Memory that new allocations may take; 8 GiB where the system does not tell."""
-    path = Path("/proc/meminfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return 8 * 2**30
-
-
 def reset_peak() -> None:
     """Begin anew (Linux)."""
     path = Path("/proc/self/clear_refs")

@@ -13,12 +13,13 @@ from typing import TypeVar
 import torch
 
 from kronsae.bench.checks import check_operations
-from kronsae.bench.machine import available_bytes, peak_bytes, reset_peak, resident_bytes
+from kronsae.bench.machine import peak_bytes, reset_peak, resident_bytes
 from kronsae.bench.measure import Timing, interleaved, make_batches
 from kronsae.bench.subjects import REGISTRY, EncoderProduct, OwnTrainer, Shape, kronsae, topk
 from kronsae.core.objective import objective
 from kronsae.errors import UserError, nearest
 from kronsae.kernels import collect_row_gradients
+from kronsae.resources import available_memory_bytes
 
 R = TypeVar("R")
 CELLS = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
@@ -76,7 +77,7 @@ def grid(
     """
     check_operations(seed)
     if memory_bytes is None:
-        memory_bytes = available_bytes() * 2 // 5
+        memory_bytes = (available_memory_bytes() or 8 * 2**30) * 2 // 5
     points = []
     for d_sae in sizes:
         for d_in in widths:

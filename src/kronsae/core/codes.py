@@ -8,6 +8,7 @@ D     width of the model, ``d_in``                M     bases per head (``d_base
 F     latents in the dictionary, ``d_sae``        N     extensions per head (``d_extension``)
 K     latents kept per token, ``k``               P     pre-latents, ``H * (M + N)``
 S, T  sequences, positions in a sequence          C     a chosen subset of the latents
+O     width written, ``d_out``; D for an SAE
 ====  ==========================================  ====  =====================================
 """
 

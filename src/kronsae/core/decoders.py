@@ -1,4 +1,4 @@
-"""The decoder: a full dictionary, of which each token reads K rows."""
+"""What is written: a full dictionary, of which each token reads K rows, and perhaps a linear path beside it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from kronsae.core.codes import SparseCodes
 
 
 class Decoder(nn.Module):
-    """``x_hat = sum_k f_k W_dec[k] + b_dec``, with ``W_dec [d_sae, d_in]``; never a dense B x F product."""
+    """``x_hat = sum_k f_k W_dec[k] + b_dec``, with ``W_dec [d_sae, d_out]``; never a dense B x F product."""
 
-    def __init__(self, d_sae: int, d_in: int) -> None:
+    def __init__(self, d_sae: int, d_out: int) -> None:
         super().__init__()
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
 
-    def forward(self, codes: SparseCodes) -> Float[Tensor, "B D"]:
+    def forward(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
         """The reconstruction."""
         return kernels.decode(codes.values, codes.indices, self.W_dec, self.b_dec)
 
-    def combine(self, codes: SparseCodes) -> Float[Tensor, "B D"]:
+    def combine(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
         """The reconstruction without ``b_dec``: what AuxK adds to the residual."""
         return kernels.decode(codes.values, codes.indices, self.W_dec, torch.zeros_like(self.b_dec))
 
     @torch.no_grad()
-    def initialize(self, rows_FD: Float[Tensor, "F D"]) -> None:
-        """Take the encoder's rows as directions; ``b_dec = 0``."""
-        self.W_dec.copy_(rows_FD)
+    def initialize(self, rows_FO: Float[Tensor, "F O"]) -> None:
+        """Take these rows as directions; ``b_dec = 0``."""
+        self.W_dec.copy_(rows_FO)
         self.normalize()
         self.b_dec.zero_()
 
@@ -37,3 +37,36 @@ class Decoder(nn.Module):
     def normalize(self) -> None:
         """Scale every row of ``W_dec`` to norm 1."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+
+    @torch.no_grad()
+    def fold(self, mean_O: Float[Tensor, " O"], scale_O: Float[Tensor, " O"], latent_scale: Float[Tensor, ""]) -> None:
+        """Give raw y where ``(y - mean) / scale`` was given, of latents ``latent_scale`` times as large."""
+        self.W_dec.mul_(scale_O / latent_scale)
+        self.b_dec.mul_(scale_O).add_(mean_O)
+
+
+class Skip(nn.Module):
+    """``W_skip x``, added to what the decoder gives; ``W_skip [d_out, d_in]``, no bias (Paulo et al. 2025).
+
+    The linear part of what a transcoder imitates goes past the dictionary. It starts at 0.
+    """
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in))
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
+        return x @ self.W_skip.T
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """``W_skip = 0``."""
+        self.W_skip.zero_()
+
+    @torch.no_grad()
+    def fold(
+        self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], scale_O: Float[Tensor, " O"]
+    ) -> Float[Tensor, " O"]:
+        """Take raw x and give raw y; returns ``W_skip mean``, which the decoder's bias has to lose."""
+        self.W_skip.mul_(scale_O.unsqueeze(1)).div_(scale_D)
+        return self.W_skip @ mean_D

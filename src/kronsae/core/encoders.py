@@ -7,7 +7,7 @@ touches are kept and get a gradient. So a step remembers O(K) numbers per token,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -61,7 +61,9 @@ class Encoder(Protocol):
 
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]: ...
 
-    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None: ...
+    def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class DenseEncoderConfig:
         return d_in * self.d_sae
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class KroneckerEncoderConfig:
     """H heads, each the Kronecker product of M bases and N extensions; ``d_sae = H * M * N``.
 
@@ -108,7 +110,7 @@ class KroneckerEncoderConfig:
         num_heads: H.
         d_base: M, bases per head.
         d_extension: N, extensions per head.
-        d_sae: optional; if given it must equal ``num_heads * d_base * d_extension``.
+        d_sae: follows from the three, so ``dataclasses.replace`` computes it anew; where given it must agree with them.
         gate: how a base and an extension compose, a name in `kronsae.core.gates.GATES`.
         init_norm: expected norm of a pre-latent's row at the start; None: ``sqrt(d_in / (2 * d_sae))``.
     """
@@ -117,23 +119,34 @@ class KroneckerEncoderConfig:
     num_heads: int
     d_base: int
     d_extension: int
-    d_sae: int = 0
+    d_sae: int = field(init=False, default=0)
     gate: GateName = "mand"
     init_norm: float | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("num_heads", "d_base", "d_extension"):
-            check_count(name, getattr(self, name))
-        check_positive("init_norm", self.init_norm)
-        product = self.num_heads * self.d_base * self.d_extension
-        if self.d_sae not in (0, product):
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        d_base: int,
+        d_extension: int,
+        d_sae: int | None = None,
+        gate: GateName = "mand",
+        init_norm: float | None = None,
+    ) -> None:
+        for name, size in (("num_heads", num_heads), ("d_base", d_base), ("d_extension", d_extension)):
+            check_count(name, size)
+        check_positive("init_norm", init_norm)
+        product = num_heads * d_base * d_extension
+        if d_sae not in (None, product):
             raise UserError(
-                f"d_sae must equal num_heads * d_base * d_extension; got {self.d_sae} with "
-                f"{self.num_heads} * {self.d_base} * {self.d_extension} = {product}. Leave d_sae out, or change one."
+                f"d_sae must equal num_heads * d_base * d_extension; got {d_sae} with "
+                f"{num_heads} * {d_base} * {d_extension} = {product}. Leave d_sae out, or change one."
             )
-        object.__setattr__(self, "d_sae", product)
-        if self.gate not in GATES:
-            raise UserError(f"gate must be one of {', '.join(GATES)}; got {self.gate!r}.")
+        if gate not in GATES:
+            raise UserError(f"gate must be one of {', '.join(GATES)}; got {gate!r}.")
+        values = {"num_heads": num_heads, "d_base": d_base, "d_extension": d_extension, "d_sae": product}
+        for name, value in (values | {"gate": gate, "init_norm": init_norm}).items():
+            object.__setattr__(self, name, value)
 
     def build(self, d_in: int) -> KroneckerEncoder:
         """The encoder for inputs of width ``d_in``, not yet initialised."""
@@ -170,9 +183,10 @@ class DenseEncoder(nn.Module):
         return DenseLatents(x_BD, self.weight, self.bias)
 
     @torch.no_grad()
-    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``scale`` times as large."""
-        self.bias.mul_(scale).sub_(self.weight @ mean_D)
+    def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        self.weight.mul_(latent_scale / scale_D)
+        self.bias.mul_(latent_scale).sub_(self.weight @ mean_D)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -284,9 +298,10 @@ class KroneckerEncoder(nn.Module):
         return KroneckerLatents(x_BD, self)
 
     @torch.no_grad()
-    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``scale`` times as large."""
-        self.bias.mul_(scale).sub_(self.weight @ mean_D)
+    def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        self.weight.mul_(latent_scale / scale_D)
+        self.bias.mul_(latent_scale).sub_(self.weight @ mean_D)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

@@ -98,11 +98,11 @@ class SwitchEncoder(nn.Module):
         return SwitchLatents(x_BD, self)
 
     @torch.no_grad()
-    def fold(self, mean_D: Float[Tensor, " D"], scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``scale`` times as large."""
+    def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
+        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
         for expert in self.experts:
-            expert.fold(mean_D, scale)  # type: ignore[operator]
-        self.W_router.div_(scale)
+            expert.fold(mean_D, scale_D, latent_scale)  # type: ignore[operator]
+        self.W_router.div_(scale_D)
         self.b_router.sub_(self.W_router @ mean_D)
 
     @torch.no_grad()

@@ -11,8 +11,12 @@ def encoder_multiply_adds(config: SAEConfig) -> int:
 
 
 def forward_multiply_adds(config: SAEConfig) -> int:
-    """Multiply-adds per token of one forward pass: the encoder's, plus ``K*D`` for K rows of the decoder."""
-    return encoder_multiply_adds(config) + config.sparsifier.k * config.d_in
+    """Multiply-adds per token of one forward pass: the encoder's, ``K*O`` for K rows of the decoder, ``D*O`` to skip.
+
+    O is ``d_out``, the width written: D for an SAE. Only an SAE with a skip connection has the last term.
+    """
+    skip = config.d_in * config.d_out if config.skip else 0
+    return encoder_multiply_adds(config) + config.sparsifier.k * config.d_out + skip
 
 
 def training_flops(config: SAEConfig, tokens: int) -> int:

@@ -44,7 +44,7 @@ class SquaredErrorConfig:
     def __call__(
         self, decoder: Decoder, codes: SparseCodes, x_BD: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "B D"]]:
-        """The loss, and the reconstruction."""
+        """The loss against the target ``x``, and the reconstruction."""
         x_hat_BD = decoder(codes)
         return squared_error(x_BD, x_hat_BD), x_hat_BD
 

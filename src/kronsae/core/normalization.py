@@ -21,49 +21,77 @@ NormalizationName = Literal["none", "center_and_scale"]
 
 @dataclass(frozen=True)
 class Normalization:
-    """``x' = (x - mean) / scale``: mean 0, and ``||x'|| = sqrt(d_in)`` in the root mean square.
+    """``x' = (x - mean) / scale``, hook by hook: mean 0, and ``||x'|| = sqrt(width)`` in the root mean square.
 
-    Learning rates and the start's scale then mean the same for every model and layer. Explained variance, and every
-    other ratio of errors, is the same on either side.
+    Learning rates and the start's scale then mean the same for every model and layer, and of several hooks side by
+    side none outweighs the others. Of one hook, explained variance and every other ratio of errors are the same on
+    either side.
+
+    Args:
+        mean_D: mean of every dimension.
+        scale_H: one scale per hook.
+        widths: the dimensions of each hook; they sum to D.
     """
 
     mean_D: Float[Tensor, " D"]
-    scale: Float[Tensor, ""]
+    scale_H: Float[Tensor, " H"]
+    widths: tuple[int, ...]
 
     @staticmethod
-    def of(x_BD: Float[Tensor, "B D"]) -> Normalization:
-        """Measured on a batch.
+    def of(x_BD: Float[Tensor, "B D"], widths: tuple[int, ...] = ()) -> Normalization:
+        """Measured on a batch; ``()``: of one hook.
 
         Raises:
             UserError: the activations do not vary.
         """
-        mean_D = x_BD.mean(0)
-        scale = (x_BD - mean_D).square().sum(-1).mean().sqrt() / math.sqrt(x_BD.shape[1])
-        if not scale > 0:
-            raise UserError("activations must vary; all of the first batch are equal. Choose another hook or text.")
-        return Normalization(mean_D, scale)
+        widths = widths or (x_BD.shape[1],)
+        parts = [_mean_and_scale(part_BD) for part_BD in x_BD.split(widths, dim=1)]
+        return Normalization(torch.cat([mean for mean, _ in parts]), torch.stack([scale for _, scale in parts]), widths)
 
     @staticmethod
-    def identity(d_in: int, device: torch.device | str) -> Normalization:
+    def identity(widths: tuple[int, ...], device: torch.device | str) -> Normalization:
         """No change at all."""
-        return Normalization(torch.zeros(d_in, device=device), torch.ones((), device=device))
+        return Normalization(torch.zeros(sum(widths), device=device), torch.ones(len(widths), device=device), widths)
+
+    @property
+    def scale_D(self) -> Float[Tensor, " D"]:
+        """The scale of every dimension: that of its hook."""
+        return torch.cat([scale.expand(width) for scale, width in zip(self.scale_H, self.widths, strict=True)])
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """One scale for all dimensions: the root mean square; of one hook its own."""
+        return self.scale_H[0] if len(self.widths) == 1 else self.scale_D.square().mean().sqrt()
 
     def __call__(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Activations as the SAE sees them in training."""
-        return (x_BD - self.mean_D) / self.scale
+        return (x_BD - self.mean_D) / (self.scale if len(self.widths) == 1 else self.scale_D)
 
     @torch.no_grad()
-    def fold(self, sae: SAE) -> None:
-        """Change the biases of ``sae``, trained on ``x'``, so that it takes and gives raw ``x``.
+    def fold(self, sae: SAE, written: Normalization | None = None) -> None:
+        """Change the weights of ``sae``, trained on ``x'`` to give ``y'``, so that it takes raw x and gives raw y.
 
-        With ``s`` the scale: encoder ``b <- s b - W mean``, so pre-latents and latents come out s times as large;
-        thresholds times s; decoder ``b_dec <- s b_dec + mean``. Neither ``W_enc`` nor ``W_dec`` changes. It holds
-        because latents are homogeneous: pre-latents times s give latents times s. A router, whose probabilities stay
-        as they are, takes the scale into its weights.
+        ``written`` is the normalisation of y; None: what is read is written. With s and t the scales of x and y, and
+        ``c`` the root mean square of t, the scale of the latents: ``W_enc <- W_enc c/s``, ``b <- c b - W_enc mean_x``;
+        thresholds times c; ``W_dec <- W_dec t/c``, ``b_dec <- t b_dec + mean_y``; ``W_skip <- t W_skip / s``. It holds
+        because latents are homogeneous: pre-latents times c give latents times c. A router, whose probabilities stay
+        as they are, takes s into its weights. Where one hook is written its t is c, and ``W_dec`` keeps its norms;
+        where it is also read, ``W_enc`` keeps its values too.
         """
-        sae.encoder.fold(self.mean_D, self.scale)
-        sae.sparsifier.rescale(self.scale)
-        sae.decoder.b_dec.mul_(self.scale).add_(self.mean_D)
+        written = self if written is None else written
+        sae.encoder.fold(self.mean_D, self.scale_D, written.scale)
+        sae.sparsifier.rescale(written.scale)
+        sae.decoder.fold(written.mean_D, written.scale_D, written.scale)
+        if sae.skip is not None:
+            sae.decoder.b_dec.sub_(sae.skip.fold(self.mean_D, self.scale_D, written.scale_D))
+
+
+def _mean_and_scale(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    mean_D = x_BD.mean(0)
+    scale = (x_BD - mean_D).square().sum(-1).mean().sqrt() / math.sqrt(x_BD.shape[1])
+    if not scale > 0:
+        raise UserError("activations must vary; all of the first batch are equal. Choose another hook or text.")
+    return mean_D, scale
 
 
 def check_foldable(normalization: NormalizationName, encoder: AnyEncoderConfig) -> None:

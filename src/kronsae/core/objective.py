@@ -23,7 +23,7 @@ class AuxKConfig:
 
     Args:
         weight: coefficient of the loss.
-        k_aux: dead latents asked per token; None: ``d_in // 2``.
+        k_aux: dead latents asked per token; None: ``d_out // 2``, half the width that they write.
         dead_after_tokens: a latent is dead once it was active on none of this many tokens.
     """
 
@@ -46,7 +46,7 @@ class Objective:
     loss: Float[Tensor, ""]
     reconstruction_loss: Float[Tensor, ""]
     auxiliary_loss: Float[Tensor, ""] | None
-    x_hat_BD: Float[Tensor, "B D"]
+    x_hat_BO: Float[Tensor, "B O"]
     codes: SparseCodes
 
 
@@ -57,10 +57,12 @@ def objective(
     aux_k: AuxKConfig | None = None,
     loss: LossConfig | None = None,
     l0_weight: float = 0.0,
+    target_BO: Float[Tensor, "B O"] | None = None,
 ) -> Objective:
-    """``loss(x, x_hat) + weight * ||e - e_hat||^2 + l0_weight * l0 + penalty`` with ``e = x - x_hat`` held fixed.
+    """``loss(y, y_hat) + weight * ||e - e_hat||^2 + l0_weight * l0 + penalty`` with ``e = y - y_hat`` held fixed.
 
-    - ``loss`` is ``||x - x_hat||^2`` unless another is given;
+    - ``y`` is ``target_BO``; None: ``x`` itself, as for every SAE that is no transcoder;
+    - ``loss`` is ``||y - y_hat||^2`` unless another is given; a skip connection is part of every ``y_hat``;
     - ``e_hat`` is decoded, without bias, from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
       the encoder and the decoder of dead latents; without dead latents the term is absent;
     - ``l0`` counts where the sparsifier learns from it (JumpReLU);
@@ -69,11 +71,17 @@ def objective(
     latents = sae.encoder(x_BD)
     codes, aux_codes, l0 = sae.sparsifier.choose_in_training(latents, *_dead_choice(sae, dead_C, aux_k))
     reconstruct = SquaredErrorConfig() if loss is None else loss
-    reconstruction_loss, x_hat_BD = reconstruct(sae.decoder, codes, x_BD)
+    target_BO = x_BD if target_BO is None else target_BO
+    if sae.skip is None:
+        reconstruction_loss, x_hat_BO = reconstruct(sae.decoder, codes, target_BO)
+    else:  # what is left for the dictionary: the loss, of whatever prefix, is that of the sum
+        skipped_BO = sae.skip(x_BD)
+        reconstruction_loss, x_hat_BO = reconstruct(sae.decoder, codes, target_BO - skipped_BO)
+        x_hat_BO = x_hat_BO + skipped_BO
     total, auxiliary_loss = reconstruction_loss, None
     if aux_k is not None and aux_codes:
-        residual_BD = (x_BD - x_hat_BD).detach()
-        auxiliary_loss = squared_error(residual_BD, sae.decoder.combine(aux_codes[0]))
+        residual_BO = (target_BO - x_hat_BO).detach()
+        auxiliary_loss = squared_error(residual_BO, sae.decoder.combine(aux_codes[0]))
         total = total + aux_k.weight * auxiliary_loss
     if l0 is not None:
         total = total + l0_weight * l0
@@ -84,7 +92,7 @@ def objective(
         loss=total,
         reconstruction_loss=reconstruction_loss.detach(),
         auxiliary_loss=None if auxiliary_loss is None else auxiliary_loss.detach(),
-        x_hat_BD=x_hat_BD.detach(),
+        x_hat_BO=x_hat_BO.detach(),
         codes=codes,
     )
 
@@ -93,7 +101,7 @@ def _dead_choice(sae: SAE, dead_C: Tensor | None, aux_k: AuxKConfig | None) -> l
     """The choice AuxK makes among dead latents; none where there is nothing to revive."""
     if aux_k is None or aux_k.weight == 0 or dead_C is None or len(dead_C) == 0:
         return []
-    k_aux = max(1, sae.d_in // 2) if aux_k.k_aux is None else aux_k.k_aux
+    k_aux = max(1, sae.d_out // 2) if aux_k.k_aux is None else aux_k.k_aux
     return [Choice(min(k_aux, len(dead_C)), dead_C)]
 
 

@@ -1,4 +1,8 @@
-"""``SAE(encoder, sparsifier, decoder)``: everything a sparse autoencoder is, by composition."""
+"""``SAE(encoder, sparsifier, decoder)``: everything a sparse autoencoder is, by composition.
+
+A transcoder writes at another hook than it reads; a crosscoder reads and writes several hooks side by side. Both are
+this class: their widths differ, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
-from kronsae.core.decoders import Decoder
+from kronsae.core.decoders import Decoder, Skip
 from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder, SwitchEncoderConfig
 from kronsae.core.sparsifiers import BatchTopK, JumpReLU, SparsifierConfig, TopK
@@ -19,15 +23,62 @@ from kronsae.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """An SAE's shape: with its weights, all that is needed to run it."""
+    """An SAE's shape: with its weights, all that is needed to run it.
+
+    Args:
+        d_in: D, width of what is read: of several hooks, side by side, their widths' sum.
+        encoder: dense, Kronecker or switch.
+        sparsifier: which latents stay.
+        read_widths: the width of each hook read; (): one hook of ``d_in``.
+        write_widths: the width of each hook written, where these are others than those read; (): what is read is
+            reconstructed.
+        skip: add ``W_skip x`` to what is written (skip transcoders, Paulo et al. 2025).
+    """
 
     d_in: int
     encoder: AnyEncoderConfig
     sparsifier: SparsifierConfig
+    read_widths: tuple[int, ...] = ()
+    write_widths: tuple[int, ...] = ()
+    skip: bool = False
 
     def __post_init__(self) -> None:
         check_count("d_in", self.d_in)
+        for name in ("read_widths", "write_widths"):
+            for width in getattr(self, name):
+                check_count(name, width)
+        if self.read_widths and sum(self.read_widths) != self.d_in:
+            listed = " + ".join(map(str, self.read_widths))
+            raise UserError(
+                f"read_widths must sum to d_in; got {listed} = {sum(self.read_widths)} with d_in={self.d_in}. "
+                "Leave read_widths out, or change one."
+            )
+        if self.skip and self.autoencodes:
+            raise UserError(
+                "skip needs another hook to write than the one read: past the dictionary an SAE would copy its input. "
+                "Name the hooks written, or leave skip out."
+            )
         self.sparsifier.check(self.encoder)
+
+    @property
+    def autoencodes(self) -> bool:
+        """Whether it reconstructs what it reads: an SAE, or a crosscoder that writes the hooks it reads."""
+        return not self.write_widths
+
+    @property
+    def widths_read(self) -> tuple[int, ...]:
+        """The width of each hook read."""
+        return self.read_widths or (self.d_in,)
+
+    @property
+    def widths_written(self) -> tuple[int, ...]:
+        """The width of each hook written."""
+        return self.write_widths or self.widths_read
+
+    @property
+    def d_out(self) -> int:
+        """O, width of what is written; ``d_in`` for an SAE."""
+        return sum(self.widths_written)
 
     @property
     def d_sae(self) -> int:
@@ -36,21 +87,50 @@ class SAEConfig:
 
     @property
     def architecture(self) -> str:
-        """The name of this cell of the comparison, such as ``kronecker-topk`` or ``dense-topk-switch``."""
-        if isinstance(self.encoder, SwitchEncoderConfig):
-            return f"{self.encoder.expert.kind}-{self.sparsifier.kind}-switch"
-        return f"{self.encoder.kind}-{self.sparsifier.kind}"
+        """The name of this cell of the comparison, such as ``kronecker-topk`` or ``dense-topk-switch-transcoder``."""
+        switch = isinstance(self.encoder, SwitchEncoderConfig)
+        encoder = self.encoder.expert if isinstance(self.encoder, SwitchEncoderConfig) else self.encoder
+        parts = [encoder.kind, self.sparsifier.kind, "switch" if switch else "", self.role]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def role(self) -> str:
+        """``crosscoder``: several hooks are read or written; ``transcoder``: another one is written; ``""``: an SAE.
+
+        With ``skip_`` in front where there is a skip connection.
+        """
+        several = max(len(self.widths_read), len(self.widths_written)) > 1
+        role = "crosscoder" if several else "" if self.autoencodes else "transcoder"
+        return f"skip_{role}" if self.skip else role
 
     def build(self, seed: int = 0) -> SAE:
-        """A freshly initialised SAE (the paper's start); equal seeds give equal weights."""
+        """A freshly initialised SAE (the paper's start); equal seeds give equal weights.
+
+        The decoder starts as the encoder's rows where it writes what they read. Elsewhere these mean nothing, and its
+        rows start in random directions (Dunefsky et al. 2024): rows of 0, the other choice of the field, have no
+        direction to keep at norm 1, and pass no gradient on to the encoder.
+        """
         sae = self.build_empty()
-        sae.encoder.initialize(torch.Generator().manual_seed(seed))
-        sae.decoder.initialize(sae.encoder.initial_decoder_rows())
+        generator = torch.Generator().manual_seed(seed)
+        sae.encoder.initialize(generator)
+        if self.autoencodes:
+            sae.decoder.initialize(sae.encoder.initial_decoder_rows())
+        else:
+            sae.decoder.initialize(torch.randn(self.d_sae, self.d_out, generator=generator))
+        if sae.skip is not None:
+            sae.skip.initialize()
         return sae
 
     def build_empty(self) -> SAE:
         """An SAE whose weights are yet to be filled in."""
-        return SAE(self.encoder.build(self.d_in), self.sparsifier.build(self.d_sae), Decoder(self.d_sae, self.d_in))
+        return SAE(
+            self.encoder.build(self.d_in),
+            self.sparsifier.build(self.d_sae),
+            Decoder(self.d_sae, self.d_out),
+            Skip(self.d_in, self.d_out) if self.skip else None,
+            read_widths=self.read_widths,
+            write_widths=self.write_widths,
+        )
 
 
 class SAE(nn.Module):
@@ -59,7 +139,9 @@ class SAE(nn.Module):
     Args:
         encoder: gives lazy latents of ``x [B, d_in]``.
         sparsifier: chooses which of them stay.
-        decoder: reads the chosen rows of ``W_dec [d_sae, d_in]`` and adds ``b_dec``.
+        decoder: reads the chosen rows of ``W_dec [d_sae, d_out]`` and adds ``b_dec``.
+        skip: adds ``W_skip x``; None: nothing is added.
+        read_widths, write_widths: as in `SAEConfig`.
 
     Example:
         >>> from kronsae.core.encoders import KroneckerEncoderConfig
@@ -76,19 +158,36 @@ class SAE(nn.Module):
         encoder: DenseEncoder | KroneckerEncoder | SwitchEncoder,
         sparsifier: TopK | BatchTopK | JumpReLU,
         decoder: Decoder,
+        skip: Skip | None = None,
+        *,
+        read_widths: tuple[int, ...] = (),
+        write_widths: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.encoder, self.sparsifier, self.decoder = encoder, sparsifier, decoder
+        self.encoder, self.sparsifier, self.decoder, self.skip = encoder, sparsifier, decoder, skip
+        self.read_widths, self.write_widths = read_widths, write_widths
 
     @property
     def config(self) -> SAEConfig:
         """The shape, as saved to ``cfg.json``."""
-        return SAEConfig(d_in=self.d_in, encoder=self.encoder.config, sparsifier=self.sparsifier.config)
+        return SAEConfig(
+            d_in=self.d_in,
+            encoder=self.encoder.config,
+            sparsifier=self.sparsifier.config,
+            read_widths=self.read_widths,
+            write_widths=self.write_widths,
+            skip=self.skip is not None,
+        )
 
     @property
     def d_in(self) -> int:
-        """D, width of the activations read and reconstructed."""
+        """D, width of the activations read."""
         return self.encoder.d_in
+
+    @property
+    def d_out(self) -> int:
+        """O, width of the activations written; ``d_in`` for an SAE."""
+        return self.W_dec.shape[1]
 
     @property
     def d_sae(self) -> int:
@@ -96,14 +195,20 @@ class SAE(nn.Module):
         return self.encoder.d_sae
 
     @property
-    def W_dec(self) -> Float[Tensor, "F D"]:
+    def W_dec(self) -> Float[Tensor, "F O"]:
         """The dictionary: one direction per latent."""
         return self.decoder.W_dec
 
     @property
-    def b_dec(self) -> Float[Tensor, " D"]:
+    def b_dec(self) -> Float[Tensor, " O"]:
         """The decoder's bias."""
         return self.decoder.b_dec
+
+    @property
+    def W_dec_by_hook(self) -> tuple[Float[Tensor, "F _"], ...]:
+        """``W_dec`` of each hook written, ``[d_sae, width]`` each, as views: where a crosscoder's latents live."""
+        parts: tuple[Tensor, ...] = self.W_dec.split(self.write_widths or self.read_widths or self.d_out, dim=1)
+        return parts
 
     def encode(self, x: Float[Tensor, "... D"]) -> SparseCodes:
         """Sparse codes of activations; leading dimensions are kept.
@@ -115,20 +220,41 @@ class SAE(nn.Module):
         codes: SparseCodes = self.sparsifier(self.encoder(x.reshape(-1, self.d_in)))
         return codes.reshape(*x.shape[:-1])
 
-    def decode(self, codes: SparseCodes) -> Float[Tensor, "... D"]:
-        """The reconstruction of codes; leading dimensions are kept."""
+    def decode(self, codes: SparseCodes, x: Float[Tensor, "... D"] | None = None) -> Float[Tensor, "... O"]:
+        """The reconstruction of codes; leading dimensions are kept.
+
+        Args:
+            codes: what `encode` gave.
+            x: what it was given: a skip connection reads it too. Without one it plays no part.
+
+        Raises:
+            UserError: codes of another dictionary, or no ``x`` though there is a skip connection.
+        """
         if codes.d_sae != self.d_sae:
             raise UserError(f"codes must be of d_sae={self.d_sae} latents; got codes of {codes.d_sae}.")
-        x_hat_BD: Tensor = self.decoder(codes.reshape(-1))
-        return x_hat_BD.reshape(*codes.values.shape[:-1], self.d_in)
+        x_hat_BO: Tensor = self.decoder(codes.reshape(-1))
+        x_hat = x_hat_BO.reshape(*codes.values.shape[:-1], self.d_out)
+        if self.skip is None:
+            return x_hat
+        if x is None:
+            raise UserError("decode needs x where there is a skip connection, W_skip x; give decode(codes, x).")
+        skipped: Tensor = self.skip(x)
+        return x_hat + skipped
 
-    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """``decode(encode(x))``."""
-        return self.decode(self.encode(x))
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
+        """``decode(encode(x), x)``."""
+        return self.decode(self.encode(x), x)
 
     def trained(self) -> SAE:
         """What is saved: the same outputs, without what only training needs. It shares this SAE's weights."""
-        return SAE(self.encoder, self.sparsifier.trained(), self.decoder)
+        return SAE(
+            self.encoder,
+            self.sparsifier.trained(),
+            self.decoder,
+            self.skip,
+            read_widths=self.read_widths,
+            write_widths=self.write_widths,
+        )
 
     def num_parameters(self) -> int:
         """Weights and biases in all; `count_parameters` counts those of a part, such as ``sae.encoder``."""

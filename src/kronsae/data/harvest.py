@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronsae.data.buffer import Activations
-from kronsae.data.model import LanguageModel, hidden_of, resolve_hook
+from kronsae.data.model import HookPoint, LanguageModel, resolve_hook, tap
 from kronsae.data.stream import MakeStream, State
-from kronsae.data.tokens import TokenBatch
+from kronsae.data.tokens import TokenBatch, Tokens
 from kronsae.errors import UserError
 
 Hooks = str | int | Sequence[str | int]
 
 
-class _AllCapturedError(Exception):
+class _AllReadError(Exception):
     """Ends a forward pass whose remaining layers nobody asked for."""
 
 
-def forward(language_model: LanguageModel, batch: TokenBatch) -> Any:
+def forward(language_model: LanguageModel, batch: Tokens) -> Any:
     """Run the whole model on a batch, without gradients; return its Hugging Face output.
 
     Raises:
@@ -40,48 +41,80 @@ def forward(language_model: LanguageModel, batch: TokenBatch) -> Any:
     device = language_model.device
     with torch.no_grad():
         return language_model.model(
-            input_ids=batch.input_ids_ST.to(device), attention_mask=batch.attention_mask_ST.to(device)
+            input_ids=batch.input_ids_ST.to(device, torch.int64),
+            attention_mask=batch.attention_mask_ST.to(device, torch.int64),
         )
 
 
-def hidden_states(language_model: LanguageModel, hooks: Hooks, batch: TokenBatch) -> dict[str, Float[Tensor, "S T D"]]:
-    """Return the outputs of several modules for a batch, by hook, in the model's dtype and on its device.
+def hidden_states(language_model: LanguageModel, hooks: Hooks, batch: Tokens) -> dict[str, Float[Tensor, "S T D"]]:
+    """Return the activations at several hooks for a batch, by hook, in the model's dtype and on its device.
 
     One forward pass, ended as soon as the last of them is known: no later layer and no head is run. Of a
-    module that is called more than once the first output counts. Padded and special tokens are included.
+    module that is called more than once the first call counts. Padded and special tokens are included.
 
     Raises:
-        UserError: If a hook names no module, or one without an output of one vector per token.
+        UserError: If a hook names no module, or one without one vector per token.
     """
     points = {name: resolve_hook(language_model.model, hook) for name, hook in _named(hooks).items()}
-    captured: dict[str, Tensor] = {}
+    return read_points(language_model, points, batch)
 
-    def capture(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if name not in captured:
-                captured[name] = _checked_hidden(output, name, batch)
-            if len(captured) == len(points):
-                raise _AllCapturedError
 
-        return hook
-
-    handles = [point.module.register_forward_hook(capture(name)) for name, point in points.items()]
+def read_points(
+    language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
+) -> dict[str, Float[Tensor, "S T D"]]:
+    """`hidden_states` at places that are resolved already, by the names they are given."""
     try:
-        forward(language_model, batch)
-    except _AllCapturedError:
-        return {name: captured[name] for name in points}
-    finally:
-        for handle in handles:
-            handle.remove()
-    silent = next(name for name in points if name not in captured)
-    raise UserError(
-        f"hook must name a module that runs in a forward pass; '{silent}' ({points[silent].path}) does not. "
+        with _reading(points, batch, to_the_end=False) as found:
+            forward(language_model, batch)
+    except _AllReadError:
+        return {name: found[name] for name in points}
+    raise _never_ran(points, found)
+
+
+def read_points_and_output(
+    language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
+) -> tuple[dict[str, Float[Tensor, "S T D"]], Any]:
+    """As `read_points`, from a whole pass, and the model's undisturbed output."""
+    with _reading(points, batch, to_the_end=True) as found:
+        output = forward(language_model, batch)
+    if len(found) < len(points):
+        raise _never_ran(points, found)
+    return {name: found[name] for name in points}, output
+
+
+@contextmanager
+def _reading(points: Mapping[str, HookPoint], batch: Tokens, *, to_the_end: bool) -> Iterator[dict[str, Tensor]]:
+    """While inside, a forward pass fills the dict; it ends with `_AllReadError` once that is full, or at its end."""
+    found: dict[str, Tensor] = {}
+
+    def reader(name: str) -> Callable[[Tensor], None]:
+        def read(hidden_STD: Tensor) -> None:
+            if name not in found:
+                _check_shape(hidden_STD, name, points[name], batch)
+                more = to_the_end or len(found) + 1 < len(points)
+                found[name] = hidden_STD.clone() if more else hidden_STD  # a later layer may write into it
+            if len(found) == len(points) and not to_the_end:
+                raise _AllReadError
+
+        return read
+
+    with ExitStack() as stack:
+        for name, point in points.items():
+            stack.enter_context(tap(point, reader(name)))
+        yield found
+
+
+def _never_ran(points: Mapping[str, HookPoint], found: Mapping[str, Tensor]) -> UserError:
+    name, point = next((name, point) for name, point in points.items() if name not in found)
+    where = "" if name == point.name else f" ({point.name})"
+    return UserError(
+        f"hook must name a module that runs in a forward pass; '{name}'{where} does not. "
         "Give a transformer block, such as 'layers.0'."
     )
 
 
-def d_in(language_model: LanguageModel, hook: str | int) -> int:
-    """Return the width of a hook's activations, by running one token up to it."""
+def widths(language_model: LanguageModel, hooks: Hooks) -> dict[str, int]:
+    """Return the width of the activations of each hook, by running one token up to the last."""
     one_11 = torch.zeros((1, 1), dtype=torch.int64)
     batch = TokenBatch(
         input_ids_ST=one_11,
@@ -90,7 +123,7 @@ def d_in(language_model: LanguageModel, hook: str | int) -> int:
         documents=("",),
         offsets=(0,),
     )
-    return hidden_states(language_model, hook, batch)[str(hook)].shape[-1]
+    return {hook: hidden.shape[-1] for hook, hidden in hidden_states(language_model, hooks, batch).items()}
 
 
 class ActivationStream:
@@ -147,15 +180,13 @@ def check_finite(rows_ND: Float[Tensor, "N D"], hook: str, batch: TokenBatch, nu
     )
 
 
-def _checked_hidden(output: object, hook: str, batch: TokenBatch) -> Tensor:
-    hidden_STD = hidden_of(output, hook)
+def _check_shape(hidden_STD: Tensor, name: str, point: HookPoint, batch: Tokens) -> None:
     if hidden_STD.shape[:2] != batch.input_ids_ST.shape:
         raise UserError(
-            f"hook must name a module with one vector per token as output; '{hook}' gives "
+            f"hook must name a module with one vector per token as {point.side}; '{name}' gives "
             f"{tuple(hidden_STD.shape)} for tokens {tuple(batch.input_ids_ST.shape)}. Give a transformer block, "
             "such as 'layers.0'."
         )
-    return hidden_STD
 
 
 def _named(hooks: Hooks) -> dict[str, str | int]:

@@ -265,30 +265,53 @@ def _as_user_error(name: str) -> Iterator[None]:
         raise UserError(f"model: '{name}' cannot be loaded: {one_line(error)}.") from error
 
 
+SIDES = ("output", "input")
+
+
 @dataclass(frozen=True, eq=False)
 class HookPoint:
-    """A module whose output is looked at: its path as ``named_modules`` gives it, and itself."""
+    """A place in a model where activations are read or replaced: a module's output, or its input.
+
+    Args:
+        path: The module's path, as ``named_modules`` gives it.
+        module: The module.
+        side: ``"output"`` or ``"input"``.
+    """
 
     path: str
     module: nn.Module
+    side: str = "output"
+
+    @property
+    def name(self) -> str:
+        """The hook that means this place in this model, whatever it was asked for by."""
+        return self.path if self.side == "output" else f"{self.path}:{self.side}"
 
 
 def resolve_hook(model: nn.Module, hook: str | int) -> HookPoint:
-    """Return the module that a hook names.
+    """Return the place that a hook names: a module, and after ``:`` its side, ``output`` where none is named.
 
-    In this order: a module's exact path (``"gpt_neox.layers.6"``); a transformer block by number (``6``,
+    So ``"layers.3.mlp"`` is what the MLP of block 3 gives and ``"layers.3.mlp:input"`` what it is given. The module is
+    looked for in this order: a module's exact path (``"gpt_neox.layers.6"``); a transformer block by number (``6``,
     ``"6"``, ``"layers.6"``) or a module in it (``"layers.6.mlp"``), whatever the architecture calls its blocks;
     the end of one module's path (``"h.6"``).
 
     Raises:
-        UserError: If no module is meant, or more than one.
+        UserError: If no module is meant, or more than one, or the side is neither.
     """
+    name, colon, side = str(hook).partition(":")
+    if colon and side not in SIDES:
+        raise UserError(f"hook must end in ':input' or ':output' if it has a ':'; got '{hook}'.{nearest(side, SIDES)}")
+    path, module = _find_module(model, name, hook)
+    return HookPoint(path, module, side or "output")
+
+
+def _find_module(model: nn.Module, name: str, hook: str | int) -> tuple[str, nn.Module]:
     modules = {path: module for path, module in model.named_modules() if path}
-    name = str(hook)
     if re.fullmatch(r"-?\d+", name):
         name = f"layers.{name}"
     if name in modules:
-        return HookPoint(name, modules[name])
+        return name, modules[name]
     stack = _block_stack(modules)
     in_block = re.fullmatch(rf"(?:layers|{re.escape(stack.rpartition('.')[2])})\.(-?\d+)(\..+)?", name)
     if stack and in_block:
@@ -299,10 +322,10 @@ def resolve_hook(model: nn.Module, hook: str | int) -> HookPoint:
             )
         path = f"{stack}.{int(in_block[1])}{in_block[2] or ''}"
         if path in modules:
-            return HookPoint(path, modules[path])
+            return path, modules[path]
     ending = [path for path in modules if path.endswith(f".{name}")]
     if len(ending) == 1:
-        return HookPoint(ending[0], modules[ending[0]])
+        return ending[0], modules[ending[0]]
     if ending:
         raise UserError(
             f"hook must name one module; '{hook}' ends {len(ending)} paths, such as {ending[0]} and {ending[1]}. "
@@ -320,40 +343,53 @@ def _block_stack(modules: dict[str, nn.Module]) -> str:
     return max(lists, key=lambda path: (lists[path], -path.count(".")), default="")
 
 
-def hidden_of(output: object, hook: str) -> Float[Tensor, "S T D"]:
-    """Return the hidden states in a module's output: itself, or the first element of a tuple.
+@contextmanager
+def tap(point: HookPoint, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """While inside, call ``see`` with the hidden states [S, T, D] at a point whenever its module runs.
+
+    What it returns takes their place, cast to the model's dtype; None leaves them. A tuple keeps its other elements.
 
     Raises:
-        UserError: If that is not one vector per token.
-    """
-    first = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(first, Tensor) or first.ndim != 3:
-        kind = f"a tensor of {first.ndim} dimensions" if isinstance(first, Tensor) else type(first).__name__
-        raise UserError(
-            f"hook must name a module with one vector per token as output; '{hook}' gives {kind}. "
-            "Give a transformer block, such as 'layers.0'."
-        )
-    return first
-
-
-@contextmanager
-def replace_output(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let ``replace`` map a module's hidden states [S, T, D] to those that the later modules see.
-
-    A tuple keeps its other elements; what ``replace`` returns is cast to the model's dtype.
+        UserError: If the module gives, or is given, no vector per token.
+        ValueError: If ``see`` returns another shape.
     """
 
-    def hook(_module: nn.Module, _inputs: object, output: object) -> object:
-        hidden_STD = hidden_of(output, type(module).__name__)
-        replaced_STD = replace(hidden_STD).to(hidden_STD.dtype)
-        if replaced_STD.shape != hidden_STD.shape:
+    def replaced(hidden_STD: Tensor) -> Tensor:
+        new_STD = see(hidden_STD)
+        if new_STD is None:
+            return hidden_STD
+        if new_STD.shape != hidden_STD.shape:
             raise ValueError(
-                f"replace must keep the shape {tuple(hidden_STD.shape)}; it returned {tuple(replaced_STD.shape)}."
+                f"what is put in must keep the shape {tuple(hidden_STD.shape)}; got {tuple(new_STD.shape)}."
             )
-        return (replaced_STD, *output[1:]) if isinstance(output, tuple) else replaced_STD
+        return new_STD.to(hidden_STD.dtype)
 
-    handle = module.register_forward_hook(hook)
+    def on_output(_module: nn.Module, _inputs: object, output: object) -> object:
+        if isinstance(output, tuple) and output:
+            return (replaced(_hidden(output[0], point)), *output[1:])
+        return replaced(_hidden(output, point))
+
+    def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (replaced(_hidden(args[0], point)), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": replaced(_hidden(kwargs.get("hidden_states"), point))}
+
+    if point.side == "input":
+        handle = point.module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = point.module.register_forward_hook(on_output)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _hidden(value: object, point: HookPoint) -> Float[Tensor, "S T D"]:
+    """``value``, if it is one vector per token."""
+    if not isinstance(value, Tensor) or value.ndim != 3:
+        kind = f"a tensor of {value.ndim} dimensions" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(
+            f"hook must name a module with one vector per token as {point.side}; '{point.name}' gives {kind}. "
+            "Give a transformer block, such as 'layers.0'."
+        )
+    return value

@@ -8,7 +8,7 @@ writer was told about the model and the text. The manifest comes last: a folder 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -196,10 +196,12 @@ class StoredActivations:
         seed: Seed of the order.
         repeat: Whether to begin anew at the end, without end.
         device: Where to put the batches.
+        hooks: Which of the harvested hooks to read; None reads all.
         state: Go on after the batch that this state came with.
 
     Raises:
-        UserError: If the folder or one of its files is missing or damaged, or it holds less than a batch.
+        UserError: If the folder or one of its files is missing or damaged, or it lacks a hook or holds less than a
+            batch.
     """
 
     def __init__(
@@ -211,12 +213,20 @@ class StoredActivations:
         seed: int = 0,
         repeat: bool = True,
         device: torch.device | str = "cpu",
+        hooks: Sequence[str] | None = None,
         state: State | None = None,
     ) -> None:
         self.manifest = read_manifest(folder)
+        hooks = tuple(self.manifest.d_in if hooks is None else hooks)
+        for hook in hooks:
+            if hook not in self.manifest.d_in:
+                raise UserError(
+                    f"hooks must be among those harvested into {folder}: {', '.join(self.manifest.d_in)}; got '{hook}'."
+                    f"{nearest(hook, self.manifest.d_in)}"
+                )
         largest = max(shard.tokens for shard in self.manifest.shards)
         self._buffer = ShuffleBuffer(
-            partial(_ShardStream, Path(folder), self.manifest, seed, repeat, torch.device(device)),
+            partial(_ShardStream, Path(folder), self.manifest, hooks, seed, repeat, torch.device(device)),
             batch_size=batch_size,
             buffer_tokens=max(largest, batch_size) if buffer_tokens is None else buffer_tokens,
             seed=seed,
@@ -234,6 +244,7 @@ class _ShardStream:
         self,
         folder: Path,
         manifest: Manifest,
+        hooks: tuple[str, ...],
         seed: int,
         repeat: bool,
         device: torch.device,
@@ -242,6 +253,7 @@ class _ShardStream:
     ) -> None:
         self._folder = folder
         self._manifest = manifest
+        self._hooks = hooks
         self._seed = seed
         self._repeat = repeat
         self._device = device
@@ -266,7 +278,7 @@ class _ShardStream:
         self._verify(path, shard)
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {hook: file.get_slice(hook) for hook in self._manifest.d_in}
+                slices = {hook: file.get_slice(hook) for hook in self._hooks}
                 for begin in range(start, shard.tokens, CHUNK_ROWS):
                     end = min(begin + CHUNK_ROWS, shard.tokens)
                     yield {hook: self._load(rows[begin:end]) for hook, rows in slices.items()}, end

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,6 +29,17 @@ _T = TypeVar("_T")
 GROUP_DOCUMENTS = 16
 # A text that repeats has no end to wait for: after so many documents without a token there is none.
 PATIENCE_DOCUMENTS = 10_000
+
+
+class Tokens(Protocol):
+    """Windows of tokens as a forward pass needs them; `TokenBatch` says what the fields hold."""
+
+    @property
+    def input_ids_ST(self) -> Tensor: ...
+    @property
+    def attention_mask_ST(self) -> Tensor: ...
+    @property
+    def keep_ST(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,13 @@ from kronsae.config import to_dict
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.sae import SAE
+from kronsae.errors import UserError
 from kronsae.eval.display import NOT_A_TOKEN, TokenText
 from kronsae.eval.hooked import Windows
 from kronsae.eval.latents import GalleryConfig, LatentStatistics, choose_heads, choose_latents, rounded
 
 MAX_SIGNALS = 2**24  # activations held densely at once: 64 MiB
+POOL = 64  # contexts drawn at random per latent, of which the bands are made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,21 @@ class Context:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Band:
+    """One of several bands of equal numbers of a latent's activations, by size, with contexts drawn from it.
+
+    Args:
+        low: its smallest activation.
+        high: its largest.
+        contexts: drawn at random, at most one per window of the stream.
+    """
+
+    low: float
+    high: float
+    contexts: tuple[Context, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShownLatent:
     """A latent with text it is active on.
 
@@ -52,6 +70,8 @@ class ShownLatent:
         mean_activation: mean of the activation where it is active.
         top: contexts of the largest activations, at most one per window of the stream.
         sampled: contexts of activations drawn at random, at most one per window of the stream.
+        quantiles: bands of its activations from the weakest to the strongest, made of `POOL` contexts drawn at random.
+        negatives: contexts drawn at random from windows of the stream in which it is not active at all.
         head, base, extension: its place in a Kronecker encoder; None with a dense one.
         parents_frequency: share of tokens on which base and extension are both above 0, of which TopK keeps
             ``frequency``; None with a dense encoder.
@@ -63,6 +83,8 @@ class ShownLatent:
     mean_activation: float
     top: tuple[Context, ...]
     sampled: tuple[Context, ...] = ()
+    quantiles: tuple[Band, ...] = ()
+    negatives: tuple[Context, ...] = ()
     head: int | None = None
     base: int | None = None
     extension: int | None = None
@@ -121,7 +143,8 @@ class GalleryMeter:
     def __init__(self, sae: SAE, statistics: LatentStatistics, config: GalleryConfig) -> None:
         counts_F = torch.tensor(statistics.active_tokens)
         self._statistics, self._config = statistics, config
-        self._sample = choose_latents(counts_F, config.num_latents, config.seed)
+        named = [_checked_latent(latent, sae.d_sae) for latent in config.latents]
+        self._sample = list(dict.fromkeys([*named, *choose_latents(counts_F, config.num_latents, config.seed)]))
         self._encoder = sae.encoder if isinstance(sae.encoder, KroneckerEncoder) else None
         self._heads: list[int] = []
         if self._encoder is not None:
@@ -136,7 +159,10 @@ class GalleryMeter:
         kept = max(config.top, config.cell_contexts)
         companions_CA = torch.tensor(self._signals.companions)
         self._top = _BestWindows(kept, companions_CA, config.window)
-        self._sampled = _BestWindows(config.sampled, companions_CA, config.window)
+        of_sample_CA = companions_CA[: len(self._sample)]  # the first columns are the sample's
+        drawn = max(config.sampled, POOL if config.quantiles else 0)
+        self._drawn = _BestWindows(drawn, of_sample_CA, config.window)
+        self._negatives = _BestWindows(config.negatives, of_sample_CA, config.window)
         self._tokens = 0
 
     @torch.no_grad()
@@ -164,9 +190,13 @@ class GalleryMeter:
         signals_STC = signals_NC.new_zeros(*keep_ST.shape, signals_NC.shape[1])
         signals_STC[keep_ST] = signals_NC
         self._top.update(signals_STC, signals_STC, ids_ST, windows.first)
-        if self._config.sampled:
-            lottery_STC = _lottery(keep_ST, windows.first, self._signals.columns, self._config.seed)
-            self._sampled.update(lottery_STC * (signals_STC > 0), signals_STC, ids_ST, windows.first)
+        if self._sample and (self._config.sampled or self._config.quantiles or self._config.negatives):
+            number = len(self._sample)
+            lottery_STC = _lottery(keep_ST, windows.first, self._signals.columns[:number], self._config.seed)
+            active_STC = signals_STC[..., :number] > 0
+            self._drawn.update(lottery_STC * active_STC, signals_STC, ids_ST, windows.first)
+            nowhere_STC = keep_ST.unsqueeze(-1) & ~active_STC.any(1, keepdim=True)
+            self._negatives.update(lottery_STC * nowhere_STC, signals_STC, ids_ST, windows.first)
 
     def value(self, token_text: TokenText) -> Gallery:
         """The contexts found, as text."""
@@ -200,8 +230,13 @@ class GalleryMeter:
 
     def _latent(self, number: int, top: int, sampled: int, token_text: TokenText) -> ShownLatent:
         column, encoder = self._signals.place[("latent", number)], self._encoder
-        shown = self._top.contexts(column, top, token_text, parents=encoder is not None)
-        drawn = self._sampled.contexts(column, sampled, token_text, parents=encoder is not None)
+        has_parents = encoder is not None
+        shown = self._top.contexts(column, top, token_text, parents=has_parents)
+        drawn: tuple[Context, ...] = ()
+        negatives: tuple[Context, ...] = ()
+        if column < len(self._sample):
+            drawn = self._drawn.contexts(column, POOL, token_text, parents=has_parents)
+            negatives = self._negatives.contexts(column, self._config.negatives, token_text, parents=has_parents)
         place: dict[str, Any] = {}
         if encoder is not None:
             m, n = encoder.d_base, encoder.d_extension
@@ -213,12 +248,32 @@ class GalleryMeter:
             max_activation=self._statistics.max_activation[number],
             mean_activation=self._statistics.mean_activation[number],
             top=shown,
-            sampled=tuple(context for context in drawn if context not in shown),
+            sampled=tuple(context for context in drawn[:sampled] if context not in shown),
+            quantiles=_bands(drawn, self._config.quantiles, self._config.quantile_contexts),
+            negatives=negatives,
             **place,
         )
 
     def _share(self, counts_C: Tensor, column: int) -> float:
         return rounded([int(counts_C[column]) / self._tokens])[0]
+
+
+def _bands(drawn: Sequence[Context], number: int, contexts: int) -> tuple[Band, ...]:
+    """``number`` bands of the contexts drawn, by their peaks' activation; of each the first ``contexts`` drawn."""
+    peaks = [context.values[context.peak] for context in drawn]
+    order = sorted(range(len(drawn)), key=peaks.__getitem__)
+    borders = [band * len(drawn) // number for band in range(number + 1)] if number else []
+    bands = [order[start:stop] for start, stop in itertools.pairwise(borders) if start < stop]
+    return tuple(
+        Band(low=peaks[band[0]], high=peaks[band[-1]], contexts=tuple(drawn[n] for n in sorted(band)[:contexts]))
+        for band in bands
+    )
+
+
+def _checked_latent(latent: int, d_sae: int) -> int:
+    if not 0 <= latent < d_sae:
+        raise UserError(f"latents must be numbers from 0 to {d_sae - 1}; got {latent}.")
+    return latent
 
 
 class _Signals:

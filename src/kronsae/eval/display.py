@@ -24,6 +24,11 @@ def visible(text: str) -> str:
     return "".join(_MARKS.get(c) or (_escape(c) if unicodedata.category(c) in _CONTROL else c) for c in text)
 
 
+def visible_lines(text: str) -> str:
+    """`visible`, but with the line breaks left in."""
+    return "\n".join(visible(line) for line in text.split("\n"))
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_positive
 from kronsae.core.sae import SAE
 from kronsae.errors import UserError
@@ -19,8 +19,8 @@ from kronsae.eval.hooked import (
     LanguageModel,
     MakeTokens,
     Windows,
-    hidden_states,
-    hidden_states_and_logits,
+    all_hidden_states,
+    all_hidden_states_and_logits,
     kept,
     read_windows,
     windows_per_pass,
@@ -49,13 +49,26 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON values: `figures` and `latents` in one."""
-        return to_dict(self)
+        return self.figures() | self.latents()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """Where one SAE belongs: the places it reads and those it writes; the same for all but transcoders."""
+
+    read: tuple[HookPoint, ...]
+    write: tuple[HookPoint, ...]
+
+    @staticmethod
+    def of(hook: HookPoint) -> Hooks:
+        """One hook, read and written."""
+        return Hooks(read=(hook,), write=(hook,))
 
 
 def evaluate(
     saes: Mapping[str, SAE],
     language_model: LanguageModel,
-    hook: HookPoint,
+    hook: HookPoint | Mapping[str, Hooks],
     make_tokens: MakeTokens,
     *,
     tokens: int,
@@ -63,17 +76,17 @@ def evaluate(
     gallery: GalleryConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
-    """Evaluate some SAEs of one hook on the same tokens.
+    """Evaluate some SAEs on the same tokens, each at its own hooks.
 
-    The first pass runs the model up to the hook: reconstruction, latent statistics, the mean. The second one adds
+    The first pass runs the model up to the last hook: reconstruction, latent statistics, the mean. The second one adds
     what needs these: explained variance per token, the shown latents' contexts and, on the first
-    ``language_model_tokens``, the losses of the spliced model (one clean and two ablated passes for all SAEs, one
-    pass for each).
+    ``language_model_tokens``, the losses of the spliced model (one clean pass for all SAEs, two ablated ones for all
+    that write the same hooks, one for each).
 
     Args:
         saes: by name, each on the language model's device.
         language_model: the model, in evaluation mode.
-        hook: whose output the SAEs reconstruct.
+        hook: what the SAEs read and reconstruct; or, by name, what each reads and writes.
         make_tokens: makes the stream of token windows from its beginning.
         tokens: kept tokens to evaluate on. The last window is used whole, so some more may be.
         language_model_tokens: of these, at most so many for the losses of the spliced model, which cost most of the
@@ -82,40 +95,60 @@ def evaluate(
         progress: called with (tokens done, tokens to do), over both passes.
 
     Raises:
-        UserError: an SAE does not fit the hook, the activations are not finite, or the text has no usable token.
+        UserError: an SAE does not fit its hooks, the activations are not finite, or the text has no usable token.
     """
     check_positive("tokens", tokens)
     check_positive("language_model_tokens", language_model_tokens)
+    hooks = dict.fromkeys(saes, Hooks.of(hook)) if isinstance(hook, HookPoint) else {name: hook[name] for name in saes}
+    points = {point.name: point for own in hooks.values() for point in (*own.read, *own.write)}.values()
+    if not saes:
+        return {}
     report = _Progress(progress, 2 * tokens)
-    first = {name: _FirstPass(sae) for name, sae in saes.items()}
+    first = {name: _FirstPass(sae, hooks[name]) for name, sae in saes.items()}
     stream = read_windows(make_tokens, tokens)
     for windows in stream:
-        x_ND = kept(hidden_states(language_model, hook, windows), windows)
-        _check_width(saes, hook, x_ND)
+        rows = _Rows(all_hidden_states(language_model, points, windows), windows)
+        _check_widths(saes, hooks, rows)
         for meters in first.values():
-            meters.update(x_ND)
-        report.add(len(x_ND))
+            meters.update(rows)
+        report.add(windows.num_kept)
     second = {name: _SecondPass(meters, gallery or GalleryConfig()) for name, meters in first.items()}
-    spliced: Mapping[str, Spliced] = dict.fromkeys(saes, Skipped(language_model.no_lm_head_reason))
-    splicing = None
-    if second and not language_model.no_lm_head_reason:
-        mean_D = next(iter(first.values())).reconstruction.variance.mean_D
-        splicing = SplicingMeter(language_model, hook, tuple(saes), mean_D)
+    splicing = {} if language_model.no_lm_head_reason else _splicing_meters(language_model, first)
     for part, with_loss in _parts(language_model, stream, language_model_tokens):
-        if splicing is not None and with_loss:
-            hidden_STD, clean_STV = hidden_states_and_logits(language_model, hook, part)
-            x_ND = kept(hidden_STD, part)
-            x_hat = {name: meter.update(part, x_ND) for name, meter in second.items()}
-            splicing.update(part, hidden_STD, clean_STV, x_hat)
+        if splicing and with_loss:
+            hidden, clean_STV = all_hidden_states_and_logits(language_model, points, part)
+            rows = _Rows(hidden, part)
+            x_hat = {name: later.update(rows) for name, later in second.items()}
+            for meter in splicing.values():
+                meter.update(part, hidden, clean_STV, x_hat)
         else:
-            x_ND = kept(hidden_states(language_model, hook, part), part)
-            for meter in second.values():
-                meter.update(part, x_ND)
-        report.add(len(x_ND))
-    if splicing is not None:
-        spliced = splicing.values()
+            rows = _Rows(all_hidden_states(language_model, points, part), part)
+            for later in second.values():
+                later.update(rows)
+        report.add(part.num_kept)
+    spliced: dict[str, Spliced] = dict.fromkeys(saes, Skipped(language_model.no_lm_head_reason))
+    for meter in splicing.values():
+        spliced |= meter.values()
     token_text = TokenText(language_model.tokenizer)
-    return {name: meters.value(spliced[name], token_text) for name, meters in second.items()}
+    return {name: later.value(spliced[name], token_text) for name, later in second.items()}
+
+
+def _splicing_meters(
+    language_model: LanguageModel, first: Mapping[str, _FirstPass]
+) -> dict[tuple[str, ...], SplicingMeter]:
+    """One meter for all SAEs that write the same hooks: the ablated passes are theirs in common."""
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name, meters in first.items():
+        together.setdefault(tuple(point.name for point in meters.hooks.write), []).append(name)
+    return {
+        written: SplicingMeter(
+            language_model,
+            first[names[0]].hooks.write,
+            tuple(names),
+            first[names[0]].reconstruction.variance.mean_D,
+        )
+        for written, names in together.items()
+    }
 
 
 def _parts(language_model: LanguageModel, stream: Iterable[Windows], scored: int) -> Iterator[tuple[Windows, bool]]:
@@ -142,17 +175,33 @@ class _Progress:
             self._show(min(self._done, self._total), self._total)
 
 
+class _Rows:
+    """The activations of some windows that count, hook by hook; several hooks' side by side, joined once for all."""
+
+    def __init__(self, hidden: Mapping[str, Tensor], windows: Windows) -> None:
+        self.windows = windows
+        self._rows: dict[tuple[str, ...], Tensor] = {}
+        for name, hidden_STD in hidden.items():
+            self._rows[name,] = kept(hidden_STD, windows)
+
+    def at(self, points: tuple[HookPoint, ...]) -> Tensor:
+        names = tuple(point.name for point in points)
+        if names not in self._rows:
+            self._rows[names] = torch.cat([self._rows[name,] for name in names], dim=1)
+        return self._rows[names]
+
+
 class _FirstPass:
     """What one SAE needs of the first pass."""
 
-    def __init__(self, sae: SAE) -> None:
-        self.sae = sae
-        self.reconstruction = ReconstructionMeter(sae.d_sae)
+    def __init__(self, sae: SAE, hooks: Hooks) -> None:
+        self.sae, self.hooks = sae, hooks
+        self.reconstruction = ReconstructionMeter(sae.d_sae, sae.config.widths_written)
         self.latents = LatentMeter(sae.d_sae)
 
-    def update(self, x_ND: Tensor) -> None:
-        x_hat_ND, codes = encode_decode(self.sae, x_ND)
-        self.reconstruction.update(x_ND, x_hat_ND, codes)
+    def update(self, rows: _Rows) -> None:
+        x_hat_NO, codes = encode_decode(self.sae, rows.at(self.hooks.read))
+        self.reconstruction.update(rows.at(self.hooks.write), x_hat_NO, codes)
         self.latents.update(codes)
 
 
@@ -160,15 +209,16 @@ class _SecondPass:
     """What one SAE needs of the second pass."""
 
     def __init__(self, first: _FirstPass, config: GalleryConfig) -> None:
-        self._sae, self._reconstruction = first.sae, first.reconstruction
+        self._sae, self._hooks, self._reconstruction = first.sae, first.hooks, first.reconstruction
         self._statistics = first.latents.value()
         self._gallery = GalleryMeter(first.sae, self._statistics, config)
 
-    def update(self, windows: Windows, x_ND: Tensor) -> Tensor:
-        x_hat_ND, codes = encode_decode(self._sae, x_ND)
-        self._reconstruction.update_per_token(x_ND, x_hat_ND)
-        self._gallery.update(windows, x_ND, codes)
-        return x_hat_ND
+    def update(self, rows: _Rows) -> Tensor:
+        x_ND = rows.at(self._hooks.read)
+        x_hat_NO, codes = encode_decode(self._sae, x_ND)
+        self._reconstruction.update_per_token(rows.at(self._hooks.write), x_hat_NO)
+        self._gallery.update(rows.windows, x_ND, codes)
+        return x_hat_NO
 
     def value(self, spliced: Spliced, token_text: TokenText) -> Evaluation:
         return Evaluation(
@@ -179,10 +229,14 @@ class _SecondPass:
         )
 
 
-def _check_width(saes: Mapping[str, SAE], hook: HookPoint, x_ND: Tensor) -> None:
+def _check_widths(saes: Mapping[str, SAE], hooks: Mapping[str, Hooks], rows: _Rows) -> None:
     for name, sae in saes.items():
-        if sae.d_in != x_ND.shape[1]:
-            raise UserError(
-                f"SAE '{name}' must have the width of hook '{hook.path}', {x_ND.shape[1]}; it has d_in={sae.d_in}. "
-                "Give the model and the hook it was trained on."
-            )
+        own = hooks[name]
+        for points, width, field in ((own.read, sae.d_in, "d_in"), (own.write, sae.d_out, "d_out")):
+            found = rows.at(points).shape[1]
+            if found != width:
+                listed = " and ".join(f"'{point.name}'" for point in points)
+                raise UserError(
+                    f"SAE '{name}' must have the width of hook {listed}, {found}; it has {field}={width}. "
+                    "Give the model and the hook it was trained on."
+                )

@@ -1,63 +1,47 @@
-"""Running a language model with one module's output read, or replaced, by a plain forward hook.
-
-The protocols say what evaluation needs of the objects it is given; `kronsae.data` has them, and so may anybody else.
-"""
+"""Running a language model on windows of tokens, with the activations at some hooks read, or replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from kronsae.data.harvest import forward, read_points, read_points_and_output
+from kronsae.data.model import HookPoint, LanguageModel, tap
+from kronsae.data.tokens import Tokens as TokenBatch
 from kronsae.errors import UserError
 
+__all__ = [
+    "HookPoint",
+    "LanguageModel",
+    "MakeTokens",
+    "TokenBatch",
+    "Windows",
+    "all_hidden_states",
+    "all_hidden_states_and_logits",
+    "hidden_states",
+    "hidden_states_and_logits",
+    "kept",
+    "logits",
+    "logits_with",
+    "read_windows",
+    "splice",
+    "windows_per_pass",
+]
+
 MAX_LOGITS = 2**25  # logits alive in one tensor: 128 MiB of float32, of which scoring holds about four
-
-
-class TokenBatch(Protocol):
-    """Windows of tokens: ids, 1 where there is no padding, True where an activation counts; each ``[S, T]``."""
-
-    @property
-    def input_ids_ST(self) -> Tensor: ...
-    @property
-    def attention_mask_ST(self) -> Tensor: ...
-    @property
-    def keep_ST(self) -> Tensor: ...
-
-
-class LanguageModel(Protocol):
-    """A Hugging Face style model with its tokenizer; ``no_lm_head_reason`` is ``""`` where it gives logits."""
-
-    @property
-    def model(self) -> Any: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def no_lm_head_reason(self) -> str: ...
-
-
-class HookPoint(Protocol):
-    """A module of the model, and its path for messages."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def module(self) -> nn.Module: ...
 
 
 class MakeTokens(Protocol):
     """Makes the stream of ``(TokenBatch, state)`` from its beginning; evaluation calls it once."""
 
     def __call__(self) -> Iterable[tuple[TokenBatch, Any]]: ...
-
-
-Replace: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,50 +102,58 @@ def read_windows(make_tokens: MakeTokens, tokens: int) -> list[Windows]:
     return found
 
 
-class _ReachedError(Exception):
-    """Ends a forward pass whose later layers nobody asked for."""
-
-
 def hidden_states(language_model: LanguageModel, hook: HookPoint, windows: Windows) -> Float[Tensor, "S T D"]:
-    """The hooked module's output; the forward pass ends there.
+    """The activations at one hook; the forward pass ends there.
 
     Raises:
         UserError: the module does not run, or an activation that counts is not finite.
     """
-    captured: list[Tensor] = []
-
-    def capture(hidden_STD: Tensor) -> Tensor:
-        captured.append(hidden_STD)
-        raise _ReachedError
-
-    try:
-        _forward(language_model, hook, windows, capture)
-    except _ReachedError:
-        return _checked(captured[0], hook, windows)
-    raise _never_ran(hook)
+    return all_hidden_states(language_model, [hook], windows)[hook.name]
 
 
-def logits(
-    language_model: LanguageModel, hook: HookPoint, windows: Windows, hidden_STD: Float[Tensor, "S T D"]
-) -> Float[Tensor, "S T V"]:
-    """The logits when ``hidden_STD`` stands in the place of the hooked module's output."""
-    return _logits(_forward(language_model, hook, windows, lambda own_STD: hidden_STD.to(own_STD.dtype)))
+def all_hidden_states(
+    language_model: LanguageModel, hooks: Iterable[HookPoint], windows: Windows
+) -> dict[str, Float[Tensor, "S T D"]]:
+    """The activations at several hooks, by `HookPoint.name`, from one forward pass that ends at the last of them."""
+    return _checked(read_points(language_model, {hook.name: hook for hook in hooks}, windows), windows)
 
 
 def hidden_states_and_logits(
     language_model: LanguageModel, hook: HookPoint, windows: Windows
 ) -> tuple[Float[Tensor, "S T D"], Float[Tensor, "S T V"]]:
-    """The hooked module's output and the undisturbed logits, from one forward pass."""
-    captured: list[Tensor] = []
+    """The activations at one hook and the undisturbed logits, from one forward pass."""
+    hidden, clean_STV = all_hidden_states_and_logits(language_model, [hook], windows)
+    return hidden[hook.name], clean_STV
 
-    def capture(hidden_STD: Tensor) -> Tensor:
-        captured.append(hidden_STD)
-        return hidden_STD
 
-    output = _forward(language_model, hook, windows, capture)
-    if not captured:
-        raise _never_ran(hook)
-    return _checked(captured[0], hook, windows), _logits(output)
+def all_hidden_states_and_logits(
+    language_model: LanguageModel, hooks: Iterable[HookPoint], windows: Windows
+) -> tuple[dict[str, Float[Tensor, "S T D"]], Float[Tensor, "S T V"]]:
+    """The activations at several hooks, by `HookPoint.name`, and the undisturbed logits, from one forward pass."""
+    hidden, output = read_points_and_output(language_model, {hook.name: hook for hook in hooks}, windows)
+    return _checked(hidden, windows), output.logits
+
+
+def logits(
+    language_model: LanguageModel, hook: HookPoint, windows: Windows, hidden_STD: Float[Tensor, "S T D"]
+) -> Float[Tensor, "S T V"]:
+    """The logits when ``hidden_STD`` stands in the place of the activations at one hook."""
+    return logits_with(language_model, [(hook, hidden_STD)], windows)
+
+
+def logits_with(
+    language_model: LanguageModel, replaced: Iterable[tuple[HookPoint, Float[Tensor, "S T D"]]], windows: Windows
+) -> Float[Tensor, "S T V"]:
+    """The logits when other activations stand at several hooks, all at once."""
+    with ExitStack() as stack:
+        for hook, hidden_STD in replaced:
+            stack.enter_context(tap(hook, partial(_instead, hidden_STD)))
+        found: Tensor = forward(language_model, windows).logits
+    return found
+
+
+def _instead(new_STD: Tensor, _hidden_STD: Tensor) -> Tensor:
+    return new_STD
 
 
 def kept(hidden_STD: Float[Tensor, "S T D"], windows: Windows) -> Float[Tensor, "N D"]:
@@ -179,46 +171,22 @@ def splice(
 
 def windows_per_pass(language_model: LanguageModel, length: int) -> int:
     """How many windows of ``length`` tokens to run at once so that no tensor of logits exceeds `MAX_LOGITS`."""
-    vocabulary = int(language_model.model.get_input_embeddings().weight.shape[0])
-    return max(1, MAX_LOGITS // (vocabulary * length))
+    return max(1, MAX_LOGITS // (vocabulary_size(language_model) * length))
 
 
-def _forward(language_model: LanguageModel, hook: HookPoint, windows: Windows, replace: Replace) -> Any:
-    def replace_output(_module: nn.Module, _inputs: object, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (replace(output[0]), *output[1:])
-        return replace(output)
+def vocabulary_size(language_model: LanguageModel) -> int:
+    """How many token ids the model takes."""
+    embeddings: Any = language_model.model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
-    device = language_model.device
-    handle = hook.module.register_forward_hook(replace_output)
-    try:
-        with torch.no_grad():
-            return language_model.model(
-                input_ids=windows.input_ids_ST.to(device, torch.int64),
-                attention_mask=windows.attention_mask_ST.to(device, torch.int64),
+
+def _checked(hidden: dict[str, Tensor], windows: Windows) -> dict[str, Tensor]:
+    for name, hidden_STD in hidden.items():
+        finite_ST = hidden_STD.isfinite().all(-1).cpu() | ~windows.keep_ST
+        if not bool(finite_ST.all()):
+            window, column = (int(place) for place in (~finite_ST).nonzero()[0])
+            raise UserError(
+                f"activations must be finite; hook '{name}' gave NaN or infinity in window {windows.first + window}, "
+                f"token {column}. Check the model's weights, or run it in float32 or bfloat16."
             )
-    finally:
-        handle.remove()
-
-
-def _logits(output: Any) -> Tensor:
-    found: Tensor = output.logits
-    return found
-
-
-def _checked(hidden_STD: Tensor, hook: HookPoint, windows: Windows) -> Tensor:
-    finite_ST = hidden_STD.isfinite().all(-1).cpu() | ~windows.keep_ST
-    if not bool(finite_ST.all()):
-        window, column = (int(place) for place in (~finite_ST).nonzero()[0])
-        raise UserError(
-            f"activations must be finite; hook '{hook.path}' gave NaN or infinity in window "
-            f"{windows.first + window}, token {column}. Check the model's weights, or run it in float32 or bfloat16."
-        )
-    return hidden_STD
-
-
-def _never_ran(hook: HookPoint) -> UserError:
-    return UserError(
-        f"hook must name a module that runs in a forward pass; '{hook.path}' does not. Give a transformer block, "
-        "such as 'layers.0'."
-    )
+    return hidden

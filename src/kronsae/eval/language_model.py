@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kronsae.config import to_dict
 from kronsae.core.sae import SAE
+from kronsae.errors import UserError
 from kronsae.eval.hooked import (
     HookPoint,
     LanguageModel,
@@ -20,7 +21,7 @@ from kronsae.eval.hooked import (
     hidden_states,
     hidden_states_and_logits,
     kept,
-    logits,
+    logits_with,
     read_windows,
     splice,
     windows_per_pass,
@@ -31,6 +32,10 @@ from kronsae.eval.reconstruction import encode_decode
 @dataclass(frozen=True, kw_only=True)
 class SplicedModel:
     """The language model's loss with the reconstruction in the place of the hooked activations.
+
+    Of a transcoder the reconstruction, made of the undisturbed activations it reads, stands at the hook it writes; of
+    a crosscoder all hooks written are replaced at once, and at once by 0 and by the mean. On the residual stream the
+    last of them then decides most: what the others change below it is replaced there.
 
     Only activations that count are replaced: padding and special tokens keep their own. CE is the cross-entropy of
     the next token, KL is ``KL(clean || replaced)`` between the next-token distributions; both in nats, mean over
@@ -102,6 +107,12 @@ def spliced_models(
     """
     if language_model.no_lm_head_reason:
         return {name: Skipped(language_model.no_lm_head_reason) for name in saes}
+    for name, sae in saes.items():
+        if sae.config.role:
+            raise UserError(
+                f"spliced_models takes SAEs of one hook; '{name}' is a {sae.config.role}. Use `evaluate`, which is "
+                "told the hooks of each."
+            )
     stream = read_windows(make_tokens, tokens)
     total_D = torch.zeros((), dtype=torch.float64)
     for windows in stream:
@@ -117,12 +128,24 @@ def spliced_models(
 
 
 class SplicingMeter:
-    """Accumulates `SplicedModel` for several SAEs; holds the logits of one pass at a time beside the clean ones."""
+    """Accumulates `SplicedModel` for SAEs that write the same hooks; holds one pass's logits beside the clean ones.
+
+    Args:
+        language_model: the model.
+        hook: the hook written, or several, which are replaced at once.
+        names: the SAEs.
+        mean_D: mean activation, of several hooks side by side.
+    """
 
     def __init__(
-        self, language_model: LanguageModel, hook: HookPoint, names: tuple[str, ...], mean_D: Float[Tensor, " D"]
+        self,
+        language_model: LanguageModel,
+        hook: HookPoint | Sequence[HookPoint],
+        names: tuple[str, ...],
+        mean_D: Float[Tensor, " D"],
     ) -> None:
-        self._language_model, self._hook, self._names = language_model, hook, names
+        self._hooks = (hook,) if isinstance(hook, HookPoint) else tuple(hook)
+        self._language_model, self._names = language_model, names
         self._mean_D = mean_D
         self._tokens = 0
         self._ce_clean = 0.0
@@ -132,11 +155,20 @@ class SplicingMeter:
     def update(
         self,
         windows: Windows,
-        hidden_STD: Float[Tensor, "S T D"],
+        hidden: Float[Tensor, "S T D"] | Mapping[str, Float[Tensor, "S T _"]],
         clean_STV: Float[Tensor, "S T V"],
         reconstructions: Mapping[str, Float[Tensor, "N D"]],
     ) -> None:
-        """Take in some windows, given their clean pass and each SAE's reconstruction of the kept activations."""
+        """Take in some windows, given their clean pass and each SAE's reconstruction of the kept activations.
+
+        Args:
+            windows: the windows.
+            hidden: their activations, by `HookPoint.name`; of one hook, those alone will do.
+            clean_STV: the undisturbed logits.
+            reconstructions: by SAE, of several hooks side by side.
+        """
+        own = [hidden if isinstance(hidden, Tensor) else hidden[hook.name] for hook in self._hooks]
+        widths = [hidden_STD.shape[-1] for hidden_STD in own]
         clean = _Prediction.of(clean_STV, windows)
         self._tokens += len(clean.log_p_NV)
         self._ce_clean += clean.cross_entropy()
@@ -144,8 +176,9 @@ class SplicingMeter:
         replaced = [(self._ablated["zero"], torch.zeros_like(mean_ND)), (self._ablated["mean"], mean_ND)]
         replaced += [(self._spliced[name], reconstructions[name]) for name in self._names]
         for sums, rows_ND in replaced:
-            changed_STD = splice(hidden_STD, windows, rows_ND)
-            changed = _Prediction.of(logits(self._language_model, self._hook, windows, changed_STD), windows)
+            parts = zip(self._hooks, own, rows_ND.split(widths, dim=1), strict=True)
+            put_in = [(hook, splice(hidden_STD, windows, part_ND)) for hook, hidden_STD, part_ND in parts]
+            changed = _Prediction.of(logits_with(self._language_model, put_in, windows), windows)
             sums.cross_entropy += changed.cross_entropy()
             sums.divergence += clean.divergence(changed)
 

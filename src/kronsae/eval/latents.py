@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kronsae.config import to_dict
@@ -26,12 +26,14 @@ class LatentStatistics:
     Args:
         tokens: size of the set.
         active_tokens: on how many of them the latent is active. Divided by ``tokens``: its frequency.
+        min_activation: its smallest activation above 0; 0 where it is never active.
         max_activation: its largest activation; 0 where it is never active.
         mean_activation: mean of its activation over the tokens on which it is active; 0 where there is none.
     """
 
     tokens: int
     active_tokens: tuple[int, ...]
+    min_activation: tuple[float, ...]
     max_activation: tuple[float, ...]
     mean_activation: tuple[float, ...]
 
@@ -46,11 +48,12 @@ class LatentStatistics:
 
 
 class LatentMeter:
-    """Accumulates `LatentStatistics` from sparse codes: three numbers per latent, however many tokens."""
+    """Accumulates `LatentStatistics`: four numbers per latent, however many tokens."""
 
     def __init__(self, d_sae: int) -> None:
         self.tokens = 0
         self.counts_F = torch.zeros(d_sae, dtype=torch.int64)
+        self._min_F = torch.full((d_sae,), torch.inf)
         self._max_F = torch.zeros(d_sae)
         self._sum_F = torch.zeros(d_sae, dtype=torch.float64)
 
@@ -60,14 +63,28 @@ class LatentMeter:
         indices_E, values_E = codes.indices[active].cpu(), codes.values[active].detach().float().cpu()
         self.tokens += active.shape[:-1].numel()
         self.counts_F += torch.bincount(indices_E, minlength=len(self.counts_F))
+        self._min_F.scatter_reduce_(0, indices_E, values_E, "amin")
         self._max_F.scatter_reduce_(0, indices_E, values_E, "amax")
         self._sum_F.index_add_(0, indices_E, values_E.double())
+
+    def update_dense(self, values_BC: Float[Tensor, "B C"], units: slice) -> None:
+        """Take in activations >= 0 of some units, on the CPU: for what has no codes. The caller counts `tokens`."""
+        if len(values_BC) == 0:
+            return
+        active_BC = values_BC > 0
+        self.counts_F[units] += active_BC.sum(0)
+        infinite = torch.tensor(torch.inf, dtype=values_BC.dtype)  # a plain number would be cast element by element
+        smallest_C = torch.where(active_BC, values_BC, infinite).amin(0)
+        self._min_F[units] = torch.minimum(self._min_F[units], smallest_C)
+        self._max_F[units] = torch.maximum(self._max_F[units], values_BC.amax(0))
+        self._sum_F[units] += values_BC.sum(0, dtype=torch.float64)
 
     def value(self) -> LatentStatistics:
         """The statistics of the batches taken in."""
         return LatentStatistics(
             tokens=self.tokens,
             active_tokens=tuple(self.counts_F.tolist()),
+            min_activation=rounded(self._min_F.masked_fill(self.counts_F == 0, 0.0).tolist()),
             max_activation=rounded(self._max_F.tolist()),
             mean_activation=rounded((self._sum_F / self.counts_F.clamp_min(1)).tolist()),
         )
@@ -93,6 +110,10 @@ class GalleryConfig:
         top: contexts of the largest activations, per latent.
         sampled: contexts of activations drawn at random, per latent: what the top ones do not show.
         cell_contexts: contexts of the largest activations per cell, base and extension of a head.
+        quantiles: bands of equal numbers that a latent's activations are cut into, by size; 0: no bands.
+        quantile_contexts: contexts drawn at random from each band.
+        negatives: contexts drawn at random from windows in which the latent is not active, per latent.
+        latents: numbers of latents that are shown in any case, before the sample.
         window: tokens on either side of the activation (paper: 15).
         seed: of the choice of latents, and of the contexts drawn.
     """
@@ -104,12 +125,16 @@ class GalleryConfig:
     sampled: int = 3
     cell_contexts: int = 4
     window: int = 15
+    quantiles: int = 0
+    quantile_contexts: int = 2
+    negatives: int = 0
+    latents: tuple[int, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("top", "cell_contexts", "max_cells"):
+        for name in ("top", "cell_contexts", "max_cells", "quantile_contexts"):
             check_positive(f"gallery.{name}", getattr(self, name))
-        for name in ("num_latents", "num_heads", "sampled", "window"):
+        for name in ("num_latents", "num_heads", "sampled", "window", "quantiles", "negatives"):
             if getattr(self, name) < 0:
                 raise UserError(f"gallery.{name} must be at least 0; got {getattr(self, name)!r}.")
 

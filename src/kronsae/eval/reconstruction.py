@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,10 @@ class Reconstruction:
         l0: active latents per token, mean over tokens.
         dead_share: share of the latents that are active on none of these ``tokens`` tokens. It falls as the set
             grows: compare it only between equal sets.
+        explained_variance_by_hook: where several hooks are written, the explained variance at each, in their order:
+            over all of them together those of the largest activations weigh most. Empty where there is one.
+
+    Of a transcoder ``x`` is what it is to write.
     """
 
     tokens: int
@@ -43,10 +48,14 @@ class Reconstruction:
     cosine_similarity: float
     l0: float
     dead_share: float
+    explained_variance_by_hook: tuple[float | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return to_dict(self)
+        """As JSON values; figures by hook only where there are several."""
+        figures = to_dict(self)
+        if not self.explained_variance_by_hook:
+            del figures["explained_variance_by_hook"]
+        return figures
 
 
 class ReconstructionMeter:
@@ -54,10 +63,16 @@ class ReconstructionMeter:
 
     `update` is for the first pass; `update_per_token`, which needs the mean that only a whole pass gives, for the
     second.
+
+    Args:
+        d_sae: latents.
+        widths: of the hooks written, where there are several.
     """
 
-    def __init__(self, d_sae: int) -> None:
+    def __init__(self, d_sae: int, widths: tuple[int, ...] = ()) -> None:
         self.variance = ExplainedVariance()
+        self._widths = widths if len(widths) > 1 else ()
+        self._by_hook = [ExplainedVariance() for _ in self._widths]
         self._active_F = torch.zeros(d_sae, dtype=torch.bool)
         self._l0 = self._cosine = self._per_token = 0.0
         self._per_token_count = 0
@@ -67,6 +82,10 @@ class ReconstructionMeter:
         if len(x_BD) == 0:
             return
         self.variance.update(x_BD, x_hat_BD)
+        if self._widths:
+            parts = zip(x_BD.split(self._widths, dim=1), x_hat_BD.split(self._widths, dim=1), strict=True)
+            for variance, (own_BD, own_hat_BD) in zip(self._by_hook, parts, strict=True):
+                variance.update(own_BD, own_hat_BD)
         self._l0 += float(codes.active.sum())
         self._cosine += float(cosine_similarity(x_BD.double(), x_hat_BD.double(), dim=-1).sum())
         self._active_F[codes.indices[codes.active].cpu()] = True
@@ -83,23 +102,27 @@ class ReconstructionMeter:
         tokens = self.variance.tokens
         if tokens == 0:
             raise UserError("evaluation needs at least one token that is neither padding nor special; got none.")
-        explained = self.variance.value()
         return Reconstruction(
             tokens=tokens,
-            explained_variance=None if explained != explained else explained,
+            explained_variance=_or_none(self.variance.value()),
             explained_variance_per_token=self._per_token / self._per_token_count if self._per_token_count else None,
             mean_squared_error=self.variance.mean_squared_error(),
             cosine_similarity=self._cosine / tokens,
             l0=self._l0 / tokens,
             dead_share=1 - float(self._active_F.double().mean()),
+            explained_variance_by_hook=tuple(_or_none(variance.value()) for variance in self._by_hook),
         )
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def reconstruction(sae: SAE, batches: Iterable[Float[Tensor, "B D"]]) -> Reconstruction:
     """Measure how ``sae`` reconstructs activations.
 
     Args:
-        sae: any SAE.
+        sae: any SAE that reconstructs what it reads.
         batches: tensors ``[B, d_in]``, in any division into batches; read twice, one batch held at a time.
 
     Raises:
@@ -118,7 +141,12 @@ def reconstruction(sae: SAE, batches: Iterable[Float[Tensor, "B D"]]) -> Reconst
             f"batches must be readable twice; got a one-shot {type(batches).__name__}. Put it into a list, or give "
             "an object whose __iter__ starts anew."
         )
-    meter = ReconstructionMeter(sae.d_sae)
+    if not sae.config.autoencodes:
+        raise UserError(
+            "reconstruction measures what is reconstructed where it was read; this SAE writes at another hook. Use "
+            "`evaluate`, which runs the model and has both."
+        )
+    meter = ReconstructionMeter(sae.d_sae, sae.config.widths_written)
     for x_BD in batches:
         meter.update(x_BD, *encode_decode(sae, x_BD))
     if meter.variance.tokens:
@@ -128,7 +156,8 @@ def reconstruction(sae: SAE, batches: Iterable[Float[Tensor, "B D"]]) -> Reconst
 
 
 @torch.no_grad()
-def encode_decode(sae: SAE, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B D"], SparseCodes]:
+def encode_decode(sae: SAE, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B O"], SparseCodes]:
     """The reconstruction and the codes, on the SAE's device and in its dtype."""
-    codes = sae.encode(x_BD.to(sae.W_dec))
-    return sae.decode(codes).to(x_BD.device), codes
+    own_BD = x_BD.to(sae.W_dec)
+    codes = sae.encode(own_BD)
+    return sae.decode(codes, own_BD).to(x_BD.device), codes

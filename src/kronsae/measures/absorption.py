@@ -16,8 +16,6 @@ from kronsae.errors import UserError, nearest
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from kronsae.run import Run
 
 NAME = "absorption"
@@ -116,7 +114,7 @@ def measure(
     tokens = sum(int(windows.attention_mask_ST.sum()) for windows in task.windows)
     say(
         f"Task '{task.name}': {len(task.words):,} examples of {len(task.classes)} classes in {tokens:,} tokens, which "
-        f"the model reads up to {run.config.hook}; then probes, and {len(run.names)} SAE(s)."
+        f"the model reads up to {material.hook.name}; then probes, and {len(run.names)} SAE(s)."
     )
     x_ED, was_known = example_activations(material, task, cache or run.folder / "measures" / "cache", progress)
     if was_known:
@@ -137,23 +135,6 @@ def measure(
     }
     keep_result(run, NAME, about, result)
     return result
-
-
-def as_table(result: dict[str, Any]) -> Table:
-    """The figures for a terminal."""
-    from rich.table import Table
-
-    table = Table("SAE", "absorption fraction", "full absorption", "split latents", "F1 of one latent", box=None)
-    for name, row in result["saes"].items():
-        figures = [row[key] for key in ("mean_absorption_fraction", "mean_full_absorption")]
-        split, best = row["mean_num_split_latents"], row["mean_f1"]
-        table.add_row(name, *(f"{value:.4f}" for value in figures), f"{split:.2f}", f"{best:.3f}")
-    told = sum(value > result["min_f1"] for value in result["probe_f1"].values())
-    table.caption = (
-        f"Task '{result['task']}', mean over {told} of {len(result['classes'])} classes; "
-        f"{result['examples']['scored_on']:,} held-out examples."
-    )
-    return table
 
 
 app = typer.Typer()
@@ -184,7 +165,9 @@ def absorption(
     quiet: Quiet = False,
 ) -> None:
     """Measure absorption and show it."""
+    from kronsae.measures.tables import rich_table
     from kronsae.progress_bar import progress_bar
+    from kronsae.report.sections.absorption import table
     from kronsae.run import open_run
 
     run = open_run(run_folder)
@@ -203,5 +186,5 @@ def absorption(
     if as_json:
         print_json(result)
     else:
-        print_table(as_table(result))
+        print_table(rich_table(table(result), "SAE"))
     what_now(f"kronsae report {shlex.quote(str(run.folder))}", "docs/measurements/absorption.md on what it means")

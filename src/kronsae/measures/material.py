@@ -14,6 +14,8 @@ from torch import Tensor
 from kronsae.config import differences
 from kronsae.core.sae import SAE
 from kronsae.data.model import HookPoint, LanguageModel, resolve_hook
+from kronsae.errors import UserError
+from kronsae.eval.evaluation import Hooks
 from kronsae.eval.hooked import MakeTokens, Windows, hidden_states, kept, read_windows
 from kronsae.files import read_json, write_json
 from kronsae.pipeline import Source
@@ -48,9 +50,35 @@ class Material:
         return {name: sae.to(self.language_model.device).eval() for name, sae in self.run.saes().items()}
 
     @cached_property
+    def places(self) -> dict[str, Hooks]:
+        """What each SAE reads and writes, by its name."""
+        config, model = self.run.config, self.language_model.model
+        points = {hook: resolve_hook(model, hook) for hook in config.hooks}
+        return {
+            member.name: Hooks(
+                read=tuple(points[hook] for hook in member.reads(config.hook)),
+                write=tuple(points[hook] for hook in member.writes(config.hook)),
+            )
+            for member in config.saes
+        }
+
+    @cached_property
     def hook(self) -> HookPoint:
-        """The module whose output the SAEs reconstruct."""
-        return resolve_hook(self.language_model.model, self.run.config.hook)
+        """The one hook that every SAE of the run reads and reconstructs.
+
+        Raises:
+            UserError: they belong to different hooks, or one is a transcoder or crosscoder.
+        """
+        config = self.run.config
+        first = config.hooks[0]
+        for member in config.saes:
+            if {*member.reads(config.hook), *member.writes(config.hook)} != {first}:
+                raise UserError(
+                    f"this measurement takes SAEs that all reconstruct one hook; '{member.name}' reads "
+                    f"{' + '.join(member.reads(config.hook))} and writes {' + '.join(member.writes(config.hook))} in a "
+                    f"run with the hooks {', '.join(config.hooks)}. Train those to be measured in a run of their own."
+                )
+        return resolve_hook(self.language_model.model, first)
 
     def make_tokens(self, *, held_out: bool = True) -> MakeTokens:
         """Makes the stream of token windows of the held-out or the training documents, from its beginning, once."""

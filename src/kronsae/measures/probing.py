@@ -16,8 +16,6 @@ from kronsae.errors import UserError
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from kronsae.eval.labelling import Passage
     from kronsae.measures.material import Material
     from kronsae.run import Run
@@ -83,7 +81,7 @@ def measure(
     tokens = len(text.held_out_N)
     memory = sum(tokens * min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae) * 12 for sae in saes.values())
     say(
-        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {run.config.hook}; the "
+        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {material.hook.name}; the "
         f"codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
     )
     found, accuracy = probing(saes, text, material.activations(list(text.windows), progress), config, say)
@@ -120,29 +118,6 @@ def _passages(material: Material, labels: Path | None) -> Iterator[Passage]:
                 yield Passage(text=document.text, spans=spans, held_out=held_out)
 
 
-def as_table(result: dict[str, Any]) -> Table:
-    """The figures for a terminal."""
-    from rich.table import Table
-
-    first = next(iter(result["saes"].values()))
-    ks, bars = list(first["mean_accuracy_by_k"]), result["bars"]
-    headings = ["SAE", "latents", "F1, best latent", "F1, best pair", *(f"accuracy, k = {k}" for k in ks)]
-    headings += [f"recall at {bar}" for bar in bars]
-    headings += [f"perturbation, {row['latents']}" for row in first["perturbation"]]
-    table = Table(*headings, box=None)
-    for name, row in result["saes"].items():
-        figures = [row["mean_f1"], row["mean_pair_f1"], *row["mean_accuracy_by_k"].values()]
-        figures += [row["recall"][0][f"recall_{bar}"] for bar in bars]
-        figures += [one["score"] for one in row["perturbation"]]
-        table.add_row(name, f"{result['d_sae'][name]:,}", *(f"{value:.3f}" for value in figures))
-    accuracy = sum(result["probe_accuracy"].values()) / len(result["probe_accuracy"])
-    table.caption = (
-        f"Task '{result['task']}', mean over {len(result['concepts'])} concepts; {result['tokens']['scored_on']:,} "
-        f"held-out tokens. A probe on the activations themselves has accuracy {accuracy:.3f}."
-    )
-    return table
-
-
 app = typer.Typer()
 
 
@@ -159,7 +134,9 @@ def probing(
     quiet: Quiet = False,
 ) -> None:
     """Probe a run's SAEs and show the figures."""
+    from kronsae.measures.tables import rich_table
     from kronsae.progress_bar import progress_bar
+    from kronsae.report.sections.probing import table
     from kronsae.run import open_run
 
     run = open_run(run_folder)
@@ -169,5 +146,5 @@ def probing(
     if as_json:
         print_json(result)
     else:
-        print_table(as_table(result))
+        print_table(rich_table(table(result), "SAE"))
     what_now(f"kronsae report {shlex.quote(str(run.folder))}", "docs/measurements/probing.md on what it means")

@@ -151,7 +151,7 @@ def example_activations(material: Material, task: Task, cache: Path, progress: A
 
 
 def _digest(material: Material, task: Task) -> str:
-    content = hashlib.blake2b(f"{material.hook.path} {task.digest()}".encode(), digest_size=16)
+    content = hashlib.blake2b(f"{material.hook.name} {task.digest()}".encode(), digest_size=16)
     for name, tensor in material.source.language_model.model.state_dict().items():
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + raw.numpy().tobytes())

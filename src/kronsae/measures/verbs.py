@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
 from kronsae.errors import UserError, nearest
 
-VERBS: tuple[str, ...] = ("absorption", "probing")
+VERBS: tuple[str, ...] = (
+    "latents",
+    "interaction",
+    "autointerp",
+    "token-rule",
+    "synthetic",
+    "toy",
+    "absorption",
+    "probing",
+)
 """Modules here, each with a Typer app ``app`` of one command; ``_`` in a module's name is ``-`` in the verb."""
 
 DEFAULT = "table"
 
 
 class MeasureGroup(TyperGroup):
-    """A group whose verbs are `VERBS`, and whose first argument may be left out: then it is `DEFAULT`."""
+    """A group whose verbs are `VERBS`, and whose first argument may be left out: then it is `DEFAULT`.
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    Contexts and commands are of Click, or of the copy of it that newer releases of Typer bring along.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *VERBS]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in VERBS:
             app: typer.Typer = import_module(f"kronsae.measures.{cmd_name.replace('-', '_')}").app
             command = typer.main.get_command(app)
@@ -30,7 +42,7 @@ class MeasureGroup(TyperGroup):
             return command
         return super().get_command(ctx, cmd_name)
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         verbs = self.list_commands(ctx)
         if not args or (args[0] not in verbs and args[0] not in ctx.help_option_names):
             _refuse_misspelt(args, verbs)

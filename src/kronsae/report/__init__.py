@@ -1,6 +1,7 @@
-"""The report: what was measured of a run, as one self-contained HTML page."""
+"""The report: what was measured of a run, or of a sweep, as one self-contained HTML page."""
 
 from kronsae.report.analysis import ReportData, report_data
 from kronsae.report.html import render, write
+from kronsae.report.sweeps import SweepPage, sweep_page
 
-__all__ = ["ReportData", "render", "report_data", "write"]
+__all__ = ["ReportData", "SweepPage", "render", "report_data", "sweep_page", "write"]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kronsae.eval.display import visible
+from kronsae.eval.display import visible, visible_lines
 from kronsae.report.charts import Chart, Series
-from kronsae.report.comparison import Row, Table, comparison, entry, is_figure, losses, notes, verdicts
+from kronsae.report.comparison import Row, Table, comparison, entry, hooks, is_figure, losses, notes, verdicts
 from kronsae.report.section import Section
 from kronsae.report.sections import sections
 
@@ -68,7 +68,7 @@ def report_data(
     """
     config = run.get("config", {})
     names = tuple(visible(str(row["name"])) for row in rows)
-    model, hook = (visible(str(part)) for part in (entry(config, "model", "name"), config.get("hook", "?")))
+    model, hook = visible(str(entry(config, "model", "name"))), _hooks(config, rows)
     latents = latents or {}
     saes = [
         SAELatents(name, number, _in_words(latents[str(row["name"])]), latents[str(row["name"])]["gallery"])
@@ -91,22 +91,23 @@ def report_data(
     )
 
 
-def visible_lines(text: str) -> str:
-    """`visible`, but with the line breaks left in."""
-    return "\n".join(visible(line) for line in text.split("\n"))
+def _hooks(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The places the SAEs belong to, each once; of rows that do not say, the run's hook."""
+    return ", ".join(filter(None, dict.fromkeys(map(hooks, rows)))) or visible(str(config.get("hook", "?")))
 
 
 def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     config = run.get("config", {})
     loop = config.get("loop", {})
     revision = entry(config, "model", "revision")
+    tokens = {row["tokens"] for row in rows if row.get("tokens") is not None}  # where they differ, the table has them
     found = [
         ("model", str(entry(config, "model", "name")) + (f" @ {revision}" if revision not in (None, "?") else "")),
-        ("hook", config.get("hook")),
-        ("width (d_in)", next((row.get("d_in") for row in rows), None)),
+        ("hook", _hooks(config, rows)),
+        ("width (d_in)", ", ".join(dict.fromkeys(str(row["d_in"]) for row in rows if row.get("d_in"))) or None),
         ("text", entry(config, "text", "source")),
         ("context", _unit(config.get("context_length"), "tokens")),
-        ("trained on", _unit(loop.get("tokens"), "tokens")),
+        ("trained on", _unit(tokens.pop(), "tokens") if len(tokens) == 1 else None),
         ("batch", _unit(loop.get("batch_tokens"), "tokens")),
         ("evaluated on", _unit(next((row.get("evaluation_tokens") for row in rows), None), "held-out tokens")),
         ("seed", config.get("seed")),

@@ -17,11 +17,20 @@ SETTLED = 0.05  # the first share of a curve does not set the scale: it would fl
 
 @dataclass(frozen=True)
 class Series:
-    """A named curve; ``number`` chooses its colour; points in order of x."""
+    """A named curve; ``number`` chooses its colour; points in order of x.
+
+    ``spread`` is the standard deviation at each point, drawn as a bar on either side; none where it is empty.
+    """
 
     name: str
     number: int
     points: tuple[tuple[float, float], ...]
+    spread: tuple[float, ...] = ()
+
+    def with_spread(self) -> list[tuple[float, float, float]]:
+        """The points that have a spread, with it."""
+        pairs = zip(self.points, self.spread, strict=bool(self.spread))
+        return [(x, y, spread) for (x, y), spread in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,9 @@ class Chart:
         series: the curves, all with a point at least.
         text: a value as text; ``percent``: the axis is labelled in percent.
         log_y: logarithmic values (all above 0).
+        log_x: logarithmic x (all above 0).
+        dots: the points were measured one by one: each is marked, and the first ones count as much as the others.
+        x_text: an x as text.
         steps: a histogram: each value holds until the next x, and x is log10 of a share.
         from_zero: whether 0 is on the scale in any case.
     """
@@ -46,16 +58,21 @@ class Chart:
     text: Callable[[float], str]
     percent: bool = False
     log_y: bool = False
+    log_x: bool = False
+    dots: bool = False
     steps: bool = False
     from_zero: bool = False
+    x_text: Callable[[float], str] = lambda x: f"{si(x)} tokens"
 
     @property
     def scale(self) -> Scale:
         """From values to places in the SVG."""
-        xs = [x for series in self.series for x, _ in series.points]
+        xs = [math.log10(x) if self.log_x else x for series in self.series for x, _ in series.points]
         start, end = min(xs), max(xs)
         settled = start + SETTLED * (end - start)
-        ys = [y for series in self.series for x, y in series.points if self.steps or x >= settled]
+        everything = self.steps or self.dots
+        ys = [y for series in self.series for x, y in series.points if everything or x >= settled]
+        ys += [y + side * each for series in self.series for _, y, each in series.with_spread() for side in (-1, 1)]
         low, high = min(ys), max(ys)
         if self.from_zero:
             low = min(low, 0.0)
@@ -63,7 +80,15 @@ class Chart:
             low, high = math.log10(low), math.log10(high)
         room = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
         floor = low if self.from_zero and low == 0 else low - room
-        return Scale(start, end if end > start else start + 1, floor, high + room, self.log_y)
+        margin = 0.04 * (end - start) if self.dots else 0.0  # half a dot would be cut off at the edge
+        return Scale(
+            start - margin,
+            end + margin if end > start else start + 1,
+            floor,
+            high + room,
+            self.log_y,
+            self.log_x,
+        )
 
     def data(self) -> dict[str, Any]:
         """What the script needs to show values under the pointer."""
@@ -86,7 +111,7 @@ class Chart:
     def _place(self, series: Series, place: int) -> str:
         x = series.points[place][0]
         if not self.steps:
-            return f"{si(x)} tokens"
+            return self.x_text(x)
         end = series.points[min(place + 1, len(series.points) - 1)][0]
         return f"{10**x:.2g} to {10**end:.2g} of tokens"
 
@@ -124,9 +149,7 @@ class Chart:
                 Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
             )
             parts.append(Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 7, y + 4, label))
-        decades = [float(n) for n in range(math.ceil(scale.start), math.floor(scale.end) + 1)]
-        for value in decades if self.steps else _ticks(scale.start, scale.end):
-            label = _share(value) if self.steps else si(value)
+        for value, label in self._x_labels(scale):
             x = scale.x(value)
             parts.append(
                 Markup('<line class="tick" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(x, x, base, base + 4)
@@ -143,6 +166,13 @@ class Chart:
         )
         return parts
 
+    def _x_labels(self, scale: Scale) -> list[tuple[float, str]]:
+        if self.steps:
+            return [(float(n), _share(n)) for n in range(math.ceil(scale.start), math.floor(scale.end) + 1)]
+        if self.log_x:
+            return [(10**tick, si(10**tick)) for tick in _log_ticks(scale.start, scale.end)]
+        return [(value, si(value)) for value in _ticks(scale.start, scale.end)]
+
     def _curve(self, series: Series, scale: Scale) -> list[Markup]:
         places = [(scale.x(x), scale.y(y)) for x, y in series.points]
         commands = [f"M{places[0][0]:.1f},{places[0][1]:.1f}"]
@@ -155,26 +185,30 @@ class Chart:
             area = f"M{places[0][0]:.1f},{base}L{path[1:]}L{places[-1][0]:.1f},{base}Z"
             parts.append(Markup('<path class="area s{}" d="{}"/>').format(series.number, area))
         parts.append(Markup('<path class="curve s{}" d="{}"/>').format(series.number, path))
-        if len(places) == 1:
-            parts.append(
-                Markup('<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(series.number, *places[0])
-            )
+        for x, y, spread in series.with_spread():
+            ends = scale.x(x), scale.y(y - spread), scale.y(y + spread)
+            bar = Markup('<path class="curve s{}" d="M{:.1f},{:.1f}V{:.1f}"/>')
+            parts.append(bar.format(series.number, *ends))
+        for place in places if self.dots or len(places) == 1 else []:
+            parts.append(Markup('<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(series.number, *place))
         return parts
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Linear from ``start..end`` and ``low..high`` (log10 of the values where ``log``) to SVG coordinates."""
+    """Linear from ``start..end`` and ``low..high`` to SVG coordinates; log10 of y if ``log``, of x if ``log_x``."""
 
     start: float
     end: float
     low: float
     high: float
     log: bool
+    log_x: bool = False
 
     def x(self, value: float) -> float:
         """Horizontal place."""
-        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.start) / (self.end - self.start)
+        along = (math.log10(value) if self.log_x else value) - self.start
+        return LEFT + (WIDTH - LEFT - RIGHT) * along / (self.end - self.start)
 
     def y(self, value: float) -> float:
         """Vertical place, kept within ten heights of the chart so that no coordinate is absurd."""

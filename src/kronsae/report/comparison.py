@@ -70,6 +70,18 @@ def _signed(text: str) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
+def hooks(row: Row) -> str:
+    """Where an SAE belongs: ``"a"``, ``"a + b"`` for a crosscoder, ``"a → b"`` for a transcoder; ``""`` if unknown."""
+    read, written = (" + ".join(map(str, row.get(key) or ())) for key in ("hooks_read", "hooks_written"))
+    return visible(read if read == written else f"{read} → {written}")
+
+
+def differ_in_hooks(rows: Sequence[Row]) -> bool:
+    """Whether the SAEs belong to different places, so that their figures of reconstruction are of different things."""
+    return len({hooks(row) for row in rows}) > 1
+
+
+_HOOKS = _Column("hooks_read", "hooks", "read, and after the arrow written", str)
 _COLUMNS = (
     _Column("architecture", "architecture", "encoder-sparsifier", lambda value: visible(str(value))),
     _Column("d_sae", "latents", "d_sae, rows of the dictionary", "{:,}".format, 0, _ratio),
@@ -135,7 +147,8 @@ _COLUMNS = (
 
 def comparison(rows: Sequence[Row]) -> Table:
     """Every SAE's figures, the best marked where there is one, and Kronecker against dense."""
-    ranked = _equal_l0(rows)
+    ranked = _equal_l0(rows) and not differ_in_hooks(rows)
+    columns = (_COLUMNS[0], _HOOKS, *_COLUMNS[1:]) if differ_in_hooks(rows) else _COLUMNS
     best: dict[str, str] = {}
     for column in _COLUMNS:
         if column.better and (ranked or not column.of_quality) and all(is_figure(row, column.key) for row in rows):
@@ -146,14 +159,17 @@ def comparison(rows: Sequence[Row]) -> Table:
     shown = []
     for number, row in enumerate(rows):
         cells = []
-        for column in _COLUMNS:
+        for column in columns:
+            if column is _HOOKS:
+                cells.append(Cell(hooks(row)))
+                continue
             text = column.text(row[column.key]) if row.get(column.key) is not None else "–"
             cells.append(Cell(text, text == best.get(column.key), _missing(row, column.key)))
         shown.append(TableRow(visible(str(row["name"])), tuple(cells), number))
     for row, other in _pairs(rows):
-        cells = [Cell(_difference(column, row, other)) for column in _COLUMNS]
+        cells = [Cell(_difference(column, row, other)) for column in columns]
         shown.append(TableRow(f"{visible(str(row['name']))} against {visible(str(other['name']))}", tuple(cells)))
-    return Table(tuple((column.heading, column.about) for column in _COLUMNS), tuple(shown))
+    return Table(tuple((column.heading, column.about) for column in columns), tuple(shown))
 
 
 def _difference(column: _Column, row: Row, other: Row) -> str:
@@ -192,6 +208,12 @@ def notes(rows: Sequence[Row]) -> tuple[str, ...]:
             "The SAEs differ in l0 by more than 2%: more latents per token reconstruct better by themselves, so no "
             "best is marked among the measures of reconstruction."
         )
+    if differ_in_hooks(rows):
+        found.append(
+            "The SAEs belong to different hooks and reconstruct different things, so no best is marked among the "
+            "measures of reconstruction."
+        )
+    found += filter(None, map(_by_hook, rows))
     reasons = {str(entry(row, "language_model", "reason")) for row in rows if row.get("ce_recovered") is None}
     found += [f"CE and KL recovered were not measured: {visible(reason)}." for reason in sorted(reasons - {"", "?"})]
     sizes = sorted({row["evaluation_tokens"] for row in rows if row.get("evaluation_tokens") is not None})
@@ -205,12 +227,27 @@ def notes(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _by_hook(row: Row) -> str:
+    """What a crosscoder explains at each hook it writes."""
+    explained = row.get("explained_variance_by_hook") or ()
+    parts = [
+        f"{visible(str(hook))} {value:.4f}"
+        for hook, value in zip(row.get("hooks_written") or (), explained, strict=False)
+        if value is not None
+    ]
+    return f"Explained variance of {visible(str(row['name']))} at each hook: {', '.join(parts)}." if parts else ""
+
+
 def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Each Kronecker SAE with the dense one it is to be compared to: same sparsifier, same width if there is one."""
+    """Each Kronecker SAE with the dense one to compare it to: same sparsifier and hooks, same width if there is one."""
     found = []
     for row in rows:
         encoder, _, sparsifier = str(row.get("architecture", "")).partition("-")
-        same = [other for other in rows if str(other.get("architecture", "")) == f"dense-{sparsifier}"]
+        same = [
+            other
+            for other in rows
+            if str(other.get("architecture", "")) == f"dense-{sparsifier}" and hooks(other) == hooks(row)
+        ]
         if encoder == "kronecker" and same:
             found.append((row, min(same, key=lambda other: other.get("d_sae") != row.get("d_sae"))))
     return found

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from kronsae.eval.display import visible
 from kronsae.files import write_text
 from kronsae.report.analysis import ReportData
+from kronsae.report.sweeps import SweepPage
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -48,18 +49,19 @@ class Lines(NamedTuple):
     sampled: list[Line]
 
 
-def render(data: ReportData) -> str:
-    """The page as text."""
+def render(data: ReportData | SweepPage) -> str:
+    """The page as text: ``page.html`` of a run, ``sweep.html`` of a sweep."""
+    template = "sweep.html" if isinstance(data, SweepPage) else "page.html"
     script = _resource("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         _environment()
-        .get_template("page.html")
+        .get_template(template)
         .render(data=data, css=Markup(_resource("style.css")), script=Markup(script), script_hash=f"sha256-{digest}")
     )
 
 
-def write(data: ReportData, path: Path | str) -> Path:
+def write(data: ReportData | SweepPage, path: Path | str) -> Path:
     """Write the page atomically; return its path."""
     write_text(Path(path), render(data))
     return Path(path)

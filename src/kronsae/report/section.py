@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kronsae.report.charts import Chart
 from kronsae.report.comparison import Table
@@ -27,3 +29,15 @@ class Section:
     tables: tuple[tuple[str, Table], ...] = ()
     charts: tuple[Chart, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def mean_text(mean: Mapping[str, Any]) -> str:
+    """A kept `kronsae.eval.scores.Mean` in words: the mean, and the standard deviation where there is one."""
+    if mean["mean"] is None:
+        return "–"
+    return f"{mean['mean']:.3f}" + ("" if mean["std"] is None else f" ± {mean['std']:.3f}")
+
+
+def series_of(sae: str, names: Sequence[str]) -> int | None:
+    """The number of an SAE's colour on a page with these SAEs; None for one that is not on it."""
+    return list(names).index(sae) if sae in names else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -45,22 +45,30 @@ class Member:
 
     Args:
         config: the SAE and its training.
-        d_in: width of the activations.
-        hook: which stream of activations it reads.
-        steps: length of the whole training, for the schedule.
+        d_in: width of the activations, by hook; one number: of every hook.
+        hook: the run's hook: what it reads and writes if its config names no hooks of its own.
+        steps: length of its training, for the schedule; the members of a group may differ in it.
         device: where it lives.
     """
 
     def __init__(
-        self, config: MemberConfig, d_in: int, hook: str, steps: int, device: torch.device | str = "cpu"
+        self,
+        config: MemberConfig,
+        d_in: int | Mapping[str, int],
+        hook: str,
+        steps: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.config, self.hook, self.steps = config, hook, steps
-        self.sae = config.shape(d_in).build(config.seed).to(device)
+        self.config, self.steps = config, steps
+        self.reads, self.writes = config.reads(hook), config.writes(hook)
+        shape = config.shape(d_in, hook)
+        self.sae = shape.build(config.seed).to(device)
         self.dead = DeadLatents(self.sae.d_sae, device)
         self.sparsity = SparsityController(config.sparsity, config.sparsifier.k)
-        self.normalization: Normalization | None = None  # measured on the first batch
+        self._widths = {"read": shape.widths_read} | ({} if shape.autoencodes else {"written": shape.widths_written})
+        self.normalizations: dict[str, Normalization] = {}  # of what is read and written; measured on the first batch
         if config.normalize_activations == "none":
-            self.normalization = Normalization.identity(d_in, device)
+            self.normalizations = {what: Normalization.identity(own, device) for what, own in self._widths.items()}
         self.seconds = 0.0
         self.optimizer = self._build_optimizer()
 
@@ -70,6 +78,8 @@ class Member:
             {"params": [decoder.W_dec], "unit_norm": self.config.unit_norm_decoder},
             {"params": [decoder.b_dec, *self.sae.encoder.parameters()]},
         ]
+        if self.sae.skip is not None:
+            groups.append({"params": list(self.sae.skip.parameters())})
         if thresholds := list(self.sae.sparsifier.parameters()):
             groups.append({"params": thresholds, "lr_scale": self.config.sparsity.threshold_lr_scale})
         settings = self.config.optimizer
@@ -86,12 +96,36 @@ class Member:
         """Its name in tables and on disk."""
         return self.config.name
 
-    def step(self, x_BD: Float[Tensor, "B D"], step: int, want_metrics: bool) -> StepMetrics | None:
-        """One optimiser step on one batch; the metrics are computed only when wanted."""
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks it needs, each once."""
+        return tuple(dict.fromkeys((*self.reads, *self.writes)))
+
+    def step_on(self, batch: Mapping[str, Tensor], step: int, want_metrics: bool) -> StepMetrics | None:
+        """`step` on its own hooks of a batch, several side by side."""
+        x_BD = side_by_side(batch, self.reads)
+        if self.writes == self.reads:
+            return self.step(x_BD, step, want_metrics)
+        return self.step(x_BD, step, want_metrics, side_by_side(batch, self.writes))
+
+    def step(
+        self,
+        x_BD: Float[Tensor, "B D"],
+        step: int,
+        want_metrics: bool,
+        target_BO: Float[Tensor, "B O"] | None = None,
+    ) -> StepMetrics | None:
+        """One optimiser step on one batch; the metrics are computed only when wanted.
+
+        Args:
+            x_BD: what is read.
+            step: its number, from 0.
+            want_metrics: whether to compute them.
+            target_BO: what is to be written; None: what is read.
+        """
         started = perf_counter()
-        if self.normalization is None:
-            self.normalization = Normalization.of(x_BD)
-        x_BD = self.normalization(x_BD)
+        x_BD = self._normalized("read", x_BD)
+        target_BO = None if target_BO is None else self._normalized("written", target_BO)
         settings = self.config.optimizer
         lr = learning_rate(settings, step, self.steps)
         for group in self.optimizer.param_groups:
@@ -101,7 +135,7 @@ class Member:
         dead_C = self.dead.dead(self.config.aux_k.dead_after_tokens)
         with collect_row_gradients() as rows:  # gradients of weights stay lists of touched rows, never F x D
             l0_weight = self.sparsity.coefficient(step, self.steps)
-            result = objective(self.sae, x_BD, dead_C, self.config.aux_k, self.config.loss, l0_weight)
+            result = objective(self.sae, x_BD, dead_C, self.config.aux_k, self.config.loss, l0_weight, target_BO)
         self.optimizer.zero_grad()
         result.loss.backward()
         needs_norm = want_metrics or settings.clip_norm is not None
@@ -112,7 +146,12 @@ class Member:
         if self.config.sparsifier.kind == "jumprelu":
             self.sparsity.update(result.codes.l0(), result.reconstruction_loss)
         self.seconds += perf_counter() - started
-        return self._metrics(x_BD, result, lr, norm, step) if want_metrics else None
+        return self._metrics(x_BD if target_BO is None else target_BO, result, lr, norm) if want_metrics else None
+
+    def _normalized(self, what: str, x_BD: Tensor) -> Tensor:
+        if what not in self.normalizations:
+            self.normalizations[what] = Normalization.of(x_BD, self._widths[what])
+        return self.normalizations[what](x_BD)
 
     def _check_finite(self, result: Objective, norm: float, lr: float, step: int) -> None:
         for what, value in (("loss", float(result.loss.detach())), ("gradient's norm", norm)):
@@ -122,12 +161,12 @@ class Member:
                     f"Lower its learning rate (now {lr:.2g})."
                 )
 
-    def _metrics(self, x_BD: Tensor, result: Objective, lr: float, norm: float, step: int) -> StepMetrics:
+    def _metrics(self, target_BO: Tensor, result: Objective, lr: float, norm: float) -> StepMetrics:
         dead = len(self.dead.dead(self.config.aux_k.dead_after_tokens))
         return StepMetrics(
             loss=float(result.loss.detach()),
             auxiliary_loss=0.0 if result.auxiliary_loss is None else float(result.auxiliary_loss),
-            explained_variance=explained_variance(x_BD, result.x_hat_BD),
+            explained_variance=explained_variance(target_BO, result.x_hat_BO),
             l0=float(result.codes.l0()),
             dead_share=dead / self.sae.d_sae,
             grad_norm=norm,
@@ -136,10 +175,10 @@ class Member:
         )
 
     def finished_sae(self) -> SAE:
-        """A copy of the SAE that takes raw activations: the normalisation is folded into its biases."""
+        """A copy of the SAE that takes raw activations: the normalisation is folded into its weights."""
         sae = copy.deepcopy(self.sae)
-        if self.normalization is not None:
-            self.normalization.fold(sae)
+        if self.normalizations:
+            self.normalizations["read"].fold(sae, self.normalizations.get("written"))
         return sae
 
     def state(self) -> dict[str, Tensor]:
@@ -150,9 +189,9 @@ class Member:
                 tensors[f"optimizer.{name}.{key}"] = value
         tensors["dead.tokens_since_active"] = self.dead.tokens_since_active_F
         tensors["sparsity"] = self.sparsity.state
-        if self.normalization is not None:
-            tensors["normalization.mean"] = self.normalization.mean_D
-            tensors["normalization.scale"] = self.normalization.scale
+        for what, normalization in self.normalizations.items():
+            tensors[f"normalization.{what}.mean"] = normalization.mean_D
+            tensors[f"normalization.{what}.scale"] = normalization.scale_H
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         return tensors
 
@@ -163,8 +202,9 @@ class Member:
             UserError: it is of another SAE.
         """
         expected = {f"sae.{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
-        if self.config.normalize_activations != "none":
-            expected |= {"normalization.mean": (self.sae.d_in,), "normalization.scale": ()}
+        for what, widths in self._widths.items():
+            expected[f"normalization.{what}.mean"] = torch.Size((sum(widths),))
+            expected[f"normalization.{what}.scale"] = torch.Size((len(widths),))
         expected |= {"dead.tokens_since_active": self.dead.tokens_since_active_F.shape, "seconds": torch.Size()}
         expected["sparsity"] = self.sparsity.state.shape
         wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]
@@ -178,11 +218,17 @@ class Member:
             self.optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
         self.dead.tokens_since_active_F.copy_(tensors["dead.tokens_since_active"])
         self.sparsity.state.copy_(tensors["sparsity"])
-        if "normalization.mean" in tensors:
-            device = self.sae.W_dec.device
-            mean_D, scale = (tensors[f"normalization.{key}"].to(device, copy=True) for key in ("mean", "scale"))
-            self.normalization = Normalization(mean_D, scale)
+        for what, widths in self._widths.items():
+            parts = (tensors[f"normalization.{what}.{part}"] for part in ("mean", "scale"))
+            mean_D, scale_H = (part.to(self.sae.W_dec.device, copy=True) for part in parts)
+            self.normalizations[what] = Normalization(mean_D, scale_H, widths)
         self.seconds = float(tensors["seconds"])
+
+
+def side_by_side(batch: Mapping[str, Tensor], hooks: Sequence[str]) -> Float[Tensor, "B D"]:
+    """The activations of some hooks, one beside the other; of one hook as they are, uncopied."""
+    parts = [batch[hook] for hook in hooks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

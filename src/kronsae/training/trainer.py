@@ -29,13 +29,15 @@ def fit(
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
-    """Train every member on the same batches until ``config.tokens`` are used, or until told to stop.
+    """Train every member on the same batches for its ``steps``, or until told to stop.
+
+    The loop ends with the longest training; a member that has had its steps is left as it is from then on.
 
     Args:
-        members: the SAEs; each reads ``batch[member.hook]``.
+        members: the SAEs; each picks its own hooks of a batch.
         stream: yields ``({hook: activations [B, d_in]}, state)``, starting where ``progress`` says.
-        config: how long, how often.
-        sinks: told every ``log_every`` steps and at the last one.
+        config: batch size, and how often to tell and to save.
+        sinks: told every ``log_every`` steps and at each member's last one.
         checkpoints: folder for the state of training; None keeps none.
         progress: where to carry on; None starts at the beginning.
         should_stop: asked before the first and after each step; on True a checkpoint is written and the loop ends.
@@ -49,21 +51,25 @@ def fit(
     progress = Progress() if progress is None else progress
     started = perf_counter() - progress.seconds
     batches = iter(stream)
-    hooks = {member.hook for member in members}
+    hooks = list(dict.fromkeys(hook for member in members for hook in member.hooks))
+    steps = max(member.steps for member in members)
     stopping = should_stop()
-    while progress.step < config.steps and not stopping:
+    while progress.step < steps and not stopping:
         batch, stream_state = next(batches, (None, None))
         if batch is None or stream_state is None:
             raise UserError(
-                f"the activations ended after {progress.tokens} tokens; {config.tokens} were asked for. "
+                f"the activations ended after {progress.tokens} tokens; {steps * config.batch_tokens} were asked for. "
                 "Ask for fewer tokens or give more text."
             )
         step = progress.step
         for hook in hooks:
             check_batch(batch, hook, config.batch_tokens, step)
-        last = step + 1 == config.steps
-        wanted = last or (step + 1) % config.log_every == 0
-        metrics = {member.name: member.step(batch[member.hook], step, wanted) for member in members}
+        logging = (step + 1) % config.log_every == 0
+        metrics = {
+            member.name: member.step_on(batch, step, logging or step + 1 == member.steps)
+            for member in members
+            if step < member.steps
+        }
         tokens = progress.tokens + config.batch_tokens
         progress = Progress(step + 1, tokens, perf_counter() - started, stream_state)
         for name, of_step in metrics.items():
@@ -72,7 +78,7 @@ def fit(
                 for sink in sinks:
                     sink.write(at | {key: _json_number(value) for key, value in asdict(of_step).items()})
         stopping = should_stop()  # asked once: a stop between two questions would end the loop without a checkpoint
-        due = last or stopping or progress.step % config.checkpoint_every == 0
+        due = progress.step == steps or stopping or progress.step % config.checkpoint_every == 0
         if checkpoints is not None and due:
             for sink in sinks:
                 sink.flush()

@@ -10,10 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kronsae.report.section import Section
+from kronsae.report.sections import absorption, autointerp, interaction, latents, probing, synthetic, token_rule, toy
 
 Builder = Callable[[Mapping[str, Any], Sequence[str]], Section]
 
-BUILDERS: dict[str, Builder] = {}
+BUILDERS: dict[str, Builder] = {
+    "latents": latents.section,
+    "interaction": interaction.section,
+    "autointerp": autointerp.section,
+    "token-rule": token_rule.section,
+    "synthetic": synthetic.section,
+    "toy": toy.section,
+    "absorption": absorption.section,
+    "probing": probing.section,
+}
 
 
 def sections(kept: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> tuple[Section, ...]:

@@ -1,0 +1,186 @@
+"""Write the tables of docs/speed.md from ``benchmarks/results``: no figure there is typed.
+
+python scripts/speed_tables.py
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from kronsae.files import write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "speed.md"
+
+Row = dict[str, str]
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of a result file."""
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(headings: list[str], cells: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def about(name: str, row: Row) -> str:
+    """Where the figures are from, in small print."""
+    return (
+        f"\n\n{row['machine']}, {row['threads']} threads; Python {row['python']}, {row['versions']}; commit "
+        f"{row['commit']}, seed {row['seed']}, {row['date']} ([CSV](../benchmarks/results/{name}.csv))."
+    )
+
+
+def milliseconds(row: Row) -> str:
+    """Median, with quartiles."""
+    low, median, high = (float(row[key]) for key in ("low_quartile_ms", "median_ms", "high_quartile_ms"))
+    digits = 0 if median >= 100 else 1
+    return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def step() -> str:
+    """A training step of every contestant."""
+    rows = rows_of("step")
+    own = next(float(row["median_ms"]) for row in rows if row["subject"] == "kronsae")
+    cells = [[row["subject"], milliseconds(row), f"{float(row['median_ms']) / own:.2f}"] for row in rows]
+    first = rows[0]
+    sizes = (
+        f"D = {first['d_in']}, F = {int(first['d_sae']):,} ({int(first['num_heads']):,} heads of {first['d_base']} x "
+        f"{first['d_extension']}), k = {first['k']}, {int(first['batch']):,} tokens, "
+        f"{first['rounds']} rounds, interleaved."
+    )
+    return table(["", "ms, median (quartiles)", "relative to kronsae"], cells) + f"\n\n{sizes}" + about("step", first)
+
+
+def grid() -> str:
+    """Hidden widths and dictionary sizes."""
+    rows = rows_of("grid")
+    places = list(dict.fromkeys((row["d_sae"], row["d_in"]) for row in rows))
+    by = {(row["d_sae"], row["d_in"], row["subject"]): row for row in rows}
+    cells = []
+    for d_sae, d_in in places:
+        product, own, dense = (by[d_sae, d_in, name] for name in ("encoder_product", "kronsae", "topk"))
+        ratio = float(dense["median_ms"]) / float(own["median_ms"])
+        cells.append([f"{int(d_sae):,}", d_in, *(milliseconds(row) for row in (product, own, dense)), f"{ratio:.2f}"])
+    headings = ["F", "D", "encoder product", "KronSAE", "TopK", "TopK / KronSAE"]
+    return table(headings, cells) + about("grid", rows[0])
+
+
+def scaling() -> str:
+    """Cost against the size of the dictionary at a fixed number of heads."""
+    rows = [row for row in rows_of("scaling") if row["subject"] == "kronsae"]
+    at = {int(row["d_sae"]): float(row["median_ms"]) for row in rows}
+    cells = [
+        [
+            f"{int(row['d_sae']):,}",
+            f"{row['d_base']} x {row['d_extension']}",
+            milliseconds(row),
+            f"{at[int(row['d_sae'])] / at[2**15]:.2f}",
+            f"{float(row['tokens_per_second']):,.0f}",
+            f"{int(row['peak_bytes']) / 2**30:.1f}",
+        ]
+        for row in rows
+    ]
+    headings = ["F", "M x N", "step, ms", "relative to F = 2^15", "tokens/s", "peak memory, GiB"]
+    return table(headings, cells) + about("scaling", rows[0])
+
+
+def memory() -> str:
+    """Peak extra memory of forward and backward."""
+    [row] = rows_of("memory")
+    cells = [
+        [
+            f"{int(row['d_sae']):,}",
+            f"{int(row['batch']):,}",
+            f"{int(row['extra_bytes']) / 2**20:,.0f}",
+            f"{int(row['pre_latent_bytes']) / 2**20:,.0f}",
+            f"{float(row['ratio']):.2f}",
+        ]
+    ]
+    headings = ["F", "B", "forward + backward, MiB", "all pre-latents, MiB", "ratio"]
+    return table(headings, cells) + about("memory", row)
+
+
+def quickstart() -> str:
+    """The quickstart's training with and without compiled kernels."""
+    result = json.loads((RESULTS / "quickstart_paths.json").read_text(encoding="utf-8"))
+    cells = []
+    for what, ratio in result["ratio_of_medians"].items():
+        values = {path: sorted(run[what] for run in runs) for path, runs in result["tokens_per_second"].items()}
+        spread = [f"{found[len(found) // 2]:,.0f} ({found[0]:,.0f} to {found[-1]:,.0f})" for found in values.values()]
+        cells.append([what, *spread, f"{ratio:.2f}"])
+    source = result["provenance"]
+    note = (
+        f"\n\n{result['tokens']:,} tokens, median and range of {len(result['tokens_per_second']['cpu'])} runs; "
+        f"{source['processor']}, {source['cores']} cores; commit {source['commit']}, {source['date']} "
+        "([JSON](../benchmarks/results/quickstart_paths.json))."
+    )
+    return table(["tokens/s", "portable", "compiled", "compiled / portable"], cells) + note
+
+
+def screening() -> str:
+    """int8 screening."""
+    rows = rows_of("int8_screening")
+    cells = [
+        [
+            row["activations"],
+            row["heads_left_over_per_token"],
+            row["selection_exact"],
+            row["float32_product_ms"],
+            row["int8_product_ms"],
+            row["recompute_ms"],
+        ]
+        for row in rows
+    ]
+    headings = ["activations", "heads left over per token", "exact", "float32 product, ms", "int8 product, ms"]
+    return table([*headings, "float32 of the heads left over, ms"], cells) + about("int8_screening", rows[0])
+
+
+def tried() -> str:
+    """Alternatives of the kernels."""
+    rows = rows_of("tried")
+    return table(
+        ["question", "choice", "ms, median (quartiles)"],
+        [[row["question"], row["contestant"], milliseconds(row)] for row in rows],
+    ) + about("tried", rows[0])
+
+
+def processes() -> str:
+    """Fresh processes."""
+    [row] = rows_of("fresh_processes")
+    words = f"{row['processes']} fresh processes computed {row['different_results']} different result(s)."
+    return words + about("fresh_processes", row)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "step": step,
+    "grid": grid,
+    "scaling": scaling,
+    "memory": memory,
+    "quickstart": quickstart,
+    "int8": screening,
+    "tried": tried,
+    "processes": processes,
+}
+
+
+def main() -> None:
+    """Replace what stands between the marks of each table."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
+    write_text(PAGE, text)
+
+
+if __name__ == "__main__":
+    main()

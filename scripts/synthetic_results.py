@@ -1,0 +1,76 @@
+"""Measure SAEs on known features; write docs/results/synthetic.json and the tables of docs/measurements/synthetic.md.
+
+.venv/bin/python scripts/synthetic_results.py [--seeds 3] [--table-only]
+
+The SAEs are those of `kronsae architectures`, and a KronSAE with larger heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from kronsae.architectures import ARCHITECTURES
+from kronsae.cli import parse_sae
+from kronsae.config import to_dict
+from kronsae.files import write_json, write_text
+from kronsae.measures.synthetic import SyntheticStudyConfig, measure
+from kronsae.measures.tables import markdown_table
+from kronsae.progress_bar import progress_bar
+from kronsae.provenance import provenance
+from kronsae.report.sections.synthetic import table, verdict
+from kronsae.training.config import MemberConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "docs" / "results" / "synthetic.json"
+PAGE = ROOT / "docs" / "measurements" / "synthetic.md"
+START, END = "<!-- results:synthetic -->", "<!-- /results -->"
+FORMS = ARCHITECTURES | {"topk-kron-m4-n4": "kron num_heads=64 d_base=4 d_extension=4 k=16"}
+
+
+def members() -> tuple[MemberConfig, ...]:
+    """One SAE of each form; their sizes are the measurement's."""
+    return tuple(replace(parse_sae(words), name=name) for name, words in FORMS.items())
+
+
+def markdown(kept: dict[str, Any]) -> str:
+    """The generated part of the page: the table, the verdict, and what they were made with."""
+    result, about, settings = kept["result"], kept["provenance"], kept["settings"]
+    truth = result["about"]
+    l0 = sum(one["l0"] for one in truth) / len(truth)
+    lines = [markdown_table(table(result), "SAE"), ""]
+    lines += [f"- {sentence}" for sentence in verdict(result)]
+    lines += [
+        "",
+        f"Mean ± standard deviation over {len(truth)} seeds; {truth[0]['features']} features in width "
+        f"{truth[0]['d_in']}, {l0:.1f} of them on per token; {settings['steps'] * settings['batch']:,} training tokens "
+        f"for every SAE. {kept['seconds'] / 60:.0f} minutes on {about['cores']} core(s) of {about['processor']}, "
+        f"commit {about['commit']} ([all figures](../results/synthetic.json)).",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, write the result, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=SyntheticStudyConfig.seeds)
+    parser.add_argument("--table-only", action="store_true", help="only write the table from the result file")
+    arguments = parser.parse_args()
+    if not arguments.table_only:
+        config = SyntheticStudyConfig(seeds=arguments.seeds)
+        about, started = provenance(), perf_counter()
+        with progress_bar("training") as progress:
+            result = measure(members(), config, progress=progress)
+        seconds = perf_counter() - started
+        write_json(RESULT, {"provenance": about, "settings": to_dict(config), "seconds": seconds, "result": result})
+    kept = json.loads(RESULT.read_text(encoding="utf-8"))
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    write_text(PAGE, f"{before}{START}\n{markdown(kept)}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The latents of a Kronecker encoder as heads of M x N cells, and which parts of it are dead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from kronsae.core.encoders import KroneckerEncoderConfig
+from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
+
+
+@dataclass(frozen=True)
+class HeadGrid:
+    """How latents lie in heads: latent (h, i, j) has the number ``h*M*N + i*N + j``."""
+
+    num_heads: int
+    d_base: int
+    d_extension: int
+
+    @property
+    def cells(self) -> int:
+        """Latents of one head."""
+        return self.d_base * self.d_extension
+
+    def of(self, values_F: Shaped[Tensor, " F"]) -> Shaped[Tensor, "H M N"]:
+        """One value per latent, laid out by head, base and extension."""
+        return values_F.view(self.num_heads, self.d_base, self.d_extension)
+
+
+def head_grid(encoder: AnyEncoderConfig) -> HeadGrid | None:
+    """The grid of an encoder's config; a switch's experts stand one after another; None where there are no heads."""
+    if isinstance(encoder, SwitchEncoderConfig):
+        one = head_grid(encoder.expert)
+        return None if one is None else HeadGrid(encoder.num_experts * one.num_heads, one.d_base, one.d_extension)
+    if isinstance(encoder, KroneckerEncoderConfig):
+        return HeadGrid(encoder.num_heads, encoder.d_base, encoder.d_extension)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadShares:
+    """Which part is dead, as shares.
+
+    A base is dead if all N latents that it is a parent of are, an extension if all its M are, a head if all its M*N
+    are. What "dead" means for a latent, the caller says by counting: active on none of so many tokens.
+
+    Args:
+        latents: dead latents / d_sae.
+        bases: dead bases / (H*M); None where there are no heads.
+        extensions: dead extensions / (H*N), likewise.
+        heads: dead heads / H, likewise.
+    """
+
+    latents: float
+    bases: float | None = None
+    extensions: float | None = None
+    heads: float | None = None
+
+
+def dead_shares(alive_F: Bool[Tensor, " F"], encoder: AnyEncoderConfig) -> DeadShares:
+    """The dead shares of an encoder's parts, given which of its latents live.
+
+    Example:
+        >>> import torch
+        >>> alive = torch.tensor([True, False, False, False, False, False, False, False])
+        >>> dead_shares(alive, KroneckerEncoderConfig(num_heads=2, d_base=2, d_extension=2))
+        DeadShares(latents=0.875, bases=0.75, extensions=0.75, heads=0.5)
+    """
+    latents, grid = _share_of_false(alive_F), head_grid(encoder)
+    if grid is None:
+        return DeadShares(latents=latents)
+    alive_HMN = grid.of(alive_F)
+    return DeadShares(
+        latents=latents,
+        bases=_share_of_false(alive_HMN.any(2)),
+        extensions=_share_of_false(alive_HMN.any(1)),
+        heads=_share_of_false(alive_HMN.flatten(1).any(1)),
+    )
+
+
+def _share_of_false(flags: Tensor) -> float:
+    return 1 - float(flags.double().mean())

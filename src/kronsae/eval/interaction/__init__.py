@@ -1,0 +1,42 @@
+"""How the latents of a head belong together: correlations, what they inherit, and how much of an AND the gate is."""
+
+from __future__ import annotations
+
+from kronsae.eval.interaction.correlation import CorrelationMeter, Correlations
+from kronsae.eval.interaction.fidelity import Fidelity, FidelityMeter, ParentScale
+from kronsae.eval.interaction.sample import HeadSample, HeadValues, sample_heads
+from kronsae.eval.interaction.spread import Spread, effective_number, pearson
+from kronsae.eval.interaction.structure import (
+    Inheritance,
+    LivingCells,
+    Meanings,
+    ShownGrid,
+    activation_mass,
+    inheritance,
+    living_cells,
+    meanings,
+    shown_grids,
+)
+
+__all__ = [
+    "CorrelationMeter",
+    "Correlations",
+    "Fidelity",
+    "FidelityMeter",
+    "HeadSample",
+    "HeadValues",
+    "Inheritance",
+    "LivingCells",
+    "Meanings",
+    "ParentScale",
+    "ShownGrid",
+    "Spread",
+    "activation_mass",
+    "effective_number",
+    "inheritance",
+    "living_cells",
+    "meanings",
+    "pearson",
+    "sample_heads",
+    "shown_grids",
+]

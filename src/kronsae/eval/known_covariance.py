@@ -1,0 +1,160 @@
+"""Does a dictionary recover a covariance that is known? The figures of the toy model of correlation.
+
+A dictionary's picture of its features' correlation is the Gram matrix of its rows, scaled to norm 1. To compare it
+with the truth its rows have to be put into the truth's order; a reference dictionary (the toy's autoencoder, whose
+rows are in that order) gives it. Method: section 5.1 and appendix B of arXiv 2505.22255.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kronsae.errors import UserError
+
+
+def gram(rows_FD: Float[Tensor, "F D"]) -> Float[Tensor, "F F"]:
+    """``R R^T`` with the rows of R scaled to norm 1, float64; a row of zeros stays one."""
+    rows_FD = torch.nn.functional.normalize(rows_FD.detach().double(), dim=1)
+    return rows_FD @ rows_FD.T
+
+
+def rv_coefficient(one_FF: Float[Tensor, "F F"], other_FF: Float[Tensor, "F F"]) -> float:
+    """``tr(S C) / sqrt(tr(S^2) tr(C^2))`` of two symmetric matrices (Robert and Escoufier 1976).
+
+    1 where one is a positive multiple of the other. Of two covariances it is never negative, and their diagonals alone
+    hold it above 0: read it beside its value for a permuted truth (`permuted_rv`).
+    """
+    if one_FF.shape != other_FF.shape:
+        raise UserError(f"both matrices must have one shape; got {tuple(one_FF.shape)} and {tuple(other_FF.shape)}.")
+    one_FF, other_FF = one_FF.double(), other_FF.double()
+    return float((one_FF * other_FF).sum() / (one_FF.norm() * other_FF.norm()))
+
+
+def permuted_rv(truth_FF: Float[Tensor, "F F"], found_FF: Float[Tensor, "F F"]) -> float:
+    """The mean of `rv_coefficient` over all orders of the truth's features: what no knowledge of it gives.
+
+    ``E tr(P S P^T C) = sum_i S_ii sum_i C_ii / F + sum_(i != j) S_ij sum_(i != j) C_ij / (F (F - 1))``.
+    """
+    truth_FF, found_FF = truth_FF.double(), found_FF.double()
+    size = len(truth_FF)
+    traces = truth_FF.trace() * found_FF.trace() / size
+    rests = (truth_FF.sum() - truth_FF.trace()) * (found_FF.sum() - found_FF.trace()) / max(1, size * (size - 1))
+    return float((traces + rests) / (truth_FF.norm() * found_FF.norm()))
+
+
+def effective_rank(covariance_FF: Float[Tensor, "F F"]) -> float:
+    """``exp(-sum p ln p)`` with p the eigenvalues' shares of their sum (Roy and Vetterli 2007); from 1 to F."""
+    share_F = torch.linalg.eigvalsh(covariance_FF.double()).clamp_min(0)
+    share_F = share_F / share_F.sum()
+    return float((-torch.special.xlogy(share_F, share_F)).sum().exp())
+
+
+def mean_correlation(covariance_FF: Float[Tensor, "F F"]) -> float:
+    """Mean of ``|C_ij| / sqrt(C_ii C_jj)`` over ``i != j``; a feature without variance correlates with none."""
+    root_F = covariance_FF.double().diagonal().clamp_min(0).sqrt()
+    scale_FF = root_F.unsqueeze(1) * root_F
+    correlation_FF = torch.where(scale_FF > 0, covariance_FF.double() / scale_FF, 0.0)
+    correlation_FF.fill_diagonal_(0.0)
+    size = len(root_F)
+    return float(correlation_FF.abs().sum() / max(1, size * (size - 1)))
+
+
+def match_by_structure(reference_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"]) -> Int[Tensor, " F"]:
+    """The order of ``rows`` in which their Gram matrix is most like the reference's: the paper's matching.
+
+    Maximises ``trace(P^T X X^T P Y Y^T)`` over permutations by FAQ (Vogelstein et al. 2015), a local search from the
+    flat start; the search sees the two pictures only, never the directions behind them. ``rows[order]`` is matched.
+    """
+    from scipy.optimize import quadratic_assignment
+
+    _check_equal(reference_FD, rows_FD)
+    pictures = gram(reference_FD).numpy(), gram(rows_FD).numpy()
+    return torch.from_numpy(
+        np.asarray(quadratic_assignment(*pictures, method="faq", options={"maximize": True}).col_ind)
+    )
+
+
+def match_by_direction(reference_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"]) -> Int[Tensor, " F"]:
+    """The order of ``rows`` that maximises the sum of cosines with the reference's rows (ours; Hungarian, exact).
+
+    Both dictionaries live in one space, so the directions themselves say which row is which. ``rows[order]`` is
+    matched.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    _check_equal(reference_FD, rows_FD)
+    return torch.from_numpy(
+        np.asarray(linear_sum_assignment(_cosines(reference_FD, rows_FD).numpy(), maximize=True)[1])
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How one dictionary's picture compares with the true covariance.
+
+    Args:
+        rv: `rv_coefficient` after `match_by_structure` (the paper's figure).
+        rv_by_direction: the same after `match_by_direction`.
+        rv_permuted: `permuted_rv`, the level of chance.
+        effective_rank: of the picture.
+        rank_difference: `effective_rank` minus the truth's, absolute.
+        mean_correlation: of the picture.
+        mean_cosine: mean over rows of the cosine with the reference's row, after `match_by_direction`.
+    """
+
+    rv: float
+    rv_by_direction: float
+    rv_permuted: float
+    effective_rank: float
+    rank_difference: float
+    mean_correlation: float
+    mean_cosine: float
+
+
+def recovery(
+    rows_FD: Float[Tensor, "F D"],
+    reference_FD: Float[Tensor, "F D"],
+    truth_FF: Float[Tensor, "F F"],
+    *,
+    in_order: bool = False,
+) -> Recovery:
+    """Match a dictionary to the reference and compare its picture with the truth.
+
+    Args:
+        rows_FD: the dictionary, such as ``W_dec``.
+        reference_FD: a dictionary in the truth's order.
+        truth_FF: the true covariance.
+        in_order: the rows are in the truth's order already, as the reference's own are: nothing is matched.
+    """
+    own = torch.arange(len(rows_FD))
+    structure_F = own if in_order else match_by_structure(reference_FD, rows_FD)
+    direction_F = own if in_order else match_by_direction(reference_FD, rows_FD)
+    picture_FF = gram(rows_FD)
+    rank = effective_rank(picture_FF)
+    return Recovery(
+        rv=rv_coefficient(truth_FF, picture_FF[structure_F][:, structure_F]),
+        rv_by_direction=rv_coefficient(truth_FF, picture_FF[direction_F][:, direction_F]),
+        rv_permuted=permuted_rv(truth_FF, picture_FF),
+        effective_rank=rank,
+        rank_difference=abs(rank - effective_rank(truth_FF)),
+        mean_correlation=mean_correlation(picture_FF),
+        mean_cosine=float(_cosines(reference_FD, rows_FD[direction_F]).diagonal().mean()),
+    )
+
+
+def _cosines(one_FD: Tensor, other_FD: Tensor) -> Tensor:
+    one_FD, other_FD = (torch.nn.functional.normalize(rows.detach().double(), dim=1) for rows in (one_FD, other_FD))
+    return one_FD @ other_FD.T
+
+
+def _check_equal(reference_FD: Tensor, rows_FD: Tensor) -> None:
+    if reference_FD.shape != rows_FD.shape:
+        raise UserError(
+            f"the dictionary must have the reference's shape {tuple(reference_FD.shape)}; got {tuple(rows_FD.shape)}. "
+            "Give both as many latents and the same width."
+        )

@@ -1,0 +1,335 @@
+"""``kronsae eval interaction``: how latents of a head belong together, and how much of an AND their gate is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from kronsae.config import to_dict
+from kronsae.core.checks import check_count
+from kronsae.core.encoders import KroneckerEncoder
+from kronsae.core.heads import head_grid
+from kronsae.core.normalization import Normalization
+from kronsae.core.sae import SAE, SAEConfig
+from kronsae.core.sparsifiers import TopKConfig
+from kronsae.errors import UserError
+from kronsae.eval.hooked import Windows, vocabulary_size
+from kronsae.eval.interaction import (
+    CorrelationMeter,
+    Correlations,
+    Fidelity,
+    FidelityMeter,
+    HeadSample,
+    Inheritance,
+    LivingCells,
+    Meanings,
+    ParentScale,
+    ShownGrid,
+    activation_mass,
+    inheritance,
+    living_cells,
+    meanings,
+    sample_heads,
+    shown_grids,
+)
+from kronsae.eval.interaction.sample import TOKENS
+from kronsae.eval.latents import LatentMeter
+from kronsae.eval.profiles import PreLatentMeter, ProfileMeter
+from kronsae.measures.material import Material, keep_result, known_result, result_path
+from kronsae.progress_bar import progress_bar
+from kronsae.report.sections.interaction import summary_table
+from kronsae.run import Run, open_run
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, rich_table, say, what_now
+from kronsae.training.config import MemberConfig
+
+NAME = "interaction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionConfig:
+    """What is measured.
+
+    Args:
+        tokens: held-out tokens; None: the run's ``eval_tokens``.
+        max_cells: latents looked at: of as many heads, drawn at random, as have so many together; at least one head.
+        least_active: latents active on fewer tokens have no say in what is inherited: their figures are chance.
+        shown_heads: of the heads drawn, how many are listed cell by cell.
+        seed: of the draw, and of the twins' weights.
+    """
+
+    tokens: int | None = None
+    max_cells: int = 512
+    least_active: int = 10
+    shown_heads: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            check_count("tokens", self.tokens)
+        for name in ("max_cells", "least_active"):
+            check_count(name, getattr(self, name))
+        if self.shown_heads < 0:
+            raise UserError(f"shown_heads must be at least 0; got {self.shown_heads!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothCorrelations:
+    """Correlations of latents as the sparsifier keeps them, and as the gate composes them before it does."""
+
+    kept: Correlations
+    composed: Correlations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interaction:
+    """What was measured of one SAE.
+
+    Args:
+        gate: the gate's name.
+        heads: H. ``sampled_heads``: those that correlations, inheritance and fidelity are of.
+        trained: correlations of the SAE.
+        twin: the same of an SAE of the same config with fresh weights of seed ``twin_seed``, on activations normalised
+            as in training, with TopK at the trained one's k.
+        inheritance: properties of latents against their parents'.
+        fidelity: the gate against a binary AND.
+        living: which cells live, over all heads.
+        bases, extensions: how many meanings each carries, over all heads.
+        grids: some of the sampled heads cell by cell.
+    """
+
+    gate: str
+    heads: int
+    sampled_heads: tuple[int, ...]
+    trained: BothCorrelations
+    twin: BothCorrelations
+    twin_seed: int
+    inheritance: Inheritance
+    fidelity: Fidelity
+    living: LivingCells
+    bases: Meanings
+    extensions: Meanings
+    grids: tuple[ShownGrid, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionResult:
+    """By SAE; ``not_applicable`` says why, for the SAEs without heads."""
+
+    tokens: int
+    saes: dict[str, Interaction]
+    not_applicable: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return to_dict(self)
+
+
+def measure(
+    run: Run,
+    config: InteractionConfig | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The interaction report of a run's Kronecker SAEs on held-out text, kept in the run folder.
+
+    Returns:
+        An `InteractionResult` as JSON values.
+
+    Raises:
+        UserError: no SAE of the run has a Kronecker encoder.
+    """
+    run.require_finished()
+    config = config or InteractionConfig()
+    config = replace(config, tokens=run.config.eval_tokens if config.tokens is None else config.tokens)
+    settings = to_dict(config)
+    reasons = {member.name: why for member in run.config.saes if (why := not_applicable(member))}
+    if len(reasons) == len(run.config.saes):
+        raise UserError(
+            "interaction is measured of Kronecker encoders, which have heads; the run in "
+            f"{run.folder} has none ({', '.join(reasons)}). Train one: kronsae train --sae 'kron ...'."
+        )
+    known = known_result(run, NAME, settings)
+    if known is not None:
+        say(f"Already measured with these settings: {result_path(run, NAME)}.")
+        return known
+    say(
+        f"Two passes over {config.tokens:,} held-out tokens for {len(run.config.saes) - len(reasons)} SAE(s) and a "
+        "twin of each with fresh weights."
+    )
+    result = measure_saes(Material(run), config, reasons, progress).to_dict()
+    keep_result(run, NAME, settings, result)
+    return result
+
+
+def not_applicable(member: MemberConfig) -> str:
+    """Why an SAE has no interaction report; ``""`` if it has one."""
+    if member.encoder.kind == "kronecker":
+        return ""
+    if head_grid(member.encoder) is not None:
+        return "It does not apply to a switch encoder: each expert's heads see only the tokens routed to it."
+    return "It does not apply to a dense encoder: its latents have no heads and no parents."
+
+
+@torch.no_grad()
+def measure_saes(
+    material: Material,
+    config: InteractionConfig,
+    reasons: dict[str, str],
+    progress: Callable[[int, int], None] | None = None,
+) -> InteractionResult:
+    """The measurement itself: one pass for all but the fidelity, which needs to know what is large for each parent."""
+    assert config.tokens is not None
+    windows = material.windows(config.tokens)
+    tokens = sum(one.num_kept for one in windows)
+    members = [member for member in material.run.config.saes if member.name not in reasons]
+    vocabulary = vocabulary_size(material.language_model)
+    first: dict[str, _FirstPass] = {}
+    done = 0
+    for part, x_ND in material.activations(windows):
+        if not first:
+            first = {
+                member.name: _FirstPass(member, material.saes[member.name], x_ND, tokens, vocabulary, config)
+                for member in members
+            }
+        for meters in first.values():
+            meters.update(part, x_ND)
+        done += len(x_ND)
+        if progress is not None:
+            progress(done, 2 * tokens)
+    second = {name: FidelityMeter(meters.sample, meters.scale) for name, meters in first.items()}
+    for _, x_ND in material.activations(windows):
+        for name, meter in second.items():
+            for part_ND in x_ND.split(TOKENS):
+                codes = first[name].sae.encode(part_ND.to(first[name].sae.W_dec))
+                meter.update(first[name].sample.of(part_ND, codes))
+        done += len(x_ND)
+        if progress is not None:
+            progress(done, 2 * tokens)
+    saes = {name: meters.value(second[name].value()) for name, meters in first.items()}
+    return InteractionResult(tokens=tokens, saes=saes, not_applicable=reasons)
+
+
+def random_twin(member: MemberConfig, d_in: int, seed: int, x_ND: Tensor) -> SAE:
+    """The SAE that training would have started from with another seed, taking raw activations like those of ``x_ND``.
+
+    It keeps the k largest latents of each token, whatever the sparsifier: a threshold is nothing before training.
+    """
+    shape = SAEConfig(d_in=d_in, encoder=member.encoder, sparsifier=TopKConfig(k=member.sparsifier.k))
+    twin = shape.build(seed).to(x_ND.device).eval()
+    if member.normalize_activations != "none":
+        Normalization.of(x_ND).fold(twin)
+    return twin
+
+
+class _Twofold:
+    """The correlations of one SAE's sampled heads, kept and composed."""
+
+    def __init__(self, sae: SAE, sample: HeadSample) -> None:
+        self._sae, self._sample = sae, sample
+        self._kept, self._composed = CorrelationMeter(sample.grid), CorrelationMeter(sample.grid)
+
+    def update(self, x_BD: Tensor) -> Any:
+        codes = self._sae.encode(x_BD.to(self._sae.W_dec))
+        values = self._sample.of(x_BD, codes)
+        self._kept.update(values.kept_BC)
+        self._composed.update(values.composed_BC)
+        return codes, values
+
+    def value(self) -> BothCorrelations:
+        return BothCorrelations(kept=self._kept.value(), composed=self._composed.value())
+
+
+class _FirstPass:
+    """All of one SAE but its fidelity."""
+
+    def __init__(
+        self, member: MemberConfig, sae: SAE, x_ND: Tensor, tokens: int, vocabulary: int, config: InteractionConfig
+    ) -> None:
+        encoder = sae.encoder
+        assert isinstance(encoder, KroneckerEncoder)
+        self.sae, self._encoder, self._config = sae, encoder, config
+        cells = encoder.d_base * encoder.d_extension
+        self._heads = sample_heads(encoder.num_heads, cells, config.max_cells, config.seed)
+        self.sample = HeadSample(encoder, self._heads)
+        self.scale = ParentScale(self.sample, tokens)
+        self._twin_seed = member.seed + 1 + config.seed
+        twin = random_twin(member, sae.d_in, self._twin_seed, x_ND)
+        assert isinstance(twin.encoder, KroneckerEncoder)
+        self._trained = _Twofold(sae, self.sample)
+        self._twin = _Twofold(twin, HeadSample(twin.encoder, self._heads))
+        self._all = LatentMeter(sae.d_sae)
+        self._profile = ProfileMeter(len(self.sample.latents_C), vocabulary)
+        rows = (self.sample.base_rows, self.sample.extension_rows)
+        self._parents = [PreLatentMeter(encoder, each, vocabulary, seed=config.seed) for each in rows]
+
+    def update(self, windows: Windows, x_ND: Tensor) -> None:
+        """Take in some windows."""
+        codes = self.sae.encode(x_ND.to(self.sae.W_dec))
+        self._all.update(codes)
+        self._profile.update(windows, self.sample.narrow(codes))
+        for meter in self._parents:
+            meter.update(windows, x_ND)
+        for part_ND in x_ND.split(TOKENS):
+            _, values = self._trained.update(part_ND)
+            self.scale.update(values)
+            self._twin.update(part_ND)
+
+    def value(self, fidelity: Fidelity) -> Interaction:
+        """What was found."""
+        statistics, grid = self._all.value(), head_grid(self._encoder.config)
+        assert grid is not None
+        mass_HMN = activation_mass(statistics, grid)
+        bases, extensions = (meter.value() for meter in self._parents)
+        profile = self._profile.value()
+        return Interaction(
+            gate=self._encoder.config.gate,
+            heads=grid.num_heads,
+            sampled_heads=tuple(self._heads),
+            trained=self._trained.value(),
+            twin=self._twin.value(),
+            twin_seed=self._twin_seed,
+            inheritance=inheritance(profile, bases, extensions, self.sample.grid, self._config.least_active),
+            fidelity=fidelity,
+            living=living_cells(statistics, grid),
+            bases=meanings(mass_HMN.flatten(0, 1)),
+            extensions=meanings(mass_HMN.transpose(1, 2).flatten(0, 1)),
+            grids=shown_grids(statistics, grid, self._heads[: self._config.shown_heads]),
+        )
+
+
+app = typer.Typer()
+
+
+@app.command()
+def interaction(
+    run_folder: RunArgument,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens; unless given, the run's eval_tokens.")] = None,
+    max_cells: Annotated[int, typer.Option(help="Latents looked at, in whole heads drawn at random.")] = 512,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How latents of one head belong together, against an untrained twin; how much of an AND the gate is.
+
+    Correlations within and between heads, what latents inherit of their parents, false positives against a binary AND,
+    which cells live, how many meanings a base carries. For Kronecker encoders.
+    """
+    run = open_run(run_folder)
+    config = InteractionConfig(tokens=tokens, max_cells=max_cells, seed=seed)
+    with progress_bar("interaction", quiet=quiet) as progress:
+        result = measure(run, config, say=say, progress=progress)
+    if as_json:
+        print_json(result)
+    else:
+        print_table(rich_table("figure", summary_table(result)))
+        for name, reason in result["not_applicable"].items():
+            say(f"{name}: {reason}")
+        say(f"All figures: {result_path(run, NAME)}")
+    what_now(f"kronsae report {shlex.quote(str(run_folder))}")

@@ -1,0 +1,279 @@
+"""``kronsae eval latents``: what every latent, base and extension is like, and text that some of them are active on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from kronsae.config import to_dict
+from kronsae.core.checks import check_count
+from kronsae.core.encoders import KroneckerEncoder
+from kronsae.core.heads import DeadShares, dead_shares
+from kronsae.core.sae import SAE
+from kronsae.eval.contexts import Gallery, GalleryMeter
+from kronsae.eval.display import TokenText
+from kronsae.eval.hooked import Windows, vocabulary_size
+from kronsae.eval.latents import GalleryConfig, LatentStatistics
+from kronsae.eval.profiles import PreLatentMeter, Profile, ProfileMeter, ProfileSummary, pre_latent_rows
+from kronsae.eval.token_entropy import MAX_PAIRS
+from kronsae.measures.material import Material, keep_result, known_result, result_path
+from kronsae.progress_bar import progress_bar
+from kronsae.report.sections.latents import summary_table
+from kronsae.run import Run, open_run
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, rich_table, say, what_now
+
+NAME = "latents"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsConfig:
+    """What is measured.
+
+    Args:
+        tokens: held-out tokens for the statistics of the latents; None: the run's ``eval_tokens``.
+        pre_latent_tokens: of these, the first so many for bases and extensions, whose activations are dense.
+        example_tokens: of these, the first so many to seek examples in.
+        max_pairs: pairs of a latent and a token kept for the token entropy, 16 bytes each; once there are more, it is
+            that of the tokens before.
+        latents: numbers of latents to show in any case.
+        num_latents: how many more to show, spread over the frequencies.
+        num_heads: heads to show whole, with examples of their bases and extensions.
+        top, quantiles, quantile_contexts, negatives: examples per latent, see `kronsae.eval.latents.GalleryConfig`.
+        seed: of whatever is drawn.
+    """
+
+    tokens: int | None = None
+    pre_latent_tokens: int = 32_768
+    example_tokens: int = 131_072
+    max_pairs: int = MAX_PAIRS
+    latents: tuple[int, ...] = ()
+    num_latents: int = 16
+    num_heads: int = 1
+    top: int = 5
+    quantiles: int = 4
+    quantile_contexts: int = 2
+    negatives: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            check_count("tokens", self.tokens)
+        for name in ("pre_latent_tokens", "example_tokens", "max_pairs"):
+            check_count(name, getattr(self, name))
+        self.gallery  # noqa: B018  its own checks
+
+    @property
+    def gallery(self) -> GalleryConfig:
+        """What is shown."""
+        return GalleryConfig(
+            num_latents=self.num_latents,
+            num_heads=self.num_heads,
+            top=self.top,
+            sampled=0,
+            quantiles=self.quantiles,
+            quantile_contexts=self.quantile_contexts,
+            negatives=self.negatives,
+            latents=self.latents,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAELatents:
+    """What was measured of one SAE.
+
+    Args:
+        dead: shares of latents, bases, extensions and heads that were active on none of the tokens.
+        summary: the profiles in a line each: ``latents`` and, for a Kronecker encoder, ``bases``, ``extensions``.
+        latents: every latent.
+        bases, extensions: every base ``relu(u)`` and extension ``relu(v)``, head by head; None without such an encoder.
+        gallery: latents and heads with the text they are active on.
+    """
+
+    dead: DeadShares
+    summary: dict[str, ProfileSummary]
+    latents: Profile
+    bases: Profile | None
+    extensions: Profile | None
+    gallery: Gallery
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsResult:
+    """By SAE, with the number of tokens of each part."""
+
+    tokens: int
+    pre_latent_tokens: int
+    example_tokens: int
+    saes: dict[str, SAELatents]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return to_dict(self)
+
+
+def measure(
+    run: Run,
+    config: LatentsConfig | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Statistics of all latents of a run's SAEs on held-out text, kept in the run folder; a `LatentsResult` as JSON.
+
+    Two passes of the language model up to the hook: all tokens for the statistics, the first ones again for examples.
+    """
+    run.require_finished()
+    config = config or LatentsConfig()
+    config = replace(config, tokens=run.config.eval_tokens if config.tokens is None else config.tokens)
+    settings = to_dict(config)
+    known = known_result(run, NAME, settings)
+    if known is not None:
+        say(f"Already measured with these settings: {result_path(run, NAME)}.")
+        return known
+    material = Material(run)
+    assert config.tokens is not None
+    say(
+        f"Statistics of the latents of {len(material.saes)} SAE(s) on {config.tokens:,} held-out tokens; examples from "
+        f"the first {min(config.example_tokens, config.tokens):,}."
+    )
+    result = measure_saes(material, config, progress).to_dict()
+    keep_result(run, NAME, settings, result)
+    return result
+
+
+@torch.no_grad()
+def measure_saes(
+    material: Material, config: LatentsConfig, progress: Callable[[int, int], None] | None = None
+) -> LatentsResult:
+    """The measurement itself."""
+    assert config.tokens is not None
+    windows = material.windows(config.tokens)
+    again = list(first_windows(windows, config.example_tokens))
+    tokens = sum(one.num_kept for one in windows)
+    total = tokens + sum(one.num_kept for one in again)
+    meters = {name: _Meters(sae, material, config) for name, sae in material.saes.items()}
+    done = 0
+    for part, x_ND in material.activations(windows):
+        for meter in meters.values():
+            meter.update(part, x_ND, done)
+        done += len(x_ND)
+        if progress is not None:
+            progress(done, total)
+    for meter in meters.values():
+        meter.finish_statistics()
+    for part, x_ND in material.activations(again):
+        for meter in meters.values():
+            meter.update_examples(part, x_ND)
+        done += len(x_ND)
+        if progress is not None:
+            progress(done, total)
+    token_text = TokenText(material.language_model.tokenizer)
+    return LatentsResult(
+        tokens=tokens,
+        pre_latent_tokens=max((meter.pre_latent_tokens for meter in meters.values()), default=0),
+        example_tokens=total - tokens,
+        saes={name: meter.value(token_text) for name, meter in meters.items()},
+    )
+
+
+def first_windows(windows: Iterable[Windows], tokens: int) -> Iterable[Windows]:
+    """The first windows, whole, until they hold so many tokens that count."""
+    for one in windows:
+        if tokens <= 0:
+            return
+        part = one.rows(0, one.reaching(tokens))
+        yield part
+        tokens -= part.num_kept
+
+
+class _Meters:
+    """All that is measured of one SAE."""
+
+    def __init__(self, sae: SAE, material: Material, config: LatentsConfig) -> None:
+        self._sae, self._config = sae, config
+        vocabulary = vocabulary_size(material.language_model)
+        self._latents = ProfileMeter(sae.d_sae, vocabulary, config.max_pairs)
+        self._pre: list[PreLatentMeter] = []
+        self.pre_latent_tokens = 0
+        if isinstance(sae.encoder, KroneckerEncoder):
+            rows = pre_latent_rows(sae.encoder)
+            self._pre = [PreLatentMeter(sae.encoder, each, vocabulary, seed=config.seed) for each in rows]
+        self._statistics: LatentStatistics | None = None
+        self._profiles: dict[str, Profile] = {}
+
+    def update(self, windows: Windows, x_ND: torch.Tensor, done: int) -> None:
+        self._latents.update(windows, self._sae.encode(x_ND.to(self._sae.W_dec)))
+        if self._pre and done < self._config.pre_latent_tokens:
+            stop = windows.reaching(self._config.pre_latent_tokens - done)
+            part = windows.rows(0, stop)
+            for meter in self._pre:
+                meter.update(part, x_ND[: part.num_kept])
+            self.pre_latent_tokens += part.num_kept
+
+    def finish_statistics(self) -> None:
+        self._profiles = {"latents": self._latents.value()}
+        self._profiles |= {name: meter.value() for name, meter in zip(("bases", "extensions"), self._pre, strict=False)}
+        del self._latents, self._pre
+        statistics = self._profiles["latents"].activity
+        self._gallery = GalleryMeter(self._sae, statistics, self._config.gallery)
+
+    def update_examples(self, windows: Windows, x_ND: torch.Tensor) -> None:
+        self._gallery.update(windows, x_ND, self._sae.encode(x_ND.to(self._sae.W_dec)))
+
+    def value(self, token_text: TokenText) -> SAELatents:
+        latents = self._profiles["latents"]
+        alive_F = torch.tensor(latents.activity.active_tokens) > 0
+        return SAELatents(
+            dead=dead_shares(alive_F, self._sae.config.encoder),
+            summary={name: profile.summary() for name, profile in self._profiles.items()},
+            latents=latents,
+            bases=self._profiles.get("bases"),
+            extensions=self._profiles.get("extensions"),
+            gallery=self._gallery.value(token_text),
+        )
+
+
+app = typer.Typer()
+
+
+@app.command()
+def latents(
+    run_folder: RunArgument,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens; unless given, the run's eval_tokens.")] = None,
+    latent: Annotated[list[int] | None, typer.Option(help="A latent to show examples of, repeatable.")] = None,
+    num_latents: Annotated[int, typer.Option(help="Further latents to show examples of.")] = 16,
+    num_heads: Annotated[int, typer.Option(help="Heads to show whole (Kronecker encoders).")] = 1,
+    pre_latent_tokens: Annotated[int, typer.Option(help="Tokens for the statistics of bases and extensions.")] = 32_768,
+    example_tokens: Annotated[int, typer.Option(help="Tokens to seek examples in.")] = 131_072,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Statistics of every latent, base and extension, dead shares, and examples of some.
+
+    Frequency, activation, token entropy, multitoken ratio; examples at the top, by quantile, and where it is silent.
+    """
+    run = open_run(run_folder)
+    config = LatentsConfig(
+        tokens=tokens,
+        latents=tuple(latent or ()),
+        num_latents=num_latents,
+        num_heads=num_heads,
+        pre_latent_tokens=pre_latent_tokens,
+        example_tokens=example_tokens,
+        seed=seed,
+    )
+    with progress_bar("latents", quiet=quiet) as progress:
+        result = measure(run, config, say=say, progress=progress)
+    if as_json:
+        print_json(result)
+    else:
+        print_table(rich_table("SAE", summary_table(result)))
+        say(f"Every latent and the examples: {result_path(run, NAME)}")
+    what_now(f"kronsae report {shlex.quote(str(run_folder))}")

@@ -1,0 +1,255 @@
+"""``kronsae eval synthetic``: how much of what is known to be there do SAEs of a run's forms find?
+
+A language model's features are unknown, so the run's SAEs themselves cannot be asked. What can be: SAEs of the same
+*form* (encoder, shape of a head, gate, sparsifier, loss), as many latents as there are true features and k as large as
+the true l0, trained alike on activations made of known features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import Annotated, Any, Literal
+
+import typer
+
+from kronsae.config import to_dict
+from kronsae.core.checks import check_count, check_positive
+from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
+from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
+from kronsae.core.losses import LossConfig, MatryoshkaConfig
+from kronsae.core.objective import AuxKConfig
+from kronsae.core.sae import SAE
+from kronsae.data.synthetic import ACTIVATIONS, KnownFeatures, SyntheticActivations, SyntheticConfig, mean_l0
+from kronsae.errors import UserError
+from kronsae.eval.known_features import KnownFeaturesMeter, absolute_cosines, mean_correlation_coefficient
+from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
+from kronsae.interop.sae_lens_synthetic import SaeLensConfig
+from kronsae.measures.material import keep_result, known_result
+from kronsae.measures.tables import rich_table
+from kronsae.measures.training import Report, train_on
+from kronsae.report.sections.synthetic import table, verdict
+from kronsae.run import open_run
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+from kronsae.training.config import MemberConfig, OptimizerConfig
+
+NAME = "synthetic"
+HELD_OUT_BATCH = 2048
+INIT_NORM = 0.5  # of encoder rows, as in the other short trainings of the library
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticStudyConfig:
+    """What is generated, and how every SAE is trained on it.
+
+    Args:
+        source: ``own`` (`kronsae.data.synthetic`) or ``sae_lens`` (its SynthSAEBench, small; needs sae-lens).
+        own: the features of the source ``own``; its seed is replaced.
+        sae_lens: the same for the other source.
+        seeds: repetitions, from ``seed`` on; each has features and weights of its own.
+        seed: of the first.
+        steps: optimiser steps.
+        batch: tokens per step.
+        lr: peak learning rate.
+        held_out_tokens: to measure on, rounded up to whole batches.
+    """
+
+    source: Literal["own", "sae_lens"] = "own"
+    own: SyntheticConfig = field(default_factory=SyntheticConfig)
+    sae_lens: SaeLensConfig = field(default_factory=SaeLensConfig)
+    seeds: int = 3
+    seed: int = 0
+    steps: int = 1500
+    batch: int = 512
+    lr: float = 4e-3
+    held_out_tokens: int = 16_384
+
+    def __post_init__(self) -> None:
+        if self.source not in ("own", "sae_lens"):
+            raise UserError(f"source must be 'own' or 'sae_lens'; got {self.source!r}.")
+        for name in ("seeds", "steps", "batch", "held_out_tokens"):
+            check_count(name, getattr(self, name))
+        check_positive("lr", self.lr)
+        if self.seed < 0:
+            raise UserError(f"seed must be at least 0; got {self.seed}.")
+
+    def features(self, seed: int) -> KnownFeatures:
+        """The known features of one repetition."""
+        config = self.own if self.source == "own" else self.sae_lens
+        return replace(config, seed=seed).build()
+
+
+def measure(
+    members: Sequence[MemberConfig], config: SyntheticStudyConfig, *, progress: Report | None = None
+) -> dict[str, Any]:
+    """Train SAEs of the members' forms on known features and compare them with these: ``{"about", "rows"}``.
+
+    One row per SAE and seed: its `kronsae.eval.known_features.Found`, reconstruction on held-out tokens, and the MCC of
+    the same SAE before training, which is what directions in superposition reach by chance.
+    """
+    rows: list[dict[str, Any]] = []
+    truth = []
+    for number, seed in enumerate(range(config.seed, config.seed + config.seeds)):
+        features = config.features(seed)
+        l0 = mean_l0(features)
+        fitted = [
+            fit_to(member, d_sae=len(features.directions_GD), k=max(1, round(l0)), seed=seed, config=config)
+            for member in members
+        ]
+        d_in = features.directions_GD.shape[1]
+        truth.append({"seed": seed, "features": len(features.directions_GD), "d_in": d_in, "l0": l0})
+        saes = train_on(
+            fitted,
+            SyntheticActivations(features, batch=config.batch),
+            hook=ACTIVATIONS,
+            d_in=d_in,
+            steps=config.steps,
+            batch_tokens=config.batch,
+            progress=None if progress is None else _part_of(progress, number, config.seeds),
+        )
+        for member in fitted:
+            start = absolute_cosines(member.shape(d_in).build(member.seed).W_dec, features.directions_GD)
+            about = {
+                "seed": seed,
+                "sae": member.name,
+                "family": family(member),
+                "encoder": encoder_kind(member.encoder),
+            }
+            about["mcc_untrained"] = mean_correlation_coefficient(start)
+            rows.append(about | _measured(saes[member.name], features, config.held_out_tokens))
+    return {"about": truth, "rows": rows}
+
+
+def _measured(sae: SAE, features: KnownFeatures, tokens: int) -> dict[str, Any]:
+    """Everything measured of one SAE on the held-out tokens."""
+    meter = KnownFeaturesMeter(sae.W_dec, features.directions_GD, features.kinds, features.edges)
+    reconstruction = ReconstructionMeter(sae.d_sae)
+    for number in range(-(-tokens // HELD_OUT_BATCH)):
+        x_BD, activations_BG = features.sample(HELD_OUT_BATCH, held_out=True, number=number)
+        x_hat_BD, codes = encode_decode(sae, x_BD)
+        reconstruction.update(x_BD, x_hat_BD, codes)
+        meter.update(codes, activations_BG)
+    of_all = reconstruction.value()
+    figures = {"d_sae": sae.d_sae, "explained_variance": of_all.explained_variance, "l0": of_all.l0}
+    return figures | {"dead_share": of_all.dead_share, "tokens": of_all.tokens} | asdict(meter.value())
+
+
+def _part_of(progress: Report, number: int, parts: int) -> Report:
+    """Progress of one of several equal parts as progress of the whole."""
+    return lambda done, total: progress(number * total + done, parts * total)
+
+
+def fit_to(member: MemberConfig, *, d_sae: int, k: int, seed: int, config: SyntheticStudyConfig) -> MemberConfig:
+    """The member's form at another size: encoder kind, head's shape, gate, sparsifier, loss and experts stay.
+
+    Size, k, seed and training are the measurement's, equal for all. A Kronecker encoder gets as many whole heads as fit
+    into ``d_sae``; Matryoshka's groups keep their shares, to the nearest head.
+
+    Raises:
+        UserError: not one head, or not one expert's, fits.
+    """
+    encoder = resized(member.encoder, d_sae)
+    return replace(
+        member,
+        encoder=encoder,
+        sparsifier=replace(member.sparsifier, k=k),
+        loss=_regrouped(member.loss, encoder),
+        optimizer=OptimizerConfig(lr=config.lr),
+        aux_k=AuxKConfig(weight=member.aux_k.weight, dead_after_tokens=max(1, config.steps * config.batch // 10)),
+        seed=seed,
+    )
+
+
+def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
+    """An encoder of the same form with about ``d_sae`` latents, never more."""
+    if isinstance(encoder, SwitchEncoderConfig):
+        expert = resized(encoder.expert, d_sae // encoder.num_experts)
+        assert not isinstance(expert, SwitchEncoderConfig)
+        return replace(encoder, expert=expert)
+    units = d_sae // encoder.block
+    if units == 0:
+        raise UserError(
+            f"the synthetic data must have at least as many features as one head has latents, {encoder.block}, in each "
+            f"expert; got {d_sae}. Measure SAEs with smaller heads."
+        )
+    if isinstance(encoder, DenseEncoderConfig):
+        return replace(encoder, d_sae=units, init_norm=INIT_NORM)
+    return replace(encoder, num_heads=units, d_sae=0, init_norm=INIT_NORM)
+
+
+def _regrouped(loss: LossConfig, encoder: AnyEncoderConfig) -> LossConfig:
+    if not isinstance(loss, MatryoshkaConfig):
+        return loss
+    units, total = encoder.d_sae // encoder.block, sum(loss.groups)
+    ends = [round(end / total * units) for end in accumulate(loss.groups)]
+    sizes = (encoder.block * (end - start) for start, end in pairwise([0, *ends]))
+    return MatryoshkaConfig(groups=tuple(size for size in sizes if size))
+
+
+def family(member: MemberConfig) -> str:
+    """What a member shares with its counterpart of the other encoder: sparsifier, loss, experts."""
+    parts = [member.sparsifier.kind]
+    if isinstance(member.loss, MatryoshkaConfig):
+        parts.append(member.loss.kind)
+    if isinstance(member.encoder, SwitchEncoderConfig):
+        parts.append(member.encoder.kind)
+    return "-".join(parts)
+
+
+def encoder_kind(encoder: AnyEncoderConfig) -> str:
+    """``dense`` or ``kronecker``, an expert's where there are experts."""
+    inner = encoder.expert if isinstance(encoder, SwitchEncoderConfig) else encoder
+    assert isinstance(inner, DenseEncoderConfig | KroneckerEncoderConfig)
+    return inner.kind
+
+
+app = typer.Typer(rich_markup_mode="markdown")
+
+
+@app.command()
+def command(
+    run_folder: RunArgument,
+    source: Annotated[str, typer.Option(help="Known features: 'own', or 'sae_lens' for its SynthSAEBench.")] = "own",
+    seeds: Annotated[int, typer.Option(help="Repetitions.")] = SyntheticStudyConfig.seeds,
+    steps: Annotated[int, typer.Option(help="Steps of each SAE's training.")] = SyntheticStudyConfig.steps,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train SAEs of the run's forms on known features: what of these do they find, detect, absorb?
+
+    The run's own weights are not used; its SAEs' forms are, each at the size of the synthetic data.
+    """
+    from kronsae.progress_bar import progress_bar
+
+    config = SyntheticStudyConfig(source=_source(source), seeds=seeds, steps=steps, seed=seed)
+    run = open_run(run_folder)
+    settings = to_dict(config)
+    result = known_result(run, NAME, settings)
+    if result is None:
+        members = run.config.saes
+        say(
+            f"Training {seeds} x {len(members)} SAEs on {steps * config.batch:,} synthetic tokens each: on two cores "
+            "about 20 seconds for each."
+        )
+        with progress_bar("training", quiet=quiet) as progress:
+            result = measure(members, config, progress=progress)
+        say(f"Kept: {keep_result(run, NAME, settings, result)}")
+    else:
+        say("Already measured with these settings.")
+    if as_json:
+        print_json(result | {"verdict": list(verdict(result))})
+    else:
+        print_table(rich_table(table(result), "SAE"))
+        for sentence in verdict(result):
+            say(sentence)
+    what_now(f"kronsae report {run.folder}")
+
+
+def _source(name: str) -> Literal["own", "sae_lens"]:
+    if name == "own":
+        return "own"
+    if name == "sae_lens":
+        return "sae_lens"
+    raise UserError(f"--source must be 'own' or 'sae_lens'; got '{name}'.")

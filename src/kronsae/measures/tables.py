@@ -1,0 +1,27 @@
+"""A report's table elsewhere than on the page: in a terminal, in Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kronsae.report.comparison import Table
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+def rich_table(found: Table, first: str) -> RichTable:
+    """For a terminal; ``first`` heads the column of names."""
+    from rich.table import Table as RichTable
+
+    shown = RichTable(first, *(heading for heading, _ in found.headings), box=None)
+    for row in found.rows:
+        shown.add_row(row.name, *(cell.text for cell in row.cells))
+    return shown
+
+
+def markdown_table(found: Table, first: str) -> str:
+    """For a document; ``first`` heads the column of names."""
+    headings = [first, *(heading for heading, _ in found.headings)]
+    lines = [headings, ["---"] * len(headings), *([row.name, *(cell.text for cell in row.cells)] for row in found.rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,143 @@
+"""``kronsae eval token-rule``: how far nearby tokens alone tell when a latent is active. Asks no language model."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+
+from kronsae.config import from_dict, to_dict
+from kronsae.errors import UserError
+from kronsae.eval.display import visible
+from kronsae.eval.token_rule import TokenRuleConfig, TokenRules, summarise_rules, token_rule
+from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
+from kronsae.measures.material import Material, keep_result, known_result
+from kronsae.progress_bar import progress_bar
+from kronsae.run import Run, open_run
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NAME = "token-rule"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRuleResult:
+    """All SAEs, in the run's order."""
+
+    saes: tuple[TokenRules, ...]
+
+
+def measure(
+    run: Run,
+    config: TokenRuleConfig,
+    *,
+    saes: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenRuleResult:
+    """Learn a rule per latent from the run's training documents and test it on its held-out ones.
+
+    Args:
+        run: a finished run.
+        config: which latents, how much text.
+        saes: of these names; all of the run if none is given.
+        say: told what is about to happen.
+        progress: called with (latents done, latents in all).
+    """
+    material = Material(run)
+    picked = pick_saes(material, saes)
+    check_chosen(picked, config.chosen)
+    settings = {"config": to_dict(config), "saes": list(picked)}
+    if (known := known_result(run, NAME, settings)) is not None:
+        say("Already measured with these settings.")
+        return from_dict(TokenRuleResult, known, NAME)
+    texts = [material.windows(config.tokens, held_out=held_out) for held_out in (False, True)]
+    sizes = [sum(one.num_kept for one in windows) for windows in texts]
+    say(f"Learning from {sizes[0]:,} tokens of training documents, testing on {sizes[1]:,} held-out ones.")
+    counts = [count_activations(material, picked, windows) for windows in texts]
+    rarer = {name: torch.minimum(counts[0][name], counts[1][name]) for name in picked}
+    chosen = {
+        name: list(config.chosen)
+        or draw_latents(rarer[name], config.latents, at_least=config.min_active_tokens, seed=config.seed)
+        for name in picked
+    }
+    for name, latents in chosen.items():
+        if not latents:
+            raise UserError(
+                f"min_active_tokens={config.min_active_tokens} leaves no latent of '{name}' to draw from in these "
+                "texts; lower --min-active, or give more --tokens."
+            )
+    train_text, train = find_firings(material, picked, texts[0], chosen)
+    test_text, test = find_firings(material, picked, texts[1], chosen)
+    total, done = sum(map(len, chosen.values())), 0
+    found = []
+    for name, latents in chosen.items():
+        rules = []
+        for latent in latents:
+            rules.append(token_rule((train_text, train[name][latent]), (test_text, test[name][latent]), config))
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        eligible, living = (int((rarer[name] >= least).sum()) for least in (config.min_active_tokens, 1))
+        found.append(summarise_rules(name, rules, living=living, eligible=eligible))
+    result = TokenRuleResult(saes=tuple(found))
+    keep_result(run, NAME, settings, to_dict(result))
+    return result
+
+
+app = typer.Typer()
+
+
+@app.command()
+def token_rule_verb(
+    run_folder: RunArgument,
+    sae: Annotated[list[str] | None, typer.Option(help="Only this SAE; repeatable.")] = None,
+    latents: Annotated[int, typer.Option(help="Latents per SAE, drawn at random.")] = TokenRuleConfig.latents,
+    latent: Annotated[list[int] | None, typer.Option(help="This latent instead; repeatable.")] = None,
+    tokens: Annotated[int, typer.Option(help="Training and held-out tokens, each.")] = TokenRuleConfig.tokens,
+    examples: Annotated[int, typer.Option(help="Places of either kind per text.")] = TokenRuleConfig.examples,
+    min_active: Annotated[
+        int, typer.Option(help="A latent active on fewer tokens is not drawn.")
+    ] = TokenRuleConfig.min_active_tokens,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn from the tokens around a place when a latent is active there, and test that on held-out text."""
+    config = TokenRuleConfig(
+        latents=latents,
+        chosen=tuple(latent or ()),
+        tokens=tokens,
+        examples=examples,
+        min_active_tokens=min_active,
+        seed=seed,
+    )
+    run = open_run(run_folder)
+    with progress_bar("learning", quiet=quiet) as progress:
+        found = measure(run, config, saes=tuple(sae or ()), say=say, progress=progress)
+    if as_json:
+        print_json(to_dict(found))
+    else:
+        print_table(as_table(found))
+    what_now(f"kronsae report {shlex.quote(str(run.folder))}")
+
+
+def as_table(result: TokenRuleResult) -> Table:
+    """One row per SAE."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("SAE", "balanced accuracy", "AUC", "latents", box=None)
+    for one in result.saes:
+        cells = [
+            "-" if mean.mean is None else f"{mean.mean:.3f}" + ("" if mean.std is None else f" ± {mean.std:.3f}")
+            for mean in (one.balanced_accuracy, one.auc)
+        ]
+        table.add_row(Text(visible(one.sae)), *cells, f"{one.auc.n:,} of {one.eligible:,} that could be drawn")
+    return table

@@ -1,0 +1,330 @@
+"""What a run will take - tokens, steps, memory, disk, hours - said before it begins, and refused if it is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronsae.core.flops import training_flops
+from kronsae.core.gates import GATES
+from kronsae.core.sae import SAEConfig, count_parameters
+from kronsae.data.harvest import ActivationStream
+from kronsae.data.store import read_manifest
+from kronsae.errors import UserError
+from kronsae.kernels.portable import PRODUCT_ELEMENTS
+from kronsae.pipeline import Source
+from kronsae.resources import available_memory_bytes, free_disk_bytes, in_bytes
+from kronsae.run_config import RunConfig
+from kronsae.training.budget import member_steps
+from kronsae.training.config import MemberConfig
+from kronsae.training.member import Member
+
+TIMED_FROM_STEPS = 50
+"""Timing a step takes three of them: below this many it would cost more than it tells."""
+
+STATE_BYTES = 16
+"""Per parameter: the weight, its gradient and Adam's two moments, 4 bytes each."""
+
+MODEL_WORK = 16
+"""Vectors of the model's width that one layer of a transformer holds per token at a time, about: the residual stream,
+its norm, queries, keys, values and output of the attention, and the two or three wider ones of the MLP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberPlan:
+    """What one SAE will take.
+
+    Args:
+        name, architecture, d_sae, parameters: the SAE.
+        tokens, steps, flops: its own training; FLOPs as `training_flops` counts them.
+        state_bytes: weights, gradients and Adam's moments.
+        work_bytes: what one step needs besides, about.
+        step_seconds: of one step, measured; None where it was not.
+        note: what else to know, or ``""``.
+    """
+
+    name: str
+    architecture: str
+    d_sae: int
+    parameters: int
+    tokens: int
+    steps: int
+    flops: int
+    state_bytes: int
+    work_bytes: int
+    step_seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will take; ``str()`` says it in lines.
+
+    Args:
+        model, hook, d_in, batch_tokens: the run.
+        steps_done: steps that an interrupted run has behind it.
+        members: the SAEs, each with its own number of steps; the run is as long as the longest.
+        language_model_bytes: its weights, loaded by now; 0 for harvested activations.
+        model_work_bytes: what one pass of it needs besides, about.
+        buffer_bytes: of the shuffle buffer.
+        memory_available_bytes: what there is for all of these, on the device they live on; None: not known.
+        disk_bytes: checkpoints (two at a time) and the saved SAEs.
+        disk_free_bytes: what there is.
+        batch_seconds: to have one batch of activations, measured; None where it was not.
+    """
+
+    model: str
+    hook: str
+    d_in: int
+    batch_tokens: int
+    steps_done: int
+    members: tuple[MemberPlan, ...]
+    language_model_bytes: int
+    model_work_bytes: int
+    buffer_bytes: int
+    memory_available_bytes: int | None
+    disk_bytes: int
+    disk_free_bytes: int
+    batch_seconds: float | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of the longest training."""
+        return max(member.steps for member in self.members)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest training."""
+        return self.steps * self.batch_tokens
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory for everything at once; the work spaces are used in turn."""
+        work = max(self.model_work_bytes, *(member.work_bytes for member in self.members))
+        state = sum(member.state_bytes for member in self.members)
+        return self.language_model_bytes + self.buffer_bytes + state + work
+
+    @property
+    def seconds(self) -> float | None:
+        """Time for the steps that are left; None where nothing was measured."""
+        if self.batch_seconds is None:
+            return None
+        own = ((max(0, member.steps - self.steps_done), member.step_seconds or 0.0) for member in self.members)
+        return (self.steps - self.steps_done) * self.batch_seconds + sum(steps * each for steps, each in own)
+
+    def check(self) -> None:
+        """Refuse what the machine cannot hold.
+
+        Raises:
+            UserError: memory or disk.
+        """
+        available = self.memory_available_bytes
+        if available is not None and self.memory_bytes > available:
+            raise UserError(
+                f"the run must fit into memory; about {in_bytes(self.memory_bytes)} are needed "
+                f"({self._memory_parts()}) and {in_bytes(available)} are available. "
+                "Lower buffer_tokens, train fewer or smaller SAEs at once, or take smaller batches."
+            )
+        if self.disk_bytes > self.disk_free_bytes:
+            raise UserError(
+                f"checkpoints and SAEs must fit on the disk; about {in_bytes(self.disk_bytes)} are needed and "
+                f"{in_bytes(self.disk_free_bytes)} are free. Make room, or choose another --out."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, derived ones included, as JSON values."""
+        derived = {"steps": self.steps, "tokens": self.tokens, "memory_bytes": self.memory_bytes}
+        return asdict(self) | derived | {"seconds": self.seconds}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.steps:,} steps of {self.batch_tokens:,} tokens at {self.hook} of {self.model} (d_in {self.d_in}): "
+            f"{self.tokens:,} tokens"
+        ]
+        for member in self.members:
+            own = "" if member.steps == self.steps else f"{member.tokens:,} tokens in {member.steps:,} steps; "
+            lines.append(
+                f"  {member.name}: {member.architecture}, {member.d_sae:,} latents, {member.parameters:,} parameters; "
+                f"{own}{member.flops:.2e} FLOPs"
+            )
+            if member.note:
+                lines.append(f"    {member.note}")
+        available = self.memory_available_bytes
+        there = "" if available is None else f" of {in_bytes(available)}"
+        lines.append(f"Memory: about {in_bytes(self.memory_bytes)}{there} ({self._memory_parts()}).")
+        lines.append(f"Disk: about {in_bytes(self.disk_bytes)} of {in_bytes(self.disk_free_bytes)}.")
+        if self.seconds is not None and self.batch_seconds is not None:
+            share = (self.steps - self.steps_done) * self.batch_seconds / self.seconds
+            lines.append(f"Time: about {in_time(self.seconds)}, {share:.0%} of it for the activations.")
+        return "\n".join(lines)
+
+    def _memory_parts(self) -> str:
+        state = sum(member.state_bytes for member in self.members)
+        rest = self.memory_bytes - state - self.buffer_bytes - self.language_model_bytes
+        parts = {
+            "SAEs with gradients and Adam's moments": state,
+            "shuffle buffer": self.buffer_bytes,
+            "language model": self.language_model_bytes,
+            "work space": rest,
+        }
+        return ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items() if size)
+
+
+def plan_run(config: RunConfig, folder: Path, *, timed: bool = True) -> Plan:
+    """The plan of a run that is not begun; the model is loaded, and nothing is written.
+
+    Args:
+        config: the run.
+        folder: where it would go.
+        timed: whether to measure how long it will take, on a batch of real activations.
+    """
+    source = Source(config)
+    plan = make_plan(source, folder)
+    return with_times(plan, source) if timed else plan
+
+
+def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
+    """What the run that reads ``source`` and lives in ``folder`` will take, without the times."""
+    config = source.config
+    shapes = {member.name: member.shape(source.widths, config.hook) for member in config.saes}
+    steps = member_steps(config.loop, shapes)
+    members = tuple(
+        _member_plan(member, shapes[member.name], steps[member.name], config.loop.batch_tokens)
+        for member in config.saes
+    )
+    weights, work = (0, 0) if config.activations is not None else _language_model_bytes(source)
+    available = _available_bytes(source.device)
+    parameters = sum(member.parameters for member in members)
+    latents = sum(member.d_sae for member in members)
+    return Plan(
+        model=config.model.name,
+        hook=", ".join(config.hooks),
+        d_in=source.d_in,
+        batch_tokens=config.loop.batch_tokens,
+        steps_done=steps_done,
+        members=members,
+        language_model_bytes=weights,
+        model_work_bytes=work,
+        buffer_bytes=4 * config.buffer_tokens * source.d_in,
+        memory_available_bytes=None if available is None else available + weights,  # the model is there already
+        disk_bytes=2 * (12 * parameters + 8 * latents) + 4 * parameters,
+        disk_free_bytes=free_disk_bytes(folder),
+    )
+
+
+def with_times(plan: Plan, source: Source) -> Plan:
+    """``plan`` with times measured on real activations: of the model or the disk, and of each SAE's step.
+
+    The SAEs are built for it and let go again, one at a time; the run's own are not touched. Latents that die later
+    on, and AuxK with them, are not in it.
+    """
+    batch, token_seconds = _first_rows(source, plan.batch_tokens)
+    timed = [
+        replace(member, step_seconds=_step_seconds(config, batch, source.config.hook))
+        for member, config in zip(plan.members, source.config.saes, strict=True)
+    ]
+    return replace(plan, members=tuple(timed), batch_seconds=token_seconds * plan.batch_tokens)
+
+
+def in_time(seconds: float) -> str:
+    """A duration in words: ``2.5 hours``."""
+    for size, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _member_plan(config: MemberConfig, shape: SAEConfig, steps: int, batch_tokens: int) -> MemberPlan:
+    with torch.device("meta"):
+        parameters = count_parameters(shape.build_empty())
+    gate = getattr(getattr(config.encoder, "expert", config.encoder), "gate", "mand")
+    slow = f"gate {gate} has no bound by head: all latents of a token are computed, a chunk at a time"
+    return MemberPlan(
+        name=config.name,
+        architecture=shape.architecture,
+        d_sae=shape.d_sae,
+        parameters=parameters,
+        tokens=steps * batch_tokens,
+        steps=steps,
+        flops=training_flops(shape, steps * batch_tokens),
+        state_bytes=STATE_BYTES * parameters,
+        work_bytes=_step_work_bytes(shape, batch_tokens),
+        note=slow if GATES[gate].order == "none" else "",
+    )
+
+
+def _step_work_bytes(shape: SAEConfig, batch_tokens: int) -> int:
+    """What a step holds besides the state, about: vectors as wide as x and target, the codes, a chunk of the product.
+
+    Four of each of the first (normalised, reconstruction, residual, their gradients and copies); index, value,
+    pre-latents and gradients of the k codes and of AuxK's d_out / 2. BatchTopK looks at the
+    pre-latents of the whole batch.
+    """
+    rows = max(1, shape.encoder.multiply_adds(shape.d_in) // shape.d_in)
+    product = max(min(batch_tokens * rows, PRODUCT_ELEMENTS), 64 * rows)
+    if shape.sparsifier.kind == "batch_topk":
+        product = max(product, batch_tokens * rows)
+    codes = shape.sparsifier.k + shape.d_out // 2
+    return 4 * (batch_tokens * (4 * (shape.d_in + shape.d_out) + 8 * codes) + product)
+
+
+def _language_model_bytes(source: Source) -> tuple[int, int]:
+    """Of its weights, and of one pass of it."""
+    model: Any = source.language_model.model
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    width = model.get_input_embeddings().weight.shape[1]
+    tokens = source.config.model_batch * source.config.context_length
+    return weights, MODEL_WORK * tokens * width * tensors[0].element_size()
+
+
+def _available_bytes(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+
+
+def _first_rows(source: Source, count: int) -> tuple[dict[str, Tensor], float]:
+    """So many rows of every hook's activations, on a stream of their own, and the seconds that one token took."""
+    config = source.config
+    if config.activations is not None:
+        started = perf_counter()
+        batch, _ = next(iter(source.batches(None)))  # reads a whole buffer
+        read = min(config.buffer_tokens, read_manifest(config.activations).tokens)
+        return dict(batch), (perf_counter() - started) / read
+    items = (
+        values for values, _ in ActivationStream(source.language_model, config.hooks, source.tokens(held_out=False))
+    )
+    rows = [next(items)]  # the first pass allocates and compiles
+    started, timed = perf_counter(), 0
+    while timed == 0 or _num_rows(rows[0]) + timed < count:
+        rows.append(next(items))
+        timed += _num_rows(rows[-1])
+    _wait_for(source.device)
+    batch = {hook: torch.cat([values[hook] for values in rows])[:count] for hook in config.hooks}
+    return batch, (perf_counter() - started) / timed
+
+
+def _num_rows(values: Mapping[str, Tensor]) -> int:
+    return len(next(iter(values.values())))
+
+
+def _step_seconds(config: MemberConfig, batch: Mapping[str, Tensor], hook: str) -> float:
+    device = next(iter(batch.values())).device
+    member = Member(config, {name: values.shape[1] for name, values in batch.items()}, hook, 3, device)
+    member.step_on(batch, 0, want_metrics=False)  # compiles and allocates
+    _wait_for(device)
+    started = perf_counter()
+    for step in (1, 2):
+        member.step_on(batch, step, want_metrics=False)
+    _wait_for(device)
+    return (perf_counter() - started) / 2
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

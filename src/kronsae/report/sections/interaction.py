@@ -1,0 +1,114 @@
+"""The section on what goes on within the heads of Kronecker encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kronsae.eval.display import visible
+from kronsae.report.comparison import Cell, Table, TableRow
+from kronsae.report.section import Section
+
+Figure = Callable[[Mapping[str, Any]], float | None]
+
+
+def _correlation(whose: str, which: str, kind: str) -> Figure:
+    return lambda sae: sae[whose][which][kind]["mean"]
+
+
+def _at(curve: str, x: float) -> Figure:
+    return lambda sae: next(y for at, y in sae["fidelity"][curve] if at == x)
+
+
+def _meanings(whose: str) -> Figure:
+    return lambda sae: sae[whose]["effective_number"]["mean"]
+
+
+def _inherited(name: str, against: str) -> Figure:
+    return lambda sae: sae["inheritance"]["r"][name][against]
+
+
+_ROWS: tuple[tuple[str, Figure, str], ...] = (
+    ("correlation within a head, kept", _correlation("trained", "kept", "within"), "{:.4f}"),
+    ("… between heads", _correlation("trained", "kept", "between"), "{:.4f}"),
+    ("… within, untrained twin", _correlation("twin", "kept", "within"), "{:.4f}"),
+    ("… between, untrained twin", _correlation("twin", "kept", "between"), "{:.4f}"),
+    ("correlation within a head, before the sparsifier", _correlation("trained", "composed", "within"), "{:.4f}"),
+    ("… between heads", _correlation("trained", "composed", "between"), "{:.4f}"),
+    ("… within, untrained twin", _correlation("twin", "composed", "within"), "{:.4f}"),
+    ("… between, untrained twin", _correlation("twin", "composed", "between"), "{:.4f}"),
+    ("both parents among their top 10%", _at("both_top", 0.1), "{:.1%}"),
+    ("mass with a parent not positive", _at("false_positive_mass", 0.0), "{:.1%}"),
+    ("mass with a parent below 0.1 of its mean", _at("false_positive_mass", 0.1), "{:.1%}"),
+    ("mass with a parent below 0.5 of its mean", _at("false_positive_mass", 0.5), "{:.1%}"),
+    ("gate's output relative to equal parents", lambda sae: sae["fidelity"]["balance_mean"], "{:.3f}"),
+    ("… its standard deviation", lambda sae: sae["fidelity"]["balance_deviation"], "{:.3f}"),
+    ("token entropy, r with the product of the parents'", _inherited("token_entropy", "product"), "{:.2f}"),
+    ("frequency, r with the product of the parents'", _inherited("frequency", "product"), "{:.2f}"),
+    ("meanings of a base, effective number", _meanings("bases"), "{:.2f}"),
+    ("meanings of an extension, effective number", _meanings("extensions"), "{:.2f}"),
+)
+
+
+def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
+    """From a kept result of `kronsae.measures.interaction`."""
+    result = kept["result"]
+    return Section(
+        key="interaction",
+        title="Within the heads",
+        paragraphs=(
+            *(_in_words(name, found) for name, found in result["saes"].items()),
+            *(f"{visible(name)}: {reason}" for name, reason in result["not_applicable"].items()),
+        ),
+        tables=(("figure", summary_table(result)),),
+        notes=(
+            f"On {result['tokens']:,} held-out tokens, seed {kept['settings']['seed']}. "
+            + " ".join(
+                f"{visible(name)}: correlations, parents and gate on {len(found['sampled_heads']):,} of "
+                f"{found['heads']:,} heads drawn at random; the twin has fresh weights of seed {found['twin_seed']}."
+                for name, found in result["saes"].items()
+            ),
+        ),
+    )
+
+
+def summary_table(result: Mapping[str, Any]) -> Table:
+    """A row for each figure, a column for each SAE."""
+    saes = result["saes"]
+    headings = tuple((visible(name), f"gate {found['gate']}") for name, found in saes.items())
+    rows = tuple(
+        TableRow(name, tuple(_cell(figure(found), form) for found in saes.values())) for name, figure, form in _ROWS
+    )
+    return Table(headings, rows)
+
+
+def _cell(value: float | None, form: str) -> Cell:
+    return Cell("–" if value is None else form.format(value))
+
+
+def _in_words(name: str, found: Mapping[str, Any]) -> str:
+    sentences = [f"{visible(name)} (gate {found['gate']})."]
+    kept = {whose: found[whose]["kept"] for whose in ("trained", "twin")}
+    within, between = kept["trained"]["within"]["mean"], kept["trained"]["between"]["mean"]
+    if within is not None and between is not None:
+        twin = kept["twin"]["within"]["mean"]
+        before = "" if twin is None else f", before training {twin:.3f} within"
+        sentences.append(
+            f"Latents of one head correlate by {within:.3f} on average, of different heads {between:.3f}{before}."
+        )
+    fidelity = found["fidelity"]
+    if fidelity["activations"]:
+        weak = next(y for x, y in fidelity["false_positive_mass"] if x == 0.1)
+        sentences.append(
+            f"{weak:.1%} of the activation comes with a parent that is hardly on (at most a tenth of its own mean): a "
+            "binary AND would not have let it through."
+        )
+    living, cells = found["living"]["heads_by_living"], len(found["living"]["heads_by_living"]) - 1
+    sentences.append(f"In {living[cells]:,} of {found['heads']:,} heads every cell lives, in {living[0]:,} none does.")
+    number = found["bases"]["effective_number"]["mean"]
+    if number is not None:
+        sentences.append(
+            f"A base's activation is spread over {number:.1f} of {found['bases']['possible']} extensions (effective "
+            "number)."
+        )
+    return " ".join(sentences)

@@ -1,0 +1,222 @@
+"""The toy model of correlation: its table, and what its figures say, each sentence by a rule."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from kronsae.eval.display import visible
+from kronsae.eval.paired import STANDARD_ERRORS, paired_difference
+from kronsae.report.comparison import Cell, Table, TableRow
+from kronsae.report.section import Section
+
+AUTOENCODER, TOPK, KRON = "autoencoder", "topk", "kron"
+"""Names of dictionaries; a KronSAE's begins with the last."""
+
+Row = Mapping[str, Any]
+Figure = Callable[[Row], float]
+
+
+def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
+    """The section of a kept result; the SAEs are the measurement's own, so ``names`` is not asked."""
+    result = kept["result"]
+    seeds = len({row["seed"] for row in result["rows"]})
+    return Section(
+        key="toy",
+        title="Toy model of correlation",
+        paragraphs=(
+            "Features with a known block covariance, kept in superposition by a small autoencoder; SAEs trained on its "
+            "hidden states. Does the Gram matrix of an SAE's dictionary show which features go together? These SAEs "
+            "are the measurement's own, not this run's.",
+            *map(visible, verdict(result)),
+        ),
+        tables=(("dictionary", table(result)),),
+        notes=(
+            f"Mean ± standard deviation over {len(result['setups']) - 1} covariances and {seeds} seeds, without the "
+            "independent features; a difference counts when it is more than "
+            f"{STANDARD_ERRORS:g} standard errors of its pairs from 0.",
+        ),
+    )
+
+
+_COLUMNS: tuple[tuple[str, str, str, str], ...] = (
+    ("RV", "trained", "rv", "RV coefficient with the truth; rows matched by structure (the paper's FAQ)"),
+    ("RV by direction", "trained", "rv_by_direction", "the same, rows matched by their directions"),
+    ("chance", "trained", "rv_permuted", "mean RV over all orders of the truth"),
+    ("RV untrained", "untrained", "rv", "the same SAE as it started, matched by structure"),
+    ("RV mismatched", "mismatched", "rv", "against the truth of another setup, matched to that one's autoencoder"),
+    ("effective rank", "trained", "effective_rank", "of the dictionary's Gram matrix"),
+    ("rank difference", "trained", "rank_difference", "to the truth's effective rank"),
+    ("mean correlation", "trained", "mean_correlation", "mean |cosine| of two rows"),
+    ("mean cosine", "trained", "mean_cosine", "with the autoencoder's rows, matched by direction"),
+)
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """Mean ± standard deviation over the correlated setups and seeds, one row per dictionary."""
+    shown = []
+    for name in dictionaries(result):
+        rows = list(_rows(result, name))
+        cells = [Cell(_spread([row[kind][key] for row in rows], key)) for _, kind, key, _ in _COLUMNS]
+        shown.append(TableRow(visible(name), (Cell(_spread([row["explained_variance"] for row in rows])), *cells)))
+    headings = (("EV", "explained variance on held-out tokens"), *((text, about) for text, _, _, about in _COLUMNS))
+    return Table(headings, tuple(shown))
+
+
+def setup_table(result: Mapping[str, Any]) -> Table:
+    """RV (matched by structure) of every dictionary in every setup, mean ± standard deviation over seeds."""
+    names = dictionaries(result)
+    shown = []
+    for setup in result["setups"]:
+        of_setup = [row for row in result["rows"] if row["setup"] == setup["name"]]
+        texts = [f"{setup['effective_rank']:.1f}"]
+        texts += [_spread([row["trained"]["rv"] for row in of_setup if row["dictionary"] == name]) for name in names]
+        shown.append(TableRow(visible(setup["name"]), tuple(map(Cell, texts))))
+    return Table((("true rank", "effective rank of the truth"), *((name, "RV") for name in names)), tuple(shown))
+
+
+def dictionaries(result: Mapping[str, Any]) -> list[str]:
+    """Names of the dictionaries, in order."""
+    return list(dict.fromkeys(row["dictionary"] for row in result["rows"]))
+
+
+def verdict(result: Mapping[str, Any]) -> Iterator[str]:
+    """What the figures say of the claim and of each doubt, one sentence each.
+
+    KronSAEs are taken together (the mean over their shapes) and compared with TopK, or with themselves, pair by pair:
+    one pair is one setup and seed. "Above chance" is RV minus its mean over all orders of the truth.
+    """
+    yield _claim(result, "matched by structure, as in the paper", lambda row: row["trained"]["rv"])
+    yield _claim(result, "matched by direction", lambda row: row["trained"]["rv_by_direction"])
+    yield _shape_alone(result)
+    yield _any_truth(result)
+    yield _independent(result)
+    if sentence := _fit(result):
+        yield sentence
+
+
+def _claim(result: Mapping[str, Any], how: str, figure: Figure) -> str:
+    gain = paired_difference(_kron(result, figure), _topk(result, figure))
+    says = {
+        1: "KronSAEs recover the correlation better than TopK",
+        0: "KronSAEs and TopK recover the correlation equally well",
+        -1: "TopK recovers the correlation better than KronSAEs",
+    }[gain.sign]
+    return f"RV, {how}: {says} ({gain} over {gain.pairs} pairs)."
+
+
+def _shape_alone(result: Mapping[str, Any]) -> str:
+    start = paired_difference(_kron(result, _above("untrained")), _topk(result, _above("untrained")))
+    learned = paired_difference(_kron(result, _above("trained")), _kron(result, _above("untrained")))
+    head = {
+        1: "An untrained KronSAE is above chance by more than an untrained TopK",
+        0: "An untrained KronSAE is no further above chance than an untrained TopK",
+        -1: "An untrained KronSAE is above chance by less than an untrained TopK",
+    }[start.sign]
+    tail = {
+        1: "training raises it, so the shape alone does not explain what is recovered",
+        0: "training does not raise it: what is recovered is the shape's",
+        -1: "training lowers it: what is recovered is the shape's",
+    }[learned.sign]
+    return f"Is it the shape alone? {head} ({start}); {tail} ({learned})."
+
+
+def _any_truth(result: Mapping[str, Any]) -> str:
+    own = paired_difference(_kron(result, _above("trained")), _kron(result, _above("mismatched")))
+    says = {
+        1: "No: matched to its own truth a KronSAE is further above chance than matched to another",
+        0: "Yes: a KronSAE is as far above chance for a truth it never saw as for its own",
+        -1: "Yes: a KronSAE is further above chance for a truth it never saw than for its own",
+    }[own.sign]
+    same = _same_for_topk(result)
+    return f"Does the picture look the same whatever the truth? {says} ({own}); {same}."
+
+
+def _same_for_topk(result: Mapping[str, Any]) -> str:
+    own = paired_difference(_topk(result, _above("trained")), _topk(result, _above("mismatched")))
+    return f"of TopK the difference is {own}, which {'counts' if own.sign else 'is none'}"
+
+
+def _independent(result: Mapping[str, Any]) -> str:
+    name = result["setups"][-1]["name"]
+    parts = []
+    for what, figure in (("RV", _trained("rv")), ("mean cosine with the true directions", _trained("mean_cosine"))):
+        kron = [statistics.mean(figure(row) for row in rows) for rows in _by_pair(result, KRON, only=name)]
+        topk = [figure(row) for rows in _by_pair(result, TOPK, only=name) for row in rows]
+        if len(kron) < 2:
+            return f"Independent features: {len(kron)} seed is too few to compare."
+        gain = paired_difference(topk, kron)
+        says = {1: "TopK is ahead", 0: "neither is ahead", -1: "KronSAEs are ahead"}[gain.sign]
+        parts.append(f"in {what} {says} ({gain})")
+    return f"On independent features, where TopK should win, {', '.join(parts)}."
+
+
+def _fit(result: Mapping[str, Any]) -> str:
+    """Is the gain over TopK larger where every block has a head's size than where none has? Empty: no such setups."""
+    plain = {
+        setup["name"]: set(setup["blocks"])
+        for setup in result["setups"][:-1]
+        if setup["inner"] is None and setup["across"] == 0 and setup["within"] == result["setups"][0]["within"]
+    }
+    fitting, others = [], []
+    for name in dictionaries(result):
+        if not name.startswith(KRON):
+            continue
+        size = int(name.split("-m")[1].split("-n")[0]) * int(name.split("-n")[1])
+        fits = [setup for setup, blocks in plain.items() if blocks == {size}]
+        misfits = [setup for setup, blocks in plain.items() if size not in blocks]
+        for seed in sorted({row["seed"] for row in result["rows"]}):
+            if fits and misfits:
+                fitting.append(statistics.mean(_gain(result, name, setup, seed) for setup in fits))
+                others.append(statistics.mean(_gain(result, name, setup, seed) for setup in misfits))
+    if len(fitting) < 2:
+        return ""
+    more = paired_difference(fitting, others)
+    says = {1: "larger", 0: "no larger", -1: "smaller"}[more.sign]
+    return f"Where the true blocks have a head's size the gain in RV over TopK is {says} than where none has ({more})."
+
+
+def _gain(result: Mapping[str, Any], name: str, setup: str, seed: int) -> float:
+    found = {
+        row["dictionary"]: row["trained"]["rv"]
+        for row in result["rows"]
+        if row["setup"] == setup and row["seed"] == seed
+    }
+    return float(found[name] - found[TOPK])
+
+
+def _trained(key: str) -> Figure:
+    return lambda row: float(row["trained"][key])
+
+
+def _above(kind: str) -> Figure:
+    return lambda row: float(row[kind]["rv"] - row[kind]["rv_permuted"])
+
+
+def _kron(result: Mapping[str, Any], figure: Figure) -> list[float]:
+    return [statistics.mean(figure(row) for row in rows) for rows in _by_pair(result, KRON)]
+
+
+def _topk(result: Mapping[str, Any], figure: Figure) -> list[float]:
+    return [figure(row) for rows in _by_pair(result, TOPK) for row in rows]
+
+
+def _by_pair(result: Mapping[str, Any], start: str, only: str | None = None) -> list[list[Row]]:
+    """The rows of dictionaries whose names begin so, by setup and seed; the correlated setups, or one."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in result["rows"]:
+        wanted = row["mismatched"] is not None if only is None else row["setup"] == only
+        if wanted and row["dictionary"].startswith(start):
+            found.setdefault((row["setup"], row["seed"]), []).append(row)
+    return [found[pair] for pair in sorted(found)]
+
+
+def _rows(result: Mapping[str, Any], name: str) -> Iterator[Row]:
+    return (row for row in result["rows"] if row["dictionary"] == name and row["mismatched"] is not None)
+
+
+def _spread(values: Sequence[float], key: str = "") -> str:
+    form = "{:.1f}" if "rank" in key else "{:.2f}"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{form.format(statistics.mean(values))} ± {form.format(spread)}"

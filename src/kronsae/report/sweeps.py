@@ -1,0 +1,264 @@
+"""From the rows of a sweep, as plain data, to its page: means over seeds, the paper's plots, one table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kronsae.eval.display import visible
+from kronsae.report.charts import Chart, Series, si
+from kronsae.report.comparison import Cell, Row, Table, TableRow, is_figure
+
+COLOURS = 10
+FIGURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("explained_variance", "EV", "explained variance of the held-out tokens", "{:.4f}".format),
+    ("l0", "l0", "active latents per token, mean", "{:.2f}".format),
+    ("dead_share", "dead share", "share of the latents active on none of the held-out tokens", "{:.1%}".format),
+    ("ce_recovered", "CE recovered", "(CE zeroed − CE spliced) / (CE zeroed − CE clean)", "{:.4f}".format),
+    ("kl_recovered", "KL recovered", "1 − KL(clean ‖ spliced) / KL(clean ‖ zeroed)", "{:.4f}".format),
+    ("tokens", "tokens", "trained on", "{:,.0f}".format),
+    ("training_flops", "training FLOPs", "counted, not measured", "{:.2e}".format),
+    ("seconds", "seconds", "spent in its training steps, on this machine", "{:,.0f}".format),
+)
+"""Key, heading, explanation and text of each figure of the table."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A figure over the seeds: mean, standard deviation (n - 1 in the denominator; 0 of one), number."""
+
+    mean: float
+    std: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """An SAE of the grid over its seeds.
+
+    Args:
+        name: as in the rows.
+        settings: what was given for it, by word, with its ``kind``.
+        figures: those that every seed has.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    figures: Mapping[str, Summary]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart, and how to read it."""
+
+    chart: Chart
+    about: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPage:
+    """All that the page shows; text still unescaped, which is the page's business."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    plots: tuple[Plot, ...]
+    table: Table
+    notes: tuple[str, ...]
+    config: str
+
+
+def sweep_page(
+    *,
+    rows: Sequence[Row],
+    settings: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> SweepPage:
+    """Gather what the page shows.
+
+    Args:
+        rows: one per SAE and seed, with at least ``name``, ``seed``, ``num_heads`` and the figures.
+        settings: by name of an SAE, what was given for it, by word; ``kind`` is its name without what varies.
+        facts: shown on top.
+        config: the sweep's, shown at the end.
+    """
+    means = summaries(rows, settings)
+    shown = {name: value for name, value in facts.items() if value is not None}
+    return SweepPage(
+        title="Sweep of sparse autoencoders",
+        facts=tuple((name, visible(str(value))) for name, value in shown.items()),
+        plots=tuple(plot for plot in (_by_heads(means), _by_l0(means), _by_flops(means)) if plot is not None),
+        table=mean_table(means),
+        notes=_notes(means),
+        config="\n".join(visible(line) for line in json.dumps(config, indent=2, ensure_ascii=False).split("\n")),
+    )
+
+
+def summaries(rows: Sequence[Row], settings: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
+    """The rows of each name over their seeds, in the order of the rows."""
+    found = []
+    for name in dict.fromkeys(str(row["name"]) for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        keys = [key for key in own[0] if all(is_figure(row, key) and not isinstance(row[key], bool) for row in own)]
+        figures = {key: summary([float(row[key]) for row in own]) for key in keys}
+        found.append(Mean(name=name, settings=settings[name], figures=figures))
+    return found
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean, standard deviation and number."""
+    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+
+# --- plots --------------------------------------------------------------------------------------------------------
+
+
+def _by_heads(means: Sequence[Mean]) -> Plot | None:
+    """EV against h by m (paper, fig. 3)."""
+    with_heads = [mean for mean in means if "num_heads" in mean.figures]
+    return _plot(
+        with_heads,
+        key="heads",
+        title="EV against heads, by base size",
+        x_key="num_heads",
+        follow=("num_heads", "d_sae", "d_extension"),
+        x_label="heads h, log scale",
+        x_text="h = {:,.0f}".format,
+    )
+
+
+def _by_l0(means: Sequence[Mean]) -> Plot | None:
+    return _plot(
+        means,
+        key="l0",
+        title="EV against l0",
+        x_key="l0",
+        follow=("k",),
+        x_label="l0 on held-out tokens, log scale",
+        x_text="l0 {:.1f}".format,
+    )
+
+
+def _by_flops(means: Sequence[Mean]) -> Plot | None:
+    return _plot(
+        means,
+        key="flops",
+        title="EV against the budget",
+        x_key="training_flops",
+        follow=("tokens", "flops", "loop.tokens", "loop.flops"),
+        x_label="training FLOPs, log scale",
+        x_text="{:.2e} FLOPs".format,
+    )
+
+
+def _plot(
+    means: Sequence[Mean],
+    *,
+    key: str,
+    title: str,
+    x_key: str,
+    follow: tuple[str, ...],
+    x_label: str,
+    x_text: Callable[[float], str],
+) -> Plot | None:
+    """EV over ``x_key``, a curve for each value of all that varies but ``follow``; None where x does not vary.
+
+    Of the settings that x follows, all but the first tell curves apart where a curve would else have two values at
+    one x.
+    """
+    usable = [mean for mean in means if {x_key, "explained_variance"} <= mean.figures.keys()]
+    usable = [mean for mean in usable if mean.figures[x_key].mean > 0]
+    varies = x_key == follow[0] or any(name in varying_settings(usable) for name in follow)
+    if not varies or len({mean.figures[x_key].mean for mean in usable}) < 2:
+        return None
+    apart: list[str] = []
+    curves = _curves(usable, follow)
+    for name in follow[1:]:
+        if any(_doubled(curve, x_key) for curve in curves.values()):
+            apart.append(name)
+            curves = _curves(usable, [other for other in follow if other not in apart])
+    series = []
+    for number, (label, curve) in enumerate(curves.items()):
+        ordered = sorted(curve, key=lambda mean: mean.figures[x_key].mean)
+        values = [mean.figures["explained_variance"] for mean in ordered]
+        points = tuple((mean.figures[x_key].mean, ev.mean) for mean, ev in zip(ordered, values, strict=True))
+        spread = tuple(ev.std for ev in values) if all(ev.n > 1 for ev in values) else ()
+        series.append(Series(visible(label), number % COLOURS, points, spread))
+    chart = Chart(
+        key=key,
+        title=title,
+        about="explained variance of held-out tokens",
+        x_label=x_label,
+        series=tuple(series),
+        text="{:.4f}".format,
+        log_x=True,
+        dots=True,
+        x_text=x_text,
+    )
+    counts = sorted({mean.figures["explained_variance"].n for mean in usable})
+    seeds = "one seed, so no spread is known" if counts == [1] else "bars: one standard deviation over the seeds"
+    return Plot(chart, f"Each dot is the mean over n = {', '.join(map(str, counts))}; {seeds}.")
+
+
+def varying_settings(means: Sequence[Mean]) -> list[str]:
+    """The settings that differ between the SAEs, the kind first."""
+    names = dict.fromkeys(["kind", *(name for mean in means for name in mean.settings)])
+    return [name for name in names if len({repr(mean.settings.get(name)) for mean in means}) > 1]
+
+
+def _curves(means: Sequence[Mean], follow: Sequence[str]) -> dict[str, list[Mean]]:
+    """The SAEs by kind and by whatever varies within it, but for what x follows."""
+    found: dict[str, list[Mean]] = {}
+    for kind in dict.fromkeys(str(mean.settings["kind"]) for mean in means):
+        alike = [mean for mean in means if mean.settings["kind"] == kind]
+        names = [name for name in varying_settings(alike) if name not in follow]
+        for mean in alike:
+            parts = [f"{name} {mean.settings[name]}" for name in names if name in mean.settings]
+            found.setdefault(", ".join([kind, *parts]), []).append(mean)
+    return found
+
+
+def _doubled(curve: Sequence[Mean], x_key: str) -> bool:
+    return len({mean.figures[x_key].mean for mean in curve}) < len(curve)
+
+
+# --- table --------------------------------------------------------------------------------------------------------
+
+
+def mean_table(means: Sequence[Mean]) -> Table:
+    """What varies of each SAE's settings, and its figures with their spread."""
+    axes = [name for name in varying_settings(means) if name != "kind"]
+    keys = [figure for figure in FIGURES if any(figure[0] in mean.figures for mean in means)]
+    headings = tuple((name, "setting") for name in axes)
+    headings = (*headings, *((heading, about) for _, heading, about, _ in keys), ("seeds", "n"))
+    rows = []
+    for mean in means:
+        cells = [Cell(visible(str(mean.settings.get(name, "–")))) for name in axes]
+        cells += [Cell(in_words(mean.figures.get(key), text)) for key, _, _, text in keys]
+        cells.append(Cell(str(mean.figures["seed"].n)))
+        rows.append(TableRow(visible(mean.name), tuple(cells)))
+    return Table(headings, tuple(rows))
+
+
+def in_words(found: Summary | None, text: Callable[[float], str]) -> str:
+    """``0.8123 ± 0.0010``, without the spread where it is 0 as shown or there was one seed; a dash for None."""
+    if found is None:
+        return "–"
+    shown, spread = text(found.mean), text(found.std)
+    return shown if found.n == 1 or spread == text(0.0) else f"{shown} ± {spread}"
+
+
+def _notes(means: Sequence[Mean]) -> tuple[str, ...]:
+    found = ["± is one standard deviation over the seeds (n − 1 in the denominator)."]
+    if all(mean.figures["seed"].n == 1 for mean in means):
+        found = ["Each SAE was trained once. Whether a small difference is more than chance, --seeds 3 tells."]
+    sizes = sorted({size.mean for mean in means if (size := mean.figures.get("evaluation_tokens")) is not None})
+    if sizes:
+        found.append(f"Dead: active on none of {', '.join(si(size) for size in sizes)} held-out tokens.")
+    levels = [level.mean for mean in means if (level := mean.figures.get("l0")) is not None]
+    if levels and max(levels) - min(levels) > 0.02 * max(levels):
+        found.append("SAEs of different l0 are not to be ranked by EV: more latents per token reconstruct better.")
+    return tuple(found)

@@ -1,0 +1,336 @@
+"""A sweep: the points of a grid, trained in groups on one stream each, evaluated, gathered in one CSV and one page.
+
+A point is known by its content, not by its name or place. So a sweep that was stopped carries on, and one whose grid
+was changed trains only what it has not trained yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kronsae.config import from_dict, to_dict
+from kronsae.core.checks import check_count
+from kronsae.core.flops import training_flops
+from kronsae.errors import UserError, nearest
+from kronsae.files import check_folder_place, read_json, write_json
+from kronsae.grid import Point, SweepConfig, digest_of, points, seeds
+from kronsae.pipeline import Source
+from kronsae.planning import TIMED_FROM_STEPS, Plan, in_time, make_plan, with_times
+from kronsae.progress_bar import progress_bar
+from kronsae.provenance import provenance
+from kronsae.run import Run, execute
+from kronsae.run_config import RunConfig
+from kronsae.run_evaluation import evaluate_run
+from kronsae.sweep_results import CONFIG_FILE, Sweep, result_row
+
+MEMORY_SHARE = 0.8
+"""Of the memory there is, so much is given to a group: evaluation and the estimate's error need the rest."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Points that train on one stream, and the run folder for it."""
+
+    folder: Path
+    points: tuple[Point, ...]
+
+    @property
+    def run_config(self) -> RunConfig:
+        """One run with all of them."""
+        return replace(self.points[0].run, saes=tuple(point.run.saes[0] for point in self.points))
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What is left to do; ``str()`` says it in lines.
+
+    Args:
+        groups: to train, in order.
+        finished: points that need no training any more.
+        seconds: of all training left, measured; None where it was not.
+    """
+
+    groups: tuple[Group, ...]
+    finished: int
+    seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        groups = [
+            {"folder": str(group.folder), "seed": group.points[0].seed, "saes": [point.name for point in group.points]}
+            for group in self.groups
+        ]
+        return {"groups": groups, "finished": self.finished, "seconds": self.seconds}
+
+    def __str__(self) -> str:
+        count = sum(len(group.points) for group in self.groups)
+        seeds_left = sorted({point.seed for group in self.groups for point in group.points})
+        lines = [
+            f"{count} SAEs to train in {len(self.groups)} group(s), seeds {', '.join(map(str, seeds_left)) or '-'}"
+        ]
+        if self.finished:
+            lines[0] += f"; {self.finished} are finished"
+        for group in self.groups:
+            lines.append(f"  {group.folder.name}: {', '.join(point.name for point in group.points)}")
+        if self.seconds is not None:
+            lines.append(f"Time: about {in_time(self.seconds)} of training, and the evaluation of each group.")
+        return "\n".join(lines)
+
+
+def sweep(
+    *,
+    saes: Sequence[str],
+    out: Path | str,
+    recipe: str | None = None,
+    model: str | None = None,
+    text: str | None = None,
+    hook: str | int | None = None,
+    activations: Path | str | None = None,
+    tokens: int | Sequence[int] = (),
+    flops: float | Sequence[float] = (),
+    same_flops_as: str | None = None,
+    seeds: int | Sequence[int] = 1,
+    set: Sequence[str] = (),
+    group_size: int = 16,
+    show_progress: bool = True,
+) -> Sweep:
+    """Train and evaluate every SAE of a grid; the same call carries on what was stopped.
+
+    Args:
+        saes: as ``--sae`` takes them, ``{a,b}`` standing for each of several values:
+            ``["topk d_sae=1024 k=16", "kron num_heads=128 d_base={1,2} d_extension=4 k=16"]``.
+        out: the sweep's folder.
+        recipe: a named run to start from; without one, ``model`` (or ``activations``), ``text`` and ``hook``.
+        model, text, hook, activations: in the place of the recipe's.
+        tokens: the budget, or several.
+        flops: the same in FLOPs, in place of ``tokens``.
+        same_flops_as: the SAE that trains on ``tokens``; each other one on as many as cost the same FLOPs.
+        seeds: how many (0, 1, ...) or which ones: of the weights and of the order of the data.
+        set: other fields of the runs, ``"loop.batch_tokens={1024,2048}"``; ``saes.*`` is every SAE.
+        group_size: at most so many SAEs on one stream.
+        show_progress: show live displays on stderr.
+
+    Raises:
+        UserError: anything given that cannot work, before anything is written.
+    """
+    return execute_sweep(
+        SweepConfig(
+            saes=tuple(saes),
+            recipe=recipe,
+            activations=None if activations is None else str(activations),
+            model=model,
+            text=text,
+            hook=None if hook is None else str(hook),
+            tokens=(tokens,) if isinstance(tokens, int) else tuple(tokens),
+            flops=(flops,) if isinstance(flops, int | float) else tuple(flops),
+            same_flops_as=same_flops_as,
+            seeds=_seeds(seeds),
+            set=tuple(set),
+        ),
+        out,
+        group_size=group_size,
+        show_progress=show_progress,
+    )
+
+
+_seeds = seeds  # the function, where an argument has its name
+
+
+def execute_sweep(
+    config: SweepConfig,
+    out: Path | str,
+    *,
+    group_size: int = 16,
+    show_progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Sweep:
+    """Carry out a whole sweep: what `sweep` does once its arguments are in one piece."""
+    folder = Path(out)
+    config = from_dict(SweepConfig, to_dict(config))
+    wanted = sweep_points(config)
+    finished, plan = plan_sweep(wanted, folder, group_size)
+    say(str(plan))
+    write_json(folder / CONFIG_FILE, {"kronsae_version": version("kronsae"), "sweep": to_dict(config)})
+    for number, group in enumerate(plan.groups, 1):
+        say(f"Group {number} of {len(plan.groups)}, seed {group.points[0].seed}, {len(group.points)} SAE(s):")
+        brief = partial(_say_lines, say)
+        run = execute(group.run_config, group.folder, show_progress=show_progress, say=brief)
+        finished |= _results(run, group.points, show_progress, say)
+        _gathered(folder, wanted, finished).write(to_dict(config))  # what there is can be looked at
+    found = _gathered(folder, wanted, finished)
+    found.write(to_dict(config))
+    return found
+
+
+def sweep_points(config: SweepConfig) -> list[Point]:
+    """The points of the grid, their budgets in FLOPs where they are to be those of one of them."""
+    found = points(config)
+    if config.same_flops_as is None:
+        return found
+    resolved, widths = [], dict[str, dict[str, int]]()
+    for point in found:
+        alike = [other for other in found if other.shared == point.shared]
+        names = [other for other in alike if config.same_flops_as in (other.name, other.kind)]
+        if len(names) != 1:
+            known = dict.fromkeys(other.name for other in alike)
+            raise UserError(
+                f"same_flops_as must name one SAE of the grid: {', '.join(known)}; got '{config.same_flops_as}'."
+                f"{nearest(config.same_flops_as, known)}"
+            )
+        key = digest_of(to_dict(point.run) | {"saes": [], "seed": 0, "loop": {}})
+        if key not in widths:
+            widths[key] = Source(point.run).widths
+        loop = point.run.loop
+        flops = training_flops(names[0].run.saes[0].shape(widths[key], point.run.hook), loop.steps * loop.batch_tokens)
+        run = replace(point.run, loop=replace(loop, tokens=None, flops=flops))
+        resolved.append(replace(point, run=run))
+    return resolved
+
+
+def plan_sweep(
+    wanted: Sequence[Point], folder: Path, group_size: int = 16
+) -> tuple[dict[str, dict[str, Any]], SweepPlan]:
+    """What is finished, by digest of the point as rows of the CSV, and what is left to do.
+
+    Raises:
+        UserError: the folder holds something else, or a single SAE does not fit into memory.
+    """
+    check_count("group_size", group_size)
+    _check_folder(folder)
+    by_digest = {point.digest: point for point in wanted}
+    runs = [Run(path.parent) for path in sorted((folder / "groups").glob("*/run.json"))]
+    done = [run for run in runs if run.finished and (run.folder / "evaluation.json").exists()]
+    finished: dict[str, dict[str, Any]] = {}
+    for run in done:
+        finished |= _rows_of(run, by_digest)
+    begun: list[Group] = []
+    taken = set(finished)
+    for run in (run for run in runs if run not in done):
+        own = _digests(run.config)
+        if all(digest in by_digest and digest not in taken for digest in own):
+            pairs = zip(own, run.config.saes, strict=True)
+            begun.append(Group(run.folder, tuple(_as_saved(by_digest[digest], one.name) for digest, one in pairs)))
+            taken.update(own)
+    rest = [point for point in wanted if point.digest not in taken]
+    plans: dict[str, Plan] = {}
+    groups = [*begun, *_grouped(rest, folder, group_size, plans)]
+    return finished, SweepPlan(tuple(groups), len(finished), _seconds(groups, plans))
+
+
+def _check_folder(folder: Path) -> None:
+    check_folder_place(folder)
+    inside = list(folder.iterdir()) if folder.exists() else []
+    if not (folder / CONFIG_FILE).exists() and any(not path.name.startswith(".") for path in inside):
+        raise UserError(f"out must be a new or empty folder or a sweep; {folder} holds other files.")
+
+
+def _digests(config: RunConfig) -> list[str]:
+    return [
+        Point(name="", kind="", settings={}, seed=0, run=replace(config, saes=(member,))).digest
+        for member in config.saes
+    ]
+
+
+def _as_saved(point: Point, name: str) -> Point:
+    """The point under the name that it has in a run folder made for a grid in which it was called otherwise."""
+    return replace(point, run=replace(point.run, saes=(replace(point.run.saes[0], name=name),)))
+
+
+def _grouped(rest: Sequence[Point], folder: Path, group_size: int, plans: dict[str, Plan]) -> Iterable[Group]:
+    """Points with one stream together, so many at a time as ``group_size`` and the memory allow."""
+    for shared in dict.fromkeys(point.shared for point in rest):
+        alike = [point for point in rest if point.shared == shared]
+        plan = _plan_of(alike, folder, plans)
+        fixed = plan.memory_bytes - sum(member.state_bytes for member in plan.members)
+        room = None if plan.memory_available_bytes is None else MEMORY_SHARE * plan.memory_available_bytes - fixed
+        chunk: list[Point] = []
+        used = 0
+        for point, member in zip(alike, plan.members, strict=True):
+            full = len(chunk) == group_size or (room is not None and used + member.state_bytes > room)
+            if chunk and full:
+                yield _group(folder, chunk)
+                chunk, used = [], 0
+            chunk.append(point)
+            used += member.state_bytes
+        yield _group(folder, chunk)
+
+
+def _group(folder: Path, chunk: Sequence[Point]) -> Group:
+    group = Group(Path(), tuple(chunk))
+    return Group(folder / "groups" / digest_of(to_dict(group.run_config)), group.points)
+
+
+def _plan_of(alike: Sequence[Point], folder: Path, plans: dict[str, Plan]) -> Plan:
+    """The plan of one run with all these points, timed; that of another seed is the same."""
+    key = _without_seed(alike)
+    if key not in plans:
+        source = Source(replace(alike[0].run, saes=tuple(point.run.saes[0] for point in alike)))
+        plan = make_plan(source, folder)
+        for member in plan.members:
+            replace(plan, members=(member,)).check()
+        plans[key] = with_times(plan, source) if plan.steps >= TIMED_FROM_STEPS else plan
+    return plans[key]
+
+
+def _without_seed(alike: Sequence[Point]) -> str:
+    runs = [to_dict(point.run) | {"seed": 0, "saes": [to_dict(replace(point.run.saes[0], seed=0))]} for point in alike]
+    return digest_of(runs)
+
+
+def _seconds(groups: Sequence[Group], plans: Mapping[str, Plan]) -> float | None:
+    """Of all groups for whose points there are times; a group that is carried on is not in it."""
+    total, known = 0.0, False
+    times = {member.name: (plan, member) for plan in plans.values() for member in plan.members}
+    for group in groups:
+        found = [times[point.name] for point in group.points if point.name in times]
+        if found and all(plan.batch_seconds is not None for plan, _ in found):
+            known = True
+            total += max(member.steps for _, member in found) * (found[0][0].batch_seconds or 0.0)
+            total += sum(member.steps * (member.step_seconds or 0.0) for _, member in found)
+    return total if known else None
+
+
+def _say_lines(say: Callable[[str], None], text: str) -> None:
+    """Hand on single lines: a run's own plan has many, and the sweep's was said before."""
+    if "\n" not in text:
+        say(text)
+
+
+def _results(
+    run: Run, members: Sequence[Point], show_progress: bool, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a trained group and return its rows by digest."""
+    with progress_bar("evaluating", quiet=not show_progress) as progress:
+        evaluate_run(run, say=say, progress=progress)
+    if not (run.folder / "provenance.json").exists():
+        write_json(run.folder / "provenance.json", provenance())
+    return _rows_of(run, {point.digest: point for point in members})
+
+
+def _rows_of(run: Run, by_digest: Mapping[str, Point]) -> dict[str, dict[str, Any]]:
+    figures = {row["name"]: row for row in read_json(run.folder / "evaluation.json", "the evaluation")["saes"]}
+    path = run.folder / "provenance.json"
+    if not path.exists():  # stopped between the evaluation and this
+        write_json(path, provenance())
+    about = read_json(path, "the group's provenance")
+    return {
+        digest: result_row(by_digest[digest], figures[member.name], about, run.folder.name)
+        for digest, member in zip(_digests(run.config), run.config.saes, strict=True)
+        if digest in by_digest
+    }
+
+
+def _gathered(folder: Path, wanted: Sequence[Point], finished: Mapping[str, dict[str, Any]]) -> Sweep:
+    """The rows there are, in the grid's order and under the grid's names."""
+    rows = [
+        finished[point.digest] | {"name": point.name, "seed": point.seed}
+        for point in wanted
+        if point.digest in finished
+    ]
+    settings = {point.name: {"kind": point.kind} | dict(point.settings) for point in wanted}
+    return Sweep(folder, rows, settings)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kronsae.cli import app
+from kronsae.errors import UserError
+from kronsae.eval.token_rule import TokenRuleConfig
+from kronsae.measures.material import kept_results
+from kronsae.measures.token_rule import measure
+from kronsae.report.sections import sections
+from kronsae.run import Run
+
+CONFIG = TokenRuleConfig(latents=4, tokens=1500, examples=40, min_active_tokens=20)
+
+
+@pytest.fixture
+def run(finished_run: Run, tmp_path: Path) -> Run:
+    """A copy that may be written to."""
+    return Run(Path(shutil.copytree(finished_run.folder, tmp_path / "run")))
+
+
+def test_rules_of_a_run(run: Run) -> None:
+    steps: list[tuple[int, int]] = []
+    found = measure(run, CONFIG, progress=lambda done, total: steps.append((done, total)))
+    assert [one.sae for one in found.saes] == run.names
+    assert steps == [(done, 8) for done in range(1, 9)]
+    for one in found.saes:
+        assert one.auc.n == len(one.latents) == 4
+        for rule in one.latents:
+            assert 20 <= rule.learned_from <= 40
+            assert 20 <= rule.tested_on <= 40
+            assert rule.auc is not None
+            assert 0 <= rule.auc <= 1
+    assert found.saes[0].auc.mean is not None
+    assert found.saes[0].auc.mean > 0.7  # a block of a random model says mostly which token stands there
+    lines: list[str] = []
+    assert measure(run, CONFIG, say=lines.append) == found
+    assert lines == ["Already measured with these settings."]
+
+
+def test_the_verb_and_the_section(run: Run) -> None:
+    words = ["eval", "token-rule", str(run.folder), "--latents", "2", "--min-active", "20", "--tokens", "1500"]
+    told = CliRunner().invoke(app, [*words, "--json", "--sae", run.names[1]])
+    assert told.exit_code == 0, told.output
+    [figures] = json.loads(told.stdout)["saes"]
+    table = CliRunner().invoke(app, [*words, "--sae", run.names[1]])
+    assert f"{figures['auc']['mean']:.3f} ± {figures['auc']['std']:.3f}" in table.stdout
+    [section] = sections(kept_results(run), run.names)
+    [(_, shown)] = section.tables
+    assert shown.rows[0].name == run.names[1]
+    assert shown.rows[0].series == 1
+    assert shown.rows[0].cells[1].text == f"{figures['auc']['mean']:.3f} ± {figures['auc']['std']:.3f}"
+
+
+def test_latents_too_rare_are_told(run: Run) -> None:
+    with pytest.raises(UserError, match="min_active_tokens=100000 leaves no latent of"):
+        measure(run, TokenRuleConfig(tokens=500, min_active_tokens=100_000))
