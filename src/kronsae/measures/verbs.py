@@ -10,7 +10,16 @@ from typer.core import TyperGroup
 
 from kronsae.errors import UserError, nearest
 
-VERBS: tuple[str, ...] = ("latents", "interaction", "autointerp", "token-rule", "synthetic", "toy")
+VERBS: tuple[str, ...] = (
+    "latents",
+    "interaction",
+    "autointerp",
+    "token-rule",
+    "synthetic",
+    "toy",
+    "absorption",
+    "probing",
+)
 """Modules here, each with a Typer app ``app`` of one command; ``_`` in a module's name is ``-`` in the verb."""
 
 DEFAULT = "table"

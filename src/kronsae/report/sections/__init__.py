@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kronsae.report.section import Section
-from kronsae.report.sections import autointerp, interaction, latents, synthetic, token_rule, toy
+from kronsae.report.sections import absorption, autointerp, interaction, latents, probing, synthetic, token_rule, toy
 
 Builder = Callable[[Mapping[str, Any], Sequence[str]], Section]
 
@@ -21,6 +21,8 @@ BUILDERS: dict[str, Builder] = {
     "token-rule": token_rule.section,
     "synthetic": synthetic.section,
     "toy": toy.section,
+    "absorption": absorption.section,
+    "probing": probing.section,
 }
 
 

@@ -1,0 +1,183 @@
+"""Absorption of TopK, KronSAE and Matryoshka at l0 16, 32 and 64: docs/results/absorption.json and its page's table.
+
+.venv/bin/python scripts/absorption_study.py [--seeds 0 1 2] [--out runs/absorption-study] [--table-only]
+
+Each seed is a run of nine SAEs on one stream; the examples are the same for all. Stopped, the same command carries on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from kronsae import recipes
+from kronsae.architectures import matryoshka
+from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
+from kronsae.files import write_json, write_text
+from kronsae.measures.absorption import AbsorptionSettings, measure
+from kronsae.measures.material import Material
+from kronsae.provenance import provenance
+from kronsae.run import Run, execute
+from kronsae.run_config import RunConfig
+from kronsae.terminal import say
+from kronsae.training.config import MemberConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "docs" / "results" / "absorption.json"
+PAGE = ROOT / "docs" / "measurements" / "absorption.md"
+START, END = "<!-- results:absorption -->", "<!-- /results -->"
+
+L0S = (16, 32, 64)
+FORMS = ("topk", "kron", "matryoshka")
+D_SAE = 2048
+LR = 8e-3  # between the two rates of studies/cells.json; the same for all
+EV_TOKENS = 16_384
+KEYS = (
+    "mean_absorption_fraction",
+    "mean_full_absorption",
+    "mean_num_split_latents",
+    "mean_f1",
+    "explained_variance",
+    "dead_share",
+)
+
+
+def members(seed: int, d_sae: int) -> tuple[MemberConfig, ...]:
+    """Every form at every l0."""
+    found = []
+    for k in L0S:
+        common: dict[str, Any] = {"k": k, "lr": LR, "init_norm": 0.5, "dead_after_tokens": 100_000, "seed": seed}
+        found += [
+            recipes.topk(d_sae=d_sae, name=f"topk-{k}", **common),
+            recipes.kron(num_heads=d_sae // 8, d_base=2, d_extension=4, name=f"kron-{k}", **common),
+            matryoshka(d_sae=d_sae, smallest=d_sae // 8, name=f"matryoshka-{k}", **common),
+        ]
+    return tuple(found)
+
+
+def config(seed: int, tokens: int, d_sae: int) -> RunConfig:
+    """The quickstart's model, text and hook."""
+    base = recipes.quickstart()
+    loop = replace(base.loop, tokens=tokens, batch_tokens=1024, log_every=20, checkpoint_every=1000)
+    return replace(base, saes=members(seed, d_sae), loop=loop, buffer_tokens=65_536, seed=seed)
+
+
+def reconstruction(run: Run) -> dict[str, dict[str, float | None]]:
+    """Explained variance and dead share of every SAE on held-out text."""
+    material = Material(run)
+    meters = {name: ReconstructionMeter(sae.d_sae) for name, sae in material.saes.items()}
+    for _, x_ND in material.activations(material.windows(EV_TOKENS)):
+        for name, sae in material.saes.items():
+            x_hat_ND, codes = encode_decode(sae, x_ND)
+            meters[name].update(x_ND, x_hat_ND, codes)
+    found = {name: meter.value() for name, meter in meters.items()}
+    return {
+        name: {"explained_variance": one.explained_variance, "dead_share": one.dead_share, "l0": one.l0}
+        for name, one in found.items()
+    }
+
+
+def run_seed(seed: int, out: Path, tokens: int, d_sae: int, windows: int | None) -> dict[str, Any]:
+    """Train nine SAEs, measure them; the examples and their probes are those of seed 0 for every run."""
+    started = perf_counter()
+    run = execute(config(seed, tokens, d_sae), out / f"seed-{seed}", show_progress=True, say=say)
+    trained = perf_counter()
+    settings = AbsorptionSettings(task="roles", windows=windows)
+    result = measure(run, settings, cache=out / "activations", say=say)
+    figures = reconstruction(run)
+    rows = []
+    for name, one in result["saes"].items():
+        form, _, k = name.rpartition("-")
+        means = {key: one[key] for key in KEYS if key in one}
+        classes = {of["name"]: of["fraction"] for of in one["classes"]}
+        rows.append({"form": form, "k": int(k), **means, **figures[name], "fraction_by_class": classes})
+    return {
+        "seed": seed,
+        "training_seconds": trained - started,
+        "measuring_seconds": perf_counter() - trained,
+        "examples": result["examples"],
+        "probe_f1": result["probe_f1"],
+        "saes": rows,
+    }
+
+
+def _cell(rows: list[dict[str, Any]], key: str, form: str = "{:.3f}") -> str:
+    values = [row[key] for row in rows]
+    return f"{form.format(statistics.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def verdicts(runs: list[dict[str, Any]]) -> list[str]:
+    """KronSAE against TopK at each l0, seed by seed."""
+    found = []
+    for k in L0S:
+        ratios = []
+        for run in runs:
+            of_form = {row["form"]: row for row in run["saes"] if row["k"] == k}
+            ratios.append(of_form["kron"]["mean_absorption_fraction"] / of_form["topk"]["mean_absorption_fraction"])
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        side = "less in every seed" if max(ratios) < 1 else "more in every seed" if min(ratios) > 1 else "no clear side"
+        found.append(
+            f"- l0 = {k}: KronSAE's absorption fraction is {statistics.mean(ratios):.2f} times TopK's ({spread} over "
+            f"{len(runs)} seeds): {side}."
+        )
+    return found
+
+
+def markdown(kept: dict[str, Any]) -> str:
+    """The generated part of the page."""
+    runs, about, asked = kept["runs"], kept["provenance"], kept["settings"]
+    lines = [
+        "| SAE | l0 | absorption fraction | full absorption | split latents | F1 of one latent | EV | dead |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for k in L0S:
+        for form in FORMS:
+            rows = [row for run in runs for row in run["saes"] if row["form"] == form and row["k"] == k]
+            cells = [_cell(rows, key) for key in KEYS[:2]] + [_cell(rows, KEYS[2], "{:.2f}")]
+            cells += [_cell(rows, key) for key in KEYS[3:5]] + [_cell(rows, KEYS[5], "{:.1%}")]
+            lines.append(f"| {form} | {k} | {' | '.join(cells)} |")
+    told = sum(f1 > 0.6 for f1 in runs[0]["probe_f1"].values())
+    minutes = sum(run["training_seconds"] + run["measuring_seconds"] for run in runs) / 60
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *verdicts(runs),
+            "",
+            f"Mean over {len(runs)} seeds, range in brackets; {asked['d_sae']:,} latents, {asked['tokens']:,} training "
+            f"tokens. {told} of {len(runs[0]['probe_f1'])} roles have a probe with F1 > 0.6; "
+            f"{runs[0]['examples']['scored_on']:,} held-out examples. {minutes:.0f} minutes on {about['cores']} core(s) of "
+            f"{about['processor']}, commit {about['commit']} ([all figures](../results/absorption.json)).",
+        ]
+    )
+
+
+def main() -> None:
+    """Train and measure seed by seed, write the result, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--d-sae", type=int, default=D_SAE)
+    parser.add_argument("--windows", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=Path("runs/absorption-study"))
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--table-only", action="store_true", help="only write the table from the result file")
+    asked = parser.parse_args()
+    if not asked.table_only:
+        about = provenance()
+        runs = [run_seed(seed, asked.out, asked.tokens, asked.d_sae, asked.windows) for seed in asked.seeds]
+        settings = {"tokens": asked.tokens, "d_sae": asked.d_sae, "lr": LR, "windows": asked.windows}
+        write_json(asked.result, {"provenance": about, "settings": settings, "runs": runs})
+    kept = json.loads(asked.result.read_text(encoding="utf-8"))
+    before, rest = asked.page.read_text(encoding="utf-8").split(START)
+    write_text(asked.page, f"{before}{START}\n{markdown(kept)}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

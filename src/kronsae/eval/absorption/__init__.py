@@ -1,0 +1,24 @@
+"""Absorption: how often the latents of a class stay off because more special ones have taken its place."""
+
+from kronsae.eval.absorption.measure import (
+    Absorption,
+    AbsorptionConfig,
+    ClassAbsorption,
+    Examples,
+    absorption,
+    probe_classes,
+)
+from kronsae.eval.absorption.probes import ProbeTraining
+from kronsae.eval.absorption.words import AbsorptionRule, word_absorption
+
+__all__ = [
+    "Absorption",
+    "AbsorptionConfig",
+    "AbsorptionRule",
+    "ClassAbsorption",
+    "Examples",
+    "ProbeTraining",
+    "absorption",
+    "probe_classes",
+    "word_absorption",
+]

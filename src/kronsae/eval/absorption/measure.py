@@ -1,0 +1,205 @@
+"""Absorption of one SAE: from the activations of labelled words to SAEBench's three figures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kronsae.config import to_dict
+from kronsae.core.sae import SAE
+from kronsae.errors import UserError
+from kronsae.eval.absorption.probes import ON_LATENTS, LinearProbe, ProbeTraining, f1, train_latent_probe, train_probe
+from kronsae.eval.absorption.sparse_probes import sparse_probes
+from kronsae.eval.absorption.words import AbsorptionRule, probe_cosines, word_absorption
+from kronsae.eval.example_codes import encode_rows, rows_of
+
+CLASSES_TO_PASS, CLASSES_OF = 20, 26
+"""SAEBench's gate: so many of the 26 letters must be told by their probes; the same share of any other classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsorptionConfig:
+    """How absorption is measured; the defaults are SAEBench's.
+
+    Args:
+        probe: training of the probes on activations.
+        latent_probe: training of the L1 probe on latents.
+        max_k: latents that may stand for a class, at most.
+        jump: by which F1 must rise for one more latent to count.
+        min_f1: F1 above which a class's probe is believed.
+        min_classes: how many classes must be believed; None: 20 of 26, rounded up.
+        rule: when a latent absorbs.
+        seed: of the probes.
+    """
+
+    probe: ProbeTraining = field(default_factory=ProbeTraining)
+    latent_probe: ProbeTraining = ON_LATENTS
+    max_k: int = 10
+    jump: float = 0.03
+    min_f1: float = 0.6
+    min_classes: int | None = None
+    rule: AbsorptionRule = field(default_factory=AbsorptionRule)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_k < 1:
+            raise UserError(f"max_k must be at least 1; got {self.max_k}.")
+        if self.min_classes is not None and self.min_classes < 1:
+            raise UserError(f"min_classes must be at least 1; got {self.min_classes}.")
+
+    def needed(self, classes: int) -> int:
+        """How many of so many classes must be believed."""
+        return math.ceil(classes * CLASSES_TO_PASS / CLASSES_OF) if self.min_classes is None else self.min_classes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Examples:
+    """Activations of labelled words, divided into those to learn from and those to score on."""
+
+    x_ED: Float[Tensor, "E D"]
+    labels_E: Int[Tensor, " E"]
+    held_out_E: Bool[Tensor, " E"]
+    classes: tuple[str, ...]
+
+    def has_EC(self) -> Bool[Tensor, "E C"]:
+        """Which class each example has, one-hot."""
+        return self.labels_E.unsqueeze(1) == torch.arange(len(self.classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbedClasses:
+    """The probes of all classes, and each one's F1 on the held-out examples."""
+
+    probe: LinearProbe
+    f1: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassAbsorption:
+    """Absorption in one class.
+
+    Args:
+        name: of the class.
+        probe_f1: of the probe on activations, held-out examples.
+        words: held-out examples of the class that its probe gets right; the means are over these.
+        latents: the latents that stand for the class.
+        f1_by_k: F1 of the k-sparse probes, k = 1, 2, ...
+        fraction: mean absorption fraction.
+        full: share of the words that are fully absorbed.
+    """
+
+    name: str
+    probe_f1: float
+    words: int
+    latents: tuple[int, ...]
+    f1_by_k: tuple[float, ...]
+    fraction: float
+    full: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absorption:
+    """Absorption of one SAE, mean over the classes whose probe is believed.
+
+    Args:
+        mean_absorption_fraction: SAEBench's ``mean_absorption_fraction_score``, from 0 to 1.
+        mean_full_absorption: its ``mean_full_absorption_score``, share of the words.
+        mean_num_split_latents: its ``mean_num_split_features``; 1 is no splitting.
+        spread_of_fraction: standard deviation of the fraction over classes; None with a single class.
+        mean_f1: F1 of the best single latent, mean over classes: what absorption takes away.
+        classes: one by one.
+    """
+
+    mean_absorption_fraction: float
+    mean_full_absorption: float
+    mean_num_split_latents: float
+    spread_of_fraction: float | None
+    mean_f1: float
+    classes: tuple[ClassAbsorption, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return to_dict(self)
+
+
+def probe_classes(examples: Examples, config: AbsorptionConfig) -> ProbedClasses:
+    """Train the probes on activations and see to it that enough classes can be told at all.
+
+    Raises:
+        UserError: fewer classes than `AbsorptionConfig.needed` have an F1 above ``min_f1``; it says which do not.
+    """
+    train_E, held_out_E = ~examples.held_out_E, examples.held_out_E
+    has_EC = examples.has_EC()
+    probe = train_probe(examples.x_ED[train_E], has_EC[train_E], config.probe, config.seed)
+    said_EC = probe.scores(examples.x_ED[held_out_E]) > 0
+    scores = tuple(f1(said_EC[:, c], has_EC[held_out_E][:, c]) for c in range(len(examples.classes)))
+    needed, told = config.needed(len(scores)), sum(score > config.min_f1 for score in scores)
+    if told < needed:
+        weak = [f"{name} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
+        raise UserError(
+            f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of {len(scores)} classes; "
+            f"here {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give more "
+            "examples, or set the number of classes yourself."
+        )
+    return ProbedClasses(probe=probe, f1=scores)
+
+
+def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: AbsorptionConfig) -> Absorption:
+    """Measure one SAE: split latents by k-sparse probes, then `word_absorption` on the words the probes get right.
+
+    SAEBench draws new prompts for the words of the last step; here they are the held-out examples themselves, so that
+    a figure depends on nothing but its inputs. Memory: the codes of the examples, ``E * K * 12`` bytes.
+    """
+    x_ED, held_out_E = examples.x_ED, examples.held_out_E
+    codes = encode_rows(sae, x_ED)
+    train, scored = rows_of(codes, ~held_out_E), rows_of(codes, held_out_E)
+    has_EC = examples.has_EC()
+    weight_CF = train_latent_probe(train, has_EC[~held_out_E], config.latent_probe, config.seed).weight_CI
+    x_held_ED, scores_EC = x_ED[held_out_E], probed.probe.scores(x_ED[held_out_E])
+    W_dec_FD = sae.W_dec.detach().cpu().float()
+    found = []
+    for c, name in enumerate(examples.classes):
+        if probed.f1[c] <= config.min_f1:
+            continue
+        train_true_E, true_E = has_EC[~held_out_E, c], has_EC[held_out_E, c]
+        chosen = sparse_probes(weight_CF[c], train, train_true_E, scored, true_E, max_k=config.max_k, jump=config.jump)
+        direction_D = probed.probe.weight_CI[c].double()
+        right_E = true_E & (scores_EC[:, c] > 0)
+        of_words = word_absorption(
+            rows_of(scored, right_E),
+            x_held_ED[right_E].double() @ (direction_D / direction_D.norm()),
+            probe_cosines(direction_D, W_dec_FD),
+            chosen.main,
+            config.rule,
+        )
+        found.append(
+            ClassAbsorption(
+                name=name,
+                probe_f1=probed.f1[c],
+                words=int(right_E.sum()),
+                latents=chosen.main,
+                f1_by_k=chosen.f1_by_k,
+                fraction=float(of_words.fraction_E.mean()),
+                full=float(of_words.full_E.double().mean()),
+            )
+        )
+    return summary(found)
+
+
+def summary(classes: list[ClassAbsorption]) -> Absorption:
+    """The means over classes."""
+    fractions = [one.fraction for one in classes]
+    return Absorption(
+        mean_absorption_fraction=mean(fractions),
+        mean_full_absorption=mean(one.full for one in classes),
+        mean_num_split_latents=float(mean(len(one.latents) for one in classes)),
+        spread_of_fraction=stdev(fractions) if len(fractions) > 1 else None,
+        mean_f1=mean(one.f1_by_k[0] for one in classes),
+        classes=tuple(classes),
+    )

@@ -1,0 +1,52 @@
+"""Codes of a set of activations that is kept, and a few latents of them as columns; never ``B x F``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kronsae.core.codes import SparseCodes
+from kronsae.core.sae import SAE
+
+ROWS = 4096
+
+
+@torch.no_grad()
+def encode_rows(sae: SAE, x_ED: Float[Tensor, "E D"], rows: int = ROWS) -> SparseCodes:
+    """The codes of all rows on the CPU, encoded ``rows`` at a time; memory is ``E * K * 12`` bytes."""
+    parts = []
+    for x_BD in x_ED.split(rows):
+        codes = sae.encode(x_BD.to(sae.W_dec))
+        parts.append(SparseCodes(codes.values.cpu(), codes.indices.cpu(), codes.d_sae))
+    return concatenated(parts, sae.d_sae)
+
+
+def concatenated(parts: Iterable[SparseCodes], d_sae: int) -> SparseCodes:
+    """Codes one after another; where their K differ, the shorter are filled up with padding."""
+    parts = list(parts)
+    width = max((part.values.shape[-1] for part in parts), default=0)
+    values = [pad(part.values, (0, width - part.values.shape[-1])) for part in parts]
+    indices = [pad(part.indices, (0, width - part.indices.shape[-1])) for part in parts]
+    if not parts:
+        return SparseCodes(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64), d_sae)
+    return SparseCodes(torch.cat(values), torch.cat(indices), d_sae)
+
+
+def rows_of(codes: SparseCodes, chosen_E: Tensor) -> SparseCodes:
+    """The codes of some rows, by number or as a mask."""
+    return SparseCodes(codes.values[chosen_E], codes.indices[chosen_E], codes.d_sae)
+
+
+def columns(codes: SparseCodes, latents: Sequence[int]) -> Float[Tensor, "E C"]:
+    """The activations of some different latents, in the order given, float32."""
+    column_of_F = torch.full((codes.d_sae,), -1)
+    column_of_F[torch.tensor(list(latents), dtype=torch.int64)] = torch.arange(len(latents))
+    column_EK = column_of_F[codes.indices]
+    row_A, k_A = (column_EK.ge(0) & codes.active).nonzero(as_tuple=True)
+    found_EC = torch.zeros(len(codes.values), len(latents))
+    found_EC[row_A, column_EK[row_A, k_A]] = codes.values[row_A, k_A].float()
+    return found_EC

@@ -1,0 +1,71 @@
+"""SAEBench's first-letter task: words of the model's own vocabulary in prompts that ask for their first letter."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kronsae.errors import UserError
+from kronsae.eval.labelling import Passage, Span
+
+TEMPLATE = "{word} has the first letter:"
+EXAMPLES = 10
+TRAIN_SHARE = 0.8
+
+
+def vocabulary_words(tokenizer: Any) -> list[str]:
+    """The tokens that are ASCII letters, with or without a space in front, in alphabetical order."""
+    tokens = (tokenizer.convert_tokens_to_string([token]) for token in sorted(tokenizer.get_vocab()))
+    words = {word for word in tokens if word.removeprefix(" ") and set(word.removeprefix(" ")) <= _LETTERS}
+    return sorted(words)
+
+
+_LETTERS = frozenset(string.ascii_letters)
+
+
+def first_letter_prompts(tokenizer: Any, *, max_words: int, seed: int, template: str = TEMPLATE) -> Iterator[Passage]:
+    """A prompt for each word: ten solved examples, then the word, whose last token is to be read.
+
+    80% of the words are learnt from, the rest scored on; the solved examples are words of the same side, never the
+    word itself. (In SAEBench the token is the sixth from the end: here it is found by the word's characters, which is
+    the same token where the template's words are one token each, and right where they are not.)
+
+    Args:
+        max_words: how many words are drawn at random; their order is random too.
+        seed: of the words, the split and the solved examples.
+        template: must hold ``{word}`` once.
+
+    Raises:
+        UserError: the template has no ``{word}``, or the vocabulary too few words.
+    """
+    if template.count("{word}") != 1:
+        raise UserError(f"template must hold {{word}} once; got '{template}'.")
+    rng = np.random.default_rng(seed)
+    words = vocabulary_words(tokenizer)
+    drawn = [words[i] for i in rng.permutation(len(words))[:max_words]]
+    border = int(len(drawn) * TRAIN_SHARE)
+    if len(drawn) - border <= EXAMPLES:
+        raise UserError(
+            f"the first-letter task needs more than {EXAMPLES} held-out words; the vocabulary gives {len(drawn)} "
+            "words of ASCII letters in all. Choose another task."
+        )
+    for held_out, side in ((False, drawn[:border]), (True, drawn[border:])):
+        for word in side:
+            others = [other for other in (side[i] for i in rng.integers(len(side), size=4 * EXAMPLES)) if other != word]
+            solved = list(dict.fromkeys(others))[:EXAMPLES]
+            yield _prompt(word, solved, template, held_out)
+
+
+def _prompt(word: str, solved: list[str], template: str, held_out: bool) -> Passage:
+    before = "".join(f"\n{template.replace('{word}', other)} {_letter(other).upper()}" for other in solved)
+    head, tail = template.split("{word}")
+    start = len(before) + 1 + len(head)
+    span = Span(start=start, end=start + len(word), label=_letter(word))
+    return Passage(text=f"{before}\n{head}{word}{tail}", spans=(span,), held_out=held_out)
+
+
+def _letter(word: str) -> str:
+    return word.strip()[0].lower()

@@ -1,0 +1,17 @@
+"""Sparse probing: which concepts single latents, pairs and few latents tell, and what goes when they are taken away."""
+
+from kronsae.eval.probing.measure import ConceptProbing, Probing, ProbingConfig, probing
+from kronsae.eval.probing.pairs import Pair
+from kronsae.eval.probing.perturbation import Perturbation
+from kronsae.eval.probing.text import ConceptText, concept_text
+
+__all__ = [
+    "ConceptProbing",
+    "ConceptText",
+    "Pair",
+    "Perturbation",
+    "Probing",
+    "ProbingConfig",
+    "concept_text",
+    "probing",
+]

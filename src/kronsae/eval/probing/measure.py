@@ -1,0 +1,268 @@
+"""Sparse probing of some SAEs on one text: single latents, pairs, k-sparse probes, recall, targeted perturbation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kronsae.config import to_dict
+from kronsae.core.codes import SparseCodes
+from kronsae.core.sae import SAE
+from kronsae.errors import UserError
+from kronsae.eval.absorption.probes import LinearProbe, ProbeTraining, train_probe
+from kronsae.eval.absorption.sparse_probes import logistic_regression
+from kronsae.eval.example_codes import columns, concatenated, encode_rows, rows_of
+from kronsae.eval.hooked import Windows
+from kronsae.eval.probing.entries import Entries, Thresholds, best_thresholds, mean_difference, scores
+from kronsae.eval.probing.pairs import Pair, best_pair, recall_by_size
+from kronsae.eval.probing.perturbation import Perturbation, balanced_samples, important_latents, perturbations
+from kronsae.eval.probing.text import ConceptText
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbingConfig:
+    """How it is measured.
+
+    Args:
+        ks: sizes of the k-sparse probes.
+        ablated: how many latents of a concept targeted perturbation takes away.
+        bars: F1 that a concept's best latent must exceed to be found.
+        sample: tokens with, and as many without, each concept that probes learn from; half as many score them.
+        draws: random parts of the dictionary per size.
+        probe: training of the probes on activations.
+        seed: of the samples, the parts and the probes.
+    """
+
+    ks: tuple[int, ...] = (1, 2, 5)
+    ablated: tuple[int, ...] = (2, 10, 50)
+    bars: tuple[float, ...] = (0.5, 0.7)
+    sample: int = 400
+    draws: int = 20
+    probe: ProbeTraining = field(default_factory=lambda: ProbeTraining(batch=256, epochs=20))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("ks", "ablated", "bars"):
+            if not getattr(self, name) or min(getattr(self, name)) <= 0:
+                raise UserError(f"{name} must hold numbers above 0; got {getattr(self, name)}.")
+        if self.sample < 2 or self.draws < 1:
+            raise UserError(f"sample must be at least 2 and draws at least 1; got {self.sample} and {self.draws}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptProbing:
+    """One concept in one SAE; all figures are on the held-out tokens.
+
+    Args:
+        name: of the concept.
+        share: of the held-out tokens that have it. (A latent that is always on has F1 ``2 share / (1 + share)``.)
+        latent, threshold: the latent, and the activation from which on it says so, of the best F1 where they are
+            learnt.
+        f1: of that latent.
+        pair: the best AND or OR of two.
+        accuracy_by_k: accuracy of logistic regressions on the k latents of the largest difference in mean activation,
+            on as many tokens with the concept as without: 0.5 is chance.
+    """
+
+    name: str
+    share: float
+    latent: int
+    threshold: float
+    f1: float
+    pair: Pair | None
+    accuracy_by_k: dict[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probing:
+    """Sparse probing of one SAE.
+
+    Args:
+        mean_f1: of the best latent, mean over concepts.
+        mean_pair_f1: of the best pair, mean over concepts.
+        mean_accuracy_by_k: of the k-sparse probes, mean over concepts.
+        recall: rows of `recall_by_size`, the whole dictionary first.
+        perturbation: for each number of latents taken away.
+        concepts: one by one.
+    """
+
+    mean_f1: float
+    mean_pair_f1: float
+    mean_accuracy_by_k: dict[int, float]
+    recall: tuple[dict[str, float], ...]
+    perturbation: tuple[Perturbation, ...]
+    concepts: tuple[ConceptProbing, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; keys of dictionaries become strings."""
+        found = to_dict(self)
+        for row, one in zip(found["perturbation"], self.perturbation, strict=True):
+            row["score"] = one.score
+        for row in (found, *found["concepts"]):
+            for key in ("mean_accuracy_by_k", "accuracy_by_k"):
+                if key in row:
+                    row[key] = {str(k): value for k, value in row[key].items()}
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Baseline:
+    """What all SAEs are compared on: the sampled tokens, and the probes on their own activations."""
+
+    train: list[Tensor]
+    held_out: list[Tensor]
+    probe: LinearProbe
+    scored: Tensor
+    logits_NL: Tensor
+    accuracy: tuple[float, ...]
+
+
+def probing(
+    saes: Mapping[str, SAE],
+    text: ConceptText,
+    activations: Iterable[tuple[Windows, Float[Tensor, "N D"]]],
+    config: ProbingConfig,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Probing], dict[str, float]]:
+    """Probe some SAEs on the same tokens, read once.
+
+    Memory: the codes of all tokens, ``N * K * 12`` bytes for each SAE; the activations of the sampled tokens; counts
+    for latents x concepts.
+
+    Args:
+        saes: by name.
+        text: the tokens and their concepts.
+        activations: of the text's windows, in their order.
+        config: how it is measured.
+        say: told when an SAE is done.
+
+    Returns:
+        The figures by SAE, and the accuracy of a probe on the activations themselves by concept.
+    """
+    rng = np.random.default_rng(config.seed)
+    held_out_N = text.held_out_N
+    samples = balanced_samples(text.labels_NL, ~held_out_N, config.sample, rng)
+    scored = balanced_samples(text.labels_NL, held_out_N, max(1, config.sample // 2), rng)
+    wanted_N = torch.zeros(len(held_out_N), dtype=torch.bool)
+    wanted_N[torch.cat([*samples, *scored])] = True
+    parts: dict[str, list[SparseCodes]] = {name: [] for name in saes}
+    kept_x, start = [], 0
+    for _, x_ND in activations:
+        kept_x.append(x_ND[wanted_N[start : start + len(x_ND)].to(x_ND.device)].cpu())
+        start += len(x_ND)
+        for name, sae in saes.items():
+            parts[name].append(encode_rows(sae, x_ND))
+    baseline = _baseline(text, torch.cat(kept_x), wanted_N, samples, scored, config)
+    found = {}
+    for name, sae in saes.items():
+        found[name] = _probe_sae(sae, concatenated(parts.pop(name), sae.d_sae), text, baseline, config)
+        say(f"{name}: mean F1 of the best latent {found[name].mean_f1:.3f}")
+    return found, dict(zip(text.concepts, baseline.accuracy, strict=True))
+
+
+def _baseline(
+    text: ConceptText, x: Tensor, wanted_N: Tensor, train: list[Tensor], held_out: list[Tensor], config: ProbingConfig
+) -> _Baseline:
+    row_of_N = wanted_N.cumsum(0) - 1
+    learnt = torch.unique(torch.cat(train))
+    scored = torch.unique(torch.cat(held_out))
+    probe = train_probe(x[row_of_N[learnt]], text.labels_NL[learnt], config.probe, config.seed)
+    logits_NL = probe.scores(x[row_of_N[scored]])
+    place_of_N = torch.full((len(wanted_N),), -1)
+    place_of_N[scored] = torch.arange(len(scored))
+    right_NL = (logits_NL > 0) == text.labels_NL[scored]
+    accuracy = tuple(float(right_NL[place_of_N[rows], c].double().mean()) for c, rows in enumerate(held_out))
+    return _Baseline(train=train, held_out=held_out, probe=probe, scored=scored, logits_NL=logits_NL, accuracy=accuracy)
+
+
+def _probe_sae(sae: SAE, codes: SparseCodes, text: ConceptText, baseline: _Baseline, config: ProbingConfig) -> Probing:
+    held_out_N = text.held_out_N
+    labels = {False: text.labels_NL[~held_out_N].numpy(), True: text.labels_NL[held_out_N].numpy()}
+    entries = {side: Entries.of(rows_of(codes, held_out_N == side)) for side in (False, True)}
+    best = best_thresholds(entries[False], labels[False])
+    held_out_f1_FL = scores(entries[True], labels[True], best.threshold_FL)
+    difference_FL = mean_difference(entries[False], labels[False])
+    concepts = tuple(
+        _concept(c, name, codes, text, baseline, config, entries, labels, best, held_out_f1_FL, difference_FL)
+        for c, name in enumerate(text.concepts)
+    )
+    W_dec_FD = sae.W_dec.detach().cpu().float()
+    along_FL = W_dec_FD @ baseline.probe.weight_CI.T
+    place_of_N = torch.full((len(held_out_N),), -1)
+    place_of_N[baseline.scored] = torch.arange(len(baseline.scored))
+    taken = perturbations(
+        rows_of(codes, baseline.scored),
+        baseline.logits_NL,
+        text.labels_NL[baseline.scored],
+        [place_of_N[rows] for rows in baseline.held_out],
+        important_latents(difference_FL, W_dec_FD, baseline.probe),
+        along_FL,
+        config.ablated,
+    )
+    recall = recall_by_size(best.f1_FL, held_out_f1_FL, bars=config.bars, draws=config.draws, seed=config.seed)
+    return Probing(
+        mean_f1=float(np.mean([one.f1 for one in concepts])),
+        mean_pair_f1=float(np.mean([one.f1 if one.pair is None else one.pair.f1 for one in concepts])),
+        mean_accuracy_by_k={k: float(np.mean([one.accuracy_by_k[k] for one in concepts])) for k in config.ks},
+        recall=tuple(recall),
+        perturbation=taken,
+        concepts=concepts,
+    )
+
+
+def _concept(
+    c: int,
+    name: str,
+    codes: SparseCodes,
+    text: ConceptText,
+    baseline: _Baseline,
+    config: ProbingConfig,
+    entries: dict[bool, Entries],
+    labels: dict[bool, np.ndarray],
+    best: Thresholds,
+    held_out_f1_FL: np.ndarray,
+    difference_FL: np.ndarray,
+) -> ConceptProbing:
+    latent = int(best.f1_FL[:, c].argmax())
+    pair = best_pair(
+        entries[False],
+        labels[False][:, c],
+        entries[True],
+        labels[True][:, c],
+        best.f1_FL[:, c],
+        best.threshold_FL[:, c],
+    )
+    return ConceptProbing(
+        name=name,
+        share=float(labels[True][:, c].mean()),
+        latent=latent,
+        threshold=float(best.threshold_FL[latent, c]),
+        f1=float(held_out_f1_FL[latent, c]),
+        pair=pair,
+        accuracy_by_k=_k_sparse(codes, text.labels_NL[:, c], baseline, c, difference_FL[:, c], config.ks),
+    )
+
+
+def _k_sparse(
+    codes: SparseCodes,
+    true_N: Tensor,
+    baseline: _Baseline,
+    concept: int,
+    difference_F: np.ndarray,
+    ks: Sequence[int],
+) -> dict[int, float]:
+    order = np.argsort(-np.abs(difference_F), kind="stable")[: max(ks)].tolist()
+    train, held_out = baseline.train[concept], baseline.held_out[concept]
+    train_EK, held_out_EK = columns(rows_of(codes, train), order), columns(rows_of(codes, held_out), order)
+    found = {}
+    for k in ks:
+        weight_K, bias = logistic_regression(train_EK[:, :k], true_N[train])
+        right_E = (held_out_EK[:, :k] @ weight_K + bias > 0) == true_N[held_out]
+        found[k] = float(right_E.double().mean())
+    return found

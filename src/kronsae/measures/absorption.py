@@ -1,0 +1,190 @@
+"""``kronsae eval absorption RUN``: how often a class's latents stay off because more special ones took their place."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from kronsae.config import to_dict
+from kronsae.core.checks import check_count
+from kronsae.errors import UserError, nearest
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+
+if TYPE_CHECKING:
+    from kronsae.run import Run
+
+NAME = "absorption"
+TASKS = ("roles", "first-letter", "labels")
+LATENT_BATCH = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsorptionSettings:
+    """What is asked for.
+
+    Args:
+        task: ``roles`` (names in Python code), ``first-letter`` (prompts), ``labels`` (a file); None: by the text.
+        labels: the file of the task ``labels``, see `kronsae.measures.tasks.read_labelled`.
+        windows: windows of text, or prompts, to learn from; None: the task's own number.
+        place: read a word at its own ``last`` token or at the ``next`` one.
+        min_classes: classes that must have a probe with F1 > 0.6; None: 20 of 26.
+        max_k: latents that may stand for a class, at most.
+        latent_batch: examples in a step of the probe on latents; None: SAEBench's 4096 for its first-letter task,
+            which has tens of thousands of words, and 128 for the others. Few steps leave the weights near their random
+            start, and the latents with the largest ones mean nothing.
+        seed: of the draw, the split and the probes.
+    """
+
+    task: str | None = None
+    labels: Path | None = None
+    windows: int | None = None
+    place: str = "last"
+    min_classes: int | None = None
+    max_k: int = 10
+    latent_batch: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.task is not None and self.task not in TASKS:
+            raise UserError(f"task must be one of {', '.join(TASKS)}; got '{self.task}'.{nearest(self.task, TASKS)}")
+        if self.labels is not None and self.task not in (None, "labels"):
+            raise UserError(f"labels belongs to the task 'labels'; got it with '{self.task}'. Leave one out.")
+        if self.place not in ("last", "next"):
+            raise UserError(f"place must be 'last' or 'next'; got '{self.place}'.")
+        for name in ("windows", "min_classes", "max_k", "latent_batch"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+
+
+def measure(
+    run: Run,
+    settings: AbsorptionSettings,
+    *,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure all SAEs of a run and keep the result.
+
+    Args:
+        run: a finished run.
+        settings: what is asked for.
+        cache: where the activations of the examples are kept; None: in the run folder. Runs of one model may share it.
+        say: told what is about to be done.
+        progress: called with (tokens done, tokens to do) while the model runs.
+
+    Returns:
+        ``{"task", "examples", "classes", "probe_f1", "saes": {name: kronsae.eval.absorption.Absorption}}``, as JSON.
+
+    Raises:
+        UserError: the run is not finished, the labels do not suffice, or the model does not know the classes.
+    """
+    from kronsae.eval.absorption import AbsorptionConfig, Examples, absorption, probe_classes
+    from kronsae.eval.absorption.probes import ON_LATENTS
+    from kronsae.measures.material import Material, keep_result, known_result
+    from kronsae.measures.tasks import TaskName, build_task, default_task, example_activations
+
+    material = Material(run)
+    task_name = settings.task or ("labels" if settings.labels is not None else default_task(material))
+    assert task_name in get_args(TaskName)
+    task = build_task(
+        material,
+        task_name,  # type: ignore[arg-type]
+        labels=settings.labels,
+        windows=settings.windows,
+        place=settings.place,  # type: ignore[arg-type]
+        seed=settings.seed,
+    )
+    batch = settings.latent_batch or (ON_LATENTS.batch if task_name == "first-letter" else LATENT_BATCH)
+    config = AbsorptionConfig(
+        seed=settings.seed,
+        max_k=settings.max_k,
+        min_classes=settings.min_classes,
+        latent_probe=replace(ON_LATENTS, batch=batch),
+    )
+    about = {"task": task_name, "place": settings.place, "content": task.digest(), "config": to_dict(config)}
+    if (known := known_result(run, NAME, about)) is not None:
+        say("Already measured with these settings.")
+        return known
+    tokens = sum(int(windows.attention_mask_ST.sum()) for windows in task.windows)
+    say(
+        f"Task '{task.name}': {len(task.words):,} examples of {len(task.classes)} classes in {tokens:,} tokens, which "
+        f"the model reads up to {material.hook.name}; then probes, and {len(run.names)} SAE(s)."
+    )
+    x_ED, was_known = example_activations(material, task, cache or run.folder / "measures" / "cache", progress)
+    if was_known:
+        say("The activations of these examples were known.")
+    examples = Examples(x_ED=x_ED, labels_E=task.labels_E, held_out_E=task.held_out_E, classes=task.classes)
+    probed = probe_classes(examples, config)
+    found = {}
+    for number, (name, sae) in enumerate(material.saes.items(), 1):
+        found[name] = absorption(sae, examples, probed, config).to_dict()
+        say(f"{name}: absorption fraction {found[name]['mean_absorption_fraction']:.3f} ({number}/{len(run.names)})")
+    result = {
+        "task": task.name,
+        "examples": {"learnt_from": int((~task.held_out_E).sum()), "scored_on": int(task.held_out_E.sum())},
+        "classes": list(task.classes),
+        "probe_f1": dict(zip(task.classes, probed.f1, strict=True)),
+        "min_f1": config.min_f1,
+        "saes": found,
+    }
+    keep_result(run, NAME, about, result)
+    return result
+
+
+app = typer.Typer()
+
+
+@app.command(help="Absorption (SAEBench's): fraction, full absorption, split latents.")
+def absorption(
+    run_folder: RunArgument,
+    task: Annotated[
+        str | None,
+        typer.Option(help="roles (names in Python code), first-letter (prompts) or labels; by the run's text."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans"}.')
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows of text, or prompts, to learn from.")] = None,
+    place: Annotated[str, typer.Option(help="Read a word at its own 'last' token, or at the 'next' one.")] = "last",
+    min_classes: Annotated[
+        int | None, typer.Option(help="Classes whose probe must have F1 > 0.6; 20 of 26 without this.")
+    ] = None,
+    max_k: Annotated[int, typer.Option(help="Latents that may stand for a class, at most.")] = 10,
+    latent_batch: Annotated[
+        int | None, typer.Option(help="Examples in a step of the probe on latents; by the task without this.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for activations that several runs share.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure absorption and show it."""
+    from kronsae.measures.tables import rich_table
+    from kronsae.progress_bar import progress_bar
+    from kronsae.report.sections.absorption import table
+    from kronsae.run import open_run
+
+    run = open_run(run_folder)
+    settings = AbsorptionSettings(
+        task=task,
+        labels=labels,
+        windows=windows,
+        place=place,
+        min_classes=min_classes,
+        max_k=max_k,
+        latent_batch=latent_batch,
+        seed=seed,
+    )
+    with progress_bar("examples", quiet=quiet) as progress:
+        result = measure(run, settings, cache=cache, say=(lambda line: None) if quiet else say, progress=progress)
+    if as_json:
+        print_json(result)
+    else:
+        print_table(rich_table(table(result), "SAE"))
+    what_now(f"kronsae report {shlex.quote(str(run.folder))}", "docs/measurements/absorption.md on what it means")

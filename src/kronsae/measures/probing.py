@@ -1,0 +1,150 @@
+"""``kronsae eval probing RUN``: which concepts the latents tell, alone, in pairs and a few together."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kronsae.config import to_dict
+from kronsae.core.checks import check_count
+from kronsae.errors import UserError
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+
+if TYPE_CHECKING:
+    from kronsae.eval.labelling import Passage
+    from kronsae.measures.material import Material
+    from kronsae.run import Run
+
+NAME = "probing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbingSettings:
+    """What is asked for.
+
+    Args:
+        labels: labelled text, see `kronsae.measures.tasks.read_labelled`; None: Python's own concepts, for a run on
+            Python's library.
+        windows: windows of text to learn from; a quarter as many are scored on.
+        seed: of the draw, the samples and the probes.
+    """
+
+    labels: Path | None = None
+    windows: int = 300
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("windows", self.windows)
+
+
+def measure(
+    run: Run,
+    settings: ProbingSettings,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure all SAEs of a run and keep the result.
+
+    Returns:
+        ``{"task", "tokens", "concepts", "probe_accuracy", "saes": {name: kronsae.eval.probing.Probing}}``, as JSON.
+
+    Raises:
+        UserError: the run is not finished, or there is no labelled text that suffices.
+    """
+    from kronsae.eval.probing import ProbingConfig, concept_text, probing
+    from kronsae.eval.python_code import CONCEPTS
+    from kronsae.measures.material import Material, keep_result, known_result
+    from kronsae.measures.tasks import frame_of
+
+    material = Material(run)
+    text = concept_text(
+        _passages(material, settings.labels),
+        material.source.language_model.tokenizer,
+        frame=frame_of(material),
+        context_length=run.config.context_length,
+        concepts=CONCEPTS if settings.labels is None else None,
+        windows=settings.windows,
+        seed=settings.seed,
+    )
+    config = ProbingConfig(seed=settings.seed)
+    about = {"content": text.digest(), "config": to_dict(config)}
+    if (known := known_result(run, NAME, about)) is not None:
+        say("Already measured with these settings.")
+        return known
+    saes = material.saes
+    tokens = len(text.held_out_N)
+    memory = sum(tokens * min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae) * 12 for sae in saes.values())
+    say(
+        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {material.hook.name}; the "
+        f"codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
+    )
+    found, accuracy = probing(saes, text, material.activations(list(text.windows), progress), config, say)
+    result = {
+        "task": "python" if settings.labels is None else settings.labels.name,
+        "tokens": {"learnt_from": int((~text.held_out_N).sum()), "scored_on": int(text.held_out_N.sum())},
+        "concepts": list(text.concepts),
+        "bars": list(config.bars),
+        "probe_accuracy": accuracy,
+        "d_sae": {name: sae.d_sae for name, sae in saes.items()},
+        "saes": {name: one.to_dict() for name, one in found.items()},
+    }
+    keep_result(run, NAME, about, result)
+    return result
+
+
+def _passages(material: Material, labels: Path | None) -> Iterator[Passage]:
+    from kronsae.data.model import BUNDLED
+    from kronsae.eval.labelling import Passage
+    from kronsae.eval.python_code import python_spans
+    from kronsae.measures.tasks import DOCUMENTS, documents, read_labelled
+
+    if labels is not None:
+        yield from read_labelled(labels)
+        return
+    if material.run.config.text.source != BUNDLED:
+        raise UserError(
+            "labels are needed for a text that is not Python's library; give --labels FILE.jsonl with your own."
+        )
+    for held_out, number in ((False, DOCUMENTS // 2), (True, DOCUMENTS // 4)):
+        for document in documents(material, held_out=held_out, number=number):
+            spans = tuple(python_spans(document.text))
+            if spans:  # what cannot be parsed would count as text without any concept
+                yield Passage(text=document.text, spans=spans, held_out=held_out)
+
+
+app = typer.Typer()
+
+
+@app.command(help="Sparse probing, concept recall and targeted perturbation on labelled tokens.")
+def probing(
+    run_folder: RunArgument,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help='Labelled text of yours: JSON lines of {"text", "spans"}; none: Python\'s own concepts.'),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of text to learn from; a quarter as many score.")] = 300,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Probe a run's SAEs and show the figures."""
+    from kronsae.measures.tables import rich_table
+    from kronsae.progress_bar import progress_bar
+    from kronsae.report.sections.probing import table
+    from kronsae.run import open_run
+
+    run = open_run(run_folder)
+    settings = ProbingSettings(labels=labels, windows=windows, seed=seed)
+    with progress_bar("tokens", quiet=quiet) as progress:
+        result = measure(run, settings, say=(lambda line: None) if quiet else say, progress=progress)
+    if as_json:
+        print_json(result)
+    else:
+        print_table(rich_table(table(result), "SAE"))
+    what_now(f"kronsae report {shlex.quote(str(run.folder))}", "docs/measurements/probing.md on what it means")

@@ -1,0 +1,158 @@
+"""Labelled text for a run: Python's own names, prompts over the model's vocabulary, or a file of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kronsae.data.corpus import Document, is_held_out
+from kronsae.data.model import BUNDLED
+from kronsae.data.sources import document_of
+from kronsae.data.text import TextStream
+from kronsae.data.tokens import special_frame
+from kronsae.errors import UserError
+from kronsae.eval.first_letter import first_letter_prompts
+from kronsae.eval.labelling import Frame, Passage, Place, Sizes, Span, Task, make_task
+from kronsae.eval.python_code import ROLES, name_roles
+from kronsae.files import atomic_path
+from kronsae.measures.material import Material
+
+TaskName = Literal["roles", "first-letter", "labels"]
+HELD_OUT_SHARE = 0.2  # of a user's labelled texts
+DOCUMENTS = 120  # of code to learn from; a quarter as many are scored on
+WORDS = 10_000  # prompts of the first-letter task, of about 80 tokens each
+
+
+def default_task(material: Material) -> TaskName:
+    """``roles`` for a run on Python's library, ``first-letter`` for any other text."""
+    return "roles" if material.run.config.text.source == BUNDLED else "first-letter"
+
+
+def frame_of(material: Material) -> Frame:
+    """The special tokens that the run puts around every window."""
+    return special_frame(material.source.language_model.tokenizer)
+
+
+def documents(material: Material, *, held_out: bool, number: int) -> Iterator[Document]:
+    """The first documents of one side of the run's text."""
+    config = material.run.config
+    stream = TextStream(config.text, held_out=held_out, held_out_share=config.held_out_share, repeat=False)
+    return (document for document, _ in itertools.islice(stream, number))
+
+
+def build_task(
+    material: Material, name: TaskName, *, labels: Path | None, windows: int | None, place: Place, seed: int
+) -> Task:
+    """The examples of a task, tokenised for the run's model.
+
+    Raises:
+        UserError: the text does not give enough labelled examples.
+    """
+    tokenizer, frame = material.source.language_model.tokenizer, frame_of(material)
+    passages: Iterator[Passage]
+    classes = None
+    if name == "labels":
+        if labels is None:
+            raise UserError("the task 'labels' needs a file of labelled text; give --labels FILE.jsonl.")
+        passages, sizes = read_labelled(labels), Sizes(windows=windows or 2000, per_word=20)
+    elif name == "first-letter":
+        prompts = windows or WORDS
+        passages = first_letter_prompts(tokenizer, max_words=prompts * 5 // 4, seed=seed)
+        sizes = Sizes(windows=prompts, per_class=prompts, at_least=2)
+    else:
+        passages, classes, sizes = _roles(material), ROLES, Sizes(windows=windows or 500, per_class=400)
+    return make_task(
+        name if labels is None else labels.name,
+        passages,
+        tokenizer,
+        frame=frame,
+        context_length=material.run.config.context_length,
+        classes=classes,
+        sizes=sizes,
+        place=place,
+        seed=seed,
+    )
+
+
+def _roles(material: Material) -> Iterator[Passage]:
+    for held_out, number in ((False, DOCUMENTS), (True, DOCUMENTS // 4)):
+        for document in documents(material, held_out=held_out, number=number):
+            yield Passage(text=document.text, spans=tuple(name_roles(document.text)), held_out=held_out)
+
+
+def read_labelled(path: Path) -> Iterator[Passage]:
+    """Passages of a JSON-lines file: ``{"text", "label"}`` or ``{"text", "spans": [{"start", "end", "label"}, ...]}``.
+
+    Spans count characters. A label without a span is of the whole text. ``"held_out": true`` or ``false`` says on
+    which side a text is; without it, a fifth of the texts are scored on, by a hash of the text.
+
+    Raises:
+        UserError: a line is something else; it says which.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"labels: {path} cannot be read ({error}).") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _passage(line, f"{path}, line {number}")
+
+
+def _passage(line: str, where: str) -> Passage:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"]:
+        raise UserError(f'{where} must be a JSON object with a "text"; got {line[:60]!r}.')
+    unknown = set(row) - {"text", "label", "spans", "held_out"}
+    if unknown or ("label" in row) == ("spans" in row):
+        raise UserError(f'{where} must have "text" and either "label" or "spans"; got {", ".join(map(str, row))}.')
+    text = row["text"]
+    spans = row.get("spans", [{"start": 0, "end": len(text), "label": row.get("label")}])
+    held_out = row.get("held_out", is_held_out(document_of(text).id, HELD_OUT_SHARE))
+    if not isinstance(spans, list) or not isinstance(held_out, bool):
+        raise UserError(f'{where}: "spans" must be a list and "held_out" true or false.')
+    return Passage(text=text, spans=tuple(_span(span, text, where) for span in spans), held_out=held_out)
+
+
+def _span(span: Any, text: str, where: str) -> Span:
+    values = [span.get(key) for key in ("start", "end", "label")] if isinstance(span, dict) else [None] * 3
+    start, end, label = values
+    right = type(start) is int and type(end) is int and isinstance(label, str)
+    if not right or not 0 <= start < end <= len(text):
+        raise UserError(
+            f'{where}: a span must be {{"start", "end", "label"}} with 0 <= start < end <= {len(text)}; got {span!r}.'
+        )
+    return Span(start=start, end=end, label=label)
+
+
+def example_activations(material: Material, task: Task, cache: Path, progress: Any = None) -> tuple[torch.Tensor, bool]:
+    """The activations of a task's examples, float32 ``[E, d_in]``, and whether they were known already.
+
+    They are kept under a name that is made of their content (weights of the model, hook, tokens, places), so that
+    another model of the same name never gets them.
+    """
+    path = cache / f"{_digest(material, task)}.safetensors"
+    if path.exists():
+        return load_file(path)["x_ED"], True
+    parts = [x_ND.cpu() for _, x_ND in material.activations(list(task.windows), progress)]
+    x_ED = torch.cat(parts)
+    with atomic_path(path) as temporary:
+        save_file({"x_ED": x_ED}, temporary)
+    return x_ED, False
+
+
+def _digest(material: Material, task: Task) -> str:
+    content = hashlib.blake2b(f"{material.hook.name} {task.digest()}".encode(), digest_size=16)
+    for name, tensor in material.source.language_model.model.state_dict().items():
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
+    return content.hexdigest()
