@@ -74,7 +74,7 @@ def test_with_all_dead_nothing_is_known_to_start_from() -> None:
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_in_training_it_happens_when_due_and_repeats_to_the_bit(kind: str) -> None:
-    rare = {"dead_after_tokens": 64, "aux_weight": 0.0}
+    rare: dict[str, Any] = {"dead_after_tokens": 64, "aux_weight": 0.0}
     words = topk(d_sae=96, k=1, **rare) if kind == "dense" else kron(num_heads=32, d_base=1, d_extension=3, k=1, **rare)
     with_revival = MemberConfig(**{**vars(words), "revive_every_tokens": 128})
     plain, _ = stepped(words, 4)
