@@ -44,7 +44,7 @@ def dictionary(*, knows: bool) -> SAE:
         reads = torch.eye(D)
         reads[: 0 if knows else 2] = 0.0  # it sees nothing but noise
         sae.encoder.weight.copy_(reads)  # type: ignore[operator]
-        sae.encoder.bias.fill_(-0.4 if knows else 0.0)  # type: ignore[operator]
+        sae.encoder.bias.fill_(-0.1 if knows else 0.0)  # type: ignore[operator]
         sae.W_dec.copy_(torch.eye(D))
     return sae
 
