@@ -151,8 +151,8 @@ def markdown(kept: dict[str, Any]) -> str:
             "",
             f"Mean over {len(runs)} seeds, range in brackets; {asked['d_sae']:,} latents, {asked['tokens']:,} training "
             f"tokens. {told} of {len(runs[0]['probe_f1'])} roles have a probe with F1 > 0.6; "
-            f"{runs[0]['examples']['scored_on']:,} held-out examples. {minutes:.0f} minutes on {about['cores']} core(s) of "
-            f"{about['processor']}, commit {about['commit']} ([all figures](../results/absorption.json)).",
+            f"{runs[0]['examples']['scored_on']:,} held-out examples. {minutes:.0f} minutes on {about['cores']} "
+            f"core(s) of {about['processor']}, commit {about['commit']} ([all figures](../results/absorption.json)).",
         ]
     )
 

@@ -50,3 +50,13 @@ def columns(codes: SparseCodes, latents: Sequence[int]) -> Float[Tensor, "E C"]:
     found_EC = torch.zeros(len(codes.values), len(latents))
     found_EC[row_A, column_EK[row_A, k_A]] = codes.values[row_A, k_A].float()
     return found_EC
+
+
+def root_mean_square(x_ED: Float[Tensor, "E D"]) -> float:
+    """Over all entries; 1 where they are all 0. What probes divide by, so that one learning rate fits all models."""
+    return float(x_ED.double().square().mean().sqrt()) or 1.0
+
+
+def scaled(codes: SparseCodes, factor: float) -> SparseCodes:
+    """The codes of activations ``factor`` times as large, for an SAE that scales along."""
+    return SparseCodes(codes.values * factor, codes.indices, codes.d_sae)

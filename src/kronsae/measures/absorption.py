@@ -100,12 +100,14 @@ def measure(
         place=settings.place,  # type: ignore[arg-type]
         seed=settings.seed,
     )
-    batch = settings.latent_batch or (ON_LATENTS.batch if task_name == "first-letter" else LATENT_BATCH)
+    as_saebench = task_name == "first-letter"
+    batch = settings.latent_batch or (ON_LATENTS.batch if as_saebench else LATENT_BATCH)
     config = AbsorptionConfig(
         seed=settings.seed,
         max_k=settings.max_k,
         min_classes=settings.min_classes,
         latent_probe=replace(ON_LATENTS, batch=batch),
+        scaled=not as_saebench,
     )
     about = {"task": task_name, "place": settings.place, "content": task.digest(), "config": to_dict(config)}
     if (known := known_result(run, NAME, about)) is not None:

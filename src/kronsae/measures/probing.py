@@ -81,8 +81,8 @@ def measure(
     tokens = len(text.held_out_N)
     memory = sum(tokens * min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae) * 12 for sae in saes.values())
     say(
-        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {material.hook.name}; the "
-        f"codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
+        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {material.hook.name}; "
+        f"the codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
     )
     found, accuracy = probing(saes, text, material.activations(list(text.windows), progress), config, say)
     result = {

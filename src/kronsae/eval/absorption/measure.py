@@ -17,7 +17,7 @@ from kronsae.errors import UserError
 from kronsae.eval.absorption.probes import ON_LATENTS, LinearProbe, ProbeTraining, f1, train_latent_probe, train_probe
 from kronsae.eval.absorption.sparse_probes import sparse_probes
 from kronsae.eval.absorption.words import AbsorptionRule, probe_cosines, word_absorption
-from kronsae.eval.example_codes import encode_rows, rows_of
+from kronsae.eval.example_codes import encode_rows, root_mean_square, rows_of, scaled
 
 CLASSES_TO_PASS, CLASSES_OF = 20, 26
 """SAEBench's gate: so many of the 26 letters must be told by their probes; the same share of any other classes."""
@@ -35,6 +35,8 @@ class AbsorptionConfig:
         min_f1: F1 above which a class's probe is believed.
         min_classes: how many classes must be believed; None: 20 of 26, rounded up.
         rule: when a latent absorbs.
+        scaled: divide activations, and codes with them, by the root mean square of the activations learnt from, so
+            that the probes learn from activations of any size. SAEBench does not. Absorption itself is a ratio.
         seed: of the probes.
     """
 
@@ -45,6 +47,7 @@ class AbsorptionConfig:
     min_f1: float = 0.6
     min_classes: int | None = None
     rule: AbsorptionRule = field(default_factory=AbsorptionRule)
+    scaled: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,9 +77,10 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedClasses:
-    """The probes of all classes, and each one's F1 on the held-out examples."""
+    """The probes of all classes, of activations times ``factor``, and each one's F1 on the held-out examples."""
 
     probe: LinearProbe
+    factor: float
     f1: tuple[float, ...]
 
 
@@ -136,8 +140,9 @@ def probe_classes(examples: Examples, config: AbsorptionConfig) -> ProbedClasses
     """
     train_E, held_out_E = ~examples.held_out_E, examples.held_out_E
     has_EC = examples.has_EC()
-    probe = train_probe(examples.x_ED[train_E], has_EC[train_E], config.probe, config.seed)
-    said_EC = probe.scores(examples.x_ED[held_out_E]) > 0
+    factor = 1 / root_mean_square(examples.x_ED[train_E]) if config.scaled else 1.0
+    probe = train_probe(examples.x_ED[train_E] * factor, has_EC[train_E], config.probe, config.seed)
+    said_EC = probe.scores(examples.x_ED[held_out_E] * factor) > 0
     scores = tuple(f1(said_EC[:, c], has_EC[held_out_E][:, c]) for c in range(len(examples.classes)))
     needed, told = config.needed(len(scores)), sum(score > config.min_f1 for score in scores)
     if told < needed:
@@ -147,7 +152,7 @@ def probe_classes(examples: Examples, config: AbsorptionConfig) -> ProbedClasses
             f"here {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give more "
             "examples, or set the number of classes yourself."
         )
-    return ProbedClasses(probe=probe, f1=scores)
+    return ProbedClasses(probe=probe, factor=factor, f1=scores)
 
 
 def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: AbsorptionConfig) -> Absorption:
@@ -156,12 +161,13 @@ def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: Abso
     SAEBench draws new prompts for the words of the last step; here they are the held-out examples themselves, so that
     a figure depends on nothing but its inputs. Memory: the codes of the examples, ``E * K * 12`` bytes.
     """
-    x_ED, held_out_E = examples.x_ED, examples.held_out_E
-    codes = encode_rows(sae, x_ED)
+    held_out_E = examples.held_out_E
+    codes = scaled(encode_rows(sae, examples.x_ED), probed.factor)
     train, scored = rows_of(codes, ~held_out_E), rows_of(codes, held_out_E)
     has_EC = examples.has_EC()
     weight_CF = train_latent_probe(train, has_EC[~held_out_E], config.latent_probe, config.seed).weight_CI
-    x_held_ED, scores_EC = x_ED[held_out_E], probed.probe.scores(x_ED[held_out_E])
+    x_ED = examples.x_ED[held_out_E] * probed.factor
+    scores_EC = probed.probe.scores(x_ED)
     W_dec_FD = sae.W_dec.detach().cpu().float()
     found = []
     for c, name in enumerate(examples.classes):
@@ -173,7 +179,7 @@ def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: Abso
         right_E = true_E & (scores_EC[:, c] > 0)
         of_words = word_absorption(
             rows_of(scored, right_E),
-            x_held_ED[right_E].double() @ (direction_D / direction_D.norm()),
+            x_ED[right_E].double() @ (direction_D / direction_D.norm()),
             probe_cosines(direction_D, W_dec_FD),
             chosen.main,
             config.rule,

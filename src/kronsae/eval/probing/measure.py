@@ -17,7 +17,7 @@ from kronsae.core.sae import SAE
 from kronsae.errors import UserError
 from kronsae.eval.absorption.probes import LinearProbe, ProbeTraining, train_probe
 from kronsae.eval.absorption.sparse_probes import logistic_regression
-from kronsae.eval.example_codes import columns, concatenated, encode_rows, rows_of
+from kronsae.eval.example_codes import columns, concatenated, encode_rows, root_mean_square, rows_of, scaled
 from kronsae.eval.hooked import Windows
 from kronsae.eval.probing.entries import Entries, Thresholds, best_thresholds, mean_difference, scores
 from kronsae.eval.probing.pairs import Pair, best_pair, recall_by_size
@@ -44,7 +44,7 @@ class ProbingConfig:
     bars: tuple[float, ...] = (0.5, 0.7)
     sample: int = 400
     draws: int = 20
-    probe: ProbeTraining = field(default_factory=lambda: ProbeTraining(batch=256, epochs=20))
+    probe: ProbeTraining = field(default_factory=lambda: ProbeTraining(epochs=30))
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -113,10 +113,11 @@ class Probing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Baseline:
-    """What all SAEs are compared on: the sampled tokens, and the probes on their own activations."""
+    """What all SAEs are compared on: the sampled tokens, and the probes on their own activations times ``factor``."""
 
     train: list[Tensor]
     held_out: list[Tensor]
+    factor: float
     probe: LinearProbe
     scored: Tensor
     logits_NL: Tensor
@@ -170,6 +171,8 @@ def _baseline(
     text: ConceptText, x: Tensor, wanted_N: Tensor, train: list[Tensor], held_out: list[Tensor], config: ProbingConfig
 ) -> _Baseline:
     row_of_N = wanted_N.cumsum(0) - 1
+    factor = 1 / root_mean_square(x)
+    x = x * factor
     learnt = torch.unique(torch.cat(train))
     scored = torch.unique(torch.cat(held_out))
     probe = train_probe(x[row_of_N[learnt]], text.labels_NL[learnt], config.probe, config.seed)
@@ -178,11 +181,20 @@ def _baseline(
     place_of_N[scored] = torch.arange(len(scored))
     right_NL = (logits_NL > 0) == text.labels_NL[scored]
     accuracy = tuple(float(right_NL[place_of_N[rows], c].double().mean()) for c, rows in enumerate(held_out))
-    return _Baseline(train=train, held_out=held_out, probe=probe, scored=scored, logits_NL=logits_NL, accuracy=accuracy)
+    return _Baseline(
+        train=train,
+        held_out=held_out,
+        factor=factor,
+        probe=probe,
+        scored=scored,
+        logits_NL=logits_NL,
+        accuracy=accuracy,
+    )
 
 
 def _probe_sae(sae: SAE, codes: SparseCodes, text: ConceptText, baseline: _Baseline, config: ProbingConfig) -> Probing:
     held_out_N = text.held_out_N
+    codes = scaled(codes, baseline.factor)
     labels = {False: text.labels_NL[~held_out_N].numpy(), True: text.labels_NL[held_out_N].numpy()}
     entries = {side: Entries.of(rows_of(codes, held_out_N == side)) for side in (False, True)}
     best = best_thresholds(entries[False], labels[False])
@@ -242,9 +254,9 @@ def _concept(
         name=name,
         share=float(labels[True][:, c].mean()),
         latent=latent,
-        threshold=float(best.threshold_FL[latent, c]),
+        threshold=float(best.threshold_FL[latent, c]) / baseline.factor,
         f1=float(held_out_f1_FL[latent, c]),
-        pair=pair,
+        pair=pair if pair is None else pair.in_units(1 / baseline.factor),
         accuracy_by_k=_k_sparse(codes, text.labels_NL[:, c], baseline, c, difference_FL[:, c], config.ks),
     )
 

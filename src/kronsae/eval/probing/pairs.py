@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,10 @@ class Pair:
     latents: tuple[int, int]
     thresholds: tuple[float, float]
     f1: float
+
+    def in_units(self, factor: float) -> Pair:
+        """The same pair of latents whose activations are ``factor`` times as large."""
+        return replace(self, thresholds=(self.thresholds[0] * factor, self.thresholds[1] * factor))
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,18 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
     result = kept["result"]
     told = [name for name, f1 in result["probe_f1"].items() if f1 > result["min_f1"]]
     least = min(result["saes"].items(), key=lambda item: item[1]["mean_absorption_fraction"])
-    sentence = f"{visible(least[0])} has the least: a fraction of {least[1]['mean_absorption_fraction']:.3f}."
+    paragraphs = [
+        "A latent that stands for a class (the names of functions, the words with a certain first letter) may stay off "
+        "on some words because latents of these very words have taken its part over: absorption. A linear probe says "
+        "what the activation holds of the class; the latents' shares of it say who carries it.",
+    ]
+    if len(result["saes"]) > 1:
+        fraction = least[1]["mean_absorption_fraction"]
+        paragraphs.append(f"{visible(least[0])} has the least: a fraction of {fraction:.3f}.")
     return Section(
         key="absorption",
         title="Absorption",
-        paragraphs=(
-            "A latent that stands for a class (the names of functions, the words with a certain first letter) may stay "
-            "off on some words because latents of these very words have taken its part over: absorption. A linear probe "
-            "says what the activation holds of the class; the latents' shares of it say who carries it.",
-            sentence if len(result["saes"]) > 1 else "",
-        )[: 1 + (len(result["saes"]) > 1)],
+        paragraphs=tuple(paragraphs),
         tables=(("SAE", table(result, names)), ("class", _classes(result))),
         notes=(
             f"Task '{visible(str(result['task']))}': {len(told)} of {len(result['classes'])} classes have a probe with "

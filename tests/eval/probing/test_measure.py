@@ -1,0 +1,122 @@
+"""Sparse probing of a dictionary whose latents are the concepts, and of one that knows nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tests.tiny_models import make_tokenizer
+
+from kronsae.core.encoders import DenseEncoderConfig
+from kronsae.core.sae import SAE, SAEConfig
+from kronsae.core.sparsifiers import TopKConfig
+from kronsae.errors import UserError
+from kronsae.eval.absorption import ProbeTraining
+from kronsae.eval.hooked import Windows
+from kronsae.eval.labelling import Passage, Span
+from kronsae.eval.probing import ConceptText, Probing, ProbingConfig, concept_text, probing
+
+D, N = 8, 600
+CONFIG = ProbingConfig(ks=(1, 2), ablated=(1,), sample=60, draws=3, probe=ProbeTraining(batch=16, epochs=60))
+TOKENIZER = make_tokenizer("gpt2")
+
+
+def text_and_activations() -> tuple[ConceptText, list[tuple[Windows, torch.Tensor]]]:
+    """Concepts "a" and "b" along axes 0 and 1; "both" is their AND. Four batches of 150 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    on = torch.rand(N, 2, generator=generator) < 0.5
+    labels = torch.cat([on, on.all(1, keepdim=True)], dim=1)
+    x = 0.05 * torch.randn(N, D, generator=generator)
+    x[:, :2] += on.float() * (1 + torch.rand(N, 2, generator=generator))
+    mask = torch.ones(1, 150, dtype=torch.bool)
+    windows = tuple(Windows(torch.zeros(1, 150, dtype=torch.int32), mask, mask, i) for i in range(4))
+    text = ConceptText(
+        concepts=("a", "b", "both"), windows=windows, labels_NL=labels, held_out_N=torch.arange(N) >= 400
+    )
+    return text, list(zip(windows, x.split(150), strict=True))
+
+
+def dictionary(*, knows: bool) -> SAE:
+    shape = SAEConfig(d_in=D, encoder=DenseEncoderConfig(d_sae=D), sparsifier=TopKConfig(k=4))
+    sae = shape.build()
+    with torch.no_grad():
+        reads = torch.eye(D)
+        reads[: 0 if knows else 2] = 0.0  # it sees nothing but noise
+        sae.encoder.weight.copy_(reads)  # type: ignore[operator]
+        sae.encoder.bias.fill_(-0.1 if knows else 0.0)  # type: ignore[operator]
+        sae.W_dec.copy_(torch.eye(D))
+    return sae
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Probing]:
+    text, activations = text_and_activations()
+    saes = {"knows": dictionary(knows=True), "random": dictionary(knows=False)}
+    return probing(saes, text, activations, CONFIG)[0]
+
+
+def test_latents_that_are_the_concepts_are_found(found: dict[str, Probing]) -> None:
+    a, b, both = found["knows"].concepts
+    assert (a.latent, a.f1, b.latent, b.f1) == (0, 1.0, 1, 1.0)
+    assert a.share == pytest.approx(0.5, abs=0.1)
+    assert a.accuracy_by_k == {1: 1.0, 2: 1.0}
+    assert both.f1 < 0.8
+    assert both.pair is not None
+    assert (both.pair.operation, set(both.pair.latents), both.pair.f1) == ("and", {0, 1}, 1.0)
+    assert both.accuracy_by_k[2] > both.accuracy_by_k[1]
+    assert found["knows"].recall[0] == {"latents": 8.0, "recall_0.5": 1.0, "recall_0.7": pytest.approx(2 / 3, abs=0.34)}
+
+
+def test_taking_a_concepts_latent_away_hurts_its_own_probe(found: dict[str, Probing]) -> None:
+    [taken] = found["knows"].perturbation
+    assert taken.own > 0.3
+    assert taken.score > 0.1
+
+
+def test_latents_of_noise_know_little(found: dict[str, Probing]) -> None:
+    assert found["random"].mean_f1 < found["knows"].mean_f1 - 0.2
+    assert found["random"].mean_accuracy_by_k[2] < 0.7
+    assert abs(found["random"].perturbation[0].score) < 0.1
+
+
+def test_equal_seeds_give_equal_digits_however_it_is_batched(found: dict[str, Probing]) -> None:
+    text, activations = text_and_activations()
+    again, accuracy = probing({"knows": dictionary(knows=True)}, text, activations, CONFIG)
+    assert json.dumps(again["knows"].to_dict()) == json.dumps(found["knows"].to_dict())
+    assert accuracy["a"] > 0.95
+
+
+def test_tokens_have_the_concepts_of_the_spans_they_overlap() -> None:
+    spans = (Span(start=4, end=9, label="how"), Span(start=0, end=19, label="start"))
+    passages = [Passage(text="the quick brown fox jumps over", spans=spans, held_out=i % 2 == 0) for i in range(8)]
+    found = concept_text(
+        passages, TOKENIZER, frame=([5], []), context_length=9, windows=100, at_least=3, concepts=("start", "how")
+    )
+    assert found.concepts == ("start", "how")
+    ids = torch.cat([windows.input_ids_ST[windows.keep_ST] for windows in found.windows]).tolist()
+    assert len(ids) == len(found.labels_NL) == len(found.held_out_N)
+    kept = {
+        c: {TOKENIZER.decode([t]) for t, has in zip(ids, found.labels_NL[:, c], strict=True) if has} for c in (0, 1)
+    }
+    assert "".join(sorted(kept[1])).replace(" ", "") != ""
+    whole = TOKENIZER("the quick brown fox jumps over", add_special_tokens=False, return_offsets_mapping=True)
+    expected = {
+        TOKENIZER.decode([t])
+        for t, (a, b) in zip(*(whole[key] for key in ("input_ids", "offset_mapping")), strict=True)
+        if a < 9 and b > 4
+    }
+    assert kept[1] == expected
+    assert not any("jumps" in token or "over" in token for token in kept[0])
+
+
+def test_text_without_enough_of_any_concept_is_refused() -> None:
+    passages = [
+        Passage(text="the quick fox", spans=(Span(start=0, end=3, label="x"),), held_out=i % 2 == 0) for i in (0, 1)
+    ]
+    with pytest.raises(UserError, match="a concept needs 50 tokens with it and without it"):
+        concept_text(passages, TOKENIZER, frame=([], []), context_length=9)
+    with pytest.raises(UserError, match="labelled text must hold tokens; found none"):
+        concept_text([], TOKENIZER, frame=([], []), context_length=9)
+    with pytest.raises(UserError, match="ks must hold numbers above 0"):
+        ProbingConfig(ks=())

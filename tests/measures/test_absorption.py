@@ -1,0 +1,124 @@
+"""``kronsae eval absorption`` on a tiny run, with labelled text of one's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kronsae.cli import app
+from kronsae.errors import UserError
+from kronsae.measures.absorption import AbsorptionSettings, measure
+from kronsae.measures.material import kept_results
+from kronsae.measures.tasks import read_labelled
+from kronsae.report.sections import sections
+from kronsae.run import Run
+
+KINDS = {"fox": "animal", "dog": "animal", "jumps": "act", "writes": "act", "quick": "how", "lazy": "how"}
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred short texts whose last word is an animal, an act or a manner."""
+    words = list(KINDS)
+    rows = []
+    for i in range(240):
+        word = words[i % 6]
+        text = f"the {words[(i // 6) % 6]} and {i} {word}"
+        rows.append({"text": text, "spans": [{"start": len(text) - len(word), "end": len(text), "label": KINDS[word]}]})
+    path = tmp_path_factory.mktemp("labels") / "kinds.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Path) -> None:
+    command = ["eval", "absorption", str(finished_run.folder), "--labels", str(labels), "--json", "--quiet"]
+    told = CliRunner().invoke(app, command, catch_exceptions=False)
+    result = json.loads(told.stdout)
+    assert list(result["saes"]) == finished_run.names
+    assert result["classes"] == ["act", "animal", "how"]
+    assert all(f1 > 0.6 for f1 in result["probe_f1"].values())
+    assert "What now?" in told.stderr
+    for one in result["saes"].values():
+        assert 0 <= one["mean_absorption_fraction"] <= 1
+        assert one["mean_num_split_latents"] >= 1
+    said: list[str] = []
+    again = measure(finished_run, AbsorptionSettings(labels=labels), say=said.append)
+    assert again == result
+    assert said == ["Already measured with these settings."]
+    kept = {"absorption": kept_results(finished_run)["absorption"]}
+    [section] = sections(kept, finished_run.names)
+    assert [row.name for row in section.tables[0][1].rows] == finished_run.names
+    assert [row.name for row in section.tables[1][1].rows] == ["act", "animal", "how"]
+    shown = CliRunner().invoke(app, [*command[:-2], "--quiet"], catch_exceptions=False)
+    assert "absorption fraction" in shown.stdout
+
+
+def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_path: Path) -> None:
+    def said_of(settings: AbsorptionSettings) -> list[str]:
+        said: list[str] = []
+        measure(finished_run, settings, cache=tmp_path, say=said.append)
+        return said
+
+    known = "The activations of these examples were known."
+    assert known not in said_of(AbsorptionSettings(labels=labels, max_k=2))
+    assert known in said_of(AbsorptionSettings(labels=labels, max_k=3))
+    other = tmp_path / labels.name  # the same name, another content
+    other.write_text(labels.read_text("utf-8").replace("and", "few"), encoding="utf-8")
+    assert known not in said_of(AbsorptionSettings(labels=other, max_k=2))
+
+
+def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: Path) -> None:
+    rows = [{"text": f"the fox {i}", "label": "xyz"[i * 7 % 11 % 3]} for i in range(200)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"absorption needs probes with F1 > 0.6 for at least 3 of 3 classes"):
+        measure(finished_run, AbsorptionSettings(labels=path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", 'must be a JSON object with a "text"'),
+        ('{"text": ""}', 'must be a JSON object with a "text"'),
+        ('{"text": "x"}', 'must have "text" and either "label" or "spans"'),
+        ('{"text": "x", "lable": "y"}', 'must have "text" and either "label" or "spans"; got text, lable'),
+        ('{"text": "x", "spans": 3}', '"spans" must be a list'),
+        ('{"text": "x", "spans": [{"start": 0, "end": 2, "label": "y"}]}', "0 <= start < end <= 1"),
+        ('{"text": "x", "label": 3}', "a span must be"),
+        ('{"text": "x", "label": "y", "held_out": "no"}', '"held_out" true or false'),
+    ],
+)
+def test_a_line_that_is_no_labelled_text_is_refused(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"text": "a", "label": "b", "held_out": true}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 2") as refused:
+        list(read_labelled(path))
+    assert message in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_labelled(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "rolls"}, "task must be one of roles, first-letter, labels; got 'rolls'. Did you mean 'roles'"),
+        ({"task": "roles", "labels": Path("x")}, "labels belongs to the task 'labels'"),
+        ({"place": "first"}, "place must be 'last' or 'next'"),
+        ({"windows": 0}, "windows must be a whole number above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        AbsorptionSettings(**settings)  # type: ignore[arg-type]
+    assert message in str(refused.value)
+
+
+def test_the_task_labels_needs_a_file(finished_run: Run) -> None:
+    with pytest.raises(UserError, match="the task 'labels' needs a file"):
+        measure(finished_run, AbsorptionSettings(task="labels"))

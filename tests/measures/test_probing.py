@@ -1,0 +1,63 @@
+"""``kronsae eval probing`` on a tiny run, with labelled text of one's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kronsae.cli import app
+from kronsae.errors import UserError
+from kronsae.measures.material import kept_results
+from kronsae.measures.probing import ProbingSettings, measure
+from kronsae.report.sections import sections
+from kronsae.run import Run
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts with animals and numbers in them."""
+    rows = []
+    for i in range(400):
+        animal = ("fox", "dog")[i % 2]
+        text = f"the lazy {animal} jumps over {i} and writes each sum"
+        spans = [
+            {"start": 9, "end": 12, "label": "animal"},
+            {"start": 24, "end": 24 + len(str(i)), "label": "number"},
+        ]
+        rows.append({"text": text, "spans": spans})
+    path = tmp_path_factory.mktemp("labels") / "spans.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Path) -> None:
+    command = ["eval", "probing", str(finished_run.folder), "--labels", str(labels), "--json", "--quiet"]
+    told = CliRunner().invoke(app, command, catch_exceptions=False)
+    result = json.loads(told.stdout)
+    assert result["concepts"] == ["animal", "number"]
+    assert list(result["saes"]) == finished_run.names
+    assert result["probe_accuracy"]["animal"] > 0.9
+    for one in result["saes"].values():
+        assert list(one["mean_accuracy_by_k"]) == ["1", "2", "5"]
+        assert one["mean_pair_f1"] >= 0
+        assert [row["latents"] for row in one["recall"]] == [32, 16, 8, 4, 2]
+    said: list[str] = []
+    assert measure(finished_run, ProbingSettings(labels=labels), say=said.append) == result
+    assert said == ["Already measured with these settings."]
+    [section] = sections({"probing": kept_results(finished_run)["probing"]}, finished_run.names)
+    first, recall, concepts = (table for _, table in section.tables)
+    assert [row.name for row in first.rows] == finished_run.names
+    assert len(recall.rows) == 5 * len(finished_run.names)
+    assert [row.name for row in concepts.rows] == ["animal", "number"]
+    shown = CliRunner().invoke(app, [*command[:-2], "--quiet"], catch_exceptions=False)
+    assert "F1, best pair" in shown.stdout
+
+
+def test_other_text_than_pythons_library_needs_labels(finished_run: Run) -> None:
+    with pytest.raises(UserError, match="labels are needed for a text that is not Python's library"):
+        measure(finished_run, ProbingSettings())
+    with pytest.raises(UserError, match="windows must be a whole number above 0"):
+        ProbingSettings(windows=0)
