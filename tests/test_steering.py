@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.test_intervention import make_sae
+from tests.tiny_runs import tiny_config
 from typer.testing import CliRunner
 
 from kronsae.data.model import LanguageModel, ModelConfig, load_model
 from kronsae.errors import UserError
 from kronsae.intervention import Intervention, ablate, clamp, scale, steer
-from kronsae.run import Run
-from kronsae.steering import app, changes_of, continuations, generate, padded_prompts
+from kronsae.recipes import topk
+from kronsae.run import Run, execute
+from kronsae.steering import Continuation, app, changes_of, continuations, generate, padded_prompts
 
 PROMPTS = ["The quick brown", "A sparse autoencoder writes each"]
 
@@ -105,3 +108,30 @@ def test_the_verb(finished_run: Run) -> None:
     assert "Latent 3 of topk at layers.2: add 40" in shown.stderr
     with pytest.raises(UserError, match="--sae must name one of the run's SAEs: topk, kron"):
         CliRunner().invoke(app, words, catch_exceptions=False, standalone_mode=False)
+
+
+def test_each_sae_is_steered_at_its_own_hook(
+    tiny_model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All hooks are of one width, so at the run's hook a change would go through and mean nothing."""
+    saes = (
+        topk(name="deep", d_sae=32, k=4, read="layers.1"),
+        topk(name="across", d_sae=32, k=4, read="layers.1", write="layers.2"),
+        topk(name="both", d_sae=32, k=4, read="layers.0, layers.1"),
+    )
+    config = tiny_config(tiny_model_folder("gpt_neox"), text_file, saes=saes)
+    run = execute(replace(config, loop=replace(config.loop, tokens=128)), tmp_path / "run", show_progress=False)
+    words = [str(run.folder), "--ablate", "3", "--prompt", PROMPTS[0]]
+    used: list[Intervention] = []
+
+    def spy(model: LanguageModel, prompts: list[str], *found: Intervention, **_: object) -> list[Continuation]:
+        used.extend(found)
+        return []
+
+    monkeypatch.setattr("kronsae.steering.continuations", spy)
+    told = json.loads(CliRunner().invoke(app, [*words, "--sae", "deep", "--json"]).stdout)
+    assert told["hook"] == used[0].hook == "layers.1"
+    assert config.hook == "layers.2"
+    for name, reads in (("across", "layers.1 and writes layers.2"), ("both", r"layers.0 \+ layers.1 and writes")):
+        with pytest.raises(UserError, match=f"'{name}' reads {reads}"):
+            CliRunner().invoke(app, [*words, "--sae", name], catch_exceptions=False, standalone_mode=False)

@@ -18,7 +18,7 @@ from kronsae.data.tokens import special_frame
 from kronsae.errors import UserError
 from kronsae.eval.display import visible_lines
 from kronsae.intervention import Change, Intervention, ablate, clamp, intervene, scale, steer
-from kronsae.run import open_run
+from kronsae.run import Run, open_run
 from kronsae.terminal import Json, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
@@ -156,13 +156,13 @@ def command(
     name = sae if sae is not None or len(run.names) > 1 else run.names[0]
     if name is None:
         raise UserError(f"--sae must name one of the run's SAEs: {', '.join(run.names)}.")
-    loaded = run.load(name)
+    loaded, hook = run.load(name), hook_of(run, name)
     changes = changes_of(latent or [], amount or [], ablated or [], clamped or [], multiplied or [])
     language_model = load_model(run.config.model)
     first = len(special_frame(language_model.tokenizer)[0])  # SAEs are not trained on special tokens
     intervention = Intervention(
         sae=loaded.to(language_model.device).eval(),
-        hook=run.config.hook,
+        hook=hook,
         changes=changes,
         positions=slice(first, None),
     )
@@ -170,13 +170,29 @@ def command(
         language_model, prompt, intervention, new_tokens=new_tokens, temperature=temperature, seed=seed
     )
     if as_json:
-        told = {"sae": name, "hook": run.config.hook, "changes": [asdict(change) for change in changes]}
+        told = {"sae": name, "hook": hook, "changes": [asdict(change) for change in changes]}
         print_json(told | {"seed": seed, "continuations": [asdict(one) for one in found]})
     else:
         print_table(_as_table(found))
         for change in changes:
-            say(f"Latent {change.latent} of {name} at {run.config.hook}: {change.kind} {change.value:g}")
+            say(f"Latent {change.latent} of {name} at {hook}: {change.kind} {change.value:g}")
     what_now(f"kronsae eval latents {shlex.quote(str(run_folder))} --latent {changes[0].latent}")
+
+
+def hook_of(run: Run, name: str) -> str:
+    """The one hook that an SAE of the run reads and reconstructs, which need not be the run's own.
+
+    Raises:
+        UserError: it reads or writes others besides.
+    """
+    member = next(member for member in run.config.saes if member.name == name)
+    read, write = member.reads(run.config.hook), member.writes(run.config.hook)
+    if len(read) > 1 or read != write:
+        raise UserError(
+            f"--sae must name an SAE that reconstructs the one hook it reads; '{name}' reads {' + '.join(read)} and "
+            f"writes {' + '.join(write)}. Choose another SAE, or change the model with kronsae.intervention."
+        )
+    return read[0]
 
 
 def changes_of(
