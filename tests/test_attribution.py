@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kronsae.attribution import Attribution, attribute, logit_difference
 from kronsae.core.codes import SparseCodes
+from kronsae.core.encoders import DenseEncoderConfig
+from kronsae.core.sae import SAEConfig
+from kronsae.core.sparsifiers import TopKConfig
 from kronsae.errors import UserError
 from kronsae.intervention import Intervention, intervene, scale, steer
 
@@ -116,3 +119,12 @@ def test_a_metric_must_be_one_number_of_the_logits() -> None:
     ]:
         with pytest.raises(UserError, match=rf"metric must give one number.*shape {shape}"):
             attribute(model, [(sae, "layers.1")], {"input_ids": ids}, metric)
+
+
+def test_only_an_sae_of_one_hook_can_be_attributed_to() -> None:
+    """Of a transcoder of equal widths everything would fit, and mean nothing."""
+    model, common = model_of(), {"encoder": DenseEncoderConfig(d_sae=8), "sparsifier": TopKConfig(k=2)}
+    for role, widths in (("transcoder", {"write_widths": (16,)}), ("crosscoder", {"read_widths": (8, 8)})):
+        sae = SAEConfig(d_in=16, **common, **widths).build()  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"reconstruct the one hook they read; one of these is a {role}"):
+            attribute(model, [(sae, 1)], {"input_ids": tokens()}, logit_difference(1, 2))

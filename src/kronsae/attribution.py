@@ -74,8 +74,15 @@ def attribute(
         An `Attribution` per site, in their order.
 
     Raises:
-        UserError: a hook names no module or does not run, or the metric gives no single number with a gradient.
+        UserError: an SAE is a transcoder or crosscoder, a hook names no module or does not run, or the metric gives no
+            single number with a gradient.
     """
+    for sae, _ in sites:
+        if sae.config.role:
+            raise UserError(
+                f"sites must hold SAEs that reconstruct the one hook they read; one of these is a {sae.config.role}, "
+                "whose rows are not directions of that hook. Attribute to an SAE of it."
+            )
     hooks = [resolve_hook(model, hook) for _, hook in sites]
     captured: dict[int, Tensor] = {}
 
