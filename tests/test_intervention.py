@@ -256,8 +256,8 @@ def test_what_cannot_be() -> None:
         Intervention(sae=sae, hook="layers.1", changes=[steer(24, 1.0)])
     with pytest.raises(UserError, match=r"the change of latent 3 must be by a finite number; got nan\."):
         steer(3, float("nan"))
-    for wrong in (slice(-1, None), [0, -2], "first", [1.5]):
-        with pytest.raises(UserError, match=r"positions must be None, 'last', a slice or a list"):
+    for wrong in (slice(-1, None), slice(0, None, 0), [0, -2], "first", [1.5], 3):
+        with pytest.raises(UserError, match=r"positions must be None, 'last', a slice .* or a list"):
             Intervention(sae=sae, hook="layers.1", changes=[], positions=wrong)  # type: ignore[arg-type]
     with (
         pytest.raises(UserError, match=f"from 0 to {LAYERS - 1}"),

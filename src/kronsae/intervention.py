@@ -182,10 +182,12 @@ def _check_positions(positions: Positions) -> None:
     if isinstance(positions, slice):
         numbers = [number for number in (positions.start, positions.stop, positions.step) if number is not None]
     else:
-        numbers = list(positions)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        numbers = list(positions) if isinstance(positions, Sequence) else [-1]
+    no_step = isinstance(positions, slice) and positions.step == 0
+    if no_step or not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise UserError(
-            f"positions must be None, 'last', a slice or a list of whole numbers from 0 on; got {positions!r}."
+            "positions must be None, 'last', a slice (of steps from 1 on) or a list of whole numbers from 0 on; got "
+            f"{positions!r}."
         )
 
 
