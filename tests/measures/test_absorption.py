@@ -82,6 +82,9 @@ def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: P
     ("line", "message"),
     [
         ("{", 'must be a JSON object with a "text"'),
+        ('{"text": "x", "label": ' + "1" * 5000 + "}", 'must be a JSON object with a "text"'),
+        ("[" * 100_000, 'must be a JSON object with a "text"'),
+        (r'{"text": "\ud800", "label": "y"}', "half of a surrogate pair"),
         ('{"text": ""}', 'must be a JSON object with a "text"'),
         ('{"text": "x"}', 'must have "text" and either "label" or "spans"'),
         ('{"text": "x", "lable": "y"}', 'must have "text" and either "label" or "spans"; got text, lable'),
@@ -97,6 +100,15 @@ def test_a_line_that_is_no_labelled_text_is_refused(line: str, message: str, tmp
     with pytest.raises(UserError, match="line 2") as refused:
         list(read_labelled(path))
     assert message in str(refused.value)
+
+
+def test_only_newlines_end_a_line_of_labels(tmp_path: Path) -> None:
+    """JSON may hold U+2028, U+0085 and others raw within a text; a byte order mark is no text."""
+    path = tmp_path / "labels.jsonl"
+    texts = ["a\u2028b", "c\x85d", "e\u2029f"]
+    lines = [json.dumps({"text": text, "label": "y"}, ensure_ascii=False) for text in texts]
+    path.write_text("\r\n".join(lines) + "\r\n", encoding="utf-8-sig", newline="")
+    assert [passage.text for passage in read_labelled(path)] == texts
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -97,7 +97,9 @@ def read_labelled(path: Path) -> Iterator[Passage]:
         UserError: a line is something else; it says which.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # splitlines() would cut at U+2028 and others within a text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"labels: {path} cannot be read ({error}).") from None
     for number, line in enumerate(lines, 1):
@@ -108,7 +110,7 @@ def read_labelled(path: Path) -> Iterator[Passage]:
 def _passage(line: str, where: str) -> Passage:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"]:
         raise UserError(f'{where} must be a JSON object with a "text"; got {line[:60]!r}.')
@@ -116,6 +118,10 @@ def _passage(line: str, where: str) -> Passage:
     if unknown or ("label" in row) == ("spans" in row):
         raise UserError(f'{where} must have "text" and either "label" or "spans"; got {", ".join(map(str, row))}.')
     text = row["text"]
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(
+            f'{where}: "text" must be Unicode; it holds half of a surrogate pair, which no tokenizer takes.'
+        )
     spans = row.get("spans", [{"start": 0, "end": len(text), "label": row.get("label")}])
     held_out = row.get("held_out", is_held_out(document_of(text).id, HELD_OUT_SHARE))
     if not isinstance(spans, list) or not isinstance(held_out, bool):
