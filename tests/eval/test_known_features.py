@@ -86,6 +86,14 @@ def test_the_meter_by_hand() -> None:
     assert (hierarchy.rate, hierarchy.missed_alone, hierarchy.parents) == (0.5, 0.0, 1)
 
 
+def test_a_kind_without_features_has_no_figures() -> None:
+    kinds = {"all": torch.arange(2), "none": torch.arange(0)}
+    meter = KnownFeaturesMeter(torch.eye(2), torch.eye(2), kinds, {})
+    meter.update(codes_of(torch.eye(2)), torch.eye(2))
+    found = meter.value()
+    assert (found.cosine_by_kind, found.f1_by_kind) == ({"all": 1.0}, {"all": 1.0})  # a NaN could not be kept as JSON
+
+
 def test_what_was_never_seen_is_none() -> None:
     meter = KnownFeaturesMeter(torch.eye(2), torch.eye(2), {"all": torch.arange(2)}, {"x": torch.tensor([[0, 1]])})
     meter.update(codes_of(torch.zeros(3, 2)), torch.zeros(3, 2))

@@ -113,7 +113,8 @@ class KnownFeaturesMeter:
         self.cosine_FG = absolute_cosines(W_dec_FD, directions_GD)
         self.nearest_F = self.cosine_FG.argmax(1)
         self.latent_G = match_features(self.cosine_FG)
-        self.kinds, self.edges = kinds, edges
+        self.kinds = {kind: features for kind, features in kinds.items() if len(features)}  # no mean of nothing
+        self.edges = edges
         d_sae, features = self.cosine_FG.shape
         self.feature_F = torch.full((d_sae,), features)  # the last column of a table stands for "no feature"
         has_G = self.latent_G != NO_LATENT
