@@ -171,9 +171,9 @@ def _baseline(
     text: ConceptText, x: Tensor, wanted_N: Tensor, train: list[Tensor], held_out: list[Tensor], config: ProbingConfig
 ) -> _Baseline:
     row_of_N = wanted_N.cumsum(0) - 1
-    factor = 1 / root_mean_square(x)
-    x = x * factor
     learnt = torch.unique(torch.cat(train))
+    factor = 1 / root_mean_square(x[row_of_N[learnt]])  # held-out tokens have no say in what probes learn
+    x = x * factor
     scored = torch.unique(torch.cat(held_out))
     probe = train_probe(x[row_of_N[learnt]], text.labels_NL[learnt], config.probe, config.seed)
     logits_NL = probe.scores(x[row_of_N[scored]])
