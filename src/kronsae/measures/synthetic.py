@@ -7,6 +7,7 @@ the true l0, trained alike on activations made of known features.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -244,7 +245,7 @@ def command(
         print_table(rich_table(table(result), "SAE"))
         for sentence in verdict(result):
             say(sentence)
-    what_now(f"kronsae report {run.folder}")
+    what_now(f"kronsae report {shlex.quote(str(run.folder))}")
 
 
 def _source(name: str) -> Literal["own", "sae_lens"]:

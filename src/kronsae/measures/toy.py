@@ -6,6 +6,7 @@ needed, and one that is given only keeps the result and shows it on its page.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ class ToyConfig:
         return (topk(d_sae=self.features, **shared), *heads)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Cell:
     """One setup and seed after training: the dictionaries, trained and as they started."""
 
@@ -224,7 +225,7 @@ def command(
         for sentence in verdict(result):
             say(sentence)
     if run is not None:
-        what_now(f"kronsae report {run.folder}")
+        what_now(f"kronsae report {shlex.quote(str(run.folder))}")
     else:
         what_now("docs/measurements/toy.md says what the figures mean", "kronsae eval toy RUN keeps them with a run")
 
