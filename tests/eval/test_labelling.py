@@ -34,6 +34,14 @@ def task(given: list[Passage] | None = None, **changes: Any) -> Task:
     return make_task("words", passages() if given is None else given, TOKENIZER, **options)
 
 
+def test_a_prompt_is_not_cut() -> None:
+    longest = max(len(encode(passage.text, TOKENIZER).ids) for passage in passages())
+    frame = len(FRAME[0]) + len(FRAME[1])
+    assert task(whole=True, context_length=longest + frame).classes == task(context_length=longest + frame).classes
+    with pytest.raises(UserError, match=f"a prompt of this task as a whole; one has .* and {longest - 1} fit"):
+        task(whole=True, context_length=longest + frame - 1)
+
+
 def test_tokens_cover_their_characters() -> None:
     text = "the quick brown füx"
     encoded = encode(text, TOKENIZER)

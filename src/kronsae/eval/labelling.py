@@ -157,6 +157,7 @@ def make_task(
     classes: Sequence[str] | None = None,
     sizes: Sizes | None = None,
     place: Place = "last",
+    whole: bool = False,
     seed: int = 0,
 ) -> Task:
     """Draw windows of some passages, and in them examples among the labelled spans.
@@ -167,13 +168,14 @@ def make_task(
 
     Args:
         classes: in this order, and no others; None takes all labels in alphabetical order.
+        whole: a passage means something only as a whole, such as a prompt: refuse to cut one.
 
     Raises:
-        UserError: fewer than two classes have enough examples.
+        UserError: fewer than two classes have enough examples, or a passage that may not be cut is too long.
     """
     sizes = sizes or Sizes()
     content = content_length(frame, context_length)
-    rows = [row for passage in passages for row in _rows(passage, tokenizer, content, place, classes)]
+    rows = [row for passage in passages for row in _rows(passage, tokenizer, content, place, classes, whole)]
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     chosen = [row for held_out in (False, True) for row in _wanted(rows, order, sizes, held_out)]
     counts = Counter((row.held_out, label) for row in chosen for label, _ in row.examples.values())
@@ -213,10 +215,15 @@ class _Row:
 
 
 def _rows(
-    passage: Passage, tokenizer: Any, content: int, place: Place, classes: Sequence[str] | None
+    passage: Passage, tokenizer: Any, content: int, place: Place, classes: Sequence[str] | None, whole: bool
 ) -> Iterator[_Row]:
     """The windows of a passage that hold an example; of spans read at the same token the first counts."""
     encoded = encode(passage.text, tokenizer)
+    if whole and len(encoded.ids) > content:
+        raise UserError(
+            f"context_length must hold a prompt of this task as a whole; one has {len(encoded.ids)} tokens, and "
+            f"{content} fit. Choose another task, or a run with a longer context."
+        )
     found: dict[int, dict[int, tuple[str, str]]] = defaultdict(dict)
     for span in passage.spans:
         tokens = encoded.covering(span.start, span.end)

@@ -77,6 +77,7 @@ def build_task(
         classes=classes,
         sizes=sizes,
         place=place,
+        whole=name == "first-letter",
         seed=seed,
     )
 
