@@ -36,7 +36,7 @@ def test_losing_is_said_first_and_plainly() -> None:
     assert told[0].startswith("Over 3 pairs, Kronecker encoders lose in MCC (−0.100 ±")
     assert told[1].startswith("Over 3 pairs, Kronecker encoders win in absorbed by children (−0.110 ±")
     assert (
-        told[2] == "Over 3 pairs, Kronecker encoders are no different in F1 (+0.000 ± 0.000), "
+        told[2] == "Over 3 pairs, Kronecker encoders neither win nor lose visibly in F1 (+0.000 ± 0.000), "
         "missed without (+0.000 ± 0.000)."
     )
     assert told[3] == "In MCC behind with every seed: kron (against topk)."
@@ -47,7 +47,7 @@ def test_winning_and_neither() -> None:
     better = list(verdict(result((0.7, 0.72, 0.73))))
     assert "win in MCC" in better[0]
     mixed = list(verdict(result((0.5, 0.61, 0.72))))
-    assert "no different in MCC" in mixed[1]
+    assert "neither win nor lose visibly in MCC" in mixed[1]
     assert not any("with every seed" in sentence for sentence in mixed)
 
 

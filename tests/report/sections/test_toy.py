@@ -63,7 +63,7 @@ def sentences(**changes: float) -> str:
     ("kron", "expected"),
     [
         (0.4, "KronSAEs recover the correlation better"),
-        (0.2, "equally well"),
+        (0.2, "no difference between KronSAEs and TopK shows"),
         (0.1, "TopK recovers the correlation better"),
     ],
 )
@@ -79,7 +79,7 @@ def test_the_claim(kron: float, expected: str) -> None:
     [
         (0.2, "so the shape alone does not explain"),
         (0.6, "training lowers it: the shape alone gives more"),
-        (0.403, "training does not raise it"),
+        (0.403, "what training adds does not show"),
     ],
 )
 def test_is_it_the_shape(untrained: float, expected: str) -> None:
@@ -88,15 +88,18 @@ def test_is_it_the_shape(untrained: float, expected: str) -> None:
 
 def test_the_shape_before_training() -> None:
     assert "an untrained KronSAE is above chance by more" in sentences(kron_untrained=0.5)
-    assert "an untrained KronSAE is no further above chance" in sentences()
+    assert "untrained, no difference between KronSAE and TopK shows" in sentences()
     assert "an untrained KronSAE is above chance by less" in sentences(kron_untrained=0.1)
 
 
 def test_whatever_the_truth() -> None:
     assert "no: a KronSAE is further above chance for its own truth" in sentences()
-    assert "yes: a KronSAE is as far above chance" in sentences(kron_mismatched=0.4005)
+    assert (
+        "it may: that a KronSAE is further above chance for its own truth than for another does not show"
+        in sentences(kron_mismatched=0.4005)
+    )
     assert "yes: a KronSAE is further above chance" in sentences(kron_mismatched=0.6)
-    assert "which is none" in sentences(topk_mismatched=0.1995)
+    assert "within its error" in sentences(topk_mismatched=0.1995)
     assert "which counts" in sentences(topk_mismatched=0.1)
 
 

@@ -121,7 +121,7 @@ def verdict(result: Mapping[str, Any]) -> Iterator[str]:
             continue
         gain = paired_difference([kron for kron, _ in known], [dense for _, dense in known])
         told[gain.sign * figure.better].append(f"{figure.heading} ({gain})")
-    says = {-1: "lose", 1: "win", 0: "are no different"}
+    says = {-1: "lose", 1: "win", 0: "neither win nor lose visibly"}
     for sign, found in told.items():
         if found:
             yield f"Over {len(pairs)} pairs, Kronecker encoders {says[sign]} in {', '.join(found)}."

@@ -104,7 +104,7 @@ def _claim(result: Mapping[str, Any], how: str, key: str) -> str:
     gain = paired_difference(_kron(result, _trained(key)), _topk(result, _trained(key)))
     says = {
         1: "KronSAEs recover the correlation better than TopK",
-        0: "KronSAEs and TopK recover the correlation equally well",
+        0: "no difference between KronSAEs and TopK shows",
         -1: "TopK recovers the correlation better than KronSAEs",
     }[gain.sign]
     return f"RV, matched {how}: {says} ({gain} over {gain.pairs} pairs)."
@@ -116,12 +116,12 @@ def _shape_alone(result: Mapping[str, Any], how: str, key: str) -> str:
     learned = paired_difference(_kron(result, trained), _kron(result, untrained))
     head = {
         1: "an untrained KronSAE is above chance by more than an untrained TopK",
-        0: "an untrained KronSAE is no further above chance than an untrained TopK",
+        0: "untrained, no difference between KronSAE and TopK shows",
         -1: "an untrained KronSAE is above chance by less than an untrained TopK",
     }[start.sign]
     tail = {
         1: "training raises it, so the shape alone does not explain what is recovered",
-        0: "training does not raise it: the shape alone gives as much",
+        0: "what training adds does not show: the shape alone may explain what is recovered",
         -1: "training lowers it: the shape alone gives more",
     }[learned.sign]
     return f"Is it the shape alone? Matched {how}, {head} ({start}); {tail} ({learned})."
@@ -133,10 +133,10 @@ def _any_truth(result: Mapping[str, Any], how: str, key: str) -> str:
     topk = paired_difference(_topk(result, trained), _topk(result, mismatched))
     says = {
         1: "no: a KronSAE is further above chance for its own truth than for another",
-        0: "yes: a KronSAE is as far above chance for a truth it never saw as for its own",
+        0: "it may: that a KronSAE is further above chance for its own truth than for another does not show",
         -1: "yes: a KronSAE is further above chance for a truth it never saw than for its own",
     }[own.sign]
-    same = "which counts" if topk.sign else "which is none"
+    same = "which counts" if topk.sign else "within its error"
     return (
         f"Does the picture look the same whatever the truth? Matched {how}, {says} ({own}); of TopK the difference is "
         f"{topk}, {same}."
@@ -178,8 +178,8 @@ def _fit(result: Mapping[str, Any]) -> str:
     if len(fitting) < 2:
         return ""
     more = paired_difference(fitting, others)
-    says = {1: "larger", 0: "no larger", -1: "smaller"}[more.sign]
-    return f"Where the true blocks have a head's size the gain in RV over TopK is {says} than where none has ({more})."
+    says = {1: "is larger than", 0: "does not differ visibly from", -1: "is smaller than"}[more.sign]
+    return f"Where the true blocks have a head's size the gain in RV over TopK {says} where none has ({more})."
 
 
 def _gain(result: Mapping[str, Any], name: str, setup: str, seed: int) -> float:
