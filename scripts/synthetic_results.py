@@ -2,7 +2,7 @@
 
 .venv/bin/python scripts/synthetic_results.py [--seeds 3] [--table-only]
 
-The SAEs are those of `kronsae architectures`, and a KronSAE with larger heads.
+The SAEs are those of `kronsae architectures` that reconstruct what they read, and a KronSAE with larger heads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ FORMS = ARCHITECTURES | {"topk-kron-m4-n4": "kron num_heads=64 d_base=4 d_extens
 
 def members() -> tuple[MemberConfig, ...]:
     """One SAE of each form; their sizes are the measurement's."""
-    return tuple(replace(parse_sae(words), name=name) for name, words in FORMS.items())
+    every = (replace(parse_sae(words), name=name) for name, words in FORMS.items())
+    return tuple(member for member in every if not member.shape(1).role)
 
 
 def markdown(kept: dict[str, Any]) -> str:

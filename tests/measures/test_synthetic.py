@@ -29,7 +29,8 @@ from kronsae.words import parse_sae
 OWN = SyntheticConfig(d_in=8, independent=16, group_size=4, roots=4, branching=2, conjunctions=4, p_max=0.3, p_min=0.1)
 TINY = SyntheticStudyConfig(own=OWN, seeds=2, steps=6, batch=32, held_out_tokens=2000)
 MEMBERS = (topk(d_sae=1000, k=50), kron(num_heads=99, d_base=2, d_extension=4, k=50))
-ALL = {name: replace(parse_sae(words), name=name) for name, words in ARCHITECTURES.items()}
+EVERY = {name: replace(parse_sae(words), name=name) for name, words in ARCHITECTURES.items()}
+ALL = {name: member for name, member in EVERY.items() if not member.shape(1).role}
 
 
 def at(member: MemberConfig, d_sae: int) -> MemberConfig:
@@ -61,6 +62,15 @@ def test_the_gate_stays_and_a_size_that_does_not_divide_loses_latents() -> None:
 def test_a_head_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="as many features as one head has latents, 8, in each expert; got 7"):
         at(MEMBERS[1], 7)
+
+
+def test_a_hook_of_its_own_is_left_out_and_other_roles_are_refused() -> None:
+    elsewhere = replace(MEMBERS[0], read=("layers.1",))
+    once = replace(TINY, seeds=1)
+    assert measure([elsewhere], once) == measure(MEMBERS[:1], once)
+    for name, role in (("transcoder", "transcoder"), ("skip_transcoder-kron", "skip_transcoder"), ("crosscoder",) * 2):
+        with pytest.raises(UserError, match=f"'{name}' is a {role}, and what is generated has one place only"):
+            at(EVERY[name], 128)
 
 
 def test_families_and_encoders() -> None:

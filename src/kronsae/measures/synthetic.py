@@ -145,14 +145,21 @@ def fit_to(member: MemberConfig, *, d_sae: int, k: int, seed: int, config: Synth
     """The member's form at another size: encoder kind, head's shape, gate, sparsifier, loss and experts stay.
 
     Size, k, seed and training are the measurement's, equal for all. A Kronecker encoder gets as many whole heads as fit
-    into ``d_sae``; Matryoshka's groups keep their shares, to the nearest head.
+    into ``d_sae``; Matryoshka's groups keep their shares, to the nearest head. Which hook it reads is left out.
 
     Raises:
-        UserError: not one head, or not one expert's, fits.
+        UserError: not one head, or not one expert's, fits; or it is a transcoder or crosscoder.
     """
+    if role := member.shape(1).role:
+        raise UserError(
+            f"known features are of SAEs that reconstruct the one hook they read; '{member.name}' is a {role}, and "
+            "what is generated has one place only. Measure a run without it."
+        )
     encoder = resized(member.encoder, d_sae)
     return replace(
         member,
+        read=None,
+        write=None,
         encoder=encoder,
         sparsifier=replace(member.sparsifier, k=k),
         loss=_regrouped(member.loss, encoder),
