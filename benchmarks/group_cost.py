@@ -20,7 +20,6 @@ from time import perf_counter
 import torch
 
 from kronsae.bench.measure import Timing
-from kronsae.cli import parse_sae
 from kronsae.data.buffer import Activations, RowReader
 from kronsae.data.harvest import ActivationStream
 from kronsae.data.model import ModelConfig
@@ -33,6 +32,7 @@ from kronsae.run_config import RunConfig
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Member
 from kronsae.training.trainer import fit
+from kronsae.words import parse_sae
 
 LIMIT = 1.25
 CONTEXT = 256  # tokens of a window

@@ -15,7 +15,6 @@ from time import perf_counter
 from typing import Any
 
 from kronsae.architectures import ARCHITECTURES
-from kronsae.cli import parse_sae
 from kronsae.config import to_dict
 from kronsae.files import write_json, write_text
 from kronsae.measures.synthetic import SyntheticStudyConfig, measure
@@ -24,6 +23,7 @@ from kronsae.progress_bar import progress_bar
 from kronsae.provenance import provenance
 from kronsae.report.sections.synthetic import table, verdict
 from kronsae.training.config import MemberConfig
+from kronsae.words import parse_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "synthetic.json"
@@ -48,8 +48,8 @@ def markdown(kept: dict[str, Any]) -> str:
         "",
         f"Mean ± standard deviation over {len(truth)} seeds; {truth[0]['features']} features in width "
         f"{truth[0]['d_in']}, {l0:.1f} of them on per token; {settings['steps'] * settings['batch']:,} training tokens "
-        f"for every SAE. {kept['seconds'] / 60:.0f} minutes on {about['cores']} core(s) of {about['processor']}, "
-        f"commit {about['commit']} ([all figures](../results/synthetic.json)).",
+        f"for every SAE. Measured on {about['processor']}, commit {about['commit']} "
+        "([all figures](../results/synthetic.json)).",
     ]
     return "\n".join(lines)
 

@@ -34,8 +34,8 @@ def markdown(kept: dict[str, Any]) -> str:
     lines += [
         "",
         f"Mean ± standard deviation: in the first table over {len(settings['setups'])} correlated setups and "
-        f"{settings['seeds']} seeds, in the second over seeds. {kept['seconds'] / 60:.0f} minutes on {about['cores']} "
-        f"core(s) of {about['processor']}, commit {about['commit']} ([all figures](../results/toy.json)).",
+        f"{settings['seeds']} seeds, in the second over seeds. Measured on {about['processor']}, commit "
+        f"{about['commit']} ([all figures](../results/toy.json)).",
     ]
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import doctest
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from tests.tiny_models import LAYERS, VOCABULARY, WIDTH, make_model
 from torch import Tensor, nn
 
+from kronsae import intervention as intervention_module
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
@@ -267,6 +270,13 @@ def test_what_cannot_be() -> None:
         pytest.raises(UserError, match=re.escape("width of hook 'gpt_neox.layers.1', 16; it has d_in=8")),
     ):
         model(ids)
+    short = Intervention(sae=sae, hook="layers.1", changes=[steer(1, 1.0)])
+    cache = model(ids, use_cache=True).past_key_values
+    with (
+        intervene(model, short),
+        pytest.raises(UserError, match=r"attention_mask must be 2 x 8, over the tokens in the cache.*got 2 x 1\."),
+    ):
+        model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
     mask = torch.ones(2, 1, 7, 7)
     with (
         intervene(model, Intervention(sae=sae, hook="layers.1", changes=[steer(1, 1.0)])),
@@ -275,7 +285,29 @@ def test_what_cannot_be() -> None:
         model(ids, attention_mask=mask)
 
 
-def test_it_can_be_had_from_the_package(tiny_model_folder: Callable[[str], Path]) -> None:
+def test_the_blocks_of_the_docs_run() -> None:
+    """In their order, with a fresh SAE in the place of a run's."""
+    text = (Path(__file__).parents[1] / "docs" / "intervention.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    shape = SAEConfig(d_in=256, encoder=DenseEncoderConfig(d_sae=128), sparsifier=TopKConfig(k=4)).build()
+    names: dict[str, Any] = {
+        "run": SimpleNamespace(load=lambda name: shape),
+        "input_ids": tokens(1, 6),
+        "target": 5,
+        "other": 6,
+    }
+    for block in blocks:
+        exec(block, names)
+        names["model"] = names["language_model"].model
+    assert names["logits"].shape[:2] == (1, 6)
+    assert names["found"].top(3)
+
+
+def test_the_example_in_the_docstring() -> None:
+    assert doctest.testmod(intervention_module).failed == 0
+
+
+def test_it_can_be_had_from_the_package() -> None:
     import kronsae
 
     assert kronsae.intervene is intervene

@@ -32,3 +32,27 @@ def test_the_page_is_the_result_file(name: str) -> None:
         assert f"{study.START}\n{study.markdown(kept)}\n{study.END}" in page
     else:  # not measured yet: then there are no figures to show
         assert f"{study.START}\n{study.END}" in page
+
+
+def test_the_pages_words_come_from_the_figures() -> None:
+    rows = [
+        {"sae": sae, "encoder": encoder, "family": "topk", "seed": seed, "mcc": mcc + seed / 100}
+        for seed in (0, 1)
+        for sae, encoder, mcc in (("topk", "dense", 0.5), ("kron", "kronecker", 0.25))
+    ]
+    about = [{"seed": seed, "features": 9, "d_in": 3, "l0": 2.0 + seed} for seed in (0, 1)]
+    kept = {
+        "result": {"about": about, "rows": rows},
+        "settings": {"steps": 10, "batch": 200},
+        "provenance": {"processor": "a processor", "commit": "abc"},
+    }
+    page = script("synthetic").markdown(kept)
+    assert "| kron | 0.255 ± 0.007 |" in page
+    assert "- Over 2 pairs, Kronecker encoders lose in MCC (−0.250 ± 0.000)." in page
+    assert "9 features in width 3, 2.5 of them on per token; 2,000 training tokens" in page
+    assert "a processor, commit abc" in page
+
+
+def test_every_form_of_the_study_is_one_of_its_own() -> None:
+    names = [member.name for member in script("synthetic").members()]
+    assert len(names) == len(set(names)) == 11

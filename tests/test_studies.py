@@ -34,7 +34,7 @@ def test_a_study_is_a_grid_with_three_seeds_and_equal_tokens(name: str) -> None:
     found = points(sweep_config(ROOT / "studies" / f"{name}.json", {}))
     assert {point.seed for point in found} == {0, 1, 2}
     assert len({point.shared for point in found}) == 3, "all SAEs of a seed train on one stream"
-    assert {point.run.saes[0].encoder.d_sae for point in found} == {2048}
+    assert len({point.run.saes[0].encoder.d_sae for point in found}) == 1
 
 
 def test_the_studies_have_what_they_are_about() -> None:

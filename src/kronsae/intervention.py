@@ -225,10 +225,16 @@ class _Tracker:
 
     def _positions(self, hidden_STD: Tensor) -> tuple[Int[Tensor, "S T"], Bool[Tensor, "S T"]]:
         sequences, length = hidden_STD.shape[:2]
+        width = self._past + length
         if self._mask is None:
-            mask = torch.ones(sequences, self._past + length, dtype=torch.bool, device=hidden_STD.device)
-        else:
+            mask = torch.ones(sequences, width, dtype=torch.bool, device=hidden_STD.device)
+        elif self._mask.shape == (sequences, width):
             mask = self._mask.to(hidden_STD.device).bool()
+        else:
+            raise UserError(
+                f"attention_mask must be {sequences} x {width}, over the tokens in the cache and the new ones, while "
+                f"latents are changed; got {' x '.join(map(str, self._mask.shape))}."
+            )
         position = mask.cumsum(1) - 1
         return position[:, -length:], mask[:, -length:]
 

@@ -10,7 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("kronsae", "torch", "numpy", "numba", "scikit-learn", "transformers", "eai-sparsify", "sae-lens")
+PACKAGES = (
+    "kronsae",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "numba",
+    "transformers",
+    "eai-sparsify",
+    "sae-lens",
+)
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 

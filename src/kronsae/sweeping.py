@@ -184,7 +184,7 @@ def sweep_points(config: SweepConfig) -> list[Point]:
             )
         key = digest_of(to_dict(point.run) | {"saes": [], "seed": 0, "loop": {}})
         if key not in widths:
-            widths[key] = Source(point.run).widths
+            widths[key] = Source(names[0].run).widths  # the hooks of the SAE that is counted
         loop = point.run.loop
         flops = training_flops(names[0].run.saes[0].shape(widths[key], point.run.hook), loop.steps * loop.batch_tokens)
         run = replace(point.run, loop=replace(loop, tokens=None, flops=flops))

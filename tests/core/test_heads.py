@@ -30,7 +30,7 @@ def test_dead_shares_by_hand() -> None:
     alive_HMN[0] = True
     alive_HMN[1, 1, 2] = True  # head 1: base 0 and extensions 0 and 1 are dead; head 2 is dead
     found = dead_shares(alive_HMN.flatten(), KRON)
-    assert found == DeadShares(latents=1 - 7 / 18, bases=1 - 3 / 6, extensions=1 - 4 / 9, heads=1 - 2 / 3)
+    assert found == DeadShares(latents=1 - 7 / 18, bases=1 - 3 / 6, extensions=1 - 4 / 9, heads=1 / 3)
 
 
 def test_without_heads_only_latents_are_counted() -> None:

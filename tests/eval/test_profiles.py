@@ -34,9 +34,9 @@ def test_by_hand() -> None:
     assert list(found.activity.max_activation) == [4, 1, 3, 0]
     # latent 1: 2/3 of it on token 2, 1/3 on token 3; latents 0 and 2 on one token alone
     third = math.log(3) - 2 / 3 * math.log(2)
-    assert found.token_entropy == (0, pytest.approx(third, rel=1e-3), 0, None)
+    assert list(found.token_entropy) == [0, pytest.approx(third, rel=1e-3), 0, None]
     # latent 1: on 2 of 3 tokens and on 1 of 1; latent 2: on 1 of 3 and on 1 of 1
-    assert found.multitoken_ratio == (0.6667, 0.8333, 0.6667, None)
+    assert list(found.multitoken_ratio) == [0.6667, 0.8333, 0.6667, None]
     summary = found.summary()
     assert (summary.units, summary.living) == (4, 3)
     assert summary.frequency == 0.5

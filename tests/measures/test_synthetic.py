@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kronsae.architectures import ARCHITECTURES
-from kronsae.cli import app, parse_sae
+from kronsae.cli import app
 from kronsae.core.encoders import KroneckerEncoderConfig
 from kronsae.core.experts import SwitchEncoderConfig
 from kronsae.core.losses import MatryoshkaConfig
@@ -24,6 +24,7 @@ from kronsae.measures.synthetic import SyntheticStudyConfig, encoder_kind, famil
 from kronsae.recipes import kron, topk
 from kronsae.run import Run
 from kronsae.training.config import MemberConfig
+from kronsae.words import parse_sae
 
 OWN = SyntheticConfig(d_in=8, independent=16, group_size=4, roots=4, branching=2, conjunctions=4, p_max=0.3, p_min=0.1)
 TINY = SyntheticStudyConfig(own=OWN, seeds=2, steps=6, batch=32, held_out_tokens=2000)

@@ -94,7 +94,7 @@ class Asker:
         self._purse, self._pace, self._persistence, self._sleep = Purse(bounds), pace, persistence, sleep
         self._places = asyncio.Semaphore(persistence.concurrency)
         self._under_way: set[asyncio.Task[Answer]] = set()
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._last_reason = 0, ""
         self.report = AskReport()
 
     @property
@@ -109,6 +109,7 @@ class Asker:
             self.report.remembered += 1
             return known.text
         async with self._places:
+            self._check_patience()  # the last failure may have freed this very place
             try:
                 answer = await self._persistently(question)
             except RefusedError as error:
@@ -129,11 +130,14 @@ class Asker:
 
     def _count_unanswered(self, reason: str) -> None:
         self.report.unanswered[reason] += 1
-        self._failed_in_a_row += 1
+        self._failed_in_a_row, self._last_reason = self._failed_in_a_row + 1, reason
+        self._check_patience()
+
+    def _check_patience(self) -> None:
         if self._failed_in_a_row >= self._persistence.give_up_after:
             raise UserError(
                 f"the language model left {self._failed_in_a_row} questions in a row without an answer (the last: "
-                f"{reason}). What was answered is kept: give the same command again when it works."
+                f"{self._last_reason}). What was answered is kept: give the same command again when it works."
             )
 
     async def _persistently(self, question: Question) -> Answer:

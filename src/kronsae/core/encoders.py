@@ -272,7 +272,7 @@ class KroneckerEncoder(nn.Module):
     @property
     def gate_exponent(self) -> float | None:
         """p of the learned `power_mean`; None for a gate that learns nothing."""
-        return None if self.gate_parameter is None else -math.exp(float(self.gate_parameter))
+        return None if self.gate_parameter is None else -math.exp(float(self.gate_parameter.detach()))
 
     def compose(self, u: Tensor, v: Tensor) -> Tensor:
         """The post-latents of two parents, elementwise."""

@@ -81,4 +81,4 @@ def dead_shares(alive_F: Bool[Tensor, " F"], encoder: AnyEncoderConfig) -> DeadS
 
 
 def _share_of_false(flags: Tensor) -> float:
-    return 1 - float(flags.double().mean())
+    return float((~flags).double().mean())

@@ -175,7 +175,7 @@ def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
         )
     if isinstance(encoder, DenseEncoderConfig):
         return replace(encoder, d_sae=units, init_norm=INIT_NORM)
-    return replace(encoder, num_heads=units, d_sae=0, init_norm=INIT_NORM)
+    return replace(encoder, num_heads=units, init_norm=INIT_NORM)
 
 
 def _regrouped(loss: LossConfig, encoder: AnyEncoderConfig) -> LossConfig:

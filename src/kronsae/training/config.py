@@ -73,6 +73,8 @@ class MemberConfig:
             the first batch, and folds that into the biases at the end: a saved SAE takes raw activations. ``"none"``,
             as in the paper, trains on them as they are.
             Of several hooks each is measured on its own.
+        revive_every_tokens: start the encoder rows that only dead latents have anew, each time so many tokens have been
+            seen (`kronsae.training.revival`); None: never, AuxK alone revives.
         seed: of the initial weights.
         read: hooks read; None: the run's hook.
         write: hooks reconstructed; None: those read.
@@ -88,6 +90,7 @@ class MemberConfig:
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     unit_norm_decoder: bool = True
     normalize_activations: NormalizationName = "center_and_scale"
+    revive_every_tokens: int | None = None
     seed: int = 0
     read: tuple[str, ...] | None = None
     write: tuple[str, ...] | None = None
@@ -107,6 +110,13 @@ class MemberConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be from 0 to 2**63 - 1; got {self.seed!r}.")
+        if self.revive_every_tokens is not None:
+            check_count("revive_every_tokens", self.revive_every_tokens)
+            if self.encoder.kind == "switch" or self.write not in (None, self.read):
+                raise UserError(
+                    f"revive_every_tokens is for SAEs without experts that write what they read, unlike '{self.name}'. "
+                    "Leave it out: AuxK revives there too."
+                )
         check_foldable(self.normalize_activations, self.encoder)
         self.sparsifier.check(self.encoder)
         self.loss.check(self.encoder)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kronsae.core.heads import dead_shares
 from kronsae.core.metrics import explained_variance
 from kronsae.core.normalization import Normalization
 from kronsae.core.objective import DeadLatents, Objective, objective
@@ -20,6 +21,7 @@ from kronsae.core.sae import SAE
 from kronsae.errors import UserError
 from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients, grad_norm
 from kronsae.training.config import MemberConfig, OptimizerConfig
+from kronsae.training.revival import revive
 from kronsae.training.sparsity import THRESHOLD_LR_FLOOR, SparsityController
 
 
@@ -27,7 +29,8 @@ from kronsae.training.sparsity import THRESHOLD_LR_FLOOR, SparsityController
 class StepMetrics:
     """What one step shows; quantities as defined in `kronsae.core.metrics`, on the step's batch.
 
-    Losses are on the scale that the SAE is trained on, so after normalisation; explained variance does not care.
+    Losses are on the scale that the SAE is trained on, so after normalisation; explained variance does not care. The
+    dead shares of bases, extensions and heads are None where there are no heads (`kronsae.core.heads.DeadShares`).
     """
 
     loss: float
@@ -35,6 +38,9 @@ class StepMetrics:
     explained_variance: float
     l0: float
     dead_share: float
+    dead_base_share: float | None
+    dead_extension_share: float | None
+    dead_head_share: float | None
     grad_norm: float
     lr: float
     member_seconds: float
@@ -145,8 +151,21 @@ class Member:
         self.dead.update(result.codes)
         if self.config.sparsifier.kind == "jumprelu":
             self.sparsity.update(result.codes.l0(), result.reconstruction_loss)
+        if self._revival_due(step, len(x_BD)):
+            self._revive(x_BD, result, step)
         self.seconds += perf_counter() - started
         return self._metrics(x_BD if target_BO is None else target_BO, result, lr, norm) if want_metrics else None
+
+    def _revival_due(self, step: int, batch: int) -> bool:
+        every = self.config.revive_every_tokens
+        return every is not None and (step + 1) * batch // every > step * batch // every
+
+    def _revive(self, x_BD: Tensor, result: Objective, step: int) -> None:
+        dead_F = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x_BD.device)
+        dead_F[self.dead.dead(self.config.aux_k.dead_after_tokens)] = True
+        generator = torch.Generator().manual_seed(hash((self.config.seed, step)) % 2**63)
+        revived = revive(self.sae, self.optimizer, dead_F, x_BD, result.x_hat_BO, generator)
+        self.dead.tokens_since_active_F[revived.latents_C] = 0
 
     def _normalized(self, what: str, x_BD: Tensor) -> Tensor:
         if what not in self.normalizations:
@@ -162,13 +181,17 @@ class Member:
                 )
 
     def _metrics(self, target_BO: Tensor, result: Objective, lr: float, norm: float) -> StepMetrics:
-        dead = len(self.dead.dead(self.config.aux_k.dead_after_tokens))
+        alive_F = self.dead.tokens_since_active_F < self.config.aux_k.dead_after_tokens
+        dead = dead_shares(alive_F, self.config.encoder)
         return StepMetrics(
             loss=float(result.loss.detach()),
             auxiliary_loss=0.0 if result.auxiliary_loss is None else float(result.auxiliary_loss),
             explained_variance=explained_variance(target_BO, result.x_hat_BO),
             l0=float(result.codes.l0()),
-            dead_share=dead / self.sae.d_sae,
+            dead_share=dead.latents,
+            dead_base_share=dead.bases,
+            dead_extension_share=dead.extensions,
+            dead_head_share=dead.heads,
             grad_norm=norm,
             lr=lr,
             member_seconds=self.seconds,

@@ -86,9 +86,9 @@ def fit(
     return progress
 
 
-def _json_number(value: float) -> float | None:
+def _json_number(value: float | None) -> float | None:
     """JSON has neither NaN nor infinity: what is not defined on a batch is null."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def check_batch(batch: Mapping[str, Tensor], hook: str, batch_tokens: int, step: int) -> None:

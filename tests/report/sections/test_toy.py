@@ -78,7 +78,7 @@ def test_the_claim(kron: float, expected: str) -> None:
     ("untrained", "expected"),
     [
         (0.2, "so the shape alone does not explain"),
-        (0.6, "training lowers it: what is recovered is the shape's"),
+        (0.6, "training lowers it: the shape alone gives more"),
         (0.403, "training does not raise it"),
     ],
 )
@@ -87,15 +87,15 @@ def test_is_it_the_shape(untrained: float, expected: str) -> None:
 
 
 def test_the_shape_before_training() -> None:
-    assert "An untrained KronSAE is above chance by more" in sentences(kron_untrained=0.5)
-    assert "An untrained KronSAE is no further above chance" in sentences()
-    assert "An untrained KronSAE is above chance by less" in sentences(kron_untrained=0.1)
+    assert "an untrained KronSAE is above chance by more" in sentences(kron_untrained=0.5)
+    assert "an untrained KronSAE is no further above chance" in sentences()
+    assert "an untrained KronSAE is above chance by less" in sentences(kron_untrained=0.1)
 
 
 def test_whatever_the_truth() -> None:
-    assert "No: matched to its own truth" in sentences()
-    assert "Yes: a KronSAE is as far above chance" in sentences(kron_mismatched=0.4005)
-    assert "Yes: a KronSAE is further above chance" in sentences(kron_mismatched=0.6)
+    assert "no: a KronSAE is further above chance for its own truth" in sentences()
+    assert "yes: a KronSAE is as far above chance" in sentences(kron_mismatched=0.4005)
+    assert "yes: a KronSAE is further above chance" in sentences(kron_mismatched=0.6)
     assert "which is none" in sentences(topk_mismatched=0.1995)
     assert "which counts" in sentences(topk_mismatched=0.1)
 

@@ -45,7 +45,9 @@ _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("RV by direction", "trained", "rv_by_direction", "the same, rows matched by their directions"),
     ("chance", "trained", "rv_permuted", "mean RV over all orders of the truth"),
     ("RV untrained", "untrained", "rv", "the same SAE as it started, matched by structure"),
+    ("RV by direction untrained", "untrained", "rv_by_direction", "the same SAE as it started, matched by direction"),
     ("RV mismatched", "mismatched", "rv", "against the truth of another setup, matched to that one's autoencoder"),
+    ("RV by direction mismatched", "mismatched", "rv_by_direction", "the same, matched by direction"),
     ("effective rank", "trained", "effective_rank", "of the dictionary's Gram matrix"),
     ("rank difference", "trained", "rank_difference", "to the truth's effective rank"),
     ("mean correlation", "trained", "mean_correlation", "mean |cosine| of two rows"),
@@ -87,55 +89,58 @@ def verdict(result: Mapping[str, Any]) -> Iterator[str]:
     KronSAEs are taken together (the mean over their shapes) and compared with TopK, or with themselves, pair by pair:
     one pair is one setup and seed. "Above chance" is RV minus its mean over all orders of the truth.
     """
-    yield _claim(result, "matched by structure, as in the paper", lambda row: row["trained"]["rv"])
-    yield _claim(result, "matched by direction", lambda row: row["trained"]["rv_by_direction"])
-    yield _shape_alone(result)
-    yield _any_truth(result)
+    for ask in (_claim, _shape_alone, _any_truth):
+        for how, key in _MATCHINGS.items():
+            yield ask(result, how, key)
     yield _independent(result)
     if sentence := _fit(result):
         yield sentence
 
 
-def _claim(result: Mapping[str, Any], how: str, figure: Figure) -> str:
-    gain = paired_difference(_kron(result, figure), _topk(result, figure))
+_MATCHINGS = {"by structure, as in the paper": "rv", "by direction": "rv_by_direction"}
+
+
+def _claim(result: Mapping[str, Any], how: str, key: str) -> str:
+    gain = paired_difference(_kron(result, _trained(key)), _topk(result, _trained(key)))
     says = {
         1: "KronSAEs recover the correlation better than TopK",
         0: "KronSAEs and TopK recover the correlation equally well",
         -1: "TopK recovers the correlation better than KronSAEs",
     }[gain.sign]
-    return f"RV, {how}: {says} ({gain} over {gain.pairs} pairs)."
+    return f"RV, matched {how}: {says} ({gain} over {gain.pairs} pairs)."
 
 
-def _shape_alone(result: Mapping[str, Any]) -> str:
-    start = paired_difference(_kron(result, _above("untrained")), _topk(result, _above("untrained")))
-    learned = paired_difference(_kron(result, _above("trained")), _kron(result, _above("untrained")))
+def _shape_alone(result: Mapping[str, Any], how: str, key: str) -> str:
+    untrained, trained = _above("untrained", key), _above("trained", key)
+    start = paired_difference(_kron(result, untrained), _topk(result, untrained))
+    learned = paired_difference(_kron(result, trained), _kron(result, untrained))
     head = {
-        1: "An untrained KronSAE is above chance by more than an untrained TopK",
-        0: "An untrained KronSAE is no further above chance than an untrained TopK",
-        -1: "An untrained KronSAE is above chance by less than an untrained TopK",
+        1: "an untrained KronSAE is above chance by more than an untrained TopK",
+        0: "an untrained KronSAE is no further above chance than an untrained TopK",
+        -1: "an untrained KronSAE is above chance by less than an untrained TopK",
     }[start.sign]
     tail = {
         1: "training raises it, so the shape alone does not explain what is recovered",
-        0: "training does not raise it: what is recovered is the shape's",
-        -1: "training lowers it: what is recovered is the shape's",
+        0: "training does not raise it: the shape alone gives as much",
+        -1: "training lowers it: the shape alone gives more",
     }[learned.sign]
-    return f"Is it the shape alone? {head} ({start}); {tail} ({learned})."
+    return f"Is it the shape alone? Matched {how}, {head} ({start}); {tail} ({learned})."
 
 
-def _any_truth(result: Mapping[str, Any]) -> str:
-    own = paired_difference(_kron(result, _above("trained")), _kron(result, _above("mismatched")))
+def _any_truth(result: Mapping[str, Any], how: str, key: str) -> str:
+    trained, mismatched = _above("trained", key), _above("mismatched", key)
+    own = paired_difference(_kron(result, trained), _kron(result, mismatched))
+    topk = paired_difference(_topk(result, trained), _topk(result, mismatched))
     says = {
-        1: "No: matched to its own truth a KronSAE is further above chance than matched to another",
-        0: "Yes: a KronSAE is as far above chance for a truth it never saw as for its own",
-        -1: "Yes: a KronSAE is further above chance for a truth it never saw than for its own",
+        1: "no: a KronSAE is further above chance for its own truth than for another",
+        0: "yes: a KronSAE is as far above chance for a truth it never saw as for its own",
+        -1: "yes: a KronSAE is further above chance for a truth it never saw than for its own",
     }[own.sign]
-    same = _same_for_topk(result)
-    return f"Does the picture look the same whatever the truth? {says} ({own}); {same}."
-
-
-def _same_for_topk(result: Mapping[str, Any]) -> str:
-    own = paired_difference(_topk(result, _above("trained")), _topk(result, _above("mismatched")))
-    return f"of TopK the difference is {own}, which {'counts' if own.sign else 'is none'}"
+    same = "which counts" if topk.sign else "which is none"
+    return (
+        f"Does the picture look the same whatever the truth? Matched {how}, {says} ({own}); of TopK the difference is "
+        f"{topk}, {same}."
+    )
 
 
 def _independent(result: Mapping[str, Any]) -> str:
@@ -190,8 +195,8 @@ def _trained(key: str) -> Figure:
     return lambda row: float(row["trained"][key])
 
 
-def _above(kind: str) -> Figure:
-    return lambda row: float(row[kind]["rv"] - row[kind]["rv_permuted"])
+def _above(kind: str, key: str) -> Figure:
+    return lambda row: float(row[kind][key] - row[kind]["rv_permuted"])
 
 
 def _kron(result: Mapping[str, Any], figure: Figure) -> list[float]:

@@ -1,0 +1,71 @@
+"""Reviving dead parts of an encoder by starting them anew: an option beside AuxK, off by default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
+from kronsae.core.heads import head_grid
+from kronsae.core.sae import SAE
+from kronsae.kernels import RowAdamW
+
+
+@dataclass(frozen=True)
+class Revived:
+    """Encoder rows that were started anew, and the latents that they are parents of."""
+
+    rows: int
+    latents_C: Tensor
+
+
+@torch.no_grad()
+def revive(
+    sae: SAE,
+    optimizer: RowAdamW,
+    dead_F: Bool[Tensor, " F"],
+    x_BD: Float[Tensor, "B D"],
+    x_hat_BD: Float[Tensor, "B D"],
+    generator: torch.Generator,
+) -> Revived:
+    """Start the encoder rows anew that only dead latents have: dead latents, or dead bases and extensions.
+
+    A row takes the direction of the residual ``x - x_hat`` of a token drawn with probability proportional to
+    ``||x - x_hat||^2`` (as Bricken et al. 2023 resample neurons), the mean norm of the living rows, and bias 0. The
+    decoder rows of its latents start as at the beginning, from the encoder's; Adam's moments of all these rows at 0.
+    """
+    encoder = sae.encoder
+    assert isinstance(encoder, DenseEncoder | KroneckerEncoder)
+    rows_R, latents_F = _dead_rows(encoder, dead_F)
+    if not bool(rows_R.any()) or bool(rows_R.all()):
+        return Revived(0, latents_F.nonzero().squeeze(1)[:0])
+    weight_RD, bias_R = encoder.weight.view(-1, encoder.d_in), encoder.bias.view(-1)
+    residual_BD = x_BD - x_hat_BD
+    share_B = residual_BD.square().sum(1).double().cpu()
+    drawn = torch.multinomial(share_B, int(rows_R.sum()), replacement=True, generator=generator).to(x_BD.device)
+    directions_CD = torch.nn.functional.normalize(residual_BD[drawn], dim=1)
+    weight_RD[rows_R] = directions_CD * weight_RD[~rows_R].norm(dim=1).mean()
+    bias_R[rows_R] = 0
+    sae.W_dec[latents_F] = torch.nn.functional.normalize(encoder.initial_decoder_rows()[latents_F], dim=1)
+    for parameter, rows in ((encoder.weight, rows_R), (encoder.bias, rows_R), (sae.W_dec, latents_F)):
+        state = optimizer.state.get(parameter, {})
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name].view(len(rows), -1)[rows] = 0
+    return Revived(int(rows_R.sum()), latents_F.nonzero().squeeze(1))
+
+
+def _dead_rows(
+    encoder: DenseEncoder | KroneckerEncoder, dead_F: Bool[Tensor, " F"]
+) -> tuple[Bool[Tensor, " R"], Bool[Tensor, " F"]]:
+    """Rows all of whose latents are dead, and the latents that have such a row."""
+    grid = head_grid(encoder.config)
+    if grid is None:
+        return dead_F, dead_F
+    dead_HMN = grid.of(dead_F)
+    bases_HM, extensions_HN = dead_HMN.all(2), dead_HMN.all(1)
+    latents_HMN = bases_HM.unsqueeze(2) | extensions_HN.unsqueeze(1)
+    return torch.cat([bases_HM, extensions_HN], dim=1).flatten(), latents_HMN.flatten()
