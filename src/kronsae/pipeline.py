@@ -29,10 +29,17 @@ class Source:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        """The model; it has the hooks, and the text's windows fit."""
+        """The model; it has the hooks, each under one name, and the text's windows fit."""
         language_model = load_model(self.config.model)
+        places: dict[str, str] = {}
         for hook in self.config.hooks:
-            resolve_hook(language_model.model, hook)
+            place = resolve_hook(language_model.model, hook).name
+            if place in places:
+                raise UserError(
+                    f"hooks of one place must be written alike; '{places[place]}' and '{hook}' both are '{place}'. "
+                    "Use one of them."
+                )
+            places[place] = hook
         language_model.check_context_length(self.config.context_length)
         return language_model
 
