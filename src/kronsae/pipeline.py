@@ -9,7 +9,7 @@ import torch
 
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.harvest import ActivationStream, widths
-from kronsae.data.model import LanguageModel, find_device, load_model, resolve_hook
+from kronsae.data.model import LanguageModel, check_hooks, find_device, load_model
 from kronsae.data.store import StoredActivations, read_manifest
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
@@ -31,15 +31,7 @@ class Source:
     def language_model(self) -> LanguageModel:
         """The model; it has the hooks, each under one name, and the text's windows fit."""
         language_model = load_model(self.config.model)
-        places: dict[str, str] = {}
-        for hook in self.config.hooks:
-            place = resolve_hook(language_model.model, hook).name
-            if place in places:
-                raise UserError(
-                    f"hooks of one place must be written alike; '{places[place]}' and '{hook}' both are '{place}'. "
-                    "Use one of them."
-                )
-            places[place] = hook
+        check_hooks(language_model.model, self.config.hooks)
         language_model.check_context_length(self.config.context_length)
         return language_model
 
