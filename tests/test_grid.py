@@ -109,6 +109,15 @@ def test_lists_within_braces() -> None:
             "seeds of a sweep are given once, for weights and data; leave se",
         ),
         ({"saes": ("topk d_sae=32 k={2,2}",)}, "the grid must not hold an SAE twice; 'topk' is there again."),
+        (
+            {
+                "saes": (
+                    "kron d_sae=32 d_base=2 d_extension=2 k=2",
+                    "kron num_heads=8 d_base=2 d_extension=2 k=2 name=b",
+                )
+            },
+            "the grid must not hold an SAE twice; 'b' is 'kron' under another name. Leave one out.",
+        ),
         ({"set": ("saes.0.seed=1",)}, "--set in a sweep takes saes.* for every SAE, not one of them; got"),
         ({"set": ("seed=7",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set seed=7 out."),
         ({"set": ("saes.*.seed={1,2}",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set"),

@@ -196,6 +196,12 @@ def _named(found: Sequence[Point]) -> list[Point]:
         if (key := (point.name, point.seed)) in seen:
             raise UserError(f"the grid must not hold an SAE twice; '{point.name}' is there again. Give it a name=.")
         seen[key] = point
+    known: dict[str, Point] = {}
+    for point in named:
+        if (other := known.setdefault(point.digest, point)) is not point:
+            raise UserError(
+                f"the grid must not hold an SAE twice; '{point.name}' is '{other.name}' under another name. Leave one out."
+            )
     return named
 
 
