@@ -200,7 +200,8 @@ def _named(found: Sequence[Point]) -> list[Point]:
     for point in named:
         if (other := known.setdefault(point.digest, point)) is not point:
             raise UserError(
-                f"the grid must not hold an SAE twice; '{point.name}' is '{other.name}' under another name. Leave one out."
+                f"the grid must not hold an SAE twice; '{point.name}' is '{other.name}' under another name. "
+                "Leave one out."
             )
     return named
 
