@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "synthetic.json"
 PAGE = ROOT / "docs" / "measurements" / "synthetic.md"
 START, END = "<!-- results:synthetic -->", "<!-- /results -->"
-FORMS = ARCHITECTURES | {"topk-kron-m4-n4": "kron num_heads=64 d_base=4 d_extension=4 k=16"}
+TEN = {name: words for name, words in ARCHITECTURES.items() if "coder" not in name}  # SAEs, not transcoders
+FORMS = TEN | {"topk-kron-m4-n4": "kron num_heads=64 d_base=4 d_extension=4 k=16"}
 
 
 def members() -> tuple[MemberConfig, ...]:

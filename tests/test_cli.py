@@ -624,6 +624,10 @@ class TestWords:
         )
         assert parse_sae("topk d_sae=8 k=2 init_norm=None", seed=4) == topk(d_sae=8, k=2, init_norm=None, seed=4)
         assert parse_sae("topk d_sae=8 k=2 seed=1", seed=4).seed == 1
+        with pytest.raises(
+            UserError, match=r"^--sae must say each thing once; 'k' is there twice in 'topk d_sae=8 k=2"
+        ):
+            parse_sae("topk d_sae=8 k=2 k=4")
 
     def test_options_reach_every_place(self, tmp_path: Path) -> None:
         config = tiny_config(tmp_path, tmp_path)
@@ -632,6 +636,8 @@ class TestWords:
         assert (changed.loop.log_every, changed.saes[1].optimizer.clip_norm) == (7, None)
         assert (changed.hook, changed.model.revision) == ("layers.1", "main")
         assert with_options(config, []) == config
+        with pytest.raises(UserError, match=r"^--set saes\.²\.name: there is no '²' in the config"):
+            with_options(config, ["saes.².name=x"])
 
     def test_d_sae_follows_the_heads_that_are_set(self, tmp_path: Path) -> None:
         config = tiny_config(tmp_path, tmp_path)

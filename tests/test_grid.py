@@ -109,7 +109,20 @@ def test_lists_within_braces() -> None:
             "seeds of a sweep are given once, for weights and data; leave se",
         ),
         ({"saes": ("topk d_sae=32 k={2,2}",)}, "the grid must not hold an SAE twice; 'topk' is there again."),
+        (
+            {
+                "saes": (
+                    "kron d_sae=32 d_base=2 d_extension=2 k=2",
+                    "kron num_heads=8 d_base=2 d_extension=2 k=2 name=b",
+                )
+            },
+            "the grid must not hold an SAE twice; 'b' is 'kron' under another name. Leave one out.",
+        ),
         ({"set": ("saes.0.seed=1",)}, "--set in a sweep takes saes.* for every SAE, not one of them; got"),
+        ({"set": ("seed=7",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set seed=7 out."),
+        ({"set": ("saes.*.seed={1,2}",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set"),
+        ({"set": ("saes.*.name=x",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set saes"),
+        ({"saes": ("topk d_sae=32 k=2 name='x",)}, "--sae must have its quotes in pairs; got"),
         ({"set": ("lop.tokens=1",)}, "--set lop.tokens: there is no 'lop' in the config."),
         ({"recipe": "tny"}, "recipe must be one of "),
         ({"recipe": None}, "without --recipe or --config, give also --tokens, --model, --text, --hook"),
@@ -125,7 +138,7 @@ def test_what_no_grid_can_be_made_of(changes: dict[str, Any], message: str) -> N
 def test_numbers_and_seeds() -> None:
     assert numbers("1,2_000", "--tokens") == (1, 2000)
     assert numbers("{1e9, 2}", "--flops") == (1e9, 2)
-    assert (seeds(3), seeds("3"), seeds("4,5"), seeds([7])) == ((0, 1, 2), (0, 1, 2), (4, 5), (7,))
+    assert (seeds(3), seeds("3"), seeds("4,5"), seeds("{4}"), seeds([7])) == ((0, 1, 2), (0, 1, 2), (4, 5), (4,), (7,))
     with pytest.raises(UserError, match=r"^--tokens must be numbers parted by commas; got 'many'\.$"):
         numbers("many", "--tokens")
     with pytest.raises(UserError, match=r"^--seeds must be whole numbers; got '1.5,2'\.$"):
@@ -145,6 +158,10 @@ def test_a_file_and_what_takes_its_place(tmp_path: Path) -> None:
     path.write_text(json.dumps({"saes": [], "sedes": [1]}))
     with pytest.raises(UserError, match=r"sedes is not a known key of SweepConfig. Did you mean 'seeds'\?"):
         sweep_config(path, {})
+    for wrong in ([1, 2], "x", {"kronsae_version": "1", "config": {}}):  # the last one is a run.json
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"grid\.json must hold a sweep, as the sweep\.json of a sweep's folder"):
+            sweep_config(path, {})
 
 
 def test_every_sae_at_once() -> None:

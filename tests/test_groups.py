@@ -267,6 +267,26 @@ class TestWords:
             topk(d_sae=8, k=2, **words)
         assert str(error.value) == message
 
+    def test_one_place_has_one_name(self, config: RunConfig, tmp_path: Path) -> None:
+        """Else this is a transcoder that writes what it reads, past the dictionary."""
+        member = topk(d_sae=8, k=2, read="layers.2", write="2", skip=True)
+        with pytest.raises(UserError) as error:
+            go(replace(config, saes=(member,)), tmp_path / "r")
+        assert str(error.value) == (
+            "hooks of one place must be written alike; 'layers.2' and '2' both are 'gpt_neox.layers.2'. "
+            "Use one of them."
+        )
+        with pytest.raises(UserError, match=r"^hooks of one place must be written alike; '2' and 'layers.2' both are"):
+            harvest(
+                model=config.model.name,
+                text=config.text.source,
+                hook=[2, "layers.2"],
+                tokens=9,
+                out=tmp_path / "h",
+                context_length=8,
+            )
+        assert not (tmp_path / "h").exists()
+
     def test_a_hook_that_is_not_there_is_found_before_anything_is_written(
         self, config: RunConfig, tmp_path: Path
     ) -> None:

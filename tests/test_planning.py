@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused(config: RunConfig, tmp_path: Path) -> None
     plan_with(config, tmp_path, memory_available_bytes=None).check()
     plan_with(config, tmp_path).check()
     with pytest.raises(UserError) as caught:
-        plan_with(config, tmp_path, memory_available_bytes=2**20, buffer_bytes=3 * 2**40).check()
+        plan_with(config, tmp_path, memory_available_bytes=2**20, buffer_tokens=3 * 2**38 // WIDTH).check()
     message = str(caught.value)
     assert message.startswith("the run must fit into memory; about 3 TB are needed (SAEs with gradients and Adam's")
     assert "shuffle buffer 3 TB" in message
@@ -137,6 +137,36 @@ def test_a_run_that_does_not_fit_leaves_nothing(
     with pytest.raises(UserError, match=r"^the run must fit into memory"):
         execute(config, tmp_path / "r", show_progress=False)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_dry_run_tries_nothing_that_does_not_fit(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(planning, "with_times", None)
+    assert not plan_run(config, tmp_path).fits_memory
+
+
+def test_some_members_take_what_they_take_alone(config: RunConfig, tmp_path: Path) -> None:
+    """Of the members of a sweep only some train at once: hooks of the others are in no buffer, nor they on the disk."""
+    elsewhere = kron(num_heads=8, d_base=2, d_extension=2, k=4, name="two", read="layers.0,layers.2")
+    both = replace(config, saes=(config.saes[0], elsewhere))
+    plan = make_plan(Source(both), tmp_path)
+    assert (plan.hook, plan.d_in) == ("layers.2, layers.0", 2 * WIDTH)
+    for number in (0, 1):
+        alone = make_plan(Source(replace(both, saes=(both.saes[number],))), tmp_path)
+        part = replace(plan, members=(plan.members[number],))
+        for figure in ("d_in", "buffer_bytes", "memory_bytes", "disk_bytes"):
+            assert getattr(part, figure) == getattr(alone, figure), figure
+    assert plan.disk_bytes == sum(member.disk_bytes for member in plan.members)
+
+
+def test_a_run_s_own_checkpoint_is_no_room_lost(config: RunConfig, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(planning, "free_disk_bytes", lambda folder: 100)
+    assert make_plan(Source(config), tmp_path).disk_free_bytes == 100
+    (tmp_path / "checkpoint" / "step-00000002").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "step-00000002" / "state.safetensors").write_bytes(bytes(7))
+    assert make_plan(Source(config), tmp_path, steps_done=2).disk_free_bytes == 107
 
 
 def test_a_harvest_that_does_not_fit_leaves_nothing(
@@ -159,6 +189,12 @@ def test_what_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "now").write_text("2000\n")
     monkeypatch.setattr(resources, "CGROUP_FILES", ((str(tmp_path / "max"), str(tmp_path / "now")),))
     assert available_memory_bytes() == 3000
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 700\nactive_file 300\nslab 50\n")
+    assert available_memory_bytes() == 4000
+    (tmp_path / "memory.stat").write_text(
+        "inactive_file 1\nactive_file 2\ntotal_inactive_file 10\ntotal_active_file 20\n"
+    )
+    assert available_memory_bytes() == 3030
     (tmp_path / "max").write_text("max\n")
     found = available_memory_bytes()
     assert found is None or found > 3000

@@ -169,7 +169,7 @@ def sweep(
     same_flops_as: SameFlopsAs = None,
     seeds: Annotated[
         str | None,
-        typer.Option(help="How many seeds (3 is 0, 1 and 2), or which: 4,5. Each is one of weights and data."),
+        typer.Option(help="How many seeds (3 is 0, 1 and 2), or which: 4,5 or {4}. Each is one of weights and data."),
     ] = None,
     option: Annotated[
         list[str] | None,

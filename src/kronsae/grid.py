@@ -125,6 +125,8 @@ def points(sweep: SweepConfig) -> list[Point]:
     for option in sweep.set:
         if re.match(r"saes\.\d", option):
             raise UserError(f"--set in a sweep takes saes.* for every SAE, not one of them; got '{option}'.")
+        if re.match(r"(saes\.\*\.)?(seed|name)\s*=", option):
+            raise UserError(f"a sweep has its seeds from --seeds and its names from --sae; leave --set {option} out.")
     found = []
     for seed, budget, chosen in itertools.product(sweep.seeds, budgets or [{}], itertools.product(*options)):
         around = budget | {place: json_value(value) for place, _, value in (one.partition("=") for one in chosen)}
@@ -139,14 +141,14 @@ def _members(spec: str) -> list[tuple[MemberConfig, dict[str, Any]]]:
     """The SAEs of one ``--sae``, with what its words say."""
     found = []
     for words in _expanded(spec, "--sae"):
-        settings = {}
+        member, settings = parse_sae(words), {}
         for word in shlex.split(words)[1:]:
             name, _, value = word.partition("=")
             settings[name] = json_value(value)
         if "seed" in settings:
             raise UserError(f"seeds of a sweep are given once, for weights and data; leave seed out of '{spec}'.")
         settings.pop("name", None)
-        found.append((parse_sae(words), settings))
+        found.append((member, settings))
     return found
 
 
@@ -194,6 +196,13 @@ def _named(found: Sequence[Point]) -> list[Point]:
         if (key := (point.name, point.seed)) in seen:
             raise UserError(f"the grid must not hold an SAE twice; '{point.name}' is there again. Give it a name=.")
         seen[key] = point
+    known: dict[str, Point] = {}
+    for point in named:
+        if (other := known.setdefault(point.digest, point)) is not point:
+            raise UserError(
+                f"the grid must not hold an SAE twice; '{point.name}' is '{other.name}' under another name. "
+                "Leave one out."
+            )
     return named
 
 
@@ -214,12 +223,12 @@ def numbers(text: str, name: str) -> tuple[int | float, ...]:
 
 
 def seeds(given: int | str | Sequence[int]) -> tuple[int, ...]:
-    """3 (or ``"3"``) as 0, 1, 2; several (or ``"4,5"``) as they are."""
+    """3 (or ``"3"``) as 0, 1, 2; several (or ``"4,5"``, and one as ``"{4}"``) as they are."""
     if isinstance(given, str):
         several = numbers(given, "--seeds")
         if any(not isinstance(seed, int) for seed in several):
             raise UserError(f"--seeds must be whole numbers; got '{given}'.")
-        given = [int(seed) for seed in several] if "," in given else int(several[0])
+        given = [int(seed) for seed in several] if {",", "{"} & {*given} else int(several[0])
     if isinstance(given, int):
         check_count("seeds", given)
         return tuple(range(given))
@@ -231,7 +240,10 @@ def sweep_config(path: Path | None, given: Mapping[str, Any]) -> SweepConfig:
     data: dict[str, Any] = {}
     if path is not None:
         read = read_json(path, "the sweep")
-        data = dict(read["sweep"] if isinstance(read, dict) and "kronsae_version" in read else read)
+        inner = read.get("sweep") if isinstance(read, dict) and "kronsae_version" in read else read
+        if not isinstance(inner, dict):
+            raise UserError(f"{path} must hold a sweep, as the sweep.json of a sweep's folder does; it holds none.")
+        data = dict(inner)
     if "flops" in given or "tokens" in given:
         data.pop("tokens", None)
         data.pop("flops", None)

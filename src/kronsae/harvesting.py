@@ -13,7 +13,7 @@ from kronsae.config import from_dict, to_dict
 from kronsae.core.checks import check_count
 from kronsae.data.buffer import Activations
 from kronsae.data.harvest import ActivationStream, widths
-from kronsae.data.model import DTYPES, ModelConfig, load_model
+from kronsae.data.model import DTYPES, ModelConfig, check_hooks, load_model
 from kronsae.data.store import check_target, read_manifest, write_activations
 from kronsae.data.stream import State
 from kronsae.data.text import TextConfig, TextStream
@@ -75,6 +75,7 @@ def harvest(
         "held_out_share": held_out_share,
     }
     language_model = load_model(model_config)
+    check_hooks(language_model.model, hooks)
     language_model.check_context_length(context_length)
     documents = partial(TextStream, text_config, held_out_share=held_out_share)
     windows = partial(

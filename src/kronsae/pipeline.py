@@ -9,7 +9,7 @@ import torch
 
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.harvest import ActivationStream, widths
-from kronsae.data.model import LanguageModel, find_device, load_model, resolve_hook
+from kronsae.data.model import LanguageModel, check_hooks, find_device, load_model
 from kronsae.data.store import StoredActivations, read_manifest
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
@@ -29,10 +29,9 @@ class Source:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        """The model; it has the hooks, and the text's windows fit."""
+        """The model; it has the hooks, each under one name, and the text's windows fit."""
         language_model = load_model(self.config.model)
-        for hook in self.config.hooks:
-            resolve_hook(language_model.model, hook)
+        check_hooks(language_model.model, self.config.hooks)
         language_model.check_context_length(self.config.context_length)
         return language_model
 

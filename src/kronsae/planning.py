@@ -19,7 +19,7 @@ from kronsae.data.store import read_manifest
 from kronsae.errors import UserError
 from kronsae.kernels.portable import PRODUCT_ELEMENTS
 from kronsae.pipeline import Source
-from kronsae.resources import available_memory_bytes, free_disk_bytes, in_bytes
+from kronsae.resources import available_memory_bytes, free_disk_bytes, in_bytes, size_bytes
 from kronsae.run_config import RunConfig
 from kronsae.training.budget import member_steps
 from kronsae.training.config import MemberConfig
@@ -43,8 +43,10 @@ class MemberPlan:
     Args:
         name, architecture, d_sae, parameters: the SAE.
         tokens, steps, flops: its own training; FLOPs as `training_flops` counts them.
+        widths: of the activations that it reads and writes, by hook.
         state_bytes: weights, gradients and Adam's moments.
         work_bytes: what one step needs besides, about.
+        disk_bytes: checkpoints (two at a time) and the saved SAE.
         step_seconds: of one step, measured; None where it was not.
         note: what else to know, or ``""``.
     """
@@ -56,42 +58,64 @@ class MemberPlan:
     tokens: int
     steps: int
     flops: int
+    widths: dict[str, int]
     state_bytes: int
     work_bytes: int
+    disk_bytes: int
     step_seconds: float | None = None
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will take; ``str()`` says it in lines.
+    """What a run will take; ``str()`` says it in lines. With fewer of its members it is the plan of these alone.
 
     Args:
-        model, hook, d_in, batch_tokens: the run.
+        model, batch_tokens, buffer_tokens: the run.
         steps_done: steps that an interrupted run has behind it.
         members: the SAEs, each with its own number of steps; the run is as long as the longest.
         language_model_bytes: its weights, loaded by now; 0 for harvested activations.
         model_work_bytes: what one pass of it needs besides, about.
-        buffer_bytes: of the shuffle buffer.
         memory_available_bytes: what there is for all of these, on the device they live on; None: not known.
-        disk_bytes: checkpoints (two at a time) and the saved SAEs.
-        disk_free_bytes: what there is.
+        disk_free_bytes: what there is, with what checkpoints of the run itself take up by now.
         batch_seconds: to have one batch of activations, measured; None where it was not.
     """
 
     model: str
-    hook: str
-    d_in: int
     batch_tokens: int
+    buffer_tokens: int
     steps_done: int
     members: tuple[MemberPlan, ...]
     language_model_bytes: int
     model_work_bytes: int
-    buffer_bytes: int
     memory_available_bytes: int | None
-    disk_bytes: int
     disk_free_bytes: int
     batch_seconds: float | None = None
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of the activations of every hook that some member reads or writes."""
+        return {hook: width for member in self.members for hook, width in member.widths.items()}
+
+    @property
+    def hook(self) -> str:
+        """These hooks, in a line."""
+        return ", ".join(self.widths)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations of all of them: what is kept of a token."""
+        return sum(self.widths.values())
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the shuffle buffer."""
+        return 4 * self.buffer_tokens * self.d_in
+
+    @property
+    def disk_bytes(self) -> int:
+        """Checkpoints (two at a time) and the saved SAEs."""
+        return sum(member.disk_bytes for member in self.members)
 
     @property
     def steps(self) -> int:
@@ -118,17 +142,22 @@ class Plan:
         own = ((max(0, member.steps - self.steps_done), member.step_seconds or 0.0) for member in self.members)
         return (self.steps - self.steps_done) * self.batch_seconds + sum(steps * each for steps, each in own)
 
+    @property
+    def fits_memory(self) -> bool:
+        """Whether there is memory for it, as far as is known."""
+        return self.memory_available_bytes is None or self.memory_bytes <= self.memory_available_bytes
+
     def check(self) -> None:
         """Refuse what the machine cannot hold.
 
         Raises:
             UserError: memory or disk.
         """
-        available = self.memory_available_bytes
-        if available is not None and self.memory_bytes > available:
+        if not self.fits_memory:
+            available = in_bytes(self.memory_available_bytes or 0)
             raise UserError(
                 f"the run must fit into memory; about {in_bytes(self.memory_bytes)} are needed "
-                f"({self._memory_parts()}) and {in_bytes(available)} are available. "
+                f"({self._memory_parts()}) and {available} are available. "
                 "Lower buffer_tokens, train fewer or smaller SAEs at once, or take smaller batches."
             )
         if self.disk_bytes > self.disk_free_bytes:
@@ -139,8 +168,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, derived ones included, as JSON values."""
-        derived = {"steps": self.steps, "tokens": self.tokens, "memory_bytes": self.memory_bytes}
-        return asdict(self) | derived | {"seconds": self.seconds}
+        names = ("hook", "d_in", "steps", "tokens", "buffer_bytes", "memory_bytes", "disk_bytes", "seconds")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         lines = [
@@ -182,11 +211,12 @@ def plan_run(config: RunConfig, folder: Path, *, timed: bool = True) -> Plan:
     Args:
         config: the run.
         folder: where it would go.
-        timed: whether to measure how long it will take, on a batch of real activations.
+        timed: whether to measure how long it will take, on a batch of real activations; what does not fit into memory
+            is not tried.
     """
     source = Source(config)
     plan = make_plan(source, folder)
-    return with_times(plan, source) if timed else plan
+    return with_times(plan, source) if timed and plan.fits_memory else plan
 
 
 def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
@@ -194,27 +224,19 @@ def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
     config = source.config
     shapes = {member.name: member.shape(source.widths, config.hook) for member in config.saes}
     steps = member_steps(config.loop, shapes)
-    members = tuple(
-        _member_plan(member, shapes[member.name], steps[member.name], config.loop.batch_tokens)
-        for member in config.saes
-    )
+    members = tuple(_member_plan(member, source, shapes[member.name], steps[member.name]) for member in config.saes)
     weights, work = (0, 0) if config.activations is not None else _language_model_bytes(source)
     available = _available_bytes(source.device)
-    parameters = sum(member.parameters for member in members)
-    latents = sum(member.d_sae for member in members)
     return Plan(
         model=config.model.name,
-        hook=", ".join(config.hooks),
-        d_in=source.d_in,
         batch_tokens=config.loop.batch_tokens,
+        buffer_tokens=config.buffer_tokens,
         steps_done=steps_done,
         members=members,
         language_model_bytes=weights,
         model_work_bytes=work,
-        buffer_bytes=4 * config.buffer_tokens * source.d_in,
         memory_available_bytes=None if available is None else available + weights,  # the model is there already
-        disk_bytes=2 * (12 * parameters + 8 * latents) + 4 * parameters,
-        disk_free_bytes=free_disk_bytes(folder),
+        disk_free_bytes=free_disk_bytes(folder) + size_bytes(folder / "checkpoint"),
     )
 
 
@@ -240,7 +262,8 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _member_plan(config: MemberConfig, shape: SAEConfig, steps: int, batch_tokens: int) -> MemberPlan:
+def _member_plan(config: MemberConfig, source: Source, shape: SAEConfig, steps: int) -> MemberPlan:
+    hook, batch_tokens = source.config.hook, source.config.loop.batch_tokens
     with torch.device("meta"):
         parameters = count_parameters(shape.build_empty())
     gate = getattr(getattr(config.encoder, "expert", config.encoder), "gate", "mand")
@@ -253,8 +276,10 @@ def _member_plan(config: MemberConfig, shape: SAEConfig, steps: int, batch_token
         tokens=steps * batch_tokens,
         steps=steps,
         flops=training_flops(shape, steps * batch_tokens),
+        widths={name: source.widths[name] for name in (*config.reads(hook), *config.writes(hook))},
         state_bytes=STATE_BYTES * parameters,
         work_bytes=_step_work_bytes(shape, batch_tokens),
+        disk_bytes=2 * (12 * parameters + 8 * shape.d_sae) + 4 * parameters,
         note=slow if GATES[gate].order == "none" else "",
     )
 
@@ -264,11 +289,11 @@ def _step_work_bytes(shape: SAEConfig, batch_tokens: int) -> int:
 
     Four of each of the first (normalised, reconstruction, residual, their gradients and copies); index, value,
     pre-latents and gradients of the k codes and of AuxK's d_out / 2. BatchTopK looks at the
-    pre-latents of the whole batch.
+    pre-latents of the whole batch, JumpReLU at those of its first.
     """
     rows = max(1, shape.encoder.multiply_adds(shape.d_in) // shape.d_in)
     product = max(min(batch_tokens * rows, PRODUCT_ELEMENTS), 64 * rows)
-    if shape.sparsifier.kind == "batch_topk":
+    if shape.sparsifier.kind in ("batch_topk", "jumprelu"):
         product = max(product, batch_tokens * rows)
     codes = shape.sparsifier.k + shape.d_out // 2
     return 4 * (batch_tokens * (4 * (shape.d_in + shape.d_out) + 8 * codes) + product)

@@ -1,4 +1,4 @@
-"""Named runs, each a function that returns a whole run config, and the words a run is made of.
+"""Named runs, each a function that returns a whole run config.
 
 `RECIPES` holds the named runs of ``kronsae train --recipe``; the SAEs are described in `kronsae.architectures`.
 """

@@ -176,7 +176,7 @@ def train(
         model: Hub name, local folder, ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
         hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own.
-        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.recipes`.
+        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.architectures`.
         out: the run folder.
         tokens: the budget: tokens to train on.
         flops: or what each SAE's training may cost (`kronsae.core.flops.training_flops`), in place of ``tokens``.

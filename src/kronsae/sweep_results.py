@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kronsae.config import to_dict
+from kronsae.core.heads import head_grid
 from kronsae.files import write_text
 from kronsae.grid import Point
 from kronsae.report import sweep_page, write
@@ -65,19 +66,21 @@ class Sweep:
     def write(self, config: Mapping[str, Any]) -> None:
         """Write ``sweep.csv`` and ``sweep.html``; ``config`` is shown on the page."""
         write_text(self.csv, as_csv(self.rows))
-        first = self.rows[0]
-        seeds = sorted({row["seed"] for row in self.rows})
         facts = {
-            "model": first["run.model.name"],
-            "hook": first["run.hook"],
-            "text": first["run.text.source"],
+            "model": self._all("run.model.name"),
+            "hook": self._all("run.hook"),
+            "text": self._all("run.text.source"),
             "SAEs": f"{len({row['name'] for row in self.rows})}",
-            "seeds": ", ".join(map(str, seeds)),
-            "evaluated on": f"{first['evaluation_tokens']:,} held-out tokens",
-            "processor": first["processor"],
-            "commit": first["commit"],
+            "seeds": ", ".join(map(str, sorted({row["seed"] for row in self.rows}))),
+            "evaluated on": f"{self._all('evaluation_tokens', '{:,}')} held-out tokens",
+            "processor": self._all("processor"),
+            "commit": self._all("commit"),
         }
         write(sweep_page(rows=self.rows, settings=self.settings, facts=facts, config=config), self.page)
+
+    def _all(self, key: str, form: str = "{}") -> str | None:
+        """What stands in a column, each value once; None where nothing does."""
+        return ", ".join(form.format(value) for value in dict.fromkeys(row[key] for row in self.rows) if value) or None
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -94,7 +97,8 @@ class Sweep:
 
 
 def result_row(point: Point, figures: Mapping[str, Any], provenance: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """One row: name and seed, shape, figures, every setting by its place (``sae.``, ``run.``), provenance.
+    """One row: name and seed, shape (of a switch the heads of all experts), figures, every setting by its place
+    (``sae.``, ``run.``), provenance.
 
     Args:
         point: the SAE.
@@ -103,8 +107,8 @@ def result_row(point: Point, figures: Mapping[str, Any], provenance: Mapping[str
         group: name of the run folder that holds it.
     """
     member = point.run.saes[0]
-    encoder = to_dict(member.encoder)
-    shape = encoder | encoder.get("expert", {})
+    encoder, grid = to_dict(member.encoder), head_grid(member.encoder)
+    shape = encoder | encoder.get("expert", {}) | {"num_heads": None if grid is None else grid.num_heads}
     run = {key: value for key, value in to_dict(point.run).items() if key != "saes"}
     about = {key: value for key, value in provenance.items() if key != "versions"}
     return (

@@ -20,7 +20,7 @@ from kronsae.errors import UserError, nearest
 from kronsae.files import check_folder_place, read_json, write_json
 from kronsae.grid import Point, SweepConfig, digest_of, points, seeds
 from kronsae.pipeline import Source
-from kronsae.planning import TIMED_FROM_STEPS, Plan, in_time, make_plan, with_times
+from kronsae.planning import TIMED_FROM_STEPS, MemberPlan, Plan, in_time, make_plan, with_times
 from kronsae.progress_bar import progress_bar
 from kronsae.provenance import provenance
 from kronsae.run import Run, execute
@@ -246,17 +246,16 @@ def _grouped(rest: Sequence[Point], folder: Path, group_size: int, plans: dict[s
     for shared in dict.fromkeys(point.shared for point in rest):
         alike = [point for point in rest if point.shared == shared]
         plan = _plan_of(alike, folder, plans)
-        fixed = plan.memory_bytes - sum(member.state_bytes for member in plan.members)
-        room = None if plan.memory_available_bytes is None else MEMORY_SHARE * plan.memory_available_bytes - fixed
+        room = None if plan.memory_available_bytes is None else MEMORY_SHARE * plan.memory_available_bytes
         chunk: list[Point] = []
-        used = 0
+        members: tuple[MemberPlan, ...] = ()
         for point, member in zip(alike, plan.members, strict=True):
-            full = len(chunk) == group_size or (room is not None and used + member.state_bytes > room)
-            if chunk and full:
+            needed = replace(plan, members=(*members, member)).memory_bytes
+            if chunk and (len(chunk) == group_size or (room is not None and needed > room)):
                 yield _group(folder, chunk)
-                chunk, used = [], 0
+                chunk, members = [], ()
             chunk.append(point)
-            used += member.state_bytes
+            members = (*members, member)
         yield _group(folder, chunk)
 
 

@@ -119,13 +119,15 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
     if kind not in SAE_KINDS:
         raise UserError(f"--sae must begin with one of {', '.join(SAE_KINDS)}; got '{spec}'.{nearest(kind, SAE_KINDS)}")
     parameters, hints = inspect.signature(SAE_KINDS[kind]).parameters, get_type_hints(SAE_KINDS[kind])
-    values: dict[str, Any] = {} if seed is None else {"seed": seed}
+    values: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--sae takes name=value pairs after its kind; got '{word}' in '{spec}'.")
         if name not in parameters:
             raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, parameters)} In '{spec}'.")
+        if name in values:
+            raise UserError(f"--sae must say each thing once; '{name}' is there twice in '{spec}'.")
         hint = hints[name]
         values[name] = checked(hint, value if str in (hint, *get_args(hint)) else json_value(value), name)
     missing = [
@@ -133,7 +135,7 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
     ]
     if missing:
         raise UserError(f"--sae {kind} needs {', '.join(missing)}; got '{spec}'.")
-    return SAE_KINDS[kind](**values)
+    return SAE_KINDS[kind](**({} if seed is None else {"seed": seed}) | values)
 
 
 def with_options(config: RunConfig, options: Sequence[str]) -> RunConfig:
@@ -161,7 +163,7 @@ def with_options(config: RunConfig, options: Sequence[str]) -> RunConfig:
 def _step_into(inner: Any, key: str, place: str) -> Any:
     if isinstance(inner, dict) and key in inner:
         return inner[key]
-    if isinstance(inner, list) and key.isdigit() and int(key) < len(inner):
+    if isinstance(inner, list) and key.isdecimal() and int(key) < len(inner):
         return inner[int(key)]
     known = list(inner) if isinstance(inner, dict) else []
     if isinstance(inner, list):

@@ -11,10 +11,10 @@ import torch
 from tests.tiny_models import make_tokenizer
 
 from kronsae.errors import UserError
-from kronsae.eval.labelling import Passage, Sizes, Span, Task, encode, make_task
+from kronsae.eval.labelling import Frame, Passage, Sizes, Span, Task, encode, make_task
 
 TOKENIZER = make_tokenizer("gpt2")
-FRAME = ([5], [])
+FRAME: Frame = ([5], [])
 
 
 def passage(words: str, label: str, *, held_out: bool = False) -> Passage:
@@ -30,7 +30,7 @@ def passages(number: int = 40) -> list[Passage]:
 
 
 def task(given: list[Passage] | None = None, **changes: Any) -> Task:
-    options = {"frame": FRAME, "context_length": 16, "sizes": Sizes(per_word=20, at_least=2)} | changes
+    options: dict[str, Any] = {"frame": FRAME, "context_length": 16, "sizes": Sizes(per_word=20, at_least=2)} | changes
     return make_task("words", passages() if given is None else given, TOKENIZER, **options)
 
 
@@ -61,7 +61,7 @@ def test_an_example_is_the_last_token_of_its_word() -> None:
             assert int(row[0]) == 5  # the frame
             place = int(keep.nonzero()[0])
             assert int(keep.sum()) == 1
-            texts.append(TOKENIZER.decode(row[1 : place + 1].tolist()).split()[-1])
+            texts.append(str(TOKENIZER.decode(row[1 : place + 1].tolist())).split()[-1])
     assert texts == list(found.words)
     assert [found.classes[label] for label in found.labels_E] == [
         "animal" if word in ("fox", "dog") else "act" for word in found.words

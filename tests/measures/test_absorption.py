@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import dataclasses
+import inspect
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from kronsae.cli import app
+from kronsae.data.corpus import Document
 from kronsae.errors import UserError
+from kronsae.measures import tasks
 from kronsae.measures.absorption import AbsorptionSettings, measure
-from kronsae.measures.material import kept_results
+from kronsae.measures.material import Material, kept_results
 from kronsae.measures.tasks import read_labelled
 from kronsae.report.sections import sections
 from kronsae.run import Run
@@ -134,3 +141,35 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, object], messag
 def test_the_task_labels_needs_a_file(finished_run: Run) -> None:
     with pytest.raises(UserError, match="the task 'labels' needs a file"):
         measure(finished_run, AbsorptionSettings(task="labels"))
+
+
+def test_names_in_code_are_a_task(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learnt from training documents, scored on held-out ones; each name at its last token."""
+
+    def of_library(material: Material, *, held_out: bool, number: int) -> list[Document]:
+        modules = (json.decoder, argparse) if held_out else (json.encoder, textwrap, ast, dataclasses)
+        return [Document(id=module.__name__, text=inspect.getsource(module)) for module in modules]
+
+    monkeypatch.setattr(tasks, "documents", of_library)
+    material = Material(finished_run)
+    task = tasks.build_task(material, "roles", labels=None, windows=4000, place="last", seed=0)
+    assert {"keyword", "function name", "parameter", "attribute", "docstring word"} <= set(task.classes)
+    words: dict[str, set[str]] = {name: set() for name in task.classes}
+    for label, word in zip(task.labels_E.tolist(), task.words, strict=True):
+        words[task.classes[label]].add(word)
+    assert {"return", "if"} <= words["keyword"]
+    assert "JSONEncoder" not in words["function name"]
+    assert "self" in words["parameter"]
+    assert 0 < int(task.held_out_E.sum()) < len(task.words)
+    assert tasks.default_task(material) == "first-letter"
+
+
+def test_the_kept_comparison_with_saebench_agrees() -> None:
+    """What docs/measurements/absorption.md says of docs/results/absorption_parity.json."""
+    path = Path(__file__).parents[2] / "docs" / "results" / "absorption_parity.json"
+    result = json.loads(path.read_text(encoding="utf-8"))["result"]
+    gaps = [gap for of_case in result["largest_difference"].values() for gap in of_case.values()]
+    assert len(gaps) > 10
+    assert max(gaps) <= result["tolerance"] == 1e-6
+    assert min(result["words"]["by_branch"].values()) > 100
+    assert {len(set(one["split_latents"])) > 1 for one in result["pipelines"].values()} == {True}

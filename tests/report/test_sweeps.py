@@ -164,3 +164,12 @@ def test_dots_bars_and_a_logarithmic_axis() -> None:
         assert float(low) - y == pytest.approx(y - float(high), abs=0.2)
         assert float(low) < HEIGHT - BOTTOM
     assert chart.data()["series"][0]["at"] == ["1 heads", "10 heads", "100 heads"]
+
+
+def test_saes_of_different_hooks_are_not_ranked() -> None:
+    rows = [row("a", 0, 0.5), row("b", 0, 0.7)]
+    warning = "SAEs of different hooks are not to be ranked by EV: they reconstruct different activations."
+    alike = page_of(rows, {"a": settings_of("topk", k=1), "b": settings_of("topk", k=2)})
+    apart = page_of(rows, {"a": settings_of("topk"), "b": settings_of("topk", read="layers.1")})
+    assert warning not in alike.notes
+    assert warning in apart.notes

@@ -13,6 +13,7 @@ from kronsae.core.sparsifiers import TopKConfig
 from kronsae.errors import UserError
 from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
 from kronsae.training.member import learning_rate
+from kronsae.training.sparsity import SparsityConfig
 
 
 def member(**changes: Any) -> MemberConfig:
@@ -75,6 +76,11 @@ def test_without_warm_up_the_first_rate_is_the_peak() -> None:
         (
             lambda: member(sparsifier=TopKConfig(k=9)),
             "k must be at most d_sae; got k=9 with d_sae=8. Lower k or widen.",
+        ),
+        (
+            lambda: member(sparsity=SparsityConfig(coefficient=0.5)),
+            "sparsity is for the sparsifier 'jumprelu'; got SparsityConfig(coefficient=0.5, warmup_share=0.1, "
+            "threshold_lr_scale=10.0) with 'topk' in 'a'. Leave it out.",
         ),
         (lambda: LoopConfig(tokens=0), "tokens must be a whole number above 0; got 0."),
         (lambda: LoopConfig(tokens=1e6), "tokens must be a whole number above 0; got 1000000.0."),  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.architectures import kron, switch, topk
+from kronsae.architectures import jumprelu, kron, switch, topk
+from kronsae.core.sparsifiers import JumpReLU
 from kronsae.errors import UserError
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member
@@ -62,6 +63,22 @@ def test_only_rows_without_a_living_latent_start_anew(
         assert optimizer.state[encoder.weight]["exp_avg"].view(-1, 8)[row].abs().max() == 0
         assert optimizer.state[encoder.weight]["exp_avg_sq"].view(-1, 8)[row].abs().max() == 0
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(12))
+
+
+def test_a_threshold_out_of_reach_starts_anew_too() -> None:
+    member, x_BD = stepped(jumprelu(d_sae=12, k=4))
+    sparsifier = member.sae.sparsifier
+    assert isinstance(sparsifier, JumpReLU)
+    dead_F = torch.zeros(12, dtype=torch.bool)
+    dead_F[[3, 7]] = True
+    with torch.no_grad():
+        sparsifier.log_threshold[dead_F] = 50.0  # no activation comes near exp(50)
+    before = sparsifier.log_threshold.detach().clone()
+    revive(member.sae, member.optimizer, dead_F, x_BD, x_BD * 0, torch.Generator().manual_seed(0))
+    assert torch.equal(sparsifier.log_threshold[~dead_F], before[~dead_F])
+    torch.testing.assert_close(sparsifier.log_threshold[dead_F], before[~dead_F].mean().expand(2))
+    assert member.optimizer.state[sparsifier.log_threshold]["exp_avg"][dead_F].abs().max() == 0
+    assert member.sae.encode(x_BD).to_dense()[:, dead_F].any(0).all()
 
 
 def test_with_all_dead_nothing_is_known_to_start_from() -> None:

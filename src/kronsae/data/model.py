@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,6 +304,19 @@ def resolve_hook(model: nn.Module, hook: str | int) -> HookPoint:
         raise UserError(f"hook must end in ':input' or ':output' if it has a ':'; got '{hook}'.{nearest(side, SIDES)}")
     path, module = _find_module(model, name, hook)
     return HookPoint(path, module, side or "output")
+
+
+def check_hooks(model: nn.Module, hooks: Sequence[str | int]) -> None:
+    """Raise a UserError for a hook that names no place, and for two names of one place."""
+    known: dict[str, str | int] = {}
+    for hook in hooks:
+        place = resolve_hook(model, hook).name
+        if place in known:
+            raise UserError(
+                f"hooks of one place must be written alike; '{known[place]}' and '{hook}' both are '{place}'. "
+                "Use one of them."
+            )
+        known[place] = hook
 
 
 def _find_module(model: nn.Module, name: str, hook: str | int) -> tuple[str, nn.Module]:

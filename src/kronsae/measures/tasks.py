@@ -131,14 +131,13 @@ def _passage(line: str, where: str) -> Passage:
 
 
 def _span(span: Any, text: str, where: str) -> Span:
-    values = [span.get(key) for key in ("start", "end", "label")] if isinstance(span, dict) else [None] * 3
-    start, end, label = values
-    right = type(start) is int and type(end) is int and isinstance(label, str)
-    if not right or not 0 <= start < end <= len(text):
-        raise UserError(
-            f'{where}: a span must be {{"start", "end", "label"}} with 0 <= start < end <= {len(text)}; got {span!r}.'
-        )
-    return Span(start=start, end=end, label=label)
+    found = span if isinstance(span, dict) else {}
+    start, end, label = found.get("start"), found.get("end"), found.get("label")
+    if type(start) is int and type(end) is int and isinstance(label, str) and 0 <= start < end <= len(text):
+        return Span(start=start, end=end, label=label)
+    raise UserError(
+        f'{where}: a span must be {{"start", "end", "label"}} with 0 <= start < end <= {len(text)}; got {span!r}.'
+    )
 
 
 def example_activations(material: Material, task: Task, cache: Path, progress: Any = None) -> tuple[torch.Tensor, bool]:

@@ -259,6 +259,8 @@ def _notes(means: Sequence[Mean]) -> tuple[str, ...]:
     if sizes:
         found.append(f"Dead: active on none of {', '.join(si(size) for size in sizes)} held-out tokens.")
     levels = [level.mean for mean in means if (level := mean.figures.get("l0")) is not None]
+    if {"hook", "read", "write"} & {*varying_settings(means)}:
+        found.append("SAEs of different hooks are not to be ranked by EV: they reconstruct different activations.")
     if levels and max(levels) - min(levels) > 0.02 * max(levels):
         found.append("SAEs of different l0 are not to be ranked by EV: more latents per token reconstruct better.")
     return tuple(found)

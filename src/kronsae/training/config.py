@@ -117,6 +117,11 @@ class MemberConfig:
                     f"revive_every_tokens is for SAEs without experts that write what they read, unlike '{self.name}'. "
                     "Leave it out: AuxK revives there too."
                 )
+        if self.sparsifier.kind != "jumprelu" and self.sparsity != SparsityConfig():
+            raise UserError(
+                f"sparsity is for the sparsifier 'jumprelu'; got {self.sparsity} with '{self.sparsifier.kind}' in "
+                f"'{self.name}'. Leave it out."
+            )
         check_foldable(self.normalize_activations, self.encoder)
         self.sparsifier.check(self.encoder)
         self.loss.check(self.encoder)

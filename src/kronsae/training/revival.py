@@ -11,6 +11,7 @@ from torch import Tensor
 from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
 from kronsae.core.heads import head_grid
 from kronsae.core.sae import SAE
+from kronsae.core.sparsifiers import JumpReLU
 from kronsae.kernels import RowAdamW
 
 
@@ -35,7 +36,9 @@ def revive(
 
     A row takes the direction of the residual ``x - x_hat`` of a token drawn with probability proportional to
     ``||x - x_hat||^2`` (as Bricken et al. 2023 resample neurons), the mean norm of the living rows, and bias 0. The
-    decoder rows of its latents start as at the beginning, from the encoder's; Adam's moments of all these rows at 0.
+    decoder rows of its latents start as at the beginning, from the encoder's; a JumpReLU's thresholds of its latents at
+    the living latents' geometric mean, or the old one, which it never passed, would keep it dead. Adam's moments of all
+    these rows start at 0.
     """
     encoder = sae.encoder
     assert isinstance(encoder, DenseEncoder | KroneckerEncoder)
@@ -50,7 +53,12 @@ def revive(
     weight_RD[rows_R] = directions_CD * weight_RD[~rows_R].norm(dim=1).mean()
     bias_R[rows_R] = 0
     sae.W_dec[latents_F] = torch.nn.functional.normalize(encoder.initial_decoder_rows()[latents_F], dim=1)
-    for parameter, rows in ((encoder.weight, rows_R), (encoder.bias, rows_R), (sae.W_dec, latents_F)):
+    restarted = [(encoder.weight, rows_R), (encoder.bias, rows_R), (sae.W_dec, latents_F)]
+    if isinstance(sae.sparsifier, JumpReLU):
+        log_threshold_F = sae.sparsifier.log_threshold
+        log_threshold_F[latents_F] = log_threshold_F[~dead_F].mean()
+        restarted.append((log_threshold_F, latents_F))
+    for parameter, rows in restarted:
         state = optimizer.state.get(parameter, {})
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state:

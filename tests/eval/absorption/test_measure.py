@@ -40,11 +40,11 @@ def dictionary(*, absorbing: bool) -> SAE:
     shape = SAEConfig(d_in=D, encoder=DenseEncoderConfig(d_sae=D), sparsifier=TopKConfig(k=3))
     sae = shape.build()
     with torch.no_grad():
-        sae.encoder.weight.copy_(torch.eye(D))  # type: ignore[operator]
-        sae.encoder.bias.fill_(-0.5)  # type: ignore[operator]
+        sae.encoder.weight.copy_(torch.eye(D))
+        sae.encoder.bias.fill_(-0.5)
         sae.W_dec.copy_(torch.eye(D))
         if absorbing:
-            sae.encoder.weight[0, SPECIAL] = -10.0  # type: ignore[index]
+            sae.encoder.weight[0, SPECIAL] = -10.0
             sae.W_dec[SPECIAL] = torch.nn.functional.normalize(torch.eye(D)[0] + 0.75 * torch.eye(D)[SPECIAL], dim=0)
     return sae
 
@@ -129,6 +129,6 @@ def test_small_activations_can_be_scaled() -> None:
     sae = dictionary(absorbing=True)
     large = absorption(sae, data, probe_classes(data, config), config)
     with torch.no_grad():
-        sae.encoder.bias.div_(1000)  # type: ignore[operator]
+        sae.encoder.bias.div_(1000)
     found = absorption(sae, small, probe_classes(small, config), config)
     assert found.mean_absorption_fraction == pytest.approx(large.mean_absorption_fraction, abs=1e-3)

@@ -42,7 +42,9 @@ def of_word(activations: dict[int, float], p: float, main: list[int]) -> tuple[f
 def test_a_word_worked_out_by_hand(
     activations: dict[int, float], p: float, main: list[int], fraction: float, full: bool
 ) -> None:
-    assert of_word(activations, p, main) == (pytest.approx(fraction, abs=1e-12), full)
+    found = of_word(activations, p, main)
+    assert found[0] == pytest.approx(fraction, abs=1e-12)
+    assert found[1] == full
 
 
 def test_at_most_three_latents_share_in_an_absorption() -> None:

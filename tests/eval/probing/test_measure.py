@@ -43,8 +43,8 @@ def dictionary(*, knows: bool) -> SAE:
     with torch.no_grad():
         reads = torch.eye(D)
         reads[: 0 if knows else 2] = 0.0  # it sees nothing but noise
-        sae.encoder.weight.copy_(reads)  # type: ignore[operator]
-        sae.encoder.bias.fill_(-0.1 if knows else 0.0)  # type: ignore[operator]
+        sae.encoder.weight.copy_(reads)
+        sae.encoder.bias.fill_(-0.1 if knows else 0.0)
         sae.W_dec.copy_(torch.eye(D))
     return sae
 
@@ -97,12 +97,12 @@ def test_tokens_have_the_concepts_of_the_spans_they_overlap() -> None:
     ids = torch.cat([windows.input_ids_ST[windows.keep_ST] for windows in found.windows]).tolist()
     assert len(ids) == len(found.labels_NL) == len(found.held_out_N)
     kept = {
-        c: {TOKENIZER.decode([t]) for t, has in zip(ids, found.labels_NL[:, c], strict=True) if has} for c in (0, 1)
+        c: {str(TOKENIZER.decode([t])) for t, has in zip(ids, found.labels_NL[:, c], strict=True) if has}
+        for c in (0, 1)
     }
-    assert "".join(sorted(kept[1])).replace(" ", "") != ""
     whole = TOKENIZER("the quick brown fox jumps over", add_special_tokens=False, return_offsets_mapping=True)
     expected = {
-        TOKENIZER.decode([t])
+        str(TOKENIZER.decode([t]))
         for t, (a, b) in zip(*(whole[key] for key in ("input_ids", "offset_mapping")), strict=True)
         if a < 9 and b > 4
     }

@@ -122,4 +122,5 @@ def _usable(labels_NL: np.ndarray, held_out_N: np.ndarray, at_least: int) -> np.
         for side in (labels_NL[~held_out_N], labels_NL[held_out_N])
         for count in (side.sum(0), len(side) - side.sum(0))
     ]
-    return np.minimum.reduce(fewest) >= at_least
+    usable: np.ndarray = np.minimum.reduce(fewest) >= at_least
+    return usable
