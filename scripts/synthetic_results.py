@@ -2,7 +2,7 @@
 
 .venv/bin/python scripts/synthetic_results.py [--seeds 3] [--table-only]
 
-The SAEs are those of `kronsae architectures` that reconstruct what they read, and a KronSAE with larger heads.
+The SAEs are those of `kronsae architectures`, and a KronSAE with larger heads.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ FORMS = TEN | {"topk-kron-m4-n4": "kron num_heads=64 d_base=4 d_extension=4 k=16
 
 def members() -> tuple[MemberConfig, ...]:
     """One SAE of each form; their sizes are the measurement's."""
-    every = (replace(parse_sae(words), name=name) for name, words in FORMS.items())
-    return tuple(member for member in every if not member.shape(1).role)
+    return tuple(replace(parse_sae(words), name=name) for name, words in FORMS.items())
 
 
 def markdown(kept: dict[str, Any]) -> str:

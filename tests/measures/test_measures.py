@@ -42,6 +42,15 @@ def test_a_misspelt_verb_is_told_from_a_folder() -> None:
         CliRunner().invoke(app, ["eval", "tabel", "runs/x"], catch_exceptions=False, standalone_mode=False)
 
 
+def test_a_result_of_another_version_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    keep_result(run, "toy", {"seed": 1}, {"value": 0.5})
+    monkeypatch.setattr("kronsae.measures.material.version", lambda name: "999")
+    assert known_result(run, "toy", {"seed": 1}) is None
+    keep_result(run, "toy", {"seed": 1}, {"value": 0.6})
+    assert known_result(run, "toy", {"seed": 1}) == {"value": 0.6}
+
+
 def test_a_result_is_known_by_its_settings(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert known_result(run, "toy", {"seed": 1}) is None

@@ -107,12 +107,14 @@ def result_path(run: Run, name: str) -> Path:
 
 
 def known_result(run: Run, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The kept result, if it was measured with these very settings; a run's SAEs never change once it is finished."""
+    """The kept result, if this version measured it with these very settings; a finished run's SAEs never change."""
     path = result_path(run, name)
     if not path.exists():
         return None
     known = read_json(path, f"the result of '{name}'")
-    if not isinstance(known, dict) or differences(known.get("settings"), dict(settings)):
+    if not isinstance(known, dict) or known.get("kronsae_version") != version("kronsae"):
+        return None  # another version may define a figure otherwise
+    if differences(known.get("settings"), dict(settings)):
         return None
     result = known.get("result")
     return result if isinstance(result, dict) else None

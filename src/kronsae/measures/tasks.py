@@ -98,9 +98,7 @@ def read_labelled(path: Path) -> Iterator[Passage]:
         UserError: a line is something else; it says which.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # splitlines() would cut at U+2028 and others within a text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() cuts at U+2028 within a text, too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"labels: {path} cannot be read ({error}).") from None
     for number, line in enumerate(lines, 1):
