@@ -20,6 +20,7 @@ from kronsae import sweeping
 from kronsae.config import to_dict
 from kronsae.core.flops import training_flops
 from kronsae.errors import UserError
+from kronsae.files import only_writer
 from kronsae.grid import SweepConfig, points
 from kronsae.pipeline import Source
 from kronsae.planning import Plan, make_plan, with_times
@@ -272,6 +273,12 @@ def test_a_folder_that_holds_other_things(base: str, run_config: RunConfig, tmp_
     with pytest.raises(UserError, match=r"^out must be a new or empty folder or a sweep; .* holds other files\.$"):
         go(SweepConfig(saes=SAES, config=base), tmp_path)
     assert listing(tmp_path) == ["thesis.tex"]
+
+
+def test_another_process_is_at_work_in_the_folder(base: str, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "s"), pytest.raises(UserError, match="another kronsae is at work"):
+        go(SweepConfig(saes=SAES, config=base), tmp_path / "s")
+    assert listing(tmp_path) == []
 
 
 def test_in_python(run_config: RunConfig, text_file: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kronsae.config import from_dict, to_dict
 from kronsae.core.checks import check_count
 from kronsae.core.flops import training_flops
 from kronsae.errors import UserError, nearest
-from kronsae.files import check_folder_place, read_json, write_json
+from kronsae.files import check_folder_place, only_writer, read_json, write_json
 from kronsae.grid import Point, SweepConfig, digest_of, points, seeds
 from kronsae.pipeline import Source
 from kronsae.planning import TIMED_FROM_STEPS, MemberPlan, Plan, in_time, make_plan, with_times
@@ -168,6 +168,19 @@ def execute_sweep(
     folder = Path(out)
     config = from_dict(SweepConfig, to_dict(config))
     wanted = sweep_points(config)
+    _check_folder(folder)
+    with only_writer(folder):
+        return _carry_out(config, wanted, folder, group_size, show_progress, say)
+
+
+def _carry_out(
+    config: SweepConfig,
+    wanted: Sequence[Point],
+    folder: Path,
+    group_size: int,
+    show_progress: bool,
+    say: Callable[[str], None],
+) -> Sweep:
     finished, plan = plan_sweep(wanted, folder, group_size)
     say(str(plan))
     _clear(folder)
