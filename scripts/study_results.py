@@ -14,7 +14,7 @@ from typing import Any
 
 from kronsae.files import write_text
 from kronsae.grid import points, sweep_config
-from kronsae.report.sweeps import mean_table, summaries
+from kronsae.report.sweeps import divergences, mean_table, summaries
 from kronsae.sweeping import execute_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,11 +60,12 @@ def table(study: str) -> str:
         "|---" * (len(found.headings) + 1) + "|",
     ]
     lines += [f"| {row.name} | {' | '.join(cell.text for cell in row.cells)} |" for row in found.rows]
-    first = rows[0]
+    measured = [row for row in rows if not row.get("diverged")]
+    first = measured[0]
     lines += [
         "",
         f"Mean ± one standard deviation over seeds; {first['evaluation_tokens']:,.0f} held-out tokens. "
-        f"{_l0_check(rows)} "
+        f"{' '.join([*divergences(rows), _l0_check(measured)])} "
         f"On {first['cores']:.0f} cores of {first['processor']}, commit {first['commit']} "
         f"([all figures]({study}.csv); again by `python scripts/study_results.py {study}`).",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from kronsae import files
 from kronsae.errors import UserError
-from kronsae.files import atomic_path, read_json, write_json, write_text
+from kronsae.files import LOCK_FILE, atomic_path, only_writer, read_json, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -116,3 +117,50 @@ def test_reading_damaged_json(tmp_path: Path, content: bytes) -> None:
 def test_reading_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as JSON"):
         read_json(tmp_path, "the run")
+
+
+class TestOnlyWriter:
+    def test_a_second_one_is_kept_out_until_the_first_is_done(self, tmp_path: Path) -> None:
+        folder = tmp_path / "a" / "b"
+        with only_writer(folder):
+            with pytest.raises(UserError) as caught, only_writer(folder):
+                pass
+            assert str(caught.value) == (
+                f"out must be a folder that nobody else writes to; another kronsae is at work in {folder}. "
+                "Wait for its end, or name another one."
+            )
+            (folder / "kept").touch()
+        assert names(folder) == ["kept"]
+        with only_writer(folder):
+            assert names(folder) == [LOCK_FILE, "kept"]
+
+    def test_what_it_made_is_removed_where_nothing_was_written(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        for folder in (tmp_path / "a" / "b", tmp_path / "empty"):
+            with pytest.raises(KeyError), only_writer(folder):
+                raise KeyError
+        assert names(tmp_path) == ["empty"]
+
+    def test_one_that_was_killed_keeps_nobody_out(self, tmp_path: Path) -> None:
+        script = "import sys, time, pathlib\nfrom kronsae.files import only_writer\n"
+        script += "with only_writer(pathlib.Path(sys.argv[1])):\n    print(flush=True)\n    time.sleep(600)"
+        command = [sys.executable, "-c", script, str(tmp_path / "r")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            with pytest.raises(UserError), only_writer(tmp_path / "r"):
+                pass
+            process.send_signal(signal.SIGKILL)
+        assert names(tmp_path / "r") == [LOCK_FILE]
+        with only_writer(tmp_path / "r"):
+            pass
+        assert names(tmp_path / "r") == []
+
+    def test_without_locks_it_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def none_here(*_: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr("fcntl.flock", none_here)
+        with only_writer(tmp_path), only_writer(tmp_path):
+            pass
+        assert names(tmp_path) == []

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,7 @@ from kronsae.config import to_dict
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.errors import UserError
+from kronsae.files import only_writer
 from kronsae.harvesting import harvest, with_activations
 from kronsae.run import Interrupted, Run, execute, open_run, with_overrides
 from kronsae.run_config import RunConfig
@@ -363,6 +365,31 @@ class TestTheFolder:
         (tmp_path / ".run.json.k3j2").touch()  # what a kill in the middle of writing run.json leaves
         short = replace(config, loop=LoopConfig(tokens=64, batch_tokens=64))
         assert go(short, tmp_path).finished
+
+    def test_another_process_is_at_work_in_it(self, finished_run: Run, config: RunConfig, tmp_path: Path) -> None:
+        with only_writer(tmp_path / "r"):
+            with pytest.raises(UserError, match=rf"another kronsae is at work in {tmp_path / 'r'}\."):
+                go(config, tmp_path / "r")
+            assert listing(tmp_path / "r") == [".lock"]
+        with only_writer(finished_run.folder):
+            assert go(config, finished_run.folder) == finished_run  # it is only read
+
+    def test_a_run_that_another_one_ended_meanwhile_is_left_alone(
+        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The other one begins and ends after the first look at the folder."""
+        short = replace(config, loop=LoopConfig(tokens=64, batch_tokens=64))
+
+        def late(folder: Path) -> AbstractContextManager[None]:
+            monkeypatch.setattr(run_module, "only_writer", only_writer)
+            go(short, folder)
+            monkeypatch.setattr(run_module, "fit", None)
+            return only_writer(folder)
+
+        monkeypatch.setattr(run_module, "only_writer", late)
+        said: list[str] = []
+        go(short, tmp_path / "r", say=said.append)
+        assert said == [f"The run in {tmp_path / 'r'} is finished; nothing is left to train, or to log."]
 
     def test_no_run_folder(self, tmp_path: Path) -> None:
         message = rf"^there is no run folder {tmp_path / 'x'}. Give the --out of an earlier `kronsae train`.$"

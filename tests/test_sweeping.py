@@ -20,6 +20,7 @@ from kronsae import sweeping
 from kronsae.config import to_dict
 from kronsae.core.flops import training_flops
 from kronsae.errors import UserError
+from kronsae.files import only_writer
 from kronsae.grid import SweepConfig, points
 from kronsae.pipeline import Source
 from kronsae.planning import Plan, make_plan, with_times
@@ -136,6 +137,65 @@ def test_stopped_and_carried_on(whole: Sweep, base: str, tmp_path: Path, monkeyp
     assert without_times(resumed) == without_times(whole)
 
 
+class TestADivergence:
+    SAES = ("topk d_sae=32 k=2 lr={1e-3,1e30}", "topk d_sae=32 k=4 name=other")
+
+    def test_the_others_go_on_and_it_is_not_tried_again(
+        self, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said: list[str] = []
+        config = SweepConfig(saes=self.SAES, config=base)
+        found = go(config, tmp_path / "s", say=said.append)
+        with found.csv.open(encoding="utf-8") as file:
+            good, bad, other = csv.DictReader(file)
+        assert bad["diverged"].startswith("training of 'topk-lr1e_30' diverged: the ")
+        assert f"{bad['diverged']} The sweep goes on without it." in said
+        assert (bad["name"], bad["seed"], bad["k"], bad["lr"], bad["run.hook"]) == (
+            *("topk-lr1e_30", "0", "2", "1e+30"),
+            "layers.2",
+        )
+        assert (bad["explained_variance"], bad["tokens"], bad["group"]) == ("", "", "")
+        assert (good["diverged"], other["diverged"]) == ("", "")
+        without = SweepConfig(saes=("topk d_sae=32 k=2 lr=1e-3 name=topk-lr0.001", self.SAES[1]), config=base)
+        alone = go(without, tmp_path / "without")
+        assert [float(row["explained_variance"]) for row in (good, other)] == [
+            row["explained_variance"] for row in alone.rows
+        ]
+        assert [path.name for path in (tmp_path / "s" / "groups").iterdir()] == [good["group"]]
+        assert bad["diverged"] in str(found)
+        assert "topk-lr1e_30" in found.page.read_text(encoding="utf-8")
+
+        monkeypatch.setattr(sweeping, "execute", None)
+        said.clear()
+        again = go(config, tmp_path / "s", say=said.append)
+        assert said == ["0 SAEs to train in 0 group(s), seeds -; 2 are finished; 1 diverged"]
+        assert again.rows == found.rows
+        renamed = SweepConfig(saes=("topk d_sae=32 k=2 lr=1e30",), config=base)
+        (row,) = go(renamed, tmp_path / "s").rows
+        assert row["diverged"].startswith("training of 'topk' diverged: the ")
+
+    def test_killed_before_the_group_was_removed(
+        self, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def killed(path: Path) -> None:
+            raise KeyboardInterrupt
+
+        config = SweepConfig(saes=self.SAES[:1], config=base)
+        with monkeypatch.context() as patch:
+            patch.setattr("kronsae.sweeping.shutil.rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                go(config, tmp_path / "s")
+        found = go(config, tmp_path / "s")
+        assert [row["diverged"] is None for row in found.rows] == [True, False]
+        assert [path.name for path in (tmp_path / "s" / "groups").iterdir()] == [found.rows[0]["group"]]
+
+    def test_nobody_is_left(self, base: str, tmp_path: Path) -> None:
+        found = go(SweepConfig(saes=("topk d_sae=32 k=2 lr=1e30",), config=base, seeds=(0, 1)), tmp_path / "s")
+        assert [row["seed"] for row in found.rows if row["diverged"]] == [0, 1]
+        assert list((tmp_path / "s" / "groups").iterdir()) == []
+        assert "evaluated on" not in found.page.read_text(encoding="utf-8").split("<table")[0]
+
+
 def test_a_changed_grid_keeps_what_is_the_same(base: str, tmp_path: Path) -> None:
     first = go(SweepConfig(saes=("topk d_sae=32 k=2",), config=base), tmp_path / "s")
     said: list[str] = []
@@ -213,6 +273,12 @@ def test_a_folder_that_holds_other_things(base: str, run_config: RunConfig, tmp_
     with pytest.raises(UserError, match=r"^out must be a new or empty folder or a sweep; .* holds other files\.$"):
         go(SweepConfig(saes=SAES, config=base), tmp_path)
     assert listing(tmp_path) == ["thesis.tex"]
+
+
+def test_another_process_is_at_work_in_the_folder(base: str, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "s"), pytest.raises(UserError, match="another kronsae is at work"):
+        go(SweepConfig(saes=SAES, config=base), tmp_path / "s")
+    assert listing(tmp_path) == []
 
 
 def test_in_python(run_config: RunConfig, text_file: Path, tmp_path: Path) -> None:

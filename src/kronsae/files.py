@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees either the old one or the new one, never half of one."""
+"""Writing files so that a reader sees either the old one or the new one, and so that no two write to one folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kronsae.errors import UserError
+
+LOCK_FILE = ".lock"
 
 
 def check_folder_place(folder: Path) -> None:
@@ -73,6 +76,60 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{what}: {path} does not exist.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{what}: {path} cannot be read as JSON ({error}).") from None
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and be the only one inside this for it until the end.
+
+    The end of a process, however it comes, ends its hold. What was made and holds nothing at the end is removed. Where
+    the system has no locks (Windows, some network drives), nobody is kept out.
+
+    Raises:
+        UserError: another one is inside.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    handle = _lock(folder / LOCK_FILE)
+    try:
+        yield
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+
+
+def _lock(path: Path) -> int | None:
+    """An open file with the lock; None where there are no locks."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            return None
+        import fcntl
+
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the folder was removed again by the one who was inside
+            continue
+        except PermissionError:  # left behind by another person
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"out must be a folder that nobody else writes to; another kronsae is at work in {path.parent}. "
+                "Wait for its end, or name another one."
+            ) from None
+        except OSError:
+            os.close(handle)
+            return None
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+        os.close(handle)  # of a file that was removed between opening and locking
 
 
 def _umask() -> int:

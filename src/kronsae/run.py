@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from kronsae.core.sae import SAE
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.errors import UserError, nearest
-from kronsae.files import check_folder_place, read_json, write_json
+from kronsae.files import check_folder_place, only_writer, read_json, write_json
 from kronsae.pipeline import Source
 from kronsae.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
 from kronsae.run_config import RunConfig
@@ -226,9 +226,24 @@ def execute(
     for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
         if wanted:
             require(package)
-    if run.finished:
-        say(f"The run in {run.folder} is finished; nothing is left to train, or to log.")
-        return run
+    with nullcontext() if run.finished else only_writer(run.folder):
+        check_folder(run, config)  # again: before this one was alone there, another one may have begun or ended
+        if run.finished:
+            say(f"The run in {run.folder} is finished; nothing is left to train, or to log.")
+        else:
+            _carry_out(run, config, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb, say=say)
+    return run
+
+
+def _carry_out(
+    run: Run,
+    config: RunConfig,
+    *,
+    show_progress: bool,
+    tensorboard: bool,
+    wandb: str | None,
+    say: Callable[[str], None],
+) -> None:
     source = Source(config)
     progress = load_progress(run.folder / "checkpoint") or Progress()
     plan = make_plan(source, run.folder, progress.step)
@@ -244,7 +259,7 @@ def execute(
         say(f"Carrying on after {progress.tokens:,} of {plan.tokens:,} tokens.")
     if progress.step == plan.steps:  # stopped between the last step and the saving of what was trained
         _finish(run, members, progress)
-        return run
+        return
     if config.activations is None:
         say(f"Filling the shuffle buffer with the activations of {config.buffer_tokens:,} tokens.")
     filling = perf_counter()
@@ -270,7 +285,6 @@ def execute(
         f"Trained on {progress.tokens:,} tokens in {progress.seconds:.0f} s: "
         f"{progress.tokens / progress.seconds:,.0f} tokens/s for {len(members)} SAE(s)."
     )
-    return run
 
 
 class Interrupted(UserError):

@@ -14,7 +14,7 @@ from kronsae.core.heads import head_grid
 from kronsae.files import write_text
 from kronsae.grid import Point
 from kronsae.report import sweep_page, write
-from kronsae.report.sweeps import mean_table, summaries
+from kronsae.report.sweeps import divergences, mean_table, summaries
 
 CSV_FILE, PAGE_FILE, CONFIG_FILE = "sweep.csv", "sweep.html", "sweep.json"
 SHAPE = ("num_experts", "gate", "num_heads", "d_base", "d_extension")
@@ -66,13 +66,14 @@ class Sweep:
     def write(self, config: Mapping[str, Any]) -> None:
         """Write ``sweep.csv`` and ``sweep.html``; ``config`` is shown on the page."""
         write_text(self.csv, as_csv(self.rows))
+        evaluated_on = self._all("evaluation_tokens", "{:,}")
         facts = {
             "model": self._all("run.model.name"),
             "hook": self._all("run.hook"),
             "text": self._all("run.text.source"),
             "SAEs": f"{len({row['name'] for row in self.rows})}",
             "seeds": ", ".join(map(str, sorted({row["seed"] for row in self.rows}))),
-            "evaluated on": f"{self._all('evaluation_tokens', '{:,}')} held-out tokens",
+            "evaluated on": None if evaluated_on is None else f"{evaluated_on} held-out tokens",
             "processor": self._all("processor"),
             "commit": self._all("commit"),
         }
@@ -93,18 +94,27 @@ class Sweep:
         console = Console(width=240, file=io.StringIO(), highlight=False)
         console.print(table)
         assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        lines = [console.file.getvalue().rstrip(), *divergences(self.rows)]
+        return "\n".join(lines)
 
 
-def result_row(point: Point, figures: Mapping[str, Any], provenance: Mapping[str, Any], group: str) -> dict[str, Any]:
+def result_row(
+    point: Point,
+    figures: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    group: str,
+    *,
+    diverged: str | None = None,
+) -> dict[str, Any]:
     """One row: name and seed, shape (of a switch the heads of all experts), figures, every setting by its place
     (``sae.``, ``run.``), provenance.
 
     Args:
         point: the SAE.
-        figures: its row of `evaluate_run`.
+        figures: its row of `evaluate_run`; empty if it diverged.
         provenance: of the machine that trained it.
         group: name of the run folder that holds it.
+        diverged: the sentence that its training ended with; None of one that was trained to its end.
     """
     member = point.run.saes[0]
     encoder, grid = to_dict(member.encoder), head_grid(member.encoder)
@@ -114,7 +124,7 @@ def result_row(point: Point, figures: Mapping[str, Any], provenance: Mapping[str
     return (
         {"name": point.name, "seed": point.seed}
         | {key: shape.get(key) for key in SHAPE}
-        | {"k": member.sparsifier.k, "lr": member.optimizer.lr}
+        | {"k": member.sparsifier.k, "lr": member.optimizer.lr, "diverged": diverged}
         | {key: figures.get(key) for key in FIGURES}
         | _flat({key: value for key, value in to_dict(member).items() if key != "name"}, "sae")
         | _flat(run, "run")

@@ -6,6 +6,7 @@ was changed trains only what it has not trained yet.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from kronsae.config import from_dict, to_dict
 from kronsae.core.checks import check_count
 from kronsae.core.flops import training_flops
 from kronsae.errors import UserError, nearest
-from kronsae.files import check_folder_place, read_json, write_json
+from kronsae.files import check_folder_place, only_writer, read_json, write_json
 from kronsae.grid import Point, SweepConfig, digest_of, points, seeds
 from kronsae.pipeline import Source
 from kronsae.planning import TIMED_FROM_STEPS, MemberPlan, Plan, in_time, make_plan, with_times
@@ -27,9 +28,12 @@ from kronsae.run import Run, execute
 from kronsae.run_config import RunConfig
 from kronsae.run_evaluation import evaluate_run
 from kronsae.sweep_results import CONFIG_FILE, Sweep, result_row
+from kronsae.training.member import Diverged
 
 MEMORY_SHARE = 0.8
 """Of the memory there is, so much is given to a group: evaluation and the estimate's error need the rest."""
+DIVERGED_FOLDER = "diverged"
+"""In a sweep's folder: a file for each point whose training diverged, named by its digest."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,13 @@ class SweepPlan:
     Args:
         groups: to train, in order.
         finished: points that need no training any more.
+        diverged: points whose training diverged before; it is not tried again.
         seconds: of all training left, measured; None where it was not.
     """
 
     groups: tuple[Group, ...]
     finished: int
+    diverged: int
     seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +71,12 @@ class SweepPlan:
             {"folder": str(group.folder), "seed": group.points[0].seed, "saes": [point.name for point in group.points]}
             for group in self.groups
         ]
-        return {"groups": groups, "finished": self.finished, "seconds": self.seconds}
+        return {
+            "groups": groups,
+            "finished": self.finished,
+            "diverged": self.diverged,
+            "seconds": self.seconds,
+        }
 
     def __str__(self) -> str:
         count = sum(len(group.points) for group in self.groups)
@@ -75,6 +86,8 @@ class SweepPlan:
         ]
         if self.finished:
             lines[0] += f"; {self.finished} are finished"
+        if self.diverged:
+            lines[0] += f"; {self.diverged} diverged"
         for group in self.groups:
             lines.append(f"  {group.folder.name}: {', '.join(point.name for point in group.points)}")
         if self.seconds is not None:
@@ -100,6 +113,8 @@ def sweep(
     show_progress: bool = True,
 ) -> Sweep:
     """Train and evaluate every SAE of a grid; the same call carries on what was stopped.
+
+    An SAE whose training diverges keeps a row that says so, and the others train on without it.
 
     Args:
         saes: as ``--sae`` takes them, ``{a,b}`` standing for each of several values:
@@ -153,18 +168,78 @@ def execute_sweep(
     folder = Path(out)
     config = from_dict(SweepConfig, to_dict(config))
     wanted = sweep_points(config)
+    _check_folder(folder)
+    with only_writer(folder):
+        return _carry_out(config, wanted, folder, group_size, show_progress, say)
+
+
+def _carry_out(
+    config: SweepConfig,
+    wanted: Sequence[Point],
+    folder: Path,
+    group_size: int,
+    show_progress: bool,
+    say: Callable[[str], None],
+) -> Sweep:
     finished, plan = plan_sweep(wanted, folder, group_size)
     say(str(plan))
+    _clear(folder)
     write_json(folder / CONFIG_FILE, {"kronsae_version": version("kronsae"), "sweep": to_dict(config)})
     for number, group in enumerate(plan.groups, 1):
         say(f"Group {number} of {len(plan.groups)}, seed {group.points[0].seed}, {len(group.points)} SAE(s):")
-        brief = partial(_say_lines, say)
-        run = execute(group.run_config, group.folder, show_progress=show_progress, say=brief)
-        finished |= _results(run, group.points, show_progress, say)
+        if (trained := _trained(group, folder, show_progress, say)) is not None:
+            run, members = trained
+            finished |= _results(run, members, show_progress, say)
+        finished |= _diverged_rows(folder, wanted)
         _gathered(folder, wanted, finished).write(to_dict(config))  # what there is can be looked at
     found = _gathered(folder, wanted, finished)
     found.write(to_dict(config))
     return found
+
+
+def _trained(
+    group: Group, folder: Path, show_progress: bool, say: Callable[[str], None]
+) -> tuple[Run, tuple[Point, ...]] | None:
+    """Train a group. Who diverges is noted, and the others start anew without it; None where nobody is left."""
+    while True:
+        try:
+            brief = partial(_say_lines, say)
+            return execute(group.run_config, group.folder, show_progress=show_progress, say=brief), group.points
+        except Diverged as error:
+            (lost,) = (point for point in group.points if point.run.saes[0].name == error.member)
+            write_json(_note_of(lost.digest, folder), {"what": error.what, "provenance": provenance()})
+            shutil.rmtree(group.folder)
+            others = [point for point in group.points if point is not lost]
+            say(f"{error} The sweep goes on without it.")
+            if not others:
+                return None
+            group = _group(folder, others)
+
+
+def _note_of(digest: str, folder: Path) -> Path:
+    return folder / DIVERGED_FOLDER / f"{digest}.json"
+
+
+def _clear(folder: Path) -> None:
+    """Remove the groups that can never be finished: stopped after a divergence was noted, before they were removed."""
+    for run in _runs(folder):
+        if not run.finished and any(_note_of(digest, folder).exists() for digest in _digests(run.config)):
+            shutil.rmtree(run.folder)
+
+
+def _runs(folder: Path) -> list[Run]:
+    return [Run(path.parent) for path in sorted((folder / "groups").glob("*/run.json"))]
+
+
+def _diverged_rows(folder: Path, wanted: Iterable[Point]) -> dict[str, dict[str, Any]]:
+    """The rows, without figures, of the points whose training diverged, by digest."""
+    rows = {}
+    for point in wanted:
+        if (path := _note_of(point.digest, folder)).exists():
+            note = read_json(path, "the note of a divergence")
+            sentence = str(Diverged(point.name, note["what"]))
+            rows[point.digest] = result_row(point, {}, note["provenance"], "", diverged=sentence)
+    return rows
 
 
 def sweep_points(config: SweepConfig) -> list[Point]:
@@ -195,7 +270,7 @@ def sweep_points(config: SweepConfig) -> list[Point]:
 def plan_sweep(
     wanted: Sequence[Point], folder: Path, group_size: int = 16
 ) -> tuple[dict[str, dict[str, Any]], SweepPlan]:
-    """What is finished, by digest of the point as rows of the CSV, and what is left to do.
+    """What is finished or diverged, by digest of the point as rows of the CSV, and what is left to do.
 
     Raises:
         UserError: the folder holds something else, or a single SAE does not fit into memory.
@@ -203,13 +278,14 @@ def plan_sweep(
     check_count("group_size", group_size)
     _check_folder(folder)
     by_digest = {point.digest: point for point in wanted}
-    runs = [Run(path.parent) for path in sorted((folder / "groups").glob("*/run.json"))]
+    runs = _runs(folder)
     done = [run for run in runs if run.finished and (run.folder / "evaluation.json").exists()]
     finished: dict[str, dict[str, Any]] = {}
     for run in done:
         finished |= _rows_of(run, by_digest)
+    diverged = {digest: row for digest, row in _diverged_rows(folder, wanted).items() if digest not in finished}
     begun: list[Group] = []
-    taken = set(finished)
+    taken = {*finished, *diverged}
     for run in (run for run in runs if run not in done):
         own = _digests(run.config)
         if all(digest in by_digest and digest not in taken for digest in own):
@@ -219,7 +295,7 @@ def plan_sweep(
     rest = [point for point in wanted if point.digest not in taken]
     plans: dict[str, Plan] = {}
     groups = [*begun, *_grouped(rest, folder, group_size, plans)]
-    return finished, SweepPlan(tuple(groups), len(finished), _seconds(groups, plans))
+    return finished | diverged, SweepPlan(tuple(groups), len(finished), len(diverged), _seconds(groups, plans))
 
 
 def _check_folder(folder: Path) -> None:

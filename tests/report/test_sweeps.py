@@ -46,6 +46,21 @@ def test_means_and_spreads() -> None:
     assert "l0" not in b.figures
 
 
+def test_a_seed_that_diverged_is_counted_and_in_no_mean() -> None:
+    lost = row("a", 2, 0.1) | dict.fromkeys(("explained_variance", "l0", "evaluation_tokens")) | {"diverged": "<b> is"}
+    rows = [lost, row("a", 0, 0.5), row("a", 1, 0.7), lost | {"name": "b"}]
+    settings = {"a": {"kind": "a"}, "b": {"kind": "b"}}
+    a, b = summaries(rows, settings)
+    assert (a.figures["explained_variance"].mean, a.figures["l0"].n) == (pytest.approx(0.6), 2)
+    assert (a.seeds, a.diverged, b.seeds, b.diverged, b.figures) == (2, 1, 0, 1, {})
+    page = page_of(rows, settings)
+    assert [heading for heading, _ in page.table.headings][-2:] == ["seeds", "diverged"]
+    assert [[cell.text for cell in shown.cells[-2:]] for shown in page.table.rows] == [["2", "1"], ["0", "1"]]
+    assert page.notes[:2] == ("Seed 2: <b> is",) * 2
+    assert "Seed 2: &lt;b&gt; is" in render(page)
+    assert "diverged" not in [heading for heading, _ in page_of(rows[1:3], settings).table.headings]
+
+
 def test_a_figure_in_words() -> None:
     text = "{:.2f}".format
     assert in_words(summary([0.5, 0.7]), text) == "0.60 ± 0.14"

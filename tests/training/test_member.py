@@ -16,7 +16,7 @@ from kronsae.core.normalization import Normalization
 from kronsae.errors import UserError
 from kronsae.recipes import kron, topk
 from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
-from kronsae.training.member import Member, learning_rate
+from kronsae.training.member import Diverged, Member, learning_rate
 from kronsae.training.trainer import fit
 
 D_IN = 12
@@ -201,9 +201,10 @@ def test_the_state_of_another_sae_is_refused() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_divergence_is_told_and_names_the_remedy(name: str) -> None:
     member = make(CONFIGS[name], optimizer=OptimizerConfig(lr=1e30, warmup_share=0.0), unit_norm_decoder=False)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(Diverged) as caught:
         [member.step(x_BD, step, want_metrics=True) for step, x_BD in enumerate(batches())]
     message = str(caught.value)
+    assert caught.value.member == name
     assert message.startswith(f"training of '{name}' diverged: the ")
     assert "Lower its learning rate (now " in message
 

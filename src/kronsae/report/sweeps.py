@@ -42,12 +42,16 @@ class Mean:
     Args:
         name: as in the rows.
         settings: what was given for it, by word, with its ``kind``.
-        figures: those that every seed has.
+        figures: those that every seed has, of the seeds that did not diverge.
+        seeds: how many these are.
+        diverged: how many diverged.
     """
 
     name: str
     settings: Mapping[str, Any]
     figures: Mapping[str, Summary]
+    seeds: int
+    diverged: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def sweep_page(
     """Gather what the page shows.
 
     Args:
-        rows: one per SAE and seed, with at least ``name``, ``seed``, ``num_heads`` and the figures.
+        rows: one per SAE and seed, with at least ``name``, ``seed``, ``num_heads`` and the figures; of one that
+            diverged with a sentence as ``diverged``, and in no mean.
         settings: by name of an SAE, what was given for it, by word; ``kind`` is its name without what varies.
         facts: shown on top.
         config: the sweep's, shown at the end.
@@ -92,7 +97,7 @@ def sweep_page(
         facts=tuple((name, visible(str(value))) for name, value in shown.items()),
         plots=tuple(plot for plot in (_by_heads(means), _by_l0(means), _by_flops(means)) if plot is not None),
         table=mean_table(means),
-        notes=_notes(means),
+        notes=(*(visible(line) for line in divergences(rows)), *_notes(means)),
         config="\n".join(visible(line) for line in json.dumps(config, indent=2, ensure_ascii=False).split("\n")),
     )
 
@@ -101,11 +106,19 @@ def summaries(rows: Sequence[Row], settings: Mapping[str, Mapping[str, Any]]) ->
     """The rows of each name over their seeds, in the order of the rows."""
     found = []
     for name in dict.fromkeys(str(row["name"]) for row in rows):
-        own = [row for row in rows if row["name"] == name]
-        keys = [key for key in own[0] if all(is_figure(row, key) and not isinstance(row[key], bool) for row in own)]
+        alike = [row for row in rows if row["name"] == name]
+        own = [row for row in alike if not row.get("diverged")]
+        names = own[0] if own else {}
+        keys = [key for key in names if all(is_figure(row, key) and not isinstance(row[key], bool) for row in own)]
         figures = {key: summary([float(row[key]) for row in own]) for key in keys}
-        found.append(Mean(name=name, settings=settings[name], figures=figures))
+        lost = len(alike) - len(own)
+        found.append(Mean(name=name, settings=settings[name], figures=figures, seeds=len(own), diverged=lost))
     return found
+
+
+def divergences(rows: Sequence[Row]) -> list[str]:
+    """A line for each row whose training diverged."""
+    return [f"Seed {row['seed']}: {row['diverged']}" for row in rows if row.get("diverged")]
 
 
 def summary(values: Sequence[float]) -> Summary:
@@ -234,11 +247,14 @@ def mean_table(means: Sequence[Mean]) -> Table:
     keys = [figure for figure in FIGURES if any(figure[0] in mean.figures for mean in means)]
     headings = tuple((name, "setting") for name in axes)
     headings = (*headings, *((heading, about) for _, heading, about, _ in keys), ("seeds", "n"))
+    lost = any(mean.diverged for mean in means)
+    if lost:
+        headings = (*headings, ("diverged", "seeds whose training diverged: they are in no mean"))
     rows = []
     for mean in means:
         cells = [Cell(visible(str(mean.settings.get(name, "–")))) for name in axes]
         cells += [Cell(in_words(mean.figures.get(key), text)) for key, _, _, text in keys]
-        cells.append(Cell(str(mean.figures["seed"].n)))
+        cells += [Cell(str(count)) for count in ((mean.seeds, mean.diverged) if lost else (mean.seeds,))]
         rows.append(TableRow(visible(mean.name), tuple(cells)))
     return Table(headings, tuple(rows))
 
@@ -253,7 +269,7 @@ def in_words(found: Summary | None, text: Callable[[float], str]) -> str:
 
 def _notes(means: Sequence[Mean]) -> tuple[str, ...]:
     found = ["± is one standard deviation over the seeds (n − 1 in the denominator)."]
-    if all(mean.figures["seed"].n == 1 for mean in means):
+    if all(mean.seeds + mean.diverged == 1 for mean in means):
         found = ["Each SAE was trained once. Whether a small difference is more than chance, --seeds 3 tells."]
     sizes = sorted({size.mean for mean in means if (size := mean.figures.get("evaluation_tokens")) is not None})
     if sizes:

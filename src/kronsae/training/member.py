@@ -25,6 +25,19 @@ from kronsae.training.revival import revive
 from kronsae.training.sparsity import THRESHOLD_LR_FLOOR, SparsityController
 
 
+class Diverged(UserError):
+    """A member's loss or gradient stopped being finite.
+
+    Args:
+        member: its name.
+        what: which number, at which step and learning rate, and what to change.
+    """
+
+    def __init__(self, member: str, what: str) -> None:
+        super().__init__(f"training of '{member}' diverged: {what}")
+        self.member, self.what = member, what
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """What one step shows; quantities as defined in `kronsae.core.metrics`, on the step's batch.
@@ -175,10 +188,8 @@ class Member:
     def _check_finite(self, result: Objective, norm: float, lr: float, step: int) -> None:
         for what, value in (("loss", float(result.loss.detach())), ("gradient's norm", norm)):
             if not math.isfinite(value):
-                raise UserError(
-                    f"training of '{self.name}' diverged: the {what} is {value} at step {step}. "
-                    f"Lower its learning rate (now {lr:.2g})."
-                )
+                about = f"the {what} is {value} at step {step}. Lower its learning rate (now {lr:.2g})."
+                raise Diverged(self.name, about)
 
     def _metrics(self, target_BO: Tensor, result: Objective, lr: float, norm: float) -> StepMetrics:
         alive_F = self.dead.tokens_since_active_F < self.config.aux_k.dead_after_tokens

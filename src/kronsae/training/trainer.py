@@ -46,7 +46,7 @@ def fit(
         How far it came.
 
     Raises:
-        UserError: the stream ended too early, or a member diverged.
+        UserError: the stream ended too early, or (`Diverged`) a member's numbers are no longer finite.
     """
     progress = Progress() if progress is None else progress
     started = perf_counter() - progress.seconds
