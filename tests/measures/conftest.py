@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from kronsae.run import Run
+
+
+@pytest.fixture(scope="module")
+def finished_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A copy for each module: what one measures there, no other finds."""
+    return Run(Path(shutil.copytree(finished_run.folder, tmp_path_factory.mktemp("measured") / "run")))
 
 
 @pytest.fixture
