@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +119,8 @@ def verdicts(runs: list[dict[str, Any]]) -> list[str]:
         ratios = []
         for run in runs:
             of_form = {row["form"]: row for row in run["saes"] if row["k"] == k}
-            ratios.append(of_form["kron"]["mean_absorption_fraction"] / of_form["topk"]["mean_absorption_fraction"])
+            own, other = (of_form[form]["mean_absorption_fraction"] for form in ("kron", "topk"))
+            ratios.append(own / other if other > 0 else math.inf if own > 0 else 1.0)
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         side = "less in every seed" if max(ratios) < 1 else "more in every seed" if min(ratios) > 1 else "no clear side"
         found.append(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kronsae.errors import UserError
 
-STANDARD_ERRORS = 2.0  # a mean difference within so many standard errors is called no difference
+LEVEL = 0.05  # of the two-sided t-test: how often no difference at all would be called one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,13 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 where a is larger, -1 where b is, 0 where the mean is within `STANDARD_ERRORS` standard errors of 0."""
-        if abs(self.mean) <= STANDARD_ERRORS * self.standard_error:
+        """1 where a is larger, -1 where b is, 0 where a paired t-test at `LEVEL` finds neither.
+
+        With few pairs the standard error is itself uncertain: Student's factor is 4.3 for 3 pairs, 2.0 for 60.
+        """
+        from scipy.stats import t
+
+        if abs(self.mean) <= float(t.ppf(1 - LEVEL / 2, self.pairs - 1)) * self.standard_error:
             return 0
         return 1 if self.mean > 0 else -1
 

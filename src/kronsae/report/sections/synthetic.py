@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kronsae.eval.display import visible
-from kronsae.eval.paired import STANDARD_ERRORS, paired_difference
+from kronsae.eval.paired import LEVEL, paired_difference
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
@@ -88,8 +88,8 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
         tables=(("SAE", table(result, names)),),
         notes=(
             f"Mean ± standard deviation over {len(result['about'])} seeds; {settings['steps'] * settings['batch']:,} "
-            f"training tokens, source {visible(str(settings['source']))}. A difference counts when it is more than "
-            f"{STANDARD_ERRORS:g} standard errors of its pairs from 0.",
+            f"training tokens, source {visible(str(settings['source']))}. A difference counts when a paired "
+            f"t-test at {LEVEL:g} says so.",
         ),
     )
 
@@ -155,5 +155,5 @@ def _spread(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    spread = statistics.stdev(known) if len(known) > 1 else 0.0
-    return f"{statistics.mean(known):.3f} ± {spread:.3f}"
+    mean = f"{statistics.mean(known):.3f}"
+    return f"{mean} ± {statistics.stdev(known):.3f}" if len(known) > 1 else mean

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kronsae.eval.display import visible
-from kronsae.eval.paired import STANDARD_ERRORS, paired_difference
+from kronsae.eval.paired import LEVEL, paired_difference
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
@@ -34,8 +34,8 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
         tables=(("dictionary", table(result)),),
         notes=(
             f"Mean ± standard deviation over {len(result['setups']) - 1} covariances and {seeds} seeds, without the "
-            "independent features; a difference counts when it is more than "
-            f"{STANDARD_ERRORS:g} standard errors of its pairs from 0.",
+            "independent features; a difference counts when a paired t-test at "
+            f"{LEVEL:g} says so.",
         ),
     )
 
@@ -223,5 +223,5 @@ def _rows(result: Mapping[str, Any], name: str) -> Iterator[Row]:
 
 def _spread(values: Sequence[float], key: str = "") -> str:
     form = "{:.1f}" if "rank" in key else "{:.2f}"
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{form.format(statistics.mean(values))} ± {form.format(spread)}"
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
