@@ -396,9 +396,6 @@ BAD_SAES = {
         "num_heads * d_base * d_extension must be at most 1,000,000,000,000; got 1999999999996000000000002. "
         "Ask for less."
     ),
-    "switch num_heads=999999999 d_base=2 d_extension=2 k=2 num_experts=999999999": (
-        "num_experts times an expert's d_sae must be at most 1,000,000,000,000; got 3999999992000000004. Ask for less."
-    ),
     "topk d_sae=8 k=9": "k must be at most d_sae; got k=9 with d_sae=8. Lower k or widen.",
     "topk d_sea=8 k=2": "'d_sea' is not an argument of topk. Did you mean 'd_sae'? In 'topk d_sea=8 k=2'.",
     "topk d_sae=8 k='2": "--sae must have its quotes in pairs; got 'topk d_sae=8 k='2' (No closing quotation).",
