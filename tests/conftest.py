@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,7 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.tiny_models import KINDS, make_tiny_model  # noqa: E402
 
 if TYPE_CHECKING:
+    from tests.command_line import Outcome
+
     from kronsae.run import Run
+    from kronsae.run_config import RunConfig
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +80,44 @@ def finished_run(
 
     config = tiny_config(tiny_model_folder("gpt_neox"), text_file)
     return execute(config, tmp_path_factory.mktemp("runs") / "whole", show_progress=False)
+
+
+@pytest.fixture
+def config(tiny_model_folder: Callable[[str], Path], text_file: Path) -> RunConfig:
+    """The config of `finished_run`."""
+    from tests.tiny_runs import tiny_config
+
+    return tiny_config(tiny_model_folder("gpt_neox"), text_file)
+
+
+@pytest.fixture
+def kronsae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs the entry point as the ``kronsae`` script does; numbers and paths are turned to words."""
+    from tests.command_line import Outcome
+
+    from kronsae.cli import main
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kronsae", *map(str, words)])
+        capsys.readouterr()
+        status: object = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        assert isinstance(status, int)
+        return Outcome(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def base(tiny_model_folder: Callable[[str], Path], text_file: Path) -> list[str]:
+    """A ``train`` that works, but for ``--out`` and the SAEs."""
+    line = (
+        f"train --model {tiny_model_folder('gpt_neox')} --text {text_file} --hook layers.2 --tokens 256 --quiet "
+        "--set context_length=32 --set loop.batch_tokens=64 --set buffer_tokens=128 --set held_out_share=0.2 "
+        "--set eval_tokens=100 --set model.device=cpu"
+    )
+    return shlex.split(line)

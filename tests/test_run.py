@@ -1,4 +1,4 @@
-"""A run: the same bits however often it is stopped, and a folder that is never half made."""
+"""A run: what its folder holds, what it can be made from, and a folder that is never half made."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import os
 import pkgutil
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,49 +17,22 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.stopping import ctrl_c, go, interrupt_at
 from tests.tiny_models import WIDTH, make_model, make_tokenizer
-from tests.tiny_runs import STEPS, assert_same_run, listing, rows, texts, tiny_config, weights, write_jsonl
+from tests.tiny_runs import STEPS, assert_same_run, listing, rows, texts, weights, write_jsonl
 
 import kronsae as ks
 from kronsae import run as run_module
-from kronsae.config import to_dict
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.errors import UserError
 from kronsae.files import only_writer
 from kronsae.harvesting import harvest, with_activations
-from kronsae.run import Interrupted, Run, execute, open_run, with_overrides
+from kronsae.run import Interrupted, Run, open_run, with_overrides
 from kronsae.run_config import RunConfig
 from kronsae.training.config import LoopConfig
-from kronsae.training.member import Member
 
 FolderOf = Callable[[str], Path]
-
-
-@pytest.fixture
-def config(tiny_model_folder: FolderOf, text_file: Path) -> RunConfig:
-    return tiny_config(tiny_model_folder("gpt_neox"), text_file)
-
-
-def go(config: RunConfig, out: Path, **options: Any) -> Run:
-    return execute(config, out, show_progress=False, **options)
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], object]) -> None:
-    """Let ``stop`` be called at the end of the step with that number (from 0)."""
-    plain = Member.step
-
-    def watched(self: Member, x_BD: torch.Tensor, number: int, want_metrics: bool) -> object:
-        metrics = plain(self, x_BD, number, want_metrics)
-        if number == step and self.name == "kron":
-            stop()
-        return metrics
-
-    monkeypatch.setattr(Member, "step", watched)
-
-
-def ctrl_c() -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 class TestAFinishedRun:
@@ -155,168 +125,6 @@ class TestAFinishedRun:
     def test_another_seed_gives_other_weights(self, finished_run: Run, config: RunConfig, tmp_path: Path) -> None:
         other = weights(go(with_overrides(config, seed=1), tmp_path / "other"))
         assert not any(torch.equal(value, other[name]) for name, value in weights(finished_run).items())
-
-
-class TestResume:
-    def test_stopped_after_every_step(
-        self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Ctrl-C in each of the 20 steps: 19 stops, 20 beginnings, the same bits."""
-        for step in range(STEPS - 1):
-            with monkeypatch.context() as patch:
-                interrupt_at(patch, step, ctrl_c)
-                with pytest.raises(Interrupted) as caught:
-                    go(config, tmp_path / "r")
-            assert str(caught.value) == (
-                f"stopped after {64 * (step + 1):,} of {64 * STEPS:,} tokens; the state is saved in {tmp_path / 'r'}. "
-                "Give the same command again to carry on."
-            )
-            assert listing(tmp_path / "r" / "checkpoint") == [
-                f"step-{step + 1:08d}",
-                f"step-{step + 1:08d}/progress.json",
-                f"step-{step + 1:08d}/state.safetensors",
-            ]
-        assert_same_run(finished_run, go(config, tmp_path / "r"))
-        assert not (tmp_path / "r" / "checkpoint").exists()
-
-    @pytest.mark.parametrize("step", [2, 11])
-    def test_broken_off_between_checkpoints(
-        self, step: int, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """What was done since the last checkpoint (or the beginning) is done again."""
-
-        def fail() -> None:
-            raise RuntimeError("the lights went out")
-
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, step, fail)
-            with pytest.raises(RuntimeError):
-                go(config, tmp_path / "r")
-        said: list[str] = []
-        resumed = go(config, tmp_path / "r", say=said.append)
-        expected = ["Carrying on after 640 of 1,280 tokens."] if step == 11 else []
-        assert [line for line in said if line.startswith("Carrying on")] == expected
-        assert_same_run(finished_run, resumed)
-
-    def test_ctrl_c_twice_stops_at_once(
-        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        handler = signal.getsignal(signal.SIGINT)
-
-        def twice() -> None:
-            ctrl_c()
-            while signal.getsignal(signal.SIGINT) is not handler:  # the first is dealt with: two at once are but one
-                pass
-            ctrl_c()
-
-        interrupt_at(monkeypatch, 3, twice)
-        with pytest.raises(KeyboardInterrupt):
-            go(config, tmp_path / "r")
-        assert signal.getsignal(signal.SIGINT) is handler
-
-    def test_stopped_after_the_last_step_before_the_saes_are_saved(
-        self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def fail(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(run_module, "write_json", fail_at("training.json"))
-            with pytest.raises(KeyboardInterrupt):
-                go(config, tmp_path / "r")
-        with pytest.raises(
-            UserError, match=r"is not finished. Give the command that started it again: it carries on.$"
-        ):
-            open_run(tmp_path / "r").load("kron")
-        with monkeypatch.context() as patch:
-            patch.setattr(run_module, "fit", fail)  # nothing is left to train
-            finished = go(config, tmp_path / "r")
-        assert_same_run(finished_run, finished)
-        assert not (tmp_path / "r" / "checkpoint").exists()
-
-    def test_killed_in_training_and_again_while_it_saves(
-        self, finished_run: Run, config: RunConfig, tmp_path: Path
-    ) -> None:
-        """SIGKILL in step 9, then another one in the middle of writing the checkpoint of step 15."""
-        (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-        script = tmp_path / "killed.py"
-        script.write_text(KILLED, encoding="utf-8")
-        command = [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path / "r")]
-        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-        inside = listing(tmp_path / "r" / "checkpoint")
-        assert [name for name in inside if name.startswith("step-") and "/" not in name] == ["step-00000010"]
-        assert any(name.startswith(".partial-00000015") for name in inside)
-        assert_same_run(finished_run, go(config, tmp_path / "r"))
-
-    def test_the_seconds_add_up(self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 9, ctrl_c)
-            with pytest.raises(Interrupted):
-                go(config, tmp_path / "r")
-        seconds = [row["seconds"] for row in go(config, tmp_path / "r").metrics()]
-        assert seconds == sorted(seconds)
-
-    def test_a_damaged_checkpoint_is_told(
-        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 6, ctrl_c)
-            with pytest.raises(Interrupted):
-                go(config, tmp_path / "r")
-        (path,) = (tmp_path / "r" / "checkpoint").glob("*/state.safetensors")
-        path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(
-            UserError, match=r"^the checkpoint .* is damaged .* Remove the run folder and start again.$"
-        ):
-            go(config, tmp_path / "r")
-
-
-def fail_at(name: str) -> Callable[[Path, Any], None]:
-    """A ``write_json`` that stops before it writes the file of that name."""
-    from kronsae.files import write_json
-
-    def write(path: Path, value: Any) -> None:
-        if path.name == name:
-            raise KeyboardInterrupt
-        write_json(path, value)
-
-    return write
-
-
-# One process start for both kills: the first one befalls a child, forked before a thread was started.
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from kronsae.config import from_dict
-from kronsae.run import execute
-from kronsae.run_config import RunConfig
-from kronsae.training import state
-from kronsae.training.member import Member
-
-config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
-out = Path(sys.argv[2])
-if os.fork() == 0:
-    step = Member.step
-    def killed(self, x, number, want):
-        if number == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, x, number, want)
-    Member.step = killed
-    execute(config, out, show_progress=False)
-_, status = os.wait()
-assert os.WTERMSIG(status) == signal.SIGKILL
-assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-00000005"]
-
-write_json = state.write_json
-def killed_while_writing(path, value):
-    if value["step"] == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_json(path, value)
-state.write_json = killed_while_writing
-execute(config, out, show_progress=False)
-"""
 
 
 class TestTheFolder:

@@ -198,6 +198,25 @@ def test_the_state_of_another_sae_is_refused() -> None:
         make(CONFIGS["topk"]).load_state(state)
 
 
+@pytest.mark.parametrize("lost", ["optimizer.decoder.W_dec.step", "optimizer.encoder.bias.exp_avg_sq"])
+def test_a_state_without_all_of_the_optimiser_is_refused(lost: str) -> None:
+    """Adam would start anew, and the run carry on with other bits than it would have had."""
+    first = make(CONFIGS["kron"])
+    first.step(batches(1)[0], 0, want_metrics=False)
+    state = first.state()
+    del state[lost]
+    with pytest.raises(UserError, match=rf"^the state of 'kron' is missing or misshapen .* \({lost}\)\.$"):
+        make(CONFIGS["kron"]).load_state(state)
+
+
+def test_a_state_before_the_first_step_can_be_taken_up() -> None:
+    fresh, whole = make(CONFIGS["topk"], seed=4), make(CONFIGS["topk"])
+    fresh.load_state(make(CONFIGS["topk"]).state())
+    for member in (fresh, whole):
+        member.step(batches(1)[0], 0, want_metrics=False)
+    assert all(key == "seconds" or torch.equal(value, fresh.state()[key]) for key, value in whole.state().items())
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_divergence_is_told_and_names_the_remedy(name: str) -> None:
     member = make(CONFIGS[name], optimizer=OptimizerConfig(lr=1e30, warmup_share=0.0), unit_norm_decoder=False)

@@ -6,6 +6,9 @@ import math
 
 from kronsae.errors import UserError
 
+LARGEST_COUNT = 10**12
+"""More latents, tokens or steps nobody has; far beyond it tensors cannot be described, let alone made."""
+
 
 def check_positive(name: str, value: float | None) -> None:
     """Refuse a number that is not above 0 or infinite; None passes, meaning "not given"."""
@@ -16,6 +19,8 @@ def check_positive(name: str, value: float | None) -> None:
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is not a whole number above 0."""
+    """Refuse what is not a whole number from 1 to `LARGEST_COUNT`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name} must be a whole number above 0; got {value!r}.")
+    if value > LARGEST_COUNT:
+        raise UserError(f"{name} must be at most {LARGEST_COUNT:,}; got {value!r}. Ask for less.")

@@ -137,6 +137,7 @@ class KroneckerEncoderConfig:
             check_count(name, size)
         check_positive("init_norm", init_norm)
         product = num_heads * d_base * d_extension
+        check_count("num_heads * d_base * d_extension", product)
         if d_sae not in (None, product):
             raise UserError(
                 f"d_sae must equal num_heads * d_base * d_extension; got {d_sae} with "

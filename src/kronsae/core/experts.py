@@ -41,6 +41,7 @@ class SwitchEncoderConfig:
 
     def __post_init__(self) -> None:
         check_count("num_experts", self.num_experts)
+        check_count("num_experts times an expert's d_sae", self.d_sae)
         if not 0 <= self.balance_weight < math.inf:
             raise UserError(f"balance_weight must be finite and at least 0; got {self.balance_weight!r}.")
 

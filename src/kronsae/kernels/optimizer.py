@@ -69,11 +69,7 @@ class RowAdamW(torch.optim.Optimizer):
                     )
                 if gradient is None and parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                state = self.state_of(parameter)
                 state["step"] += 1
                 settings = AdamW(
                     lr=float(group["lr"]),
@@ -93,6 +89,15 @@ class RowAdamW(torch.optim.Optimizer):
                     parameter.grad if gradient is None else gradient,
                     settings,
                 )
+
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Its ``step``, ``exp_avg`` and ``exp_avg_sq``; zeros before its first gradient."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)
+        return state
 
 
 def grad_norm(parameters: Iterable[Tensor], row_gradients: RowGradients | None = None) -> float:

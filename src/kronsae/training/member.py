@@ -219,7 +219,7 @@ class Member:
         """Everything a later process needs to carry on with the same bits."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.optimizer.state_of(parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         tensors["dead.tokens_since_active"] = self.dead.tokens_since_active_F
         tensors["sparsity"] = self.sparsity.state
@@ -241,6 +241,9 @@ class Member:
             expected[f"normalization.{what}.scale"] = torch.Size((len(widths),))
         expected |= {"dead.tokens_since_active": self.dead.tokens_since_active_F.shape, "seconds": torch.Size()}
         expected["sparsity"] = self.sparsity.state.shape
+        for name, parameter in self.sae.named_parameters():
+            expected |= {f"optimizer.{name}.{moment}": parameter.shape for moment in ("exp_avg", "exp_avg_sq")}
+            expected[f"optimizer.{name}.step"] = torch.Size()
         wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]
         if wrong:
             raise UserError(f"the state of '{self.name}' is missing or misshapen in the checkpoint ({wrong[0]}).")
