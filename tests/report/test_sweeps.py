@@ -51,7 +51,8 @@ def test_a_seed_that_diverged_is_counted_and_in_no_mean() -> None:
     rows = [lost, row("a", 0, 0.5), row("a", 1, 0.7), lost | {"name": "b"}]
     settings = {"a": {"kind": "a"}, "b": {"kind": "b"}}
     a, b = summaries(rows, settings)
-    assert (a.figures["explained_variance"].mean, a.figures["l0"].n) == (pytest.approx(0.6), 2)
+    assert a.figures["explained_variance"].mean == pytest.approx(0.6)
+    assert a.figures["l0"].n == 2
     assert (a.seeds, a.diverged, b.seeds, b.diverged, b.figures) == (2, 1, 0, 1, {})
     page = page_of(rows, settings)
     assert [heading for heading, _ in page.table.headings][-2:] == ["seeds", "diverged"]
