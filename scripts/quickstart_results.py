@@ -48,7 +48,7 @@ def table(result: dict[str, Any]) -> str:
     """README's lines: mean over seeds with the range in brackets."""
     runs = result["runs"]
     lines = [
-        "| SAE | latents | encoder parameters | EV | l0 | dead | CE recovered | KL recovered | step time |",
+        "| SAE | latents | encoder parameters | EV | l0 | dead | CE recovered | KL recovered | time of its steps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for index, first in enumerate(runs[0]["saes"]):

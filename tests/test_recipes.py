@@ -90,3 +90,8 @@ def test_tiny_on_the_bundled_model(tmp_path: Path) -> None:
     run = execute(short, tmp_path / "r", show_progress=False)
     assert run.load("kron").d_sae == config.saes[0].encoder.d_sae
     assert [row["tokens"] for row in run.metrics()] == [2048]
+
+
+def test_the_rate_of_a_short_run_falls_with_the_root_of_the_size() -> None:
+    assert recipes.short_run_lr(4096) == pytest.approx(0.7 / 64)
+    assert {member.optimizer.lr for member in recipes.quickstart().saes} == {recipes.short_run_lr(4096)}

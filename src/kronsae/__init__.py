@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kronsae.vector_math import warm_up as _warm_up
 
 if TYPE_CHECKING:
-    from kronsae.architectures import kron, topk
+    from kronsae.architectures import batch_topk, jumprelu, kron, matryoshka, switch, topk
     from kronsae.core.checkpoint import save
     from kronsae.core.codes import SparseCodes
     from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
@@ -45,14 +45,18 @@ _HOMES = {
     "SparseCodes": "core.codes",
     "TopKConfig": "core.sparsifiers",
     "UserError": "errors",
+    "batch_topk": "architectures",
     "explained_variance": "core.metrics",
     "intervene": "intervention",
+    "jumprelu": "architectures",
     "kron": "architectures",
     "load": "loading",
     "mand": "core.gates",
+    "matryoshka": "architectures",
     "open_run": "run",
     "save": "core.checkpoint",
     "sweep": "sweeping",
+    "switch": "architectures",
     "topk": "architectures",
     "train": "run",
 }
@@ -71,14 +75,18 @@ __all__ = [
     "TopKConfig",
     "UserError",
     "__version__",
+    "batch_topk",
     "explained_variance",
     "intervene",
+    "jumprelu",
     "kron",
     "load",
     "mand",
+    "matryoshka",
     "open_run",
     "save",
     "sweep",
+    "switch",
     "topk",
     "train",
 ]

@@ -57,6 +57,11 @@ class Run:
 
     @property
     def _about(self) -> dict[str, Any]:
+        if not (self.folder / "run.json").exists():
+            raise UserError(
+                f"{self.folder} holds no run yet (it has no run.json). Give the `kronsae train` command that "
+                "was to fill it again; of a sweep, give one of its groups/."
+            )
         about = read_json(self.folder / "run.json", "the run folder")
         if not isinstance(about, dict) or "config" not in about:
             raise UserError(f"{self.folder / 'run.json'} was not written by kronsae: it has no 'config' entry.")
@@ -155,7 +160,7 @@ def train(
     model: str | ModelConfig,
     text: str | TextConfig,
     hook: str | int,
-    saes: Sequence[MemberConfig],
+    saes: Sequence[MemberConfig | str],
     out: Path | str,
     tokens: int | None = None,
     flops: float | None = None,
@@ -176,7 +181,8 @@ def train(
         model: Hub name, local folder, ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
         hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own.
-        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.architectures`.
+        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.architectures`, or the same in words:
+            ``"batch_topk d_sae=4096 k=32"``.
         out: the run folder.
         tokens: the budget: tokens to train on.
         flops: or what each SAE's training may cost (`kronsae.core.flops.training_flops`), in place of ``tokens``.
@@ -192,11 +198,13 @@ def train(
     Raises:
         UserError: anything given that cannot work, before anything is written.
     """
+    from kronsae.words import parse_sae
+
     config = RunConfig(
         model=ModelConfig(name=model) if isinstance(model, str) else model,
         text=TextConfig(source=text) if isinstance(text, str) else text,
         hook=str(hook),
-        saes=tuple(saes),
+        saes=tuple(parse_sae(one) if isinstance(one, str) else one for one in saes),
         loop=LoopConfig(
             tokens=tokens,
             flops=flops,
