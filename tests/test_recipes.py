@@ -9,7 +9,7 @@ import pytest
 
 from kronsae.config import from_dict, to_dict
 from kronsae.core.encoders import DenseEncoderConfig
-from kronsae.recipes import RECIPES, SAE_KINDS, describe, kron, topk
+from kronsae.recipes import RECIPES, SAE_KINDS, describe, kron, quickstart, short_run_lr, topk
 from kronsae.run import execute
 from kronsae.run_config import RunConfig
 from kronsae.training.config import OptimizerConfig
@@ -93,5 +93,5 @@ def test_tiny_on_the_bundled_model(tmp_path: Path) -> None:
 
 
 def test_the_rate_of_a_short_run_falls_with_the_root_of_the_size() -> None:
-    assert recipes.short_run_lr(4096) == pytest.approx(0.7 / 64)
-    assert {member.optimizer.lr for member in recipes.quickstart().saes} == {recipes.short_run_lr(4096)}
+    assert short_run_lr(4096) == pytest.approx(0.7 / 64)
+    assert {member.optimizer.lr for member in quickstart().saes} == {short_run_lr(4096)}
