@@ -56,3 +56,11 @@ def test_the_pages_words_come_from_the_figures() -> None:
 def test_every_form_of_the_study_is_one_of_its_own() -> None:
     names = [member.name for member in script("synthetic").members()]
     assert len(names) == len(set(names)) == 11
+
+
+def test_the_research_log_is_its_result_file() -> None:
+    module = script("research")
+    rows = json.loads(module.RESULT.read_text(encoding="utf-8"))["rows"]
+    log = module.LOG.read_text(encoding="utf-8")
+    for mark, make in (("rates", module._rates), ("sizes", module._sizes), ("ideas", module._ideas)):
+        assert f"<!-- results:{mark} -->\n" + "\n".join(make(rows)) + f"\n<!-- /results:{mark} -->" in log
