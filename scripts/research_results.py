@@ -1,7 +1,7 @@
 """Ideas for closing the gap between KronSAE and TopK at equal tokens, each measured on the same real activations.
 
-    python scripts/research_results.py run [--seeds 3] [--only NAME ...] [--part 0/2]   # trains what is not measured yet
-    python scripts/research_results.py table                                            # the tables of docs/research-log.md
+    python scripts/research_results.py run [--seeds 3] [--only NAME ...] [--part 0/2]  # trains what is missing
+    python scripts/research_results.py table  # the tables of docs/research-log.md
 
 Activations of the bundled language model are harvested once into --data. Every cell of an idea is trained on the same
 rows in an order that its seed fixes, and scored on held-out documents. Results are JSON lines, one file per part, so
@@ -219,8 +219,8 @@ IDEAS: dict[str, Idea] = {
         for lr in (8e-3, 16e-3, 32e-3)
     },
     "revival": Idea(
-        about="dead rows start anew every 150,000 tokens, beside AuxK",
-        config=lambda config: replace(config, revive_every_tokens=150_000),
+        about="dead rows start anew every 100,000 tokens of the first half, beside AuxK",
+        config=lambda config: replace(config, revive_every_tokens=100_000),
     ),
     "free decoder norm": Idea(
         about="rows of W_dec may have any norm: a scale per latent", words={"unit_norm_decoder": False}

@@ -13,7 +13,7 @@ from kronsae.core.sparsifiers import JumpReLU
 from kronsae.errors import UserError
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member
-from kronsae.training.revival import revive
+from kronsae.training.revival import SCALE, revive
 
 SHAPES: dict[str, Any] = {
     "dense": lambda **words: topk(d_sae=12, k=2, **words),
@@ -59,7 +59,7 @@ def test_only_rows_without_a_living_latent_start_anew(
     assert found.rows == len(rows)
     living = before[0][[row for row in range(len(weight)) if row not in rows]]
     for row in rows:
-        torch.testing.assert_close(weight[row], token[5] / token[5].norm() * living.norm(dim=1).mean())
+        torch.testing.assert_close(weight[row], token[5] / token[5].norm() * living.norm(dim=1).mean() * SCALE)
         assert optimizer.state[encoder.weight]["exp_avg"].view(-1, 8)[row].abs().max() == 0
         assert optimizer.state[encoder.weight]["exp_avg_sq"].view(-1, 8)[row].abs().max() == 0
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(12))

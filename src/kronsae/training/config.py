@@ -73,8 +73,8 @@ class MemberConfig:
             the first batch, and folds that into the biases at the end: a saved SAE takes raw activations. ``"none"``,
             as in the paper, trains on them as they are.
             Of several hooks each is measured on its own.
-        revive_every_tokens: start the encoder rows that only dead latents have anew, each time so many tokens have been
-            seen (`kronsae.training.revival`); None: never, AuxK alone revives.
+        revive_every_tokens: in the first half of the training, start the encoder rows that only dead latents have
+            anew, each time so many tokens have been seen (`kronsae.training.revival`); None: never, AuxK alone revives.
         seed: of the initial weights.
         read: hooks read; None: the run's hook.
         write: hooks reconstructed; None: those read.

@@ -38,6 +38,9 @@ class Diverged(UserError):
         self.member, self.what = member, what
 
 
+REVIVING_SHARE = 0.5  # rows that start anew later would not find their place before the rate is gone
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """What one step shows; quantities as defined in `kronsae.core.metrics`, on the step's batch.
@@ -171,7 +174,9 @@ class Member:
 
     def _revival_due(self, step: int, batch: int) -> bool:
         every = self.config.revive_every_tokens
-        return every is not None and (step + 1) * batch // every > step * batch // every
+        if every is None or step >= REVIVING_SHARE * self.steps:
+            return False
+        return (step + 1) * batch // every > step * batch // every
 
     def _revive(self, x_BD: Tensor, result: Objective, step: int) -> None:
         dead_F = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x_BD.device)

@@ -14,6 +14,8 @@ from kronsae.core.sae import SAE
 from kronsae.core.sparsifiers import JumpReLU
 from kronsae.kernels import RowAdamW
 
+SCALE = 0.2  # of a row that starts anew, relative to the living: at their full norm it would drown them at once
+
 
 @dataclass(frozen=True)
 class Revived:
@@ -35,7 +37,7 @@ def revive(
     """Start the encoder rows anew that only dead latents have: dead latents, or dead bases and extensions.
 
     A row takes the direction of the residual ``x - x_hat`` of a token drawn with probability proportional to
-    ``||x - x_hat||^2`` (as Bricken et al. 2023 resample neurons), the mean norm of the living rows, and bias 0. The
+    ``||x - x_hat||^2``, `SCALE` times the mean norm of the living rows, and bias 0 (Bricken et al. 2023). The
     decoder rows of its latents start as at the beginning, from the encoder's; a JumpReLU's thresholds of its latents at
     the living latents' geometric mean, or the old one, which it never passed, would keep it dead. Adam's moments of all
     these rows start at 0.
@@ -50,7 +52,7 @@ def revive(
     share_B = residual_BD.square().sum(1).double().cpu()
     drawn = torch.multinomial(share_B, int(rows_R.sum()), replacement=True, generator=generator).to(x_BD.device)
     directions_CD = torch.nn.functional.normalize(residual_BD[drawn], dim=1)
-    weight_RD[rows_R] = directions_CD * weight_RD[~rows_R].norm(dim=1).mean()
+    weight_RD[rows_R] = directions_CD * weight_RD[~rows_R].norm(dim=1).mean() * SCALE
     bias_R[rows_R] = 0
     sae.W_dec[latents_F] = torch.nn.functional.normalize(encoder.initial_decoder_rows()[latents_F], dim=1)
     restarted = [(encoder.weight, rows_R), (encoder.bias, rows_R), (sae.W_dec, latents_F)]
