@@ -65,7 +65,9 @@ class TestResume:
     def test_ctrl_c_twice_stops_at_once(
         self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        handler = signal.getsignal(signal.SIGINT)
+        outside = signal.getsignal(signal.SIGINT)  # ignored where the tests themselves run in the background
+        handler = signal.default_int_handler
+        signal.signal(signal.SIGINT, handler)
 
         def twice() -> None:
             ctrl_c()
@@ -74,9 +76,12 @@ class TestResume:
             ctrl_c()
 
         interrupt_at(monkeypatch, 3, twice)
-        with pytest.raises(KeyboardInterrupt):
-            go(config, tmp_path / "r")
-        assert signal.getsignal(signal.SIGINT) is handler
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                go(config, tmp_path / "r")
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, outside)
 
     def test_stopped_after_the_last_step_before_the_saes_are_saved(
         self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

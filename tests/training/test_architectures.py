@@ -200,3 +200,12 @@ def test_l0_lands_within_two_percent_of_its_target(encoder: dict[str, Any], k: i
         member.step(batch(step, 512), step, want_metrics=False)
     l0 = float(member.finished_sae().encode(batch(10_000, 8192)).l0())
     assert l0 == pytest.approx(k, rel=0.02)
+
+
+def test_thresholds_settle_on_the_target_at_the_end() -> None:
+    controller = SparsityController(SparsityConfig(), 32)
+    l0 = torch.tensor(40.0)
+    assert controller.threshold_factor(l0, 84, 100) == 1
+    assert controller.threshold_factor(l0, 85, 100) == pytest.approx((40 / 32) ** 0.1)
+    assert controller.threshold_factor(torch.tensor(0.0), 99, 100) == 1
+    assert SparsityController(SparsityConfig(coefficient=1.0), 32).threshold_factor(l0, 99, 100) == 1

@@ -166,7 +166,9 @@ class Member:
         self.optimizer.step(row_gradients=rows, grad_scale=clip_scale(norm, settings.clip_norm))
         self.dead.update(result.codes)
         if self.config.sparsifier.kind == "jumprelu":
-            self.sparsity.update(result.codes.l0(), result.reconstruction_loss)
+            l0 = result.codes.l0()
+            self.sparsity.update(l0, result.reconstruction_loss)
+            self.sae.sparsifier.rescale(l0.new_tensor(self.sparsity.threshold_factor(l0, step, self.steps)))
         if self._revival_due(step, len(x_BD)):
             self._revive(x_BD, result, step)
         self.seconds += perf_counter() - started

@@ -44,11 +44,15 @@ class SparsityController:
     With a target: ``coefficient = loss / target * (strength + GAIN * (e - 1))`` where e is l0 over the target and
     ``loss`` the reconstruction loss of the step before, which makes the rule independent of the activations' scale.
     ``strength`` integrates: ``strength += RATE * (e - 1)``. The proportional part is the gradient of a quadratic
-    penalty ``(l0 / target - 1)^2``, the integral part removes its lag.
+    penalty ``(l0 / target - 1)^2``, the integral part removes its lag. Over the last `SETTLING` of the steps, where the
+    weights hardly move any more, all thresholds are moved together besides, by a factor ``(l0 / target)^SETTLING_GAIN``
+    a step: what is left of the error after a short training is gone by its end.
     """
 
     GAIN, RATE = 5.0, 0.25
     LIMIT = 1.0  # errors beyond twice the target push no harder: the first steps must not wind the integral up
+
+    SETTLING, SETTLING_GAIN = 0.15, 0.1  # so small a gain that the noise of single batches averages out
 
     def __init__(self, config: SparsityConfig, target: int) -> None:
         self.config, self.target = config, target
@@ -68,3 +72,9 @@ class SparsityController:
             strength = float(self.state[0]) + self.RATE * error
             coefficient = float(reconstruction_loss) / self.target * (strength + self.GAIN * error)
             self.state.copy_(torch.tensor([strength, coefficient]))
+
+    def threshold_factor(self, l0: Tensor, step: int, steps: int) -> float:
+        """What to multiply all thresholds with after step number ``step`` (from 0) of ``steps``, given its l0."""
+        if self.config.coefficient is not None or step < (1 - self.SETTLING) * steps or float(l0) <= 0:
+            return 1.0
+        return float(l0 / self.target) ** self.SETTLING_GAIN
