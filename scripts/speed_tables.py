@@ -153,6 +153,20 @@ def tried() -> str:
     ) + about("tried", rows[0])
 
 
+def group() -> str:
+    """Eight SAEs on one pass of the model against their parts."""
+    rows = rows_of("group_cost")
+    cells = [
+        [
+            row["part"],
+            f"{float(row['median']):,.2f} ({float(row['quartile_1']):,.2f} to {float(row['quartile_3']):,.2f})",
+            row["unit"],
+        ]
+        for row in rows
+    ]
+    return table(["part", "median (quartiles)", "unit"], cells) + about("group_cost", rows[0])
+
+
 def processes() -> str:
     """Fresh processes."""
     [row] = rows_of("fresh_processes")
@@ -168,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "int8": screening,
     "tried": tried,
+    "group": group,
     "processes": processes,
 }
 
