@@ -77,4 +77,4 @@ class SparsityController:
         """What to multiply all thresholds with after step number ``step`` (from 0) of ``steps``, given its l0."""
         if self.config.coefficient is not None or step < (1 - self.SETTLING) * steps or float(l0) <= 0:
             return 1.0
-        return float(l0 / self.target) ** self.SETTLING_GAIN
+        return math.pow(float(l0) / self.target, self.SETTLING_GAIN)
