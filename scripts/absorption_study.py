@@ -19,7 +19,7 @@ from typing import Any
 from kronsae import recipes
 from kronsae.architectures import matryoshka
 from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
-from kronsae.files import write_json, write_text
+from kronsae.files import write_json, write_marked
 from kronsae.measures.absorption import AbsorptionSettings, measure
 from kronsae.measures.material import Material
 from kronsae.provenance import provenance
@@ -177,8 +177,7 @@ def main() -> None:
         settings = {"tokens": asked.tokens, "d_sae": asked.d_sae, "lr": LR, "windows": asked.windows}
         write_json(asked.result, {"provenance": about, "settings": settings, "runs": runs})
     kept = json.loads(asked.result.read_text(encoding="utf-8"))
-    before, rest = asked.page.read_text(encoding="utf-8").split(START)
-    write_text(asked.page, f"{before}{START}\n{markdown(kept)}\n{END}{rest.split(END)[1]}")
+    write_marked(asked.page, START, END, markdown(kept))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from kronsae.files import write_json, write_text
+from kronsae.files import write_json, write_marked
 from kronsae.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,9 +94,7 @@ def main() -> None:
         runs = [run_once(seed) for seed in arguments.seeds]
         write_json(RESULT, {"provenance": provenance(), "runs": runs})
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(START)
-    write_text(readme, f"{before}{START}\n{table(result)}\n{END}{rest.split(END)[1]}")
+    write_marked(ROOT / "README.md", START, END, table(result))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from kronsae.data.harvest import ActivationStream
 from kronsae.data.model import ModelConfig, load_model
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.data.tokens import TokenStream
-from kronsae.files import atomic_path, write_json, write_text
+from kronsae.files import atomic_path, write_json, write_marked
 from kronsae.provenance import provenance
 from kronsae.recipes import kron, topk
 from kronsae.training.config import MemberConfig
@@ -372,12 +372,8 @@ def table(arguments: argparse.Namespace) -> None:
         raise SystemExit("nothing is measured yet: python scripts/research_results.py run")
     about = {"hook": HOOK, "k": K, "batch_tokens": BATCH, "steps": STEPS, "held_out_tokens": HELD_OUT_TOKENS}
     write_json(RESULT, {"provenance": provenance(), "settings": about, "rows": rows})
-    text = LOG.read_text(encoding="utf-8")
     for mark, lines in (("rates", _rates(rows)), ("sizes", _sizes(rows)), ("ideas", _ideas(rows))):
-        before, _, rest = text.partition(f"<!-- results:{mark} -->")
-        _, _, after = rest.partition(f"<!-- /results:{mark} -->")
-        text = f"{before}<!-- results:{mark} -->\n" + "\n".join(lines) + f"\n<!-- /results:{mark} -->{after}"
-    write_text(LOG, text)
+        write_marked(LOG, f"<!-- results:{mark} -->", f"<!-- /results:{mark} -->", "\n".join(lines))
 
 
 def _values(rows: list[dict[str, Any]], idea: str, side: str) -> dict[int, dict[str, Any]]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from kronsae.files import write_text
+from kronsae.files import write_marked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -189,12 +189,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     """Replace what stands between the marks of each table."""
-    text = PAGE.read_text(encoding="utf-8")
     for name, make in TABLES.items():
-        start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
-    write_text(PAGE, text)
+        write_marked(PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
 
 
 if __name__ == "__main__":

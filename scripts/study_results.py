@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kronsae.files import write_text
+from kronsae.files import write_marked
 from kronsae.grid import points, sweep_config
 from kronsae.report.sweeps import divergences, mean_table, summaries
 from kronsae.sweeping import execute_sweep
@@ -102,8 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table_only:
         run(arguments.study)
-    before, rest = README.read_text(encoding="utf-8").split(marker(arguments.study))
-    write_text(README, f"{before}{marker(arguments.study)}\n{table(arguments.study)}\n{END}{rest.split(END, 1)[1]}")
+    write_marked(README, marker(arguments.study), END, table(arguments.study))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from kronsae.architectures import ARCHITECTURES
 from kronsae.config import to_dict
-from kronsae.files import write_json, write_text
+from kronsae.files import write_json, write_marked
 from kronsae.measures.synthetic import SyntheticStudyConfig, measure
 from kronsae.measures.tables import markdown_table
 from kronsae.progress_bar import progress_bar
@@ -69,8 +69,7 @@ def main() -> None:
         seconds = perf_counter() - started
         write_json(RESULT, {"provenance": about, "settings": to_dict(config), "seconds": seconds, "result": result})
     kept = json.loads(RESULT.read_text(encoding="utf-8"))
-    before, rest = PAGE.read_text(encoding="utf-8").split(START)
-    write_text(PAGE, f"{before}{START}\n{markdown(kept)}\n{END}{rest.split(END)[1]}")
+    write_marked(PAGE, START, END, markdown(kept))
 
 
 if __name__ == "__main__":

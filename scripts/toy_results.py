@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from kronsae.config import to_dict
-from kronsae.files import write_json, write_text
+from kronsae.files import write_json, write_marked
 from kronsae.measures.tables import markdown_table
 from kronsae.measures.toy import ToyConfig, measure
 from kronsae.progress_bar import progress_bar
@@ -54,8 +54,7 @@ def main() -> None:
         seconds = perf_counter() - started
         write_json(RESULT, {"provenance": about, "settings": to_dict(config), "seconds": seconds, "result": result})
     kept = json.loads(RESULT.read_text(encoding="utf-8"))
-    before, rest = PAGE.read_text(encoding="utf-8").split(START)
-    write_text(PAGE, f"{before}{START}\n{markdown(kept)}\n{END}{rest.split(END)[1]}")
+    write_marked(PAGE, START, END, markdown(kept))
 
 
 if __name__ == "__main__":

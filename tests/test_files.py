@@ -14,11 +14,21 @@ import pytest
 
 from kronsae import files
 from kronsae.errors import UserError
-from kronsae.files import LOCK_FILE, atomic_path, only_writer, read_json, write_json, write_text
+from kronsae.files import LOCK_FILE, atomic_path, only_writer, read_json, write_json, write_marked, write_text
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- / -->\nb\n<!-- y -->\nkept\n<!-- / -->\nc\n", encoding="utf-8")
+    write_marked(page, "<!-- x -->", "<!-- / -->", "new")
+    assert page.read_text("utf-8") == "a\n<!-- x -->\nnew\n<!-- / -->\nb\n<!-- y -->\nkept\n<!-- / -->\nc\n"
+    with pytest.raises(UserError, match="must hold the marks '<!-- z -->' and '<!-- / -->'"):
+        write_marked(page, "<!-- z -->", "<!-- / -->", "new")
+    assert "new" in page.read_text("utf-8")
 
 
 def test_text_and_json_round_trip(tmp_path: Path) -> None:

@@ -54,6 +54,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_marked(path: Path, start: str, end: str, text: str) -> None:
+    """Put ``text`` in the place of what stands between two marks of a text file; all else stays.
+
+    Raises:
+        UserError: a mark is missing.
+    """
+    before, found_start, rest = path.read_text(encoding="utf-8").partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise UserError(f"{path} must hold the marks '{start}' and '{end}', one after the other. Put them back.")
+    write_text(path, f"{before}{start}\n{text}\n{end}{after}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` atomically as indented JSON; NaN and Inf are refused, since JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
