@@ -15,9 +15,9 @@ from typing import NamedTuple
 from kronsae.core.checks import check_count
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
-from kronsae.core.gates import GATES, GateName
+from kronsae.core.gates import GateName
 from kronsae.core.losses import LossConfig, MatryoshkaConfig, SquaredErrorConfig, matryoshka_groups
-from kronsae.core.normalization import NormalizationName
+from kronsae.core.normalization import NormalizationName, is_foldable
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
 from kronsae.errors import UserError
@@ -308,8 +308,7 @@ def _member(
 ) -> MemberConfig:
     normalization = training.normalize_activations
     if normalization is None:
-        gate = getattr(getattr(encoder, "expert", encoder), "gate", None)
-        normalization = "center_and_scale" if gate is None or GATES[gate].homogeneous else "none"
+        normalization = "center_and_scale" if is_foldable(encoder) else "none"
     return MemberConfig(
         name=training.name,
         encoder=encoder,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae.core.experts import gate_of
 from kronsae.core.flops import training_flops
 from kronsae.core.gates import GATES
 from kronsae.core.sae import SAEConfig, count_parameters
@@ -266,7 +267,7 @@ def _member_plan(config: MemberConfig, source: Source, shape: SAEConfig, steps: 
     hook, batch_tokens = source.config.hook, source.config.loop.batch_tokens
     with torch.device("meta"):
         parameters = count_parameters(shape.build_empty())
-    gate = getattr(getattr(config.encoder, "expert", config.encoder), "gate", "mand")
+    gate = gate_of(config.encoder)
     slow = f"gate {gate} has no bound by head: all latents of a token are computed, a chunk at a time"
     return MemberPlan(
         name=config.name,
@@ -280,7 +281,7 @@ def _member_plan(config: MemberConfig, source: Source, shape: SAEConfig, steps: 
         state_bytes=STATE_BYTES * parameters,
         work_bytes=_step_work_bytes(shape, batch_tokens),
         disk_bytes=2 * (12 * parameters + 8 * shape.d_sae) + 4 * parameters,
-        note=slow if GATES[gate].order == "none" else "",
+        note=slow if gate is not None and GATES[gate].order == "none" else "",
     )
 
 

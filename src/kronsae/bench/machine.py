@@ -1,4 +1,4 @@
-"""The memory that this process and this machine have."""
+"""The memory that this process holds."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from kronsae.core.encoders import (
     KroneckerEncoderConfig,
     KroneckerLatents,
 )
+from kronsae.core.gates import GateName
 from kronsae.errors import UserError
 from kronsae.kernels import Choice, Request
 
@@ -70,6 +71,12 @@ class SwitchEncoderConfig:
 
 
 AnyEncoderConfig = EncoderConfig | SwitchEncoderConfig
+
+
+def gate_of(encoder: AnyEncoderConfig) -> GateName | None:
+    """The gate of an encoder, or of a switch's experts; None where latents are not composed."""
+    shape = encoder.expert if isinstance(encoder, SwitchEncoderConfig) else encoder
+    return shape.gate if isinstance(shape, KroneckerEncoderConfig) else None
 
 
 class SwitchEncoder(nn.Module):

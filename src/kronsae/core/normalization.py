@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kronsae.core.encoders import KroneckerEncoderConfig
-from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
+from kronsae.core.experts import AnyEncoderConfig, gate_of
 from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE
 from kronsae.errors import UserError
@@ -94,12 +93,16 @@ def _mean_and_scale(x_BD: Tensor) -> tuple[Tensor, Tensor]:
     return mean_D, scale
 
 
+def is_foldable(encoder: AnyEncoderConfig) -> bool:
+    """Whether what is trained on normalised activations can take raw ones in the end: latents scale with x."""
+    gate = gate_of(encoder)
+    return gate is None or GATES[gate].homogeneous
+
+
 def check_foldable(normalization: NormalizationName, encoder: AnyEncoderConfig) -> None:
     """Refuse a gate whose latents do not scale with their parents: what was trained could not be folded back."""
-    shape = encoder.expert if isinstance(encoder, SwitchEncoderConfig) else encoder
-    gate = shape.gate if isinstance(shape, KroneckerEncoderConfig) else None
-    if normalization != "none" and gate is not None and not GATES[gate].homogeneous:
+    if normalization != "none" and not is_foldable(encoder):
         raise UserError(
-            f"normalize_activations must be 'none' with gate '{gate}', whose latents do not scale with the "
+            f"normalize_activations must be 'none' with gate '{gate_of(encoder)}', whose latents do not scale with the "
             f"activations; got '{normalization}'. Set normalize_activations='none', or use the gate 'mand'."
         )
