@@ -10,34 +10,40 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from study_parts import (
+    END,
+    MEASUREMENTS,
+    RESULTS,
+    made_with,
+    markdown_rows,
+    mean_and_range,
+    reconstruction,
+    side,
+    trained,
+)
+
 from kronsae import recipes
 from kronsae.architectures import matryoshka
-from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
 from kronsae.files import write_json, write_marked
 from kronsae.measures.absorption import AbsorptionSettings, measure
-from kronsae.measures.material import Material
 from kronsae.provenance import provenance
-from kronsae.run import Run, execute
 from kronsae.run_config import RunConfig
 from kronsae.terminal import say
 from kronsae.training.config import MemberConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "docs" / "results" / "absorption.json"
-PAGE = ROOT / "docs" / "measurements" / "absorption.md"
-START, END = "<!-- results:absorption -->", "<!-- /results -->"
+RESULT = RESULTS / "absorption.json"
+PAGE = MEASUREMENTS / "absorption.md"
+START = "<!-- results:absorption -->"
 
 L0S = (16, 32, 64)
 FORMS = ("topk", "kron", "matryoshka")
 D_SAE = 2048
 LR = 8e-3  # between the two rates of studies/cells.json; the same for all
-EV_TOKENS = 16_384
 KEYS = (
     "mean_absorption_fraction",
     "mean_full_absorption",
@@ -68,26 +74,11 @@ def config(seed: int, tokens: int, d_sae: int) -> RunConfig:
     return replace(base, saes=members(seed, d_sae), loop=loop, buffer_tokens=65_536, seed=seed)
 
 
-def reconstruction(run: Run) -> dict[str, dict[str, float | None]]:
-    """Explained variance and dead share of every SAE on held-out text."""
-    material = Material(run)
-    meters = {name: ReconstructionMeter(sae.d_sae) for name, sae in material.saes.items()}
-    for _, x_ND in material.activations(material.windows(EV_TOKENS)):
-        for name, sae in material.saes.items():
-            x_hat_ND, codes = encode_decode(sae, x_ND)
-            meters[name].update(x_ND, x_hat_ND, codes)
-    found = {name: meter.value() for name, meter in meters.items()}
-    return {
-        name: {"explained_variance": one.explained_variance, "dead_share": one.dead_share, "l0": one.l0}
-        for name, one in found.items()
-    }
-
-
 def run_seed(seed: int, out: Path, tokens: int, d_sae: int, windows: int | None) -> dict[str, Any]:
     """Train nine SAEs, measure them; the examples and their probes are those of seed 0 for every run."""
     started = perf_counter()
-    run = execute(config(seed, tokens, d_sae), out / f"seed-{seed}", show_progress=True, say=say)
-    trained = perf_counter()
+    run = trained(config(seed, tokens, d_sae), out / f"seed-{seed}")
+    measuring = perf_counter()
     settings = AbsorptionSettings(task="roles", windows=windows)
     result = measure(run, settings, cache=out / "activations", say=say)
     figures = reconstruction(run)
@@ -99,17 +90,12 @@ def run_seed(seed: int, out: Path, tokens: int, d_sae: int, windows: int | None)
         rows.append({"form": form, "k": int(k), **means, **figures[name], "fraction_by_class": classes})
     return {
         "seed": seed,
-        "training_seconds": trained - started,
-        "measuring_seconds": perf_counter() - trained,
+        "training_seconds": measuring - started,
+        "measuring_seconds": perf_counter() - measuring,
         "examples": result["examples"],
         "probe_f1": result["probe_f1"],
         "saes": rows,
     }
-
-
-def _cell(rows: list[dict[str, Any]], key: str, form: str = "{:.3f}") -> str:
-    values = [row[key] for row in rows]
-    return f"{form.format(statistics.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def verdicts(runs: list[dict[str, Any]]) -> list[str]:
@@ -121,40 +107,45 @@ def verdicts(runs: list[dict[str, Any]]) -> list[str]:
             of_form = {row["form"]: row for row in run["saes"] if row["k"] == k}
             own, other = (of_form[form]["mean_absorption_fraction"] for form in ("kron", "topk"))
             ratios.append(own / other if other > 0 else math.inf if own > 0 else 1.0)
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        side = "less in every seed" if max(ratios) < 1 else "more in every seed" if min(ratios) > 1 else "no clear side"
         found.append(
-            f"- l0 = {k}: KronSAE's absorption fraction is {statistics.mean(ratios):.2f} times TopK's ({spread} over "
-            f"{len(runs)} seeds): {side}."
+            f"- l0 = {k}: KronSAE's absorption fraction over TopK's is {mean_and_range(ratios, '{:.2f}')}: "
+            f"{side(ratios, 1, 'less', 'more')}."
         )
     return found
 
 
 def markdown(kept: dict[str, Any]) -> str:
     """The generated part of the page."""
-    runs, about, asked = kept["runs"], kept["provenance"], kept["settings"]
-    lines = [
-        "| SAE | l0 | absorption fraction | full absorption | split latents | F1 of one latent | EV | dead |",
-        "|---|---|---|---|---|---|---|---|",
+    runs, asked = kept["runs"], kept["settings"]
+    headings = [
+        "SAE",
+        "l0",
+        "absorption fraction",
+        "full absorption",
+        "split latents",
+        "F1 of one latent",
+        "EV",
+        "dead",
     ]
+    forms = ("{:.3f}", "{:.3f}", "{:.2f}", "{:.3f}", "{:.3f}", "{:.1%}")
+    rows = []
     for k in L0S:
         for form in FORMS:
-            rows = [row for run in runs for row in run["saes"] if row["form"] == form and row["k"] == k]
-            cells = [_cell(rows, key) for key in KEYS[:2]] + [_cell(rows, KEYS[2], "{:.2f}")]
-            cells += [_cell(rows, key) for key in KEYS[3:5]] + [_cell(rows, KEYS[5], "{:.1%}")]
-            lines.append(f"| {form} | {k} | {' | '.join(cells)} |")
+            saes = [row for run in runs for row in run["saes"] if row["form"] == form and row["k"] == k]
+            cells = [mean_and_range([one[key] for one in saes], text) for key, text in zip(KEYS, forms, strict=True)]
+            rows.append([form, str(k), *cells])
     told = sum(f1 > 0.6 for f1 in runs[0]["probe_f1"].values())
     minutes = sum(run["training_seconds"] + run["measuring_seconds"] for run in runs) / 60
     return "\n".join(
         [
-            *lines,
+            *markdown_rows(headings, rows),
             "",
             *verdicts(runs),
             "",
             f"Mean over {len(runs)} seeds, range in brackets; {asked['d_sae']:,} latents, {asked['tokens']:,} training "
             f"tokens. {told} of {len(runs[0]['probe_f1'])} roles have a probe with F1 > 0.6; "
-            f"{runs[0]['examples']['scored_on']:,} held-out examples. {minutes:.0f} minutes on {about['cores']} "
-            f"core(s) of {about['processor']}, commit {about['commit']} ([all figures](../results/absorption.json)).",
+            f"{runs[0]['examples']['scored_on']:,} held-out examples. {minutes:.0f} minutes. "
+            f"{made_with(kept['provenance'], RESULT)}",
         ]
     )
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("toy", "synthetic")
+STUDIES = ("toy_results", "synthetic_results", "absorption_study")
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_results", ROOT / "scripts" / f"{name}_results.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,6 +36,13 @@ def test_the_page_is_the_result_file(name: str) -> None:
         assert f"{study.START}\n{study.END}" in page
 
 
+def test_the_pages_of_the_dictionaries_are_their_result_file() -> None:
+    study = script("dictionary_study")
+    kept: dict[str, Any] = json.loads(study.RESULT.read_text("utf-8"))
+    for page, start, markdown in study.PAGES:
+        assert f"{start}\n{markdown(kept)}\n{study.END}" in page.read_text("utf-8")
+
+
 def test_the_pages_words_come_from_the_figures() -> None:
     rows = [
         {"sae": sae, "encoder": encoder, "family": "topk", "seed": seed, "mcc": mcc + seed / 100}
@@ -48,7 +55,7 @@ def test_the_pages_words_come_from_the_figures() -> None:
         "settings": {"steps": 10, "batch": 200},
         "provenance": {"processor": "a processor", "commit": "abc"},
     }
-    page = script("synthetic").markdown(kept)
+    page = script("synthetic_results").markdown(kept)
     assert "| kron | 0.255 ± 0.007 |" in page
     assert "- Over 2 pairs, Kronecker encoders lose in MCC (−0.250 ± 0.000)." in page
     assert "9 features in width 3, 2.5 of them on per token; 2,000 training tokens" in page
@@ -56,12 +63,12 @@ def test_the_pages_words_come_from_the_figures() -> None:
 
 
 def test_every_form_of_the_study_is_one_of_its_own() -> None:
-    names = [member.name for member in script("synthetic").members()]
+    names = [member.name for member in script("synthetic_results").members()]
     assert len(names) == len(set(names)) == 11
 
 
 def test_the_research_log_is_its_result_file() -> None:
-    module = script("research")
+    module = script("research_results")
     rows = json.loads(module.RESULT.read_text(encoding="utf-8"))["rows"]
     log = module.LOG.read_text(encoding="utf-8")
     for mark, make in (("rates", module._rates), ("sizes", module._sizes), ("ideas", module._ideas)):
