@@ -1,17 +1,17 @@
-"""Concepts and heads against the size of the dictionary: docs/results/dictionaries.json and two pages' tables.
+"""SAEs of three sizes, measured every way: docs/results/dictionaries.json, and a table on each measurement's page.
 
 .venv/bin/python scripts/dictionary_study.py [--seeds 0 1 2] [--out runs/dictionary-study] [--table-only]
 
-TopK, KronSAE and Matryoshka of three sizes, nine SAEs a seed on one stream. Of all of them `kronsae eval probing`
-(which concepts do latents tell?), of the KronSAEs `kronsae eval interaction` (do the latents of a head belong
-together?). Stopped, the same command carries on.
+TopK, KronSAE and Matryoshka, nine SAEs a seed on one stream; then `kronsae eval probing`, `latents` and `token-rule`
+of all of them and `interaction` of the KronSAEs, on the same text for every seed. Stopped, the same command carries on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,27 @@ from study_parts import (
 
 from kronsae import recipes
 from kronsae.architectures import matryoshka
+from kronsae.eval.token_rule import TokenRuleConfig
 from kronsae.files import write_json, write_marked
-from kronsae.measures import interaction, probing
+from kronsae.measures import interaction, latents, probing, token_rule
 from kronsae.provenance import provenance
+from kronsae.run import Run
 from kronsae.run_config import RunConfig
 from kronsae.terminal import say
 from kronsae.training.config import MemberConfig
 
 RESULT = RESULTS / "dictionaries.json"
 SIZES = (1024, 4096, 16_384)
-FORMS = ("topk", "kron", "matryoshka")
+FORMS = {"topk": "TopK", "kron": "KronSAE", "matryoshka": "Matryoshka"}
 K = 32
 BARS = ("0.5", "0.7")
 
+SAE = dict[str, Any]
+Figure = Callable[[SAE], float | None]
+
 
 def members(seed: int) -> tuple[MemberConfig, ...]:
-    """Every form at every size, each at the rate that suits its size."""
+    """Every form at every size; the rate follows the size and is the same for all forms."""
     found = []
     for d_sae in SIZES:
         common: dict[str, Any] = {"k": K, "lr": recipes.short_run_lr(d_sae), "dead_after_tokens": 100_000, "seed": seed}
@@ -64,166 +69,277 @@ def config(seed: int, tokens: int) -> RunConfig:
 
 
 def run_seed(seed: int, out: Path, tokens: int) -> dict[str, Any]:
-    """Train nine SAEs and measure them; concepts and tokens are the same for every seed."""
+    """Train nine SAEs and measure them."""
     run = trained(config(seed, tokens), out / f"seed-{seed}")
-    sizes = reconstruction(run)
-    told = probing.measure(run, probing.ProbingSettings(), say=say)
-    within = interaction.measure(run, interaction.InteractionConfig(), say=say)
-    saes = []
-    for name, one in told["saes"].items():
-        saes.append(
-            {
-                "form": name.partition("-")[0],
-                **sizes[name],
-                **{key: one[key] for key in ("mean_f1", "mean_pair_f1", "mean_accuracy_by_k", "perturbation")},
-                "recall": {bar: one["recall"][0][f"recall_{bar}"] for bar in BARS},
-                "f1_by_concept": {concept["name"]: concept["f1"] for concept in one["concepts"]},
-                "interaction": _in_short(within["saes"][name]) if name in within["saes"] else None,
-            }
-        )
-    shares = {one["name"]: one["share"] for one in next(iter(told["saes"].values()))["concepts"]}
-    about = {"tokens": told["tokens"], "share_by_concept": shares, "probe_accuracy": told["probe_accuracy"]}
-    return {"seed": seed, "probing": about, "interaction_tokens": within["tokens"], "saes": saes}
+    saes = {name: {"form": name.partition("-")[0], **sizes} for name, sizes in reconstruction(run).items()}
+    about = {}
+    for measure in (_probing, _latents, _token_rule, _interaction):
+        name = measure.__name__.removeprefix("_")
+        about[name], found = measure(run)
+        for sae, figures in found.items():
+            saes[sae][name] = figures
+    return {"seed": seed, "about": about, "saes": list(saes.values())}
 
 
-def _in_short(found: dict[str, Any]) -> dict[str, Any]:
-    """What the table and its reader need, without the quantiles and the cells of single heads."""
-    short: dict[str, Any] = {
-        whose: {
-            which: {kind: spread["mean"] for kind, spread in found[whose][which].items()}
-            for which in ("kept", "composed")
+Measured = tuple[dict[str, Any], dict[str, dict[str, Any]]]
+"""What was the same for all SAEs, and the figures of each."""
+
+
+def _probing(run: Run) -> Measured:
+    found = probing.measure(run, probing.ProbingSettings(), say=say)
+    keys = ("mean_f1", "mean_pair_f1", "mean_accuracy_by_k", "perturbation")
+    short = {
+        name: {
+            **{key: one[key] for key in keys},
+            "recall": {bar: one["recall"][0][f"recall_{bar}"] for bar in BARS},
+            "f1_by_concept": {concept["name"]: concept["f1"] for concept in one["concepts"]},
         }
-        for whose in ("trained", "twin")
+        for name, one in found["saes"].items()
     }
-    return short | {
-        "meanings_of_a_base": found["bases"]["effective_number"]["mean"],
-        "meanings_of_an_extension": found["extensions"]["effective_number"]["mean"],
-        "false_positive_mass": dict(found["fidelity"]["false_positive_mass"]),
-        "heads_by_living": found["living"]["heads_by_living"],
-    }
+    first = next(iter(found["saes"].values()))
+    shares = {concept["name"]: concept["share"] for concept in first["concepts"]}
+    return {"tokens": found["tokens"], "share": shares, "probe_accuracy": found["probe_accuracy"]}, short
 
 
-def _of(runs: list[dict[str, Any]], form: str, d_sae: int) -> list[dict[str, Any]]:
+def _latents(run: Run) -> Measured:
+    found = latents.measure(run, say=say)
+    return {"tokens": found["tokens"]}, {name: one["summary"] for name, one in found["saes"].items()}
+
+
+def _token_rule(run: Run) -> Measured:
+    found = token_rule.measure(run, TokenRuleConfig(), say=say)
+    short = {
+        one.sae: {
+            "balanced_accuracy": one.balanced_accuracy.mean,
+            "auc": one.auc.mean,
+            "latents": one.auc.n,
+            "eligible": one.eligible,
+            "living": one.living,
+        }
+        for one in found.saes
+    }
+    return {"min_active_tokens": TokenRuleConfig.min_active_tokens}, short
+
+
+def _interaction(run: Run) -> Measured:
+    found = interaction.measure(run, say=say)
+    short = {}
+    for name, one in found["saes"].items():
+        r = {
+            whose: {
+                which: {kind: spread["mean"] for kind, spread in one[whose][which].items()}
+                for which in ("kept", "composed")
+            }
+            for whose in ("trained", "twin")
+        }
+        short[name] = r | {
+            "meanings_of_a_base": one["bases"]["effective_number"]["mean"],
+            "meanings_of_an_extension": one["extensions"]["effective_number"]["mean"],
+            "false_positive_mass": {str(at): share for at, share in one["fidelity"]["false_positive_mass"]},
+            "inheritance": one["inheritance"]["r"],
+            "all_alive": one["living"]["heads_by_living"][-1] / one["heads"],
+        }
+    return {"tokens": found["tokens"]}, short
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of an SAE, as a column of a table."""
+
+    heading: str
+    figure: Figure
+    form: str = "{:.3f}"
+
+    def cell(self, saes: Sequence[SAE]) -> str:
+        """Over the seeds."""
+        values = [self.figure(sae) for sae in saes]
+        known = [value for value in values if value is not None]
+        return mean_and_range(known, self.form) if len(known) == len(values) else "–"
+
+
+def at(*path: Any) -> Figure:
+    """The figure under some keys."""
+
+    def figure(sae: SAE) -> float | None:
+        value: Any = sae
+        for key in path:
+            value = value[key]
+        return None if value is None else float(value)
+
+    return figure
+
+
+def perturbed(latents_taken: int) -> Figure:
+    """The score of targeted perturbation with so many latents."""
+    return lambda sae: next(one["score"] for one in sae["probing"]["perturbation"] if one["latents"] == latents_taken)
+
+
+PROBING = (
+    Column("F1, best latent", at("probing", "mean_f1")),
+    Column("F1, best pair", at("probing", "mean_pair_f1")),
+    Column("accuracy, k = 1", at("probing", "mean_accuracy_by_k", "1")),
+    Column("k = 5", at("probing", "mean_accuracy_by_k", "5")),
+    *(Column(f"recall at {bar}", at("probing", "recall", bar)) for bar in BARS),
+    Column("perturbation, 10", perturbed(10)),
+    Column("EV", at("explained_variance")),
+    Column("dead", at("dead_share"), "{:.1%}"),
+)
+RULES = (
+    Column("balanced accuracy", at("token_rule", "balanced_accuracy")),
+    Column("AUC", at("token_rule", "auc")),
+    Column("latents that could be drawn", at("token_rule", "eligible"), "{:,.0f}"),
+)
+PROFILE = (
+    ("frequency", "frequency", "{:.2%}"),
+    ("mean activation", "mean_activation", "{:.2f}"),
+    ("token entropy", "token_entropy", "{:.2f}"),
+    ("multitoken ratio", "multitoken_ratio", "{:.3f}"),
+)
+HEADS = (
+    Column("meanings of a base", at("interaction", "meanings_of_a_base"), "{:.2f}"),
+    Column("of an extension", at("interaction", "meanings_of_an_extension"), "{:.2f}"),
+    Column("mass with a weak parent", at("interaction", "false_positive_mass", "0.1"), "{:.1%}"),
+    Column("frequency, r with a·b", at("interaction", "inheritance", "frequency", "product")),
+    Column("token entropy, r with a·b", at("interaction", "inheritance", "token_entropy", "product")),
+    Column("heads all alive", at("interaction", "all_alive"), "{:.1%}"),
+)
+
+
+def of(runs: list[dict[str, Any]], form: str, d_sae: int) -> list[SAE]:
+    """The SAEs of one form and size, seed by seed."""
     return [sae for run in runs for sae in run["saes"] if (sae["form"], sae["d_sae"]) == (form, d_sae)]
 
 
-def probing_page(kept: dict[str, Any]) -> str:
-    """The generated part of docs/measurements/probing.md."""
-    runs = kept["runs"]
-    headings = ["SAE", "latents", "encoder params", "F1, best latent", "F1, best pair", "accuracy, k = 1", "k = 5"]
-    headings += [f"recall at {bar}" for bar in BARS] + ["perturbation, 10", "EV", "dead"]
+def by_form_and_size(runs: list[dict[str, Any]], columns: Sequence[Column]) -> list[str]:
+    """A row for every form and size."""
     rows = []
     for form in FORMS:
         for d_sae in SIZES:
-            saes = _of(runs, form, d_sae)
-            figures = [[one["mean_f1"] for one in saes], [one["mean_pair_f1"] for one in saes]]
-            figures += [[one["mean_accuracy_by_k"][k] for one in saes] for k in ("1", "5")]
-            figures += [[one["recall"][bar] for one in saes] for bar in BARS]
-            figures += [[taken["score"] for one in saes for taken in one["perturbation"] if taken["latents"] == 10]]
-            figures += [[one["explained_variance"] for one in saes]]
-            cells = [form, f"{d_sae:,}", f"{saes[0]['encoder_parameters']:,}", *map(mean_and_range, figures)]
-            rows.append([*cells, mean_and_range([one["dead_share"] for one in saes], "{:.1%}")])
-    about, tokens = runs[0]["probing"], runs[0]["probing"]["tokens"]
-    shares = about["share_by_concept"].values()
-    always_on = sum(2 * share / (1 + share) for share in shares) / len(shares)
-    return "\n".join(
-        [
-            *markdown_rows(headings, rows),
-            "",
-            *(f"- {sentence}" for sentence in probing_verdicts(runs)),
-            "",
-            f"Mean over {len(runs)} seeds, range in brackets; k = {K}, {kept['settings']['tokens']:,} training tokens. "
-            f"{len(about['share_by_concept'])} concepts, {tokens['learnt_from']:,} tokens to learn from, "
-            f"{tokens['scored_on']:,} held-out ones; a detector that is always on has a mean F1 of {always_on:.3f}. "
-            f"{made_with(kept['provenance'], RESULT)}",
-        ]
+            saes = of(runs, form, d_sae)
+            sizes = [f"{d_sae:,}", f"{saes[0]['encoder_parameters']:,}"]
+            rows.append([form, *sizes, *(column.cell(saes) for column in columns)])
+    return markdown_rows(["SAE", "latents", "encoder params", *(column.heading for column in columns)], rows)
+
+
+def against_topk(runs: list[dict[str, Any]], column: Column, what: str) -> list[str]:
+    """How much more of a figure KronSAE and Matryoshka have than TopK of the same size and seed."""
+    found = []
+    for form in ("kron", "matryoshka"):
+        parts = []
+        for d_sae in SIZES:
+            pairs = zip(of(runs, form, d_sae), of(runs, "topk", d_sae), strict=True)
+            gains = [(column.figure(own) or 0.0) - (column.figure(other) or 0.0) for own, other in pairs]
+            form_of_gain = column.form.replace("{:", "{:+")
+            parts.append(
+                f"{mean_and_range(gains, form_of_gain)} at {d_sae:,} latents, {side(gains, 0, 'less', 'more')}"
+            )
+        found.append(f"- {FORMS[form]}'s {what} less TopK's: {'; '.join(parts)}.")
+    return found
+
+
+def closing(kept: dict[str, Any], more: str) -> str:
+    """The last paragraph of every page."""
+    return (
+        f"Mean over {len(kept['runs'])} seeds, range in brackets; k = {K}, {kept['settings']['tokens']:,} training "
+        f"tokens, M = 2 and N = 4. {more} {made_with(kept['provenance'], RESULT)}"
     )
 
 
-def probing_verdicts(runs: list[dict[str, Any]]) -> list[str]:
-    """KronSAE and Matryoshka against TopK of the same size; what a larger dictionary brings to each."""
-    found = []
-    for form, name in (("kron", "KronSAE"), ("matryoshka", "Matryoshka")):
-        for what, key in (("F1 of the best latent", "mean_f1"), ("F1 of the best pair", "mean_pair_f1")):
-            parts = []
-            for d_sae in SIZES:
-                pairs = zip(_of(runs, form, d_sae), _of(runs, "topk", d_sae), strict=True)
-                gains = [own[key] - other[key] for own, other in pairs]
-                parts.append(f"{mean_and_range(gains, '{:+.3f}')} at {d_sae:,}, {side(gains, 0, 'less', 'more')}")
-            found.append(f"{name}'s {what} less TopK's: {'; '.join(parts)}.")
-    for form, name in (("topk", "TopK"), ("kron", "KronSAE"), ("matryoshka", "Matryoshka")):
-        small, large = SIZES[0], SIZES[-1]
-        pairs = zip(_of(runs, form, large), _of(runs, form, small), strict=True)
-        gains = [own["recall"]["0.5"] - other["recall"]["0.5"] for own, other in pairs]
-        found.append(
-            f"{name}'s recall at 0.5 changes by {mean_and_range(gains, '{:+.3f}')} from {small:,} to {large:,} "
-            f"latents: {side(gains, 0, 'less', 'more')}."
+def probing_page(kept: dict[str, Any]) -> str:
+    """Concepts against the size of the dictionary."""
+    runs = kept["runs"]
+    about = runs[0]["about"]["probing"]
+    growth = []
+    for form, name in FORMS.items():
+        small, large = (of(runs, form, size) for size in (SIZES[0], SIZES[-1]))
+        recall = at("probing", "recall", BARS[0])
+        gains = [(recall(more) or 0.0) - (recall(less) or 0.0) for more, less in zip(large, small, strict=True)]
+        growth.append(
+            f"- {name}'s recall at {BARS[0]} changes by {mean_and_range(gains, '{:+.3f}')} from {SIZES[0]:,} to "
+            f"{SIZES[-1]:,} latents: {side(gains, 0, 'less', 'more')}."
         )
-    return found
+    always_on = sum(2 * share / (1 + share) for share in about["share"].values()) / len(about["share"])
+    more = (
+        f"{len(about['share'])} concepts, {about['tokens']['learnt_from']:,} tokens to learn from, "
+        f"{about['tokens']['scored_on']:,} held-out ones; a detector that is always on has a mean F1 of "
+        f"{always_on:.3f}."
+    )
+    verdicts = [
+        *against_topk(runs, PROBING[0], "F1 of the best latent"),
+        *against_topk(runs, PROBING[1], "F1 of the best pair"),
+        *growth,
+    ]
+    return "\n".join([*by_form_and_size(runs, PROBING), "", *verdicts, "", closing(kept, more)])
+
+
+def latents_page(kept: dict[str, Any]) -> str:
+    """Medians over the living latents, bases and extensions."""
+    runs = kept["runs"]
+    rows = []
+    for form in FORMS:
+        for d_sae in SIZES:
+            saes = of(runs, form, d_sae)
+            for unit in saes[0]["latents"]:
+                columns = [Column(heading, at("latents", unit, key), text) for heading, key, text in PROFILE]
+                rows.append([form, f"{d_sae:,}", unit, *(column.cell(saes) for column in columns)])
+    table = markdown_rows(["SAE", "latents", "of", *(heading for heading, _, _ in PROFILE)], rows)
+    verdicts = []
+    for heading, key, text in PROFILE[2:]:
+        verdicts += against_topk(runs, Column(heading, at("latents", "latents", key), text), f"median {heading}")
+    more = f"Medians over what lives on {runs[0]['about']['latents']['tokens']:,} held-out tokens."
+    return "\n".join([*table, "", *verdicts, "", closing(kept, more)])
+
+
+def token_rule_page(kept: dict[str, Any]) -> str:
+    """How far nearby tokens tell."""
+    runs = kept["runs"]
+    least = runs[0]["about"]["token_rule"]["min_active_tokens"]
+    more = f"100 latents per SAE and seed, of those active on at least {least} tokens of both texts."
+    verdicts = against_topk(runs, RULES[1], "AUC")
+    return "\n".join([*by_form_and_size(runs, RULES), "", *verdicts, "", closing(kept, more)])
 
 
 def interaction_page(kept: dict[str, Any]) -> str:
-    """The generated part of docs/measurements/interaction.md."""
+    """Correlations within and between heads, and what else goes on within them."""
     runs = kept["runs"]
-    headings = ["latents", "which", "within a head", "same base", "same extension", "neither", "between heads"]
-    headings += ["twin, within", "twin, between"]
-    kinds = ("within", "same_base", "same_extension", "neither", "between")
-    rows = []
-    for d_sae in SIZES:
-        saes = [one["interaction"] for one in _of(runs, "kron", d_sae)]
-        for which, word in (("kept", "kept"), ("composed", "before the sparsifier")):
-            cells = [mean_and_range([one["trained"][which][kind] for one in saes]) for kind in kinds]
-            cells += [mean_and_range([one["twin"][which][kind] for one in saes]) for kind in ("within", "between")]
-            rows.append([f"{d_sae:,}", word, *cells])
-    others = []
-    for d_sae in SIZES:
-        saes = [one["interaction"] for one in _of(runs, "kron", d_sae)]
-        cells = [
-            mean_and_range([one[key] for one in saes], "{:.2f}")
-            for key in ("meanings_of_a_base", "meanings_of_an_extension")
-        ]
-        weak = [one["false_positive_mass"]["0.1"] for one in saes]
-        alive = [one["heads_by_living"][-1] / sum(one["heads_by_living"]) for one in saes]
-        others.append([f"{d_sae:,}", *cells, mean_and_range(weak, "{:.1%}"), mean_and_range(alive, "{:.1%}")])
-    return "\n".join(
-        [
-            *markdown_rows(headings, rows),
-            "",
-            *markdown_rows(
-                ["latents", "meanings of a base", "of an extension", "mass with a weak parent", "heads all alive"],
-                others,
-            ),
-            "",
-            *(f"- {sentence}" for sentence in interaction_verdicts(runs)),
-            "",
-            f"KronSAEs of M = 2, N = 4, k = {K}, {kept['settings']['tokens']:,} training tokens; "
-            f"{runs[0]['interaction_tokens']:,} held-out tokens. Mean over {len(runs)} seeds, range in brackets. "
-            f"{made_with(kept['provenance'], RESULT)}",
-        ]
-    )
-
-
-def interaction_verdicts(runs: list[dict[str, Any]]) -> list[str]:
-    """Figure 6's two claims: more within than between heads, and more of it after training."""
-    found = []
+    kinds = {"within": "within a head", "same_base": "same base", "same_extension": "same extension"}
+    kinds |= {"neither": "neither", "between": "between heads"}
+    rows, verdicts = [], []
     for which, word in (("kept", "as kept"), ("composed", "before the sparsifier")):
         for d_sae in SIZES:
-            saes = [one["interaction"] for one in _of(runs, "kron", d_sae)]
-            within = [one["trained"][which]["within"] for one in saes]
-            beyond = [own - one["trained"][which]["between"] for own, one in zip(within, saes, strict=True)]
-            risen = [own - one["twin"][which]["within"] for own, one in zip(within, saes, strict=True)]
-            found.append(
-                f"{d_sae:,} latents, {word}: r within a head less r between heads {mean_and_range(beyond, '{:+.3f}')}, "
-                f"{side(beyond, 0, 'lower', 'higher')}; r within a head less the untrained twin's "
+            saes = of(runs, "kron", d_sae)
+            cells = [Column("", at("interaction", "trained", which, kind)).cell(saes) for kind in kinds]
+            cells += [Column("", at("interaction", "twin", which, kind)).cell(saes) for kind in ("within", "between")]
+            rows.append([f"{d_sae:,}", word, *cells])
+            found = [sae["interaction"] for sae in saes]
+            beyond = [one["trained"][which]["within"] - one["trained"][which]["between"] for one in found]
+            risen = [one["trained"][which]["within"] - one["twin"][which]["within"] for one in found]
+            verdicts.append(
+                f"- {d_sae:,} latents, {word}: r within a head less r between heads "
+                f"{mean_and_range(beyond, '{:+.3f}')}, {side(beyond, 0, 'lower', 'higher')}; less the untrained twin's "
                 f"{mean_and_range(risen, '{:+.3f}')}, {side(risen, 0, 'lower', 'higher')}."
             )
-    return found
+    correlations = markdown_rows(["latents", "activations", *kinds.values(), "twin, within", "twin, between"], rows)
+    heads = markdown_rows(
+        ["latents", *(column.heading for column in HEADS)],
+        [[f"{d_sae:,}", *(column.cell(of(runs, "kron", d_sae)) for column in HEADS)] for d_sae in SIZES],
+    )
+    more = f"{runs[0]['about']['interaction']['tokens']:,} held-out tokens."
+    return "\n".join([*correlations, "", *heads, "", *verdicts, "", closing(kept, more)])
 
 
-PAGES = (
-    (MEASUREMENTS / "probing.md", "<!-- results:concepts -->", probing_page),
-    (MEASUREMENTS / "interaction.md", "<!-- results:heads -->", interaction_page),
-)
+PAGES = {
+    "probing": probing_page,
+    "latents": latents_page,
+    "token-rule": token_rule_page,
+    "interaction": interaction_page,
+}
+START = "<!-- results:dictionaries -->"
+
+
+def page_path(name: str) -> Path:
+    """The page of a measurement."""
+    return MEASUREMENTS / f"{name}.md"
 
 
 def main() -> None:
@@ -239,8 +355,8 @@ def main() -> None:
         runs = [run_seed(seed, asked.out, asked.tokens) for seed in asked.seeds]
         write_json(RESULT, {"provenance": about, "settings": {"tokens": asked.tokens, "k": K}, "runs": runs})
     kept = json.loads(RESULT.read_text(encoding="utf-8"))
-    for page, start, markdown in PAGES:
-        write_marked(page, start, END, markdown(kept))
+    for name, markdown in PAGES.items():
+        write_marked(page_path(name), START, END, markdown(kept))
 
 
 if __name__ == "__main__":

@@ -281,3 +281,11 @@ def _own_docstring(value: object) -> str | None:
     doc = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
     generated = inspect.isclass(value) and isinstance(doc, str) and doc.startswith(f"{value.__name__}(")
     return None if generated or not isinstance(doc, str) else doc.strip()
+
+
+def test_the_map_for_contributors_names_every_room() -> None:
+    house = (
+        (SRC.parents[1] / "CONTRIBUTING.md").read_text("utf-8").partition("```\nsrc/kronsae/\n")[2].partition("```")[0]
+    )
+    rooms = {path.name for path in SRC.iterdir() if (path / "__init__.py").exists()}
+    assert {room for room in rooms if f"\n  {room}/ " in f"\n{house}"} == rooms

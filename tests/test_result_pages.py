@@ -39,8 +39,8 @@ def test_the_page_is_the_result_file(name: str) -> None:
 def test_the_pages_of_the_dictionaries_are_their_result_file() -> None:
     study = script("dictionary_study")
     kept: dict[str, Any] = json.loads(study.RESULT.read_text("utf-8"))
-    for page, start, markdown in study.PAGES:
-        assert f"{start}\n{markdown(kept)}\n{study.END}" in page.read_text("utf-8")
+    for name, markdown in study.PAGES.items():
+        assert f"{study.START}\n{markdown(kept)}\n{study.END}" in study.page_path(name).read_text("utf-8")
 
 
 def test_the_pages_words_come_from_the_figures() -> None:
