@@ -192,86 +192,108 @@ def _baseline(
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Detectors:
+    """One SAE's latents as detectors of the concepts: learnt on one side of the text, scored on the held-out one.
+
+    Args:
+        codes: of all tokens, in the probes' units.
+        entries, labels: their activations and the concepts, by side (held out or not).
+        best: every latent's best threshold for every concept, and its F1, where they are learnt.
+        held_out_f1_FL: F1 at those thresholds on the held-out tokens.
+        difference_FL: mean activation with the concept less that without, where they are learnt.
+    """
+
+    codes: SparseCodes
+    entries: dict[bool, Entries]
+    labels: dict[bool, np.ndarray]
+    best: Thresholds
+    held_out_f1_FL: np.ndarray
+    difference_FL: np.ndarray
+
+    @staticmethod
+    def of(codes: SparseCodes, text: ConceptText) -> _Detectors:
+        labels = {side: text.labels_NL[text.held_out_N == side].numpy() for side in (False, True)}
+        entries = {side: Entries.of(rows_of(codes, text.held_out_N == side)) for side in (False, True)}
+        best = best_thresholds(entries[False], labels[False])
+        return _Detectors(
+            codes=codes,
+            entries=entries,
+            labels=labels,
+            best=best,
+            held_out_f1_FL=scores(entries[True], labels[True], best.threshold_FL),
+            difference_FL=mean_difference(entries[False], labels[False]),
+        )
+
+    def pair(self, c: int) -> Pair | None:
+        """The best AND or OR of two latents for one concept."""
+        return best_pair(
+            self.entries[False],
+            self.labels[False][:, c],
+            self.entries[True],
+            self.labels[True][:, c],
+            self.best.f1_FL[:, c],
+            self.best.threshold_FL[:, c],
+        )
+
+
 def _probe_sae(sae: SAE, codes: SparseCodes, text: ConceptText, baseline: _Baseline, config: ProbingConfig) -> Probing:
-    held_out_N = text.held_out_N
-    codes = scaled(codes, baseline.factor)
-    labels = {False: text.labels_NL[~held_out_N].numpy(), True: text.labels_NL[held_out_N].numpy()}
-    entries = {side: Entries.of(rows_of(codes, held_out_N == side)) for side in (False, True)}
-    best = best_thresholds(entries[False], labels[False])
-    held_out_f1_FL = scores(entries[True], labels[True], best.threshold_FL)
-    difference_FL = mean_difference(entries[False], labels[False])
-    concepts = tuple(
-        _concept(c, name, codes, text, baseline, config, entries, labels, best, held_out_f1_FL, difference_FL)
-        for c, name in enumerate(text.concepts)
+    detectors = _Detectors.of(scaled(codes, baseline.factor), text)
+    concepts = tuple(_concept(c, detectors, text, baseline, config) for c in range(len(text.concepts)))
+    recall = recall_by_size(
+        detectors.best.f1_FL, detectors.held_out_f1_FL, bars=config.bars, draws=config.draws, seed=config.seed
     )
-    W_dec_FD = sae.W_dec.detach().cpu().float()
-    along_FL = W_dec_FD @ baseline.probe.weight_CI.T
-    place_of_N = torch.full((len(held_out_N),), -1)
-    place_of_N[baseline.scored] = torch.arange(len(baseline.scored))
-    taken = perturbations(
-        rows_of(codes, baseline.scored),
-        baseline.logits_NL,
-        text.labels_NL[baseline.scored],
-        [place_of_N[rows] for rows in baseline.held_out],
-        important_latents(difference_FL, W_dec_FD, baseline.probe),
-        along_FL,
-        config.ablated,
-    )
-    recall = recall_by_size(best.f1_FL, held_out_f1_FL, bars=config.bars, draws=config.draws, seed=config.seed)
     return Probing(
         mean_f1=float(np.mean([one.f1 for one in concepts])),
         mean_pair_f1=float(np.mean([one.f1 if one.pair is None else one.pair.f1 for one in concepts])),
         mean_accuracy_by_k={k: float(np.mean([one.accuracy_by_k[k] for one in concepts])) for k in config.ks},
         recall=tuple(recall),
-        perturbation=taken,
+        perturbation=_perturbation(sae, detectors, text, baseline, config),
         concepts=concepts,
     )
 
 
-def _concept(
-    c: int,
-    name: str,
-    codes: SparseCodes,
-    text: ConceptText,
-    baseline: _Baseline,
-    config: ProbingConfig,
-    entries: dict[bool, Entries],
-    labels: dict[bool, np.ndarray],
-    best: Thresholds,
-    held_out_f1_FL: np.ndarray,
-    difference_FL: np.ndarray,
-) -> ConceptProbing:
-    latent = int(best.f1_FL[:, c].argmax())
-    pair = best_pair(
-        entries[False],
-        labels[False][:, c],
-        entries[True],
-        labels[True][:, c],
-        best.f1_FL[:, c],
-        best.threshold_FL[:, c],
+def _perturbation(
+    sae: SAE, detectors: _Detectors, text: ConceptText, baseline: _Baseline, config: ProbingConfig
+) -> tuple[Perturbation, ...]:
+    W_dec_FD = sae.W_dec.detach().cpu().float()
+    place_of_N = torch.full((len(text.held_out_N),), -1)
+    place_of_N[baseline.scored] = torch.arange(len(baseline.scored))
+    return perturbations(
+        rows_of(detectors.codes, baseline.scored),
+        baseline.logits_NL,
+        text.labels_NL[baseline.scored],
+        [place_of_N[rows] for rows in baseline.held_out],
+        important_latents(detectors.difference_FL, W_dec_FD, baseline.probe),
+        W_dec_FD @ baseline.probe.weight_CI.T,
+        config.ablated,
     )
+
+
+def _concept(
+    c: int, detectors: _Detectors, text: ConceptText, baseline: _Baseline, config: ProbingConfig
+) -> ConceptProbing:
+    latent = int(detectors.best.f1_FL[:, c].argmax())
+    pair = detectors.pair(c)
     return ConceptProbing(
-        name=name,
-        share=float(labels[True][:, c].mean()),
+        name=text.concepts[c],
+        share=float(detectors.labels[True][:, c].mean()),
         latent=latent,
-        threshold=float(best.threshold_FL[latent, c]) / baseline.factor,
-        f1=float(held_out_f1_FL[latent, c]),
-        pair=pair if pair is None else pair.in_units(1 / baseline.factor),
-        accuracy_by_k=_k_sparse(codes, text.labels_NL[:, c], baseline, c, difference_FL[:, c], config.ks),
+        threshold=float(detectors.best.threshold_FL[latent, c]) / baseline.factor,
+        f1=float(detectors.held_out_f1_FL[latent, c]),
+        pair=None if pair is None else pair.in_units(1 / baseline.factor),
+        accuracy_by_k=_k_sparse(c, detectors, text, baseline, config.ks),
     )
 
 
 def _k_sparse(
-    codes: SparseCodes,
-    true_N: Tensor,
-    baseline: _Baseline,
-    concept: int,
-    difference_F: np.ndarray,
-    ks: Sequence[int],
+    c: int, detectors: _Detectors, text: ConceptText, baseline: _Baseline, ks: Sequence[int]
 ) -> dict[int, float]:
-    order = np.argsort(-np.abs(difference_F), kind="stable")[: max(ks)].tolist()
-    train, held_out = baseline.train[concept], baseline.held_out[concept]
-    train_EK, held_out_EK = columns(rows_of(codes, train), order), columns(rows_of(codes, held_out), order)
+    true_N = text.labels_NL[:, c]
+    order = np.argsort(-np.abs(detectors.difference_FL[:, c]), kind="stable")[: max(ks)].tolist()
+    train, held_out = baseline.train[c], baseline.held_out[c]
+    train_EK = columns(rows_of(detectors.codes, train), order)
+    held_out_EK = columns(rows_of(detectors.codes, held_out), order)
     found = {}
     for k in ks:
         weight_K, bias = logistic_regression(train_EK[:, :k], true_N[train])
