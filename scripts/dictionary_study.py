@@ -128,7 +128,7 @@ def _interaction(run: Run) -> Measured:
         r = {
             whose: {
                 which: {kind: spread["mean"] for kind, spread in one[whose][which].items()}
-                for which in ("kept", "composed")
+                for which in ("kept", "composed", "directions")
             }
             for whose in ("trained", "twin")
         }
@@ -228,7 +228,7 @@ def against_topk(runs: list[dict[str, Any]], column: Column, what: str) -> list[
         parts = []
         for d_sae in SIZES:
             pairs = zip(of(runs, form, d_sae), of(runs, "topk", d_sae), strict=True)
-            gains = [(column.figure(own) or 0.0) - (column.figure(other) or 0.0) for own, other in pairs]
+            gains = [_known(column.figure(own)) - _known(column.figure(other)) for own, other in pairs]
             form_of_gain = column.form.replace("{:", "{:+")
             parts.append(
                 f"{mean_and_range(gains, form_of_gain)} at {d_sae:,} latents, {side(gains, 0, 'less', 'more')}"
@@ -253,7 +253,7 @@ def probing_page(kept: dict[str, Any]) -> str:
     for form, name in FORMS.items():
         small, large = (of(runs, form, size) for size in (SIZES[0], SIZES[-1]))
         recall = at("probing", "recall", BARS[0])
-        gains = [(recall(more) or 0.0) - (recall(less) or 0.0) for more, less in zip(large, small, strict=True)]
+        gains = [_known(recall(more)) - _known(recall(less)) for more, less in zip(large, small, strict=True)]
         growth.append(
             f"- {name}'s recall at {BARS[0]} changes by {mean_and_range(gains, '{:+.3f}')} from {SIZES[0]:,} to "
             f"{SIZES[-1]:,} latents: {side(gains, 0, 'less', 'more')}."
@@ -299,33 +299,67 @@ def token_rule_page(kept: dict[str, Any]) -> str:
     return "\n".join([*by_form_and_size(runs, RULES), "", *verdicts, "", closing(kept, more)])
 
 
+KINDS = {
+    "within": "within a head",
+    "same_base": "same base",
+    "same_extension": "same extension",
+    "neither": "neither",
+    "between": "between heads",
+}
+PAIRS = {"kept": "r, as kept", "composed": "r, before the sparsifier", "directions": "cosine of decoder rows"}
+
+
+def of_pairs(whose: str, which: str, kind: str) -> Column:
+    """A mean over pairs of latents."""
+    return Column(f"{whose}, {kind}", at("interaction", whose, which, kind))
+
+
 def interaction_page(kept: dict[str, Any]) -> str:
-    """Correlations within and between heads, and what else goes on within them."""
+    """Pairs of latents within and between heads, and what else goes on within heads."""
     runs = kept["runs"]
-    kinds = {"within": "within a head", "same_base": "same base", "same_extension": "same extension"}
-    kinds |= {"neither": "neither", "between": "between heads"}
     rows, verdicts = [], []
-    for which, word in (("kept", "as kept"), ("composed", "before the sparsifier")):
+    for which, word in PAIRS.items():
+        columns = [of_pairs("trained", which, kind) for kind in KINDS]
+        columns += [of_pairs("twin", which, kind) for kind in ("within", "between")]
         for d_sae in SIZES:
             saes = of(runs, "kron", d_sae)
-            cells = [Column("", at("interaction", "trained", which, kind)).cell(saes) for kind in kinds]
-            cells += [Column("", at("interaction", "twin", which, kind)).cell(saes) for kind in ("within", "between")]
-            rows.append([f"{d_sae:,}", word, *cells])
-            found = [sae["interaction"] for sae in saes]
-            beyond = [one["trained"][which]["within"] - one["trained"][which]["between"] for one in found]
-            risen = [one["trained"][which]["within"] - one["twin"][which]["within"] for one in found]
-            verdicts.append(
-                f"- {d_sae:,} latents, {word}: r within a head less r between heads "
-                f"{mean_and_range(beyond, '{:+.3f}')}, {side(beyond, 0, 'lower', 'higher')}; less the untrained twin's "
-                f"{mean_and_range(risen, '{:+.3f}')}, {side(risen, 0, 'lower', 'higher')}."
-            )
-    correlations = markdown_rows(["latents", "activations", *kinds.values(), "twin, within", "twin, between"], rows)
+            rows.append([word, f"{d_sae:,}", *(column.cell(saes) for column in columns)])
+    for which, word in PAIRS.items():
+        for (one, other), told in CLAIMS[which].items():
+            parts = []
+            for d_sae in SIZES:
+                saes = of(runs, "kron", d_sae)
+                gaps = [_known(one.figure(sae)) - _known(other.figure(sae)) for sae in saes]
+                parts.append(
+                    f"{mean_and_range(gaps, '{:+.3f}')} at {d_sae:,} latents, {side(gaps, 0, 'lower', 'higher')}"
+                )
+            verdicts.append(f"- {word}, {told}: {'; '.join(parts)}.")
+    pairs = markdown_rows(["figure", "latents", *KINDS.values(), "twin, within", "twin, between"], rows)
     heads = markdown_rows(
         ["latents", *(column.heading for column in HEADS)],
         [[f"{d_sae:,}", *(column.cell(of(runs, "kron", d_sae)) for column in HEADS)] for d_sae in SIZES],
     )
     more = f"{runs[0]['about']['interaction']['tokens']:,} held-out tokens."
-    return "\n".join([*correlations, "", *heads, "", *verdicts, "", closing(kept, more)])
+    return "\n".join([*pairs, "", *heads, "", *verdicts, "", closing(kept, more)])
+
+
+def _claims(which: str) -> dict[tuple[Column, Column], str]:
+    """What figures 6 and 19 say, as a difference that should be above 0."""
+    within = of_pairs("trained", which, "within")
+    found = {(within, of_pairs("trained", which, "between")): "within a head less between heads"}
+    if which == "directions":
+        bases, extensions = (of_pairs("trained", which, kind) for kind in ("same_base", "same_extension"))
+        return found | {(bases, extensions): "same base less same extension"}
+    return found | {(within, of_pairs("twin", which, "within")): "within a head, trained less untrained"}
+
+
+CLAIMS = {which: _claims(which) for which in PAIRS}
+
+
+def _known(value: float | None) -> float:
+    """A figure that every SAE of the study has."""
+    assert value is not None
+    return value
 
 
 PAGES = {

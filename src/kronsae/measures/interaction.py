@@ -21,8 +21,8 @@ from kronsae.core.sparsifiers import TopKConfig
 from kronsae.errors import UserError
 from kronsae.eval.hooked import Windows, vocabulary_size
 from kronsae.eval.interaction import (
+    ByKind,
     CorrelationMeter,
-    Correlations,
     Fidelity,
     FidelityMeter,
     HeadSample,
@@ -32,6 +32,7 @@ from kronsae.eval.interaction import (
     ParentScale,
     ShownGrid,
     activation_mass,
+    cosines,
     inheritance,
     living_cells,
     meanings,
@@ -79,11 +80,18 @@ class InteractionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BothCorrelations:
-    """Correlations of latents as the sparsifier keeps them, and as the gate composes them before it does."""
+class Pairs:
+    """Pairs of the sampled latents of one SAE.
 
-    kept: Correlations
-    composed: Correlations
+    Args:
+        kept: Pearson's r over tokens of the activations that the sparsifier keeps.
+        composed: of those that the gate composes, before the sparsifier.
+        directions: cosine of the rows of ``W_dec``.
+    """
+
+    kept: ByKind
+    composed: ByKind
+    directions: ByKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,7 @@ class Interaction:
     Args:
         gate: the gate's name.
         heads: H. ``sampled_heads``: those that correlations, inheritance and fidelity are of.
-        trained: correlations of the SAE.
+        trained: pairs of latents of the SAE.
         twin: the same of an SAE of the same config with fresh weights of seed ``twin_seed``, on activations normalised
             as in training, with TopK at the trained one's k.
         inheritance: properties of latents against their parents'.
@@ -106,8 +114,8 @@ class Interaction:
     gate: str
     heads: int
     sampled_heads: tuple[int, ...]
-    trained: BothCorrelations
-    twin: BothCorrelations
+    trained: Pairs
+    twin: Pairs
     twin_seed: int
     inheritance: Inheritance
     fidelity: Fidelity
@@ -228,8 +236,8 @@ def random_twin(member: MemberConfig, d_in: int, seed: int, x_ND: Tensor) -> SAE
     return twin
 
 
-class _Twofold:
-    """The correlations of one SAE's sampled heads, kept and composed."""
+class _PairMeter:
+    """The pairs of one SAE's sampled heads."""
 
     def __init__(self, sae: SAE, sample: HeadSample) -> None:
         self._sae, self._sample = sae, sample
@@ -242,8 +250,13 @@ class _Twofold:
         self._composed.update(values.composed_BC)
         return codes, values
 
-    def value(self) -> BothCorrelations:
-        return BothCorrelations(kept=self._kept.value(), composed=self._composed.value())
+    def value(self) -> Pairs:
+        directions_CC = cosines(self._sae.W_dec[self._sample.latents_C.to(self._sae.W_dec.device)].cpu())
+        return Pairs(
+            kept=self._kept.value(),
+            composed=self._composed.value(),
+            directions=ByKind.of(directions_CC, self._sample.grid),
+        )
 
 
 class _FirstPass:
@@ -262,8 +275,8 @@ class _FirstPass:
         self._twin_seed = member.seed + 1 + config.seed
         twin = random_twin(member, sae.d_in, self._twin_seed, x_ND)
         assert isinstance(twin.encoder, KroneckerEncoder)
-        self._trained = _Twofold(sae, self.sample)
-        self._twin = _Twofold(twin, HeadSample(twin.encoder, self._heads))
+        self._trained = _PairMeter(sae, self.sample)
+        self._twin = _PairMeter(twin, HeadSample(twin.encoder, self._heads))
         self._all = LatentMeter(sae.d_sae)
         self._profile = ProfileMeter(len(self.sample.latents_C), vocabulary)
         rows = (self.sample.base_rows, self.sample.extension_rows)

@@ -15,6 +15,7 @@ from kronsae.core.heads import HeadGrid
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
 from kronsae.eval.interaction import (
+    ByKind,
     CorrelationMeter,
     FidelityMeter,
     HeadSample,
@@ -22,6 +23,7 @@ from kronsae.eval.interaction import (
     ParentScale,
     Spread,
     activation_mass,
+    cosines,
     effective_number,
     inheritance,
     living_cells,
@@ -109,6 +111,19 @@ def test_pairs_by_hand() -> None:
     assert found["neither"] == {(0, 3), (1, 2), (4, 7), (5, 6)}
     assert found["within"] == found["same_base"] | found["same_extension"] | found["neither"]
     assert found["between"] == set(itertools.product(range(4), range(4, 8)))
+
+
+def test_cosines_by_hand() -> None:
+    """Two heads of 1 x 2 cells: rows at 0, 90 and 60 degrees, and one that is 0."""
+    rows_CD = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 3.0**0.5], [0.0, 0.0]])
+    found_CC = cosines(rows_CD)
+    expected = torch.tensor([[1, 0, 0.5], [0, 1, 0.75**0.5], [0.5, 0.75**0.5, 1]], dtype=torch.float64)
+    torch.testing.assert_close(found_CC[:3, :3], expected, rtol=0, atol=1e-7)
+    assert found_CC[3].isnan().all()
+    kinds = ByKind.of(found_CC, HeadGrid(2, 1, 2))
+    assert (kinds.within.number, kinds.same_base.number, kinds.same_extension.number) == (1, 1, 0)
+    assert (kinds.within.mean, kinds.between.number) == (0, 2)
+    assert kinds.between.mean == pytest.approx((0.5 + 0.75**0.5) / 2, rel=1e-5)
 
 
 # --- spread, Pearson, effective number --------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronsae.eval.interaction.correlation import CorrelationMeter, Correlations
+from kronsae.eval.interaction.correlation import ByKind, CorrelationMeter, cosines
 from kronsae.eval.interaction.fidelity import Fidelity, FidelityMeter, ParentScale
 from kronsae.eval.interaction.sample import HeadSample, HeadValues, sample_heads
 from kronsae.eval.interaction.spread import Spread, effective_number, pearson
@@ -19,8 +19,8 @@ from kronsae.eval.interaction.structure import (
 )
 
 __all__ = [
+    "ByKind",
     "CorrelationMeter",
-    "Correlations",
     "Fidelity",
     "FidelityMeter",
     "HeadSample",
@@ -32,6 +32,7 @@ __all__ = [
     "ShownGrid",
     "Spread",
     "activation_mass",
+    "cosines",
     "effective_number",
     "inheritance",
     "living_cells",

@@ -1,4 +1,7 @@
-"""Pearson correlation over tokens of latents within a head and between heads (arXiv 2505.22255, figure 6)."""
+"""Pairs of latents within a head and between heads: how they correlate, and how their directions lie.
+
+Figures 6 and 19 of arXiv 2505.22255.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,8 @@ from kronsae.eval.interaction.spread import Spread
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correlations:
-    """Pearson's r of pairs of latents over tokens, by how the two stand to each other.
-
-    A latent that does not vary has no correlation: its pairs are left out.
+class ByKind:
+    """A figure of pairs of latents, by how the two stand to each other; pairs without the figure are left out.
 
     Args:
         within: both of one head: the union of the three kinds that follow.
@@ -32,9 +33,18 @@ class Correlations:
     neither: Spread
     between: Spread
 
+    @staticmethod
+    def of(values_CC: Float[Tensor, "C C"], grid: HeadGrid) -> ByKind:
+        """Of a symmetric table of all pairs, NaN where a pair has none."""
+        known_CC = ~values_CC.isnan()
+        return ByKind(**{name: Spread.of(values_CC[mask_CC & known_CC]) for name, mask_CC in pairs(grid).items()})
+
 
 class CorrelationMeter:
-    """Accumulates the correlations of C columns from batches: C x C numbers in float64, however many tokens."""
+    """Accumulates Pearson's r of C columns over tokens from batches: C x C numbers in float64, however many tokens.
+
+    A latent that does not vary has no correlation.
+    """
 
     def __init__(self, grid: HeadGrid) -> None:
         self._grid = grid
@@ -62,16 +72,21 @@ class CorrelationMeter:
         covariance_CC = self._products_CC / self._tokens - torch.outer(mean_C, mean_C)
         return (covariance_CC / torch.outer(deviation_C, deviation_C)).clamp(-1, 1)
 
-    def value(self) -> Correlations:
+    def value(self) -> ByKind:
         """The correlations by kind of pair."""
-        r_CC = self.matrix()
-        known_CC = ~r_CC.isnan()
-        kinds = {name: Spread.of(r_CC[mask_CC & known_CC]) for name, mask_CC in pairs(self._grid).items()}
-        return Correlations(**kinds)
+        return ByKind.of(self.matrix(), self._grid)
+
+
+def cosines(rows_CD: Float[Tensor, "C D"]) -> Float[Tensor, "C C"]:
+    """``cos(W_c, W_d) = W_c . W_d / (|W_c| |W_d|)`` of all rows, in float64; NaN where one of them is 0."""
+    rows_CD = rows_CD.double()
+    unit_CD = rows_CD / torch.linalg.vector_norm(rows_CD, dim=1, keepdim=True)
+    cosine_CC: Tensor = unit_CD @ unit_CD.T
+    return cosine_CC.clamp(-1, 1)
 
 
 def pairs(grid: HeadGrid) -> dict[str, Bool[Tensor, "C C"]]:
-    """Which pairs (each once, above the diagonal) are of which kind, as `Correlations` names them."""
+    """Which pairs (each once, above the diagonal) are of which kind, as `ByKind` names them."""
     number_C = torch.arange(grid.num_heads * grid.cells)
     head_C, base_C, extension_C = (
         number_C // grid.cells,

@@ -12,7 +12,7 @@ from kronsae.report.section import Section
 Figure = Callable[[Mapping[str, Any]], float | None]
 
 
-def _correlation(whose: str, which: str, kind: str) -> Figure:
+def _of_pairs(whose: str, which: str, kind: str) -> Figure:
     return lambda sae: sae[whose][which][kind]["mean"]
 
 
@@ -29,14 +29,19 @@ def _inherited(name: str, against: str) -> Figure:
 
 
 _ROWS: tuple[tuple[str, Figure, str], ...] = (
-    ("correlation within a head, kept", _correlation("trained", "kept", "within"), "{:.4f}"),
-    ("… between heads", _correlation("trained", "kept", "between"), "{:.4f}"),
-    ("… within, untrained twin", _correlation("twin", "kept", "within"), "{:.4f}"),
-    ("… between, untrained twin", _correlation("twin", "kept", "between"), "{:.4f}"),
-    ("correlation within a head, before the sparsifier", _correlation("trained", "composed", "within"), "{:.4f}"),
-    ("… between heads", _correlation("trained", "composed", "between"), "{:.4f}"),
-    ("… within, untrained twin", _correlation("twin", "composed", "within"), "{:.4f}"),
-    ("… between, untrained twin", _correlation("twin", "composed", "between"), "{:.4f}"),
+    ("correlation within a head, kept", _of_pairs("trained", "kept", "within"), "{:.4f}"),
+    ("… between heads", _of_pairs("trained", "kept", "between"), "{:.4f}"),
+    ("… within, untrained twin", _of_pairs("twin", "kept", "within"), "{:.4f}"),
+    ("… between, untrained twin", _of_pairs("twin", "kept", "between"), "{:.4f}"),
+    ("correlation within a head, before the sparsifier", _of_pairs("trained", "composed", "within"), "{:.4f}"),
+    ("… between heads", _of_pairs("trained", "composed", "between"), "{:.4f}"),
+    ("… within, untrained twin", _of_pairs("twin", "composed", "within"), "{:.4f}"),
+    ("… between, untrained twin", _of_pairs("twin", "composed", "between"), "{:.4f}"),
+    ("cosine of decoder rows, same base", _of_pairs("trained", "directions", "same_base"), "{:.4f}"),
+    ("… same extension", _of_pairs("trained", "directions", "same_extension"), "{:.4f}"),
+    ("… neither in common", _of_pairs("trained", "directions", "neither"), "{:.4f}"),
+    ("… between heads", _of_pairs("trained", "directions", "between"), "{:.4f}"),
+    ("… within a head, untrained twin", _of_pairs("twin", "directions", "within"), "{:.4f}"),
     ("both parents among their top 10%", _at("both_top", 0.1), "{:.1%}"),
     ("mass with a parent not positive", _at("false_positive_mass", 0.0), "{:.1%}"),
     ("mass with a parent below 0.1 of its mean", _at("false_positive_mass", 0.1), "{:.1%}"),
