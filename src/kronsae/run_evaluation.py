@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from kronsae.run_config import RunConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+REVISION = 1
+"""Of ``evaluation.json`` and ``latents.json``: rises when their shape changes, or what a figure in them means."""
 
 SUMMARY_KEYS = (
     "name",
@@ -79,26 +83,32 @@ def evaluate_run(
     path.unlink(missing_ok=True)  # written last: while it is there, all three files belong together
     write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
     write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
-    write_json(path, {"requested_tokens": wanted, "saes": rows})
+    write_json(path, {"revision": REVISION, "requested_tokens": wanted, "saes": rows})
     return rows
 
 
 def _known_evaluation(path: Path) -> dict[str, Any] | None:
-    """What is on disk, if it is what `evaluate_run` writes."""
+    """What is on disk, if it is what this version's `evaluate_run` writes."""
     if not path.exists():
         return None
     known = read_json(path, "the evaluation")
-    return known if isinstance(known, dict) and {"requested_tokens", "saes"} <= known.keys() else None
+    return known if isinstance(known, dict) and known.get("revision") == REVISION else None
 
 
 def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write ``report.html`` from what was measured last, measuring first where nothing was."""
+    measures, outdated = kept_results(run)
+    for name in outdated:
+        say(
+            f"Left out, since another version measured it: {name}. Again: kronsae eval {name} "
+            f"{shlex.quote(str(run.folder))}"
+        )
     data = report_data(
         run=read_json(run.folder / "run.json", "the run folder"),
         rows=evaluate_run(run, say=say),
         metrics=run.metrics(),
         latents=read_json(run.folder / "latents.json", "the evaluation's latents"),
-        measures=kept_results(run),
+        measures=measures,
     )
     return write(data, run.folder / "report.html")
 

@@ -55,7 +55,7 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     again = measure(finished_run, AbsorptionSettings(labels=labels), say=said.append)
     assert again == result
     assert said == ["Already measured with these settings."]
-    kept = {"absorption": kept_results(finished_run)["absorption"]}
+    kept = {"absorption": kept_results(finished_run)[0]["absorption"]}
     [section] = sections(kept, finished_run.names)
     assert [row.name for row in section.tables[0][1].rows] == finished_run.names
     assert [row.name for row in section.tables[1][1].rows] == ["act", "animal", "how"]

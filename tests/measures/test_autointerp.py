@@ -124,7 +124,7 @@ def test_stopped_at_a_bound_it_goes_on_without_paying_twice(run: Run) -> None:
         assert len(stub.requests) == total
         answered = len(files(run))
         assert 0 < answered < total
-        assert "autointerp" not in kept_results(run)
+        assert "autointerp" not in kept_results(run)[0]
         interpreted(run, stub, asking=first)
         assert len(stub.requests) == total + (total - answered)
     assert len(files(run)) == total
@@ -189,7 +189,7 @@ def test_failures_are_told_kept_and_made_good_later(run: Run) -> None:
 
 
 def section_of(run: Run) -> Section:
-    return next(one for one in sections(kept_results(run), run.names) if one.key == "autointerp")
+    return next(one for one in sections(kept_results(run)[0], run.names) if one.key == "autointerp")
 
 
 def test_the_page_escapes_what_the_language_model_says(run: Run) -> None:

@@ -53,7 +53,7 @@ def test_a_run_is_measured_kept_and_known(run: Run) -> None:
 
 def test_the_page_has_a_section_of_it(run: Run) -> None:
     measure(run, CONFIG)
-    (section,) = sections(kept_results(run), run.names)
+    (section,) = sections(kept_results(run)[0], run.names)
     assert section.key == "interaction"
     assert "topk: It does not apply to a dense encoder" in section.paragraphs[1]
     (_, table) = section.tables[0]

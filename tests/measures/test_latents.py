@@ -45,7 +45,7 @@ def test_a_run_is_measured_kept_and_known(run: Run) -> None:
 
 def test_the_page_has_a_section_of_it(run: Run) -> None:
     measure(run, CONFIG)
-    (section,) = sections(kept_results(run), run.names)
+    (section,) = sections(kept_results(run)[0], run.names)
     assert section.key == "latents"
     assert len(section.paragraphs) == 3
     (_, table) = section.tables[0]

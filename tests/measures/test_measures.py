@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from kronsae.cli import app
 from kronsae.errors import UserError
-from kronsae.measures.material import keep_result, kept_results, known_result
+from kronsae.measures.material import REVISIONS, keep_result, kept_results, known_result
 from kronsae.measures.verbs import VERBS
 from kronsae.report.sections import BUILDERS
 from kronsae.run import Run
+from kronsae.run_evaluation import write_report
 
 
 def test_the_group_lists_the_table_and_every_verb() -> None:
@@ -42,13 +43,33 @@ def test_a_misspelt_verb_is_told_from_a_folder() -> None:
         CliRunner().invoke(app, ["eval", "tabel", "runs/x"], catch_exceptions=False, standalone_mode=False)
 
 
-def test_a_result_of_another_version_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_verb_has_a_revision() -> None:
+    assert set(REVISIONS) == set(VERBS)
+
+
+def test_a_result_of_another_revision_is_measured_anew_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(tmp_path)
     keep_result(run, "toy", {"seed": 1}, {"value": 0.5})
-    monkeypatch.setattr("kronsae.measures.material.version", lambda name: "999")
+    assert kept_results(run)[1] == ()
+    monkeypatch.setitem(REVISIONS, "toy", 999)
     assert known_result(run, "toy", {"seed": 1}) is None
+    assert kept_results(run) == ({}, ("toy",))
     keep_result(run, "toy", {"seed": 1}, {"value": 0.6})
     assert known_result(run, "toy", {"seed": 1}) == {"value": 0.6}
+    assert kept_results(run)[1] == ()
+
+
+def test_the_report_says_what_it_leaves_out(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_result(finished_run, "toy", {}, {"nothing": "that a section could be made of"})
+    monkeypatch.setitem(REVISIONS, "toy", 999)
+    told: list[str] = []
+    page = write_report(finished_run, say=told.append).read_text("utf-8")
+    assert [line for line in told if "toy" in line] == [
+        f"Left out, since another version measured it: toy. Again: kronsae eval toy {finished_run.folder}"
+    ]
+    assert 'id="measure-toy"' not in page
 
 
 def test_a_result_is_known_by_its_settings(tmp_path: Path) -> None:
@@ -57,7 +78,7 @@ def test_a_result_is_known_by_its_settings(tmp_path: Path) -> None:
     keep_result(run, "toy", {"seed": 1}, {"value": 0.5})
     assert known_result(run, "toy", {"seed": 1}) == {"value": 0.5}
     assert known_result(run, "toy", {"seed": 2}) is None
-    [kept] = kept_results(run).values()
+    [kept] = kept_results(run)[0].values()
     assert kept["measure"] == "toy"
     assert kept["result"] == {"value": 0.5}
     assert kept["provenance"]["python"]

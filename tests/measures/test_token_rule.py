@@ -50,7 +50,7 @@ def test_the_verb_and_the_section(run: Run) -> None:
     [figures] = json.loads(told.stdout)["saes"]
     table = CliRunner().invoke(app, [*words, "--sae", run.names[1]])
     assert f"{figures['auc']['mean']:.3f} ± {figures['auc']['std']:.3f}" in table.stdout
-    [section] = sections(kept_results(run), run.names)
+    [section] = sections(kept_results(run)[0], run.names)
     [(_, shown)] = section.tables
     assert shown.rows[0].name == run.names[1]
     assert shown.rows[0].series == 1

@@ -101,20 +101,31 @@ class Material:
                 progress(done, total)
 
 
+REVISIONS = {
+    "latents": 1,
+    "interaction": 2,
+    "autointerp": 1,
+    "token-rule": 1,
+    "synthetic": 1,
+    "toy": 1,
+    "absorption": 1,
+    "probing": 1,
+}
+"""Of each measurement's result: rises when its shape changes, or what a figure in it means."""
+
+
 def result_path(run: Run, name: str) -> Path:
     """Where the result of the measurement ``name`` is kept."""
     return run.folder / "measures" / f"{name}.json"
 
 
 def known_result(run: Run, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The kept result, if this version measured it with these very settings; a finished run's SAEs never change."""
+    """The kept result of these very settings, unless an older revision; a finished run's SAEs never change."""
     path = result_path(run, name)
     if not path.exists():
         return None
     known = read_json(path, f"the result of '{name}'")
-    if not isinstance(known, dict) or known.get("kronsae_version") != version("kronsae"):
-        return None  # another version may define a figure otherwise
-    if differences(known.get("settings"), dict(settings)):
+    if not _is_current(known, name) or differences(known.get("settings"), dict(settings)):
         return None
     result = known.get("result")
     return result if isinstance(result, dict) else None
@@ -123,12 +134,21 @@ def known_result(run: Run, name: str, settings: Mapping[str, Any]) -> dict[str, 
 def keep_result(run: Run, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> Path:
     """Write a result (JSON values) with its settings and what it depends on; return where."""
     path = result_path(run, name)
-    about = {"measure": name, "kronsae_version": version("kronsae"), "settings": dict(settings)}
-    write_json(path, {**about, "provenance": provenance(), "result": dict(result)})
+    about = {"measure": name, "revision": REVISIONS[name], "kronsae_version": version("kronsae")}
+    write_json(path, {**about, "settings": dict(settings), "provenance": provenance(), "result": dict(result)})
     return path
 
 
-def kept_results(run: Run) -> dict[str, dict[str, Any]]:
-    """All kept results by name, each ``{"measure", "settings", "provenance", "result", ...}``."""
+def kept_results(run: Run) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
+    """All kept results by name, each ``{"measure", "settings", "provenance", "result", ...}``; and which are outdated.
+
+    An outdated one is of another revision and not among the results: its figures may mean something else.
+    """
     paths = sorted((run.folder / "measures").glob("*.json"))
-    return {path.stem: read_json(path, f"the result of '{path.stem}'") for path in paths}
+    found = {path.stem: read_json(path, f"the result of '{path.stem}'") for path in paths if path.stem in REVISIONS}
+    current = {name: kept for name, kept in found.items() if _is_current(kept, name)}
+    return current, tuple(name for name in found if name not in current)
+
+
+def _is_current(kept: Any, name: str) -> bool:
+    return isinstance(kept, dict) and kept.get("revision") == REVISIONS[name]
