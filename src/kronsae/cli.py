@@ -11,7 +11,7 @@ import typer
 
 from kronsae.errors import UserError
 from kronsae.measures.verbs import DEFAULT, MeasureGroup
-from kronsae.terminal import Json, Quiet, print_json, print_table, say, what_now
+from kronsae.terminal import Json, Quiet, print_json, print_table, run_app, say, what_now
 
 if TYPE_CHECKING:
     from kronsae.run import Run
@@ -360,7 +360,7 @@ def steer(context: typer.Context) -> None:
     """Hand over to the verb's own module, which is imported only here."""
     from kronsae.steering import app as steering
 
-    steering(context.args, prog_name="kronsae steer")
+    run_app(steering, "kronsae steer", context.args)
 
 
 @app.command(
@@ -373,13 +373,13 @@ def bench(context: typer.Context) -> None:
     """Hand over to the benchmarks' own verbs, which are imported only here."""
     from kronsae.bench.commands import app as benchmarks
 
-    benchmarks(context.args, prog_name="kronsae bench")
+    run_app(benchmarks, "kronsae bench", context.args)
 
 
 def main() -> None:
     """Entry point: a `UserError` becomes one sentence and exit status 2, never a traceback."""
     try:
-        app()
+        run_app(app, "kronsae")
     except UserError as error:
         label = "Error: " if error.exit_status == UserError.exit_status else ""
         print(f"{label}{error}", file=sys.stderr)
