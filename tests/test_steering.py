@@ -14,9 +14,19 @@ from typer.testing import CliRunner
 from kronsae.data.model import LanguageModel, ModelConfig, load_model
 from kronsae.errors import UserError
 from kronsae.intervention import Intervention, ablate, clamp, scale, steer
+from kronsae.pipeline import Source
 from kronsae.recipes import topk
 from kronsae.run import Run, execute
-from kronsae.steering import Continuation, app, changes_of, continuations, generate, padded_prompts
+from kronsae.steering import (
+    STRENGTH,
+    Continuation,
+    app,
+    changes_of,
+    continuations,
+    generate,
+    mean_activation_norm,
+    padded_prompts,
+)
 
 PROMPTS = ["The quick brown", "A sparse autoencoder writes each"]
 
@@ -106,8 +116,36 @@ def test_the_verb(finished_run: Run) -> None:
     shown = CliRunner().invoke(app, [*words, "--sae", "topk"])
     assert PROMPTS[0] in shown.stdout
     assert "Latent 3 of topk at layers.2: add 40" in shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert [line.split()[0] for line in shown.stdout.splitlines() if line[:1].strip()] == ["prompt", "plain", "changed"]
     with pytest.raises(UserError, match="--sae must name one of the run's SAEs: topk, kron"):
         CliRunner().invoke(app, words, catch_exceptions=False, standalone_mode=False)
+
+
+def test_without_a_scale_a_share_of_the_activations_norm_is_added(finished_run: Run) -> None:
+    words = [str(finished_run.folder), "--sae", "topk", "--latent", "3", "--latent", "4", "--prompt", PROMPTS[0]]
+    words += ["--new-tokens", "2", "--json"]
+    norm = float(finished_run.activations(200).norm(dim=1).mean())  # by hand; all of the held-out text has more
+    source = Source(finished_run.config)
+    assert mean_activation_norm(source, "layers.2", tokens=200) == pytest.approx(norm)
+    everything = mean_activation_norm(source, "layers.2", tokens=10**9)  # as much as there is
+    for given, share in (([], STRENGTH), (["--strength", "-0.5"], -0.5)):
+        told = CliRunner().invoke(app, [*words, *given])
+        assert told.exit_code == 0, told.output
+        sae = finished_run.load("topk")
+        for change in json.loads(told.stdout)["changes"]:
+            added = change["value"] * float(sae.W_dec[change["latent"]].detach().norm())
+            assert added == pytest.approx(share * everything, rel=1e-5)
+        assert f"Steering adds {share:g} of the activations' mean norm, which is " in told.stderr
+    for given, sentence in (
+        (["--scale", "1", "--strength", "1"], "give --scale or --strength, not both"),
+        (["--latent", "999"], "latent must be a number from 0 to 31; got 999"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            CliRunner().invoke(app, [*words, *given], catch_exceptions=False, standalone_mode=False)
+    ablating = [str(finished_run.folder), "--sae", "topk", "--ablate", "3", "--prompt", "x", "--strength", "1"]
+    with pytest.raises(UserError, match="--strength is of --latent; got no --latent"):
+        CliRunner().invoke(app, ablating, catch_exceptions=False, standalone_mode=False)
 
 
 def test_each_sae_is_steered_at_its_own_hook(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -93,9 +93,7 @@ class Intervention:
                 "sae must reconstruct what it reads; this one is a transcoder, and what it leaves out of the hook it "
                 "writes is not in what it reads. Intervene with an SAE of that hook."
             )
-        for change in self.changes:
-            if not 0 <= change.latent < self.sae.d_sae:
-                raise UserError(f"latent must be a number from 0 to {self.sae.d_sae - 1}; got {change.latent}.")
+        check_latents((change.latent for change in self.changes), self.sae.d_sae)
         _check_positions(self.positions)
 
     @property
@@ -124,6 +122,13 @@ class Intervention:
         difference_NC = self.difference(inner_ND)
         changed_ND = inner_ND + difference_NC @ W_dec[self.latents]
         return torch.where((difference_NC != 0).any(1, keepdim=True), changed_ND.to(x_ND.dtype), x_ND)
+
+
+def check_latents(latents: Iterable[int], d_sae: int) -> None:
+    """Refuse a latent that a dictionary of ``d_sae`` has not."""
+    for latent in latents:
+        if not 0 <= latent < d_sae:
+            raise UserError(f"latent must be a number from 0 to {d_sae - 1}; got {latent}.")
 
 
 @contextmanager

@@ -13,11 +13,12 @@ import typer
 from torch import Tensor
 
 from kronsae.core.checks import check_count
-from kronsae.data.model import LanguageModel, load_model
+from kronsae.data.model import LanguageModel
 from kronsae.data.tokens import special_frame
 from kronsae.errors import UserError
 from kronsae.eval.display import visible_lines
-from kronsae.intervention import Change, Intervention, ablate, clamp, intervene, scale, steer
+from kronsae.intervention import Change, Intervention, ablate, check_latents, clamp, intervene, scale, steer
+from kronsae.pipeline import Source
 from kronsae.run import Run, open_run
 from kronsae.terminal import Json, RunArgument, Seed, print_json, print_table, say, what_now
 
@@ -122,6 +123,33 @@ def _generators(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
+WIDTH = 80
+"""Columns of the texts where nobody looks at a terminal."""
+
+NORM_TOKENS = 2048
+"""Held-out tokens over which the norm of the activations is measured; about so many."""
+
+STRENGTH = 0.25
+"""Of the activations' mean norm, what steering adds if no other amount is asked for.
+
+Tried on the bundled model with 12 living latents each of a TopK SAE and a KronSAE (2,048 latents, k = 32), 4 prompts
+and 20 new tokens: at 0.1 half of the texts change, at 0.25 three in four, at 0.5 84%. At 0.5 the model begins to
+repeat itself (40% of a text's tokens are different ones; 55% at 0.25, 64% without), at 1 it does little else (23%).
+The largest activation of a latent is no better a measure: a fifth of the norm in the mean, and rare latents have none.
+"""
+
+
+@torch.no_grad()
+def mean_activation_norm(source: Source, hook: str, tokens: int = NORM_TOKENS) -> float:
+    """``mean ||x||`` of the activations x of one hook over the first held-out tokens, as many as there are of them."""
+    norms: list[Tensor] = []
+    for values, _ in source.activations(held_out=True, repeat=False, hook=hook):
+        norms.append(values[hook].float().norm(dim=1).cpu())
+        if sum(map(len, norms)) >= tokens:
+            break
+    return float(torch.cat(norms)[:tokens].mean())
+
+
 app = typer.Typer()
 
 
@@ -133,7 +161,17 @@ def command(
     latent: Annotated[list[int] | None, typer.Option(help="A latent to steer by, repeatable.")] = None,
     amount: Annotated[
         list[float] | None,
-        typer.Option("--scale", help="Adds this times the latent's direction; one for all --latent, or one for each."),
+        typer.Option(
+            "--scale",
+            help="Adds this times the latent's direction; one for all --latent or one for each. Without: by --strength.",
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="What every --latent adds, as a share of the activations' mean norm on held-out text "
+            f"[default: {STRENGTH}]. At 0.1 little changes, at 1 the text falls apart; below 0 steers away."
+        ),
     ] = None,
     ablated: Annotated[list[int] | None, typer.Option("--ablate", help="A latent to take out, repeatable.")] = None,
     clamped: Annotated[
@@ -149,16 +187,27 @@ def command(
 ) -> None:
     """Let a run's language model go on from a prompt, without and with some latents changed.
 
-    Activations of a latent are in `kronsae eval latents`: a --scale of a few times its largest shows.
+    How much is added is measured on held-out text unless --scale says it.
     """
     run = open_run(run_folder)
     run.require_finished()
     name = sae if sae is not None or len(run.names) > 1 else run.names[0]
     if name is None:
         raise UserError(f"--sae must name one of the run's SAEs: {', '.join(run.names)}.")
-    loaded, hook = run.load(name), hook_of(run, name)
-    changes = changes_of(latent or [], amount or [], ablated or [], clamped or [], multiplied or [])
-    language_model = load_model(run.config.model)
+    if amount and strength is not None:
+        raise UserError("give --scale or --strength, not both.")
+    loaded, hook, source = run.load(name), hook_of(run, name), Source(run.config)
+    latents, amounts = latent or [], amount or []
+    if strength is not None and not latents:
+        raise UserError("--strength is of --latent; got no --latent.")
+    if latents and not amounts:
+        check_latents(latents, loaded.d_sae)
+        share = STRENGTH if strength is None else strength
+        norm = mean_activation_norm(source, hook)
+        amounts = [share * norm / float(loaded.W_dec[one].detach().norm()) for one in latents]
+        say(f"Steering adds {share:g} of the activations' mean norm, which is {norm:.3g} on held-out text.")
+    changes = changes_of(latents, amounts, ablated or [], clamped or [], multiplied or [])
+    language_model = source.language_model
     first = len(special_frame(language_model.tokenizer)[0])  # SAEs are not trained on special tokens
     intervention = Intervention(
         sae=loaded.to(language_model.device).eval(),
@@ -173,7 +222,7 @@ def command(
         told = {"sae": name, "hook": hook, "changes": [asdict(change) for change in changes]}
         print_json(told | {"seed": seed, "continuations": [asdict(one) for one in found]})
     else:
-        print_table(_as_table(found))
+        print_table(_as_table(found), width=WIDTH)
         for change in changes:
             say(f"Latent {change.latent} of {name} at {hook}: {change.kind} {change.value:g}")
     what_now(f"kronsae eval latents {shlex.quote(str(run_folder))} --latent {changes[0].latent}")
@@ -230,10 +279,14 @@ def _pair(option: str, words: str) -> tuple[int, float]:
 
 
 def _as_table(found: Sequence[Continuation]) -> Table:
+    """One text below the other, so that it can be read in a narrow terminal."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("prompt", "plain", "changed", show_lines=True)
-    for one in found:
-        table.add_row(*(Text(visible_lines(text)) for text in (one.prompt, one.plain, one.changed)))
+    table = Table.grid(padding=(0, 2))
+    for number, one in enumerate(found):
+        if number:
+            table.add_row()
+        for label, text in (("prompt", one.prompt), ("plain", one.plain), ("changed", one.changed)):
+            table.add_row(label, Text(visible_lines(text)))
     return table

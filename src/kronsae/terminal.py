@@ -63,11 +63,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(table: Any) -> None:
-    """A rich table (or anything rich shows) on stdout, wide where nobody looks at a terminal."""
+def print_table(table: Any, width: int = 200) -> None:
+    """A rich table (or anything rich shows) on stdout; of ``width`` columns where nobody looks at a terminal."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 def rich_table(heading: str, table: Table) -> Any:
