@@ -9,7 +9,8 @@ import pytest
 
 from kronsae.config import from_dict, to_dict
 from kronsae.core.encoders import DenseEncoderConfig
-from kronsae.recipes import RECIPES, SAE_KINDS, describe, kron, quickstart, short_run_lr, topk
+from kronsae.errors import UserError
+from kronsae.recipes import RECIPES, SAE_KINDS, describe, kron, quickstart, short_run_lr, shortened, topk
 from kronsae.run import execute
 from kronsae.run_config import RunConfig
 from kronsae.training.config import OptimizerConfig
@@ -32,6 +33,19 @@ def test_what_is_compared_has_equal_dictionaries_and_a_smaller_kronecker_encoder
     assert base.sparsifier == kronecker.sparsifier
     assert (base.optimizer, base.aux_k, base.seed) == (kronecker.optimizer, kronecker.aux_k, kronecker.seed)
     assert kronecker.encoder.multiply_adds(512) < base.encoder.multiply_adds(512)
+
+
+def test_a_short_try_is_short() -> None:
+    whole = quickstart()
+    short = shortened(whole, 7000)
+    assert (short.loop.tokens, short.loop.batch_tokens, short.loop.steps) == (7000, 2048, 3)
+    assert (short.buffer_tokens, short.eval_tokens) == (3 * 2048, 7000)
+    assert shortened(whole, 100).loop.batch_tokens == 100
+    longer = shortened(whole, 10_000_000)
+    assert (longer.buffer_tokens, longer.eval_tokens) == (whole.buffer_tokens, whole.eval_tokens)
+    assert short.saes == whole.saes
+    with pytest.raises(UserError, match=r"^tokens must be a whole number above 0; got 0\.$"):
+        shortened(whole, 0)
 
 
 def test_quickstart_keeps_its_promise_of_sparsity() -> None:

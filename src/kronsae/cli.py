@@ -57,7 +57,9 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the weights and of the o
 @app.command()
 def quickstart(
     out: Out = Path("runs/quickstart"),
-    tokens: Tokens = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to train on; shuffle buffer and evaluation are cut to as many.")
+    ] = None,
     seed: Seed = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -69,7 +71,9 @@ def quickstart(
     from kronsae import recipes
     from kronsae.run import execute, with_overrides
 
-    config = with_overrides(recipes.quickstart(), tokens=tokens, seed=seed)
+    config = with_overrides(recipes.quickstart(), seed=seed)
+    if tokens is not None:
+        config = recipes.shortened(config, tokens)
     run = execute(config, out, show_progress=not quiet, say=say)
     _evaluate_and_report(run, as_json, quiet)
     what_now(

@@ -1,10 +1,13 @@
-"""A bar for work whose length is known: on a terminal only, on stderr, gone when done."""
+"""How far some work has come, on stderr: a bar on a terminal, gone when done; elsewhere a line now and then."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
+
+from kronsae.training.display import PLAIN_SECONDS
 
 
 @contextmanager
@@ -19,7 +22,30 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, i
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield _nothing if quiet else _lines(what)
+        return
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _nothing(done: int, total: int) -> None:
+    """Nothing is shown."""
+
+
+def _lines(what: str) -> Callable[[int, int], None]:
+    """Says ``evaluating: 40%, about 30 s left``, at most every `PLAIN_SECONDS`; of short work nothing."""
+    started = said = monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal said
+        now = monotonic()
+        if now - said >= PLAIN_SECONDS and 0 < done < total:
+            said = now
+            left = (now - started) * (total - done) / done
+            sys.stderr.write(f"{what}: {done / total:.0%}, about {left:.0f} s left\n")
+            sys.stderr.flush()
+
+    return report

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from kronsae.architectures import SAE_KINDS, kron, topk
+from kronsae.core.checks import check_count
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.run_config import RunConfig
 from kronsae.training.config import LoopConfig
 
-__all__ = ["RECIPES", "SAE_KINDS", "describe", "kron", "quickstart", "tiny", "topk"]
+__all__ = ["RECIPES", "SAE_KINDS", "describe", "kron", "quickstart", "shortened", "tiny", "topk"]
 
 
 def short_run_lr(d_sae: int) -> float:
@@ -41,6 +43,21 @@ def quickstart() -> RunConfig:
         loop=LoopConfig(tokens=600_000, batch_tokens=2048, log_every=5, checkpoint_every=100),
         buffer_tokens=2**17,
         eval_tokens=65_536,
+    )
+
+
+def shortened(config: RunConfig, tokens: int) -> RunConfig:
+    """``config`` on ``tokens`` tokens, with batch, shuffle buffer and evaluation no larger than that.
+
+    Filling a buffer and evaluating would otherwise take most of the time of a short try.
+    """
+    check_count("tokens", tokens)
+    batch = min(config.loop.batch_tokens, tokens)
+    return replace(
+        config,
+        loop=replace(config.loop, tokens=tokens, batch_tokens=batch),
+        buffer_tokens=min(config.buffer_tokens, tokens // batch * batch),  # a remainder would be thrown away
+        eval_tokens=min(config.eval_tokens, tokens),
     )
 
 

@@ -1,0 +1,48 @@
+"""What is shown of work whose length is known: a line now and then where stderr is no terminal, else a bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import rich.console
+
+from kronsae import progress_bar as module
+from kronsae.progress_bar import progress_bar
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that shows its one entry."""
+    now = [0.0]
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_every_ten_seconds_in_a_log(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("evaluating") as report:
+        for seconds, done in ((4, 100), (12, 300), (15, 400), (24, 600), (40, 1000)):
+            clock[0] = seconds
+            report(done, 1000)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "evaluating: 30%, about 28 s left\nevaluating: 60%, about 16 s left\n"
+
+
+def test_nothing_of_what_is_quiet(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("evaluating", quiet=True) as report:
+        clock[0] = 100
+        report(1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = rich.console.Console
+
+    def terminal(**options: Any) -> rich.console.Console:
+        return plain(force_terminal=True, width=100, **options)
+
+    monkeypatch.setattr(rich.console, "Console", terminal)
+    with progress_bar("evaluating") as report:
+        report(1, 2)
+    assert "evaluating" in capsys.readouterr().err
