@@ -262,11 +262,23 @@ class TestBadInput:
         [
             ("evl", r"no such command 'evl'. Did you mean 'eval'\? See `kronsae --help`."),
             ("--hlp", r"`kronsae` has no option --hlp. Did you mean '--help'\? See `kronsae --help`."),
-            ("train --tokns 5", r"`kronsae train` has no option --tokns. Did you mean '--tokens'\? See `kronsae train -"),
-            ("eval latents r --latnt 5", r"`kronsae eval latents` has no option --latnt. Did you mean '--latent'\? See"),
-            ("steer r --scal 5", r"`kronsae steer` has no option --scal. Did you mean '--scale'\? See `kronsae steer --h"),
+            (
+                "train --tokns 5",
+                r"`kronsae train` has no option --tokns. Did you mean '--tokens'\? See `kronsae train -",
+            ),
+            (
+                "eval latents r --latnt 5",
+                r"`kronsae eval latents` has no option --latnt. Did you mean '--latent'\? See",
+            ),
+            (
+                "steer r --scal 5",
+                r"`kronsae steer` has no option --scal. Did you mean '--scale'\? See `kronsae steer --h",
+            ),
             ("bench stp", r"no such command 'stp'. Did you mean 'step'\? See `kronsae bench --help`."),
-            ("train --tokens many", r"invalid value for '--tokens': .*valid integer.*'many'.*\. See `kronsae train --help`"),
+            (
+                "train --tokens many",
+                r"invalid value for '--tokens': .*valid integer.*'many'.*\. See `kronsae train --help`",
+            ),
             ("train --out", r"option '?--out'? requires an argument\. See `kronsae( train)? --help`."),
             ("recipes tiny", r"got unexpected extra argument.*tiny.*\. See `kronsae recipes --help`."),
             ("steer", r"missing argument 'RUN'\. See `kronsae steer --help`."),

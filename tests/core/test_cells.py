@@ -234,6 +234,10 @@ def test_a_token_meets_its_own_expert_only() -> None:
             lambda: SwitchEncoderConfig(num_experts=2, expert=KRON, balance_weight=-1.0),
             "balance_weight must be finite and at least 0; got -1.0.",
         ),
+        (
+            lambda: SwitchEncoderConfig(num_experts=1_000_000, expert=KRON),
+            "num_experts must be at most 4,096; got 1,000,000. Take fewer and larger experts; 8 is usual.",
+        ),
     ],
 )
 def test_refusals(make: Callable[[], object], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kronsae.architectures import jumprelu
 from kronsae.errors import UserError
 from kronsae.recipes import kron, topk
 from kronsae.training.config import LoopConfig
-from kronsae.training.member import Member
+from kronsae.training.member import Diverged, Member
 from kronsae.training.state import Progress, load_members, load_progress
 from kronsae.training.trainer import fit
 
@@ -142,3 +144,32 @@ def test_what_is_not_defined_is_null() -> None:
     fit([as_they_are], constant, loop(2, log_every=1), [sink])
     assert {row["explained_variance"] for row in sink.rows} == {None}
     assert all(row["loss"] > 0 for row in sink.rows)
+
+
+def test_weights_that_the_last_step_made_infinite_are_neither_kept_nor_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss was finite: only the weights tell, and no later step would."""
+    (member, _) = members(3)
+    plain, taken = member.optimizer.step, []
+
+    def overflows(**arguments: Any) -> None:
+        plain(**arguments)
+        taken.append(1)
+        if len(taken) == 3:
+            member.sae.W_dec.data[0, 0] = math.inf
+
+    monkeypatch.setattr(member.optimizer, "step", overflows)
+    with pytest.raises(Diverged, match=r"^training of 'topk' diverged: the weights decoder.W_dec are not finite"):
+        fit([member], stream(), loop(3), checkpoints=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_threshold_of_0_is_no_divergence() -> None:
+    """JumpReLU keeps its logarithm, minus infinity, until a batch has an active latent."""
+    member = Member(jumprelu(d_sae=16, k=2), D_IN, "h", 1)
+    assert bool(member.sae.get_parameter("sparsifier.log_threshold").isinf().all())
+    member.check_weights(1)
+    member.sae.get_parameter("sparsifier.log_threshold").data[3] = math.nan
+    with pytest.raises(Diverged, match=r"the weights sparsifier\.log_threshold are not finite"):
+        member.check_weights(1)

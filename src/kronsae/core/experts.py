@@ -24,13 +24,16 @@ from kronsae.core.gates import GateName
 from kronsae.errors import UserError
 from kronsae.kernels import Choice, Request
 
+MAX_EXPERTS = 4096
+"""Each expert is a module with weights and a product of its own; Mudide et al. use at most 128."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchEncoderConfig:
     """E experts of equal shape; the dictionary is theirs, one after another.
 
     Args:
-        num_experts: E.
+        num_experts: E, at most `MAX_EXPERTS`.
         expert: the shape of one expert; ``d_sae`` of the whole is ``num_experts * expert.d_sae``.
         balance_weight: coefficient of the load-balancing loss, as a multiple of it (Mudide et al.: 3).
     """
@@ -42,6 +45,11 @@ class SwitchEncoderConfig:
 
     def __post_init__(self) -> None:
         check_count("num_experts", self.num_experts)
+        if self.num_experts > MAX_EXPERTS:
+            raise UserError(
+                f"num_experts must be at most {MAX_EXPERTS:,}; got {self.num_experts:,}. "
+                "Take fewer and larger experts; 8 is usual."
+            )
         check_count("num_experts times an expert's d_sae", self.d_sae)
         if not 0 <= self.balance_weight < math.inf:
             raise UserError(f"balance_weight must be finite and at least 0; got {self.balance_weight!r}.")

@@ -162,7 +162,7 @@ class Member:
         result.loss.backward()
         needs_norm = want_metrics or settings.clip_norm is not None
         norm = grad_norm(self.sae.parameters(), rows) if needs_norm else 0.0
-        self._check_finite(result, norm, lr, step)  # before the weights are touched: a checkpoint is never of NaN
+        self._check_finite(result, norm, lr, step)  # before the weights are touched
         self.optimizer.step(row_gradients=rows, grad_scale=clip_scale(norm, settings.clip_norm))
         self.dead.update(result.codes)
         if self.config.sparsifier.kind == "jumprelu":
@@ -196,6 +196,26 @@ class Member:
         for what, value in (("loss", float(result.loss.detach())), ("gradient's norm", norm)):
             if not math.isfinite(value):
                 about = f"the {what} is {value} at step {step}. Lower its learning rate (now {lr:.2g})."
+                raise Diverged(self.name, about)
+
+    def check_weights(self, steps: int) -> None:
+        """Refuse weights that are not finite: a step from a finite loss can still lead there.
+
+        Args:
+            steps: steps done, for the sentence.
+
+        Raises:
+            Diverged: naming a weight.
+        """
+        for name, parameter in self.sae.named_parameters():
+            sound = parameter.isfinite()
+            if name.startswith("sparsifier."):
+                sound |= parameter == -math.inf  # the logarithm of a threshold of 0
+            if not bool(sound.all()):
+                lr = learning_rate(self.config.optimizer, min(steps, self.steps) - 1, self.steps)
+                about = (
+                    f"the weights {name} are not finite after {steps} steps. Lower its learning rate (now {lr:.2g})."
+                )
                 raise Diverged(self.name, about)
 
     def _metrics(self, target_BO: Tensor, result: Objective, lr: float, norm: float) -> StepMetrics:

@@ -79,6 +79,9 @@ def fit(
                     sink.write(at | {key: _json_number(value) for key, value in asdict(of_step).items()})
         stopping = should_stop()  # asked once: a stop between two questions would end the loop without a checkpoint
         due = progress.step == steps or stopping or progress.step % config.checkpoint_every == 0
+        if due:
+            for member in members:  # no checkpoint and no finished SAE is ever of NaN
+                member.check_weights(progress.step)
         if checkpoints is not None and due:
             for sink in sinks:
                 sink.flush()
