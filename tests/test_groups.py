@@ -146,8 +146,24 @@ def test_what_is_written_down_of_each(together: Run) -> None:
         "crosscoder": "kronecker-jumprelu-crosscoder",
         "switch": "dense-topk-switch-crosscoder",
     }
+    assert metadata["skip"]["trained_as"] == "kronecker-batch_topk-skip_transcoder"
+    assert metadata["crosscoder"]["trained_as"] == about["crosscoder"]["architecture"]
     path = together.sae_folder("skip") / "cfg.json"
     assert json.loads(path.read_text())["sae"]["write_widths"] == [WIDTH]
+
+
+def test_a_run_says_what_it_holds(together: Run) -> None:
+    shown = repr(together).splitlines()
+    assert shown[0].startswith(f"Run('{together.folder}'): finished, ")
+    skip, crosscoder, switched = (
+        next(line for line in shown if line.startswith(f"  {name}: ")) for name in ("skip", "crosscoder", "switch")
+    )
+    assert skip == (
+        f"  skip: kronecker-batch_topk-skip_transcoder, d_in={WIDTH}, d_out={WIDTH}, d_sae=32, k=4, "
+        "num_heads=8, d_base=2, d_extension=2"
+    )
+    assert f"d_in={WIDTH}+{WIDTH}, d_sae=32" in crosscoder
+    assert "num_experts=" in switched
 
 
 def test_a_transcoder_takes_and_gives_raw_activations(together: Run) -> None:
@@ -215,6 +231,9 @@ def test_evaluation_and_report(together: Run) -> None:
     assert ablated["skip"] == ablated["transcoder"] != ablated["plain"]
     headings = [column.header for column in as_table(list(rows.values())).columns]
     assert headings[:3] == ["SAE", "hooks", "architecture"]
+    assert rows["skip"]["architecture"] == "kronecker-batch_topk-skip_transcoder"
+    assert {name: row["saved_as"] for name, row in rows.items() if row["saved_as"]} == {"skip": "jumprelu"}
+    assert "skip_transcoder, saved as jumprelu" in str(as_table([rows["skip"]]).columns[1]._cells)
     assert as_table([rows["skip"], rows["transcoder"]]).columns[1].header == "architecture"
     page = write_report(together).read_text(encoding="utf-8")
     for text in (
@@ -222,6 +241,7 @@ def test_evaluation_and_report(together: Run) -> None:
         "layers.0 + layers.2",
         "belong to different hooks",
         "crosscoder at each hook",
+        "kronecker-batch_topk-skip_transcoder, saved as jumprelu",
     ):
         assert text in page, text
     assert "plain against deep" not in page, "SAEs of different hooks are not compared"

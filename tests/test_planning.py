@@ -153,6 +153,7 @@ def test_some_members_take_what_they_take_alone(config: RunConfig, tmp_path: Pat
     both = replace(config, saes=(config.saes[0], elsewhere))
     plan = make_plan(Source(both), tmp_path)
     assert (plan.hook, plan.d_in) == ("layers.2, layers.0", 2 * WIDTH)
+    assert f"at layers.2 (width {WIDTH}), layers.0 (width {WIDTH}) of {both.model.name}: " in str(plan)
     for number in (0, 1):
         alone = make_plan(Source(replace(both, saes=(both.saes[number],))), tmp_path)
         part = replace(plan, members=(plan.members[number],))

@@ -53,6 +53,19 @@ class TestAFinishedRun:
         assert finished_run.finished
         assert finished_run.names == ["topk", "kron"]
 
+    def test_what_print_shows(self, finished_run: Run, tmp_path: Path) -> None:
+        of_kron = f"kronecker-topk, d_in={WIDTH}, d_sae=32, k=4, num_heads=8, d_base=2, d_extension=2"
+        assert repr(finished_run).splitlines() == [
+            f"Run('{finished_run.folder}'): finished, {finished_run.config.model.name} at layers.2",
+            f"  topk: dense-topk, d_in={WIDTH}, d_sae=32, k=4",
+            f"  kron: {of_kron}",
+        ]
+        assert repr(finished_run.load("kron")).splitlines()[:2] == ["SAE(", f"  {of_kron}"]
+        assert repr(Run(tmp_path)) == f"Run('{tmp_path}'): nothing is trained yet"
+        shutil.copy(finished_run.folder / "run.json", tmp_path)
+        assert repr(Run(tmp_path)).splitlines()[0].startswith(f"Run('{tmp_path}'): not finished, ")
+        assert repr(Run(tmp_path)).splitlines()[2] == "  kron: kronecker-topk, d_sae=32, k=4"
+
     def test_its_config_comes_back(self, finished_run: Run, config: RunConfig) -> None:
         assert open_run(finished_run.folder).config == config
 

@@ -104,6 +104,13 @@ class Plan:
         return ", ".join(self.widths)
 
     @property
+    def place(self) -> str:
+        """Where it trains, with the width of each hook."""
+        if len(self.widths) == 1:
+            return f"{self.hook} of {self.model} (d_in {self.d_in})"
+        return f"{', '.join(f'{hook} (width {width})' for hook, width in self.widths.items())} of {self.model}"
+
+    @property
     def d_in(self) -> int:
         """Width of the activations of all of them: what is kept of a token."""
         return sum(self.widths.values())
@@ -173,10 +180,7 @@ class Plan:
         return asdict(self) | {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.steps:,} steps of {self.batch_tokens:,} tokens at {self.hook} of {self.model} (d_in {self.d_in}): "
-            f"{self.tokens:,} tokens"
-        ]
+        lines = [f"{self.steps:,} steps of {self.batch_tokens:,} tokens at {self.place}: {self.tokens:,} tokens"]
         for member in self.members:
             own = "" if member.steps == self.steps else f"{member.tokens:,} tokens in {member.steps:,} steps; "
             lines.append(

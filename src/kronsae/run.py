@@ -25,7 +25,7 @@ from torch import Tensor
 from kronsae.config import differences, from_dict, to_dict
 from kronsae.core import checkpoint
 from kronsae.core.checks import check_count
-from kronsae.core.sae import SAE
+from kronsae.core.sae import SAE, in_words
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.errors import UserError, nearest
@@ -76,6 +76,21 @@ class Run:
     def finished(self) -> bool:
         """Whether the training came to its end."""
         return (self.folder / "training.json").exists()
+
+    def __repr__(self) -> str:
+        """What was trained: a line per SAE, with its sizes as far as they are known."""
+        if not (self.folder / "run.json").exists():
+            return f"Run('{self.folder}'): nothing is trained yet"
+        state, config = "finished" if self.finished else "not finished", self.config
+        lines = [f"Run('{self.folder}'): {state}, {config.model.name} at {', '.join(config.hooks)}"]
+        for member in config.saes:
+            shape = member.shape(1, config.hook)
+            if self.finished:
+                saved = checkpoint.read_shape(self.sae_folder(member.name))
+                lines.append(f"  {member.name}: {in_words(replace(saved, sparsifier=member.sparsifier))}")
+            else:  # the model's width is in no file
+                lines.append(f"  {member.name}: {shape.architecture}, d_sae={shape.d_sae}, k={shape.sparsifier.k}")
+        return "\n".join(lines)
 
     def sae_folder(self, name: str) -> Path:
         """Where the SAE of that name is saved."""
@@ -360,6 +375,7 @@ def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[s
         "context_length": config.context_length,
         "text": to_dict(config.text),
         "tokens": tokens,
+        "trained_as": member.shape(1, config.hook).architecture,  # BatchTopK, say, where JumpReLU is saved
         "training": to_dict(member),
     }
 

@@ -15,7 +15,7 @@ from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.files import read_json, write_json
 from kronsae.measures.material import Material, kept_results
 from kronsae.report import report_data, write
-from kronsae.report.comparison import differ_in_hooks, hooks
+from kronsae.report.comparison import architecture, differ_in_hooks, hooks
 from kronsae.run import Run
 from kronsae.run_config import RunConfig
 
@@ -120,7 +120,8 @@ def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, trainin
     tokens = training.get("sae_tokens", {}).get(name, training["tokens"])
     return {
         "name": name,
-        "architecture": sae.config.architecture,
+        "architecture": member.shape(1, config.hook).architecture,
+        "saved_as": None if (saved := sae.config.sparsifier.kind) == member.sparsifier.kind else saved,
         "hooks_read": list(member.reads(config.hook)),
         "hooks_written": list(member.writes(config.hook)),
         "d_in": sae.d_in,
@@ -182,8 +183,8 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     columns = _COLUMNS
+    rows = [row | {"architecture": architecture(row), "hooks": hooks(row)} for row in rows]
     if differ_in_hooks(rows):
-        rows = [row | {"hooks": hooks(row)} for row in rows]
         columns = {"name": _COLUMNS["name"], "hooks": ("hooks", "{}")} | _COLUMNS
     table = Table(*(heading for heading, _ in columns.values()), box=None)
     for row in rows:

@@ -163,7 +163,7 @@ def command(
         list[float] | None,
         typer.Option(
             "--scale",
-            help="Adds this times the latent's direction; one for all --latent or one for each. Without: by --strength.",
+            help="Adds this times the latent's direction; for all --latent or one for each. Without: by --strength.",
         ),
     ] = None,
     strength: Annotated[

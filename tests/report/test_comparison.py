@@ -69,6 +69,22 @@ def test_each_kronecker_sae_is_compared_to_its_dense_one() -> None:
     assert [line.name for line in comparison(given).rows[5:]] == ["kron against same"]
 
 
+def test_what_is_saved_otherwise_than_it_was_trained_says_both() -> None:
+    """A BatchTopK SAE is a JumpReLU on disk, and is still to be compared with BatchTopK."""
+    given = [
+        row("jump", "dense-jumprelu"),
+        row("batch", "dense-batch_topk", saved_as="jumprelu"),
+        row("kron", "kronecker-batch_topk", saved_as="jumprelu"),
+    ]
+    assert [text for text, _ in column("architecture", given)] == [
+        "dense-jumprelu",
+        "dense-batch_topk, saved as jumprelu",
+        "kronecker-batch_topk, saved as jumprelu",
+        "–",
+    ]
+    assert [line.name for line in comparison(given).rows[3:]] == ["kron against batch"]
+
+
 def test_the_verdict_in_words() -> None:
     (verdict,) = verdicts(rows())
     assert verdict == (

@@ -42,7 +42,7 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
         UserError: no SAE there, an unknown key, a damaged file, or weights that do not fit the config.
     """
     folder = Path(folder)
-    config = from_dict(SAEConfig, read_config(folder)["sae"], where=f"{folder / CONFIG_FILE}: sae")
+    config = read_shape(folder)
     weights = _read_weights(folder / WEIGHTS_FILE, device)
     with torch.device("meta"):
         sae = config.build_empty()
@@ -60,6 +60,11 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
         )
     sae.load_state_dict(weights, assign=True)
     return sae
+
+
+def read_shape(folder: Path) -> SAEConfig:
+    """The saved SAE's config; the weights stay where they are."""
+    return from_dict(SAEConfig, read_config(folder)["sae"], where=f"{folder / CONFIG_FILE}: sae")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

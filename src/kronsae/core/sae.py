@@ -6,7 +6,7 @@ this class: their widths differ, and nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder, Skip
 from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder, SwitchEncoderConfig
+from kronsae.core.heads import head_grid
 from kronsae.core.sparsifiers import BatchTopK, JumpReLU, SparsifierConfig, TopK
 from kronsae.errors import UserError
 
@@ -102,6 +103,19 @@ class SAEConfig:
         several = max(len(self.widths_read), len(self.widths_written)) > 1
         role = "crosscoder" if several else "" if self.autoencodes else "transcoder"
         return f"skip_{role}" if self.skip else role
+
+    @property
+    def sizes(self) -> dict[str, int | str]:
+        """What tells its size, by name: widths (``"16+16"`` of several hooks), latents, k, heads, experts."""
+        found: dict[str, int | str] = {"d_in": "+".join(map(str, self.widths_read))}
+        if not self.autoencodes:
+            found["d_out"] = "+".join(map(str, self.widths_written))
+        found |= {"d_sae": self.d_sae, "k": self.sparsifier.k}
+        if (grid := head_grid(self.encoder)) is not None:
+            found |= asdict(grid)
+        if isinstance(self.encoder, SwitchEncoderConfig):
+            found["num_experts"] = self.encoder.num_experts
+        return found
 
     def build(self, seed: int = 0) -> SAE:
         """A freshly initialised SAE (the paper's start); equal seeds give equal weights.
@@ -256,6 +270,10 @@ class SAE(nn.Module):
             write_widths=self.write_widths,
         )
 
+    def extra_repr(self) -> str:
+        """Architecture and sizes, which ``print`` shows above the parts."""
+        return in_words(self.config)
+
     def num_parameters(self) -> int:
         """Weights and biases in all; `count_parameters` counts those of a part, such as ``sae.encoder``."""
         return count_parameters(self)
@@ -267,6 +285,11 @@ class SAE(nn.Module):
             raise UserError(
                 f"x must be {self.W_dec.dtype}, as the SAE is; got {x.dtype}. Convert one: x.to(sae.W_dec.dtype)."
             )
+
+
+def in_words(config: SAEConfig) -> str:
+    """``kronecker-topk, d_in=256, d_sae=4096, k=32, num_heads=512, d_base=2, d_extension=4``."""
+    return ", ".join([config.architecture, *(f"{name}={size}" for name, size in config.sizes.items())])
 
 
 def count_parameters(module: nn.Module) -> int:

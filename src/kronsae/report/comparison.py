@@ -76,14 +76,21 @@ def hooks(row: Row) -> str:
     return visible(read if read == written else f"{read} → {written}")
 
 
+def architecture(row: Row) -> str:
+    """What was trained, and what it is on disk: ``"dense-batch_topk, saved as jumprelu"``."""
+    saved = row.get("saved_as")
+    return visible(f"{row.get('architecture')}{'' if saved is None else f', saved as {saved}'}")
+
+
 def differ_in_hooks(rows: Sequence[Row]) -> bool:
     """Whether the SAEs belong to different places, so that their figures of reconstruction are of different things."""
     return len({hooks(row) for row in rows}) > 1
 
 
 _HOOKS = _Column("hooks_read", "hooks", "read, and after the arrow written", str)
+_ARCHITECTURE = _Column("architecture", "architecture", "encoder-sparsifier, as trained", str)
 _COLUMNS = (
-    _Column("architecture", "architecture", "encoder-sparsifier", lambda value: visible(str(value))),
+    _ARCHITECTURE,
     _Column("d_sae", "latents", "d_sae, rows of the dictionary", "{:,}".format, 0, _ratio),
     _Column("parameters", "parameters", "all weights and biases", "{:,}".format, 0, _ratio),
     _Column("encoder_parameters", "encoder parameters", "weights and biases of the encoder", "{:,}".format, 0, _ratio),
@@ -160,8 +167,8 @@ def comparison(rows: Sequence[Row]) -> Table:
     for number, row in enumerate(rows):
         cells = []
         for column in columns:
-            if column is _HOOKS:
-                cells.append(Cell(hooks(row)))
+            if column in (_HOOKS, _ARCHITECTURE):
+                cells.append(Cell(hooks(row) if column is _HOOKS else architecture(row)))
                 continue
             text = column.text(row[column.key]) if row.get(column.key) is not None else "–"
             cells.append(Cell(text, text == best.get(column.key), _missing(row, column.key)))
