@@ -19,6 +19,7 @@ from kronsae.config import to_dict
 from kronsae.files import write_json, write_marked
 from kronsae.measures.synthetic import SyntheticStudyConfig, measure
 from kronsae.measures.tables import markdown_table
+from kronsae.planning import in_time
 from kronsae.progress_bar import progress_bar
 from kronsae.provenance import provenance
 from kronsae.report.sections.synthetic import table, verdict
@@ -49,7 +50,8 @@ def markdown(kept: dict[str, Any]) -> str:
         "",
         f"Mean ± standard deviation over {len(truth)} seeds; {truth[0]['features']} features in width "
         f"{truth[0]['d_in']}, {l0:.1f} of them on per token; {settings['steps'] * settings['batch']:,} training tokens "
-        f"for every SAE. Measured on {about['processor']}, commit {about['commit']} "
+        f"for every SAE. Measured in {in_time(kept['seconds'])} on {about['cores']} core(s) of {about['processor']}, "
+        f"commit {about['commit']} "
         "([all figures](../results/synthetic.json)).",
     ]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from kronsae.config import to_dict
 from kronsae.files import write_json, write_marked
 from kronsae.measures.tables import markdown_table
 from kronsae.measures.toy import ToyConfig, measure
+from kronsae.planning import in_time
 from kronsae.progress_bar import progress_bar
 from kronsae.provenance import provenance
 from kronsae.report.sections.toy import setup_table, table, verdict
@@ -34,7 +35,8 @@ def markdown(kept: dict[str, Any]) -> str:
     lines += [
         "",
         f"Mean ± standard deviation: in the first table over {len(settings['setups'])} correlated setups and "
-        f"{settings['seeds']} seeds, in the second over seeds. Measured on {about['processor']}, commit "
+        f"{settings['seeds']} seeds, in the second over seeds. Measured in "
+        f"{in_time(kept['seconds'])} on {about['cores']} core(s) of {about['processor']}, commit "
         f"{about['commit']} ([all figures](../results/toy.json)).",
     ]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,16 @@ def test_the_pages_of_the_dictionaries_are_their_result_file() -> None:
         assert f"{study.START}\n{markdown(kept)}\n{study.END}" in study.page_path(name).read_text("utf-8")
 
 
+def test_no_page_has_a_time_that_was_typed_in() -> None:
+    """Durations stand between the marks of a generated part, where a test holds them to a file."""
+    typed = {}
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = re.sub(r"<!-- results:.*?<!-- /results[^>]*-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        if found := re.findall(r"\b\d[\d.]* (?:s|seconds|minutes|hours)\b", text):
+            typed[page.name] = found
+    assert typed == {}
+
+
 def test_the_pages_words_come_from_the_figures() -> None:
     rows = [
         {"sae": sae, "encoder": encoder, "family": "topk", "seed": seed, "mcc": mcc + seed / 100}
@@ -53,13 +64,14 @@ def test_the_pages_words_come_from_the_figures() -> None:
     kept = {
         "result": {"about": about, "rows": rows},
         "settings": {"steps": 10, "batch": 200},
-        "provenance": {"processor": "a processor", "commit": "abc"},
+        "provenance": {"processor": "a processor", "cores": 2, "commit": "abc"},
+        "seconds": 90.0,
     }
     page = script("synthetic_results").markdown(kept)
     assert "| kron | 0.255 ± 0.007 |" in page
     assert "- Over 2 pairs, Kronecker encoders lose in MCC (−0.250 ± 0.000)." in page
     assert "9 features in width 3, 2.5 of them on per token; 2,000 training tokens" in page
-    assert "a processor, commit abc" in page
+    assert "Measured in 90 s on 2 core(s) of a processor, commit abc" in page
 
 
 def test_every_form_of_the_study_is_one_of_its_own() -> None:

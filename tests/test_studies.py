@@ -78,6 +78,11 @@ def test_a_table_by_hand(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert lines[0] == "| SAE | k | EV | l0 | seeds |"
     assert lines[2] == "| topk-k4 | 4 | 0.5500 ± 0.0707 | 4.02 ± 0.03 | 2 |"
     assert "l0 is within 2% of k for every SAE (at most 1.0% off)." in lines[-1]
-    rows[3]["l0"] = 8.4
+    rows[3] |= {"l0": 8.4, "evaluation_tokens": 900}
     (tmp_path / "docs" / "results" / "x.csv").write_text(as_csv(rows))
-    assert "l0 is further than 2% from k for topk-k8 (seed 1, l0 8.40)." in script.table("x")
+    told = script.table("x")
+    assert "; 900 or 1,000 held-out tokens. l0 is within 2% of k but for topk-k8 (+0.0% to +5.0%). On" in told
+    for row in rows:
+        row["l0"] = row["k"] * 1.5
+    (tmp_path / "docs" / "results" / "x.csv").write_text(as_csv(rows))
+    assert " l0 is further than 2% from k for topk-k4 (+50.0%), topk-k8 (+50.0%). " in script.table("x")

@@ -213,7 +213,7 @@ def command(
 ) -> None:
     """The toy model of correlation: which SAE's dictionary shows how its features correlate, against controls.
 
-    Trains small SAEs of its own on made-up features; needs no run. About 15 minutes on two cores.
+    Trains small SAEs of its own on made-up features; needs no run. Takes tens of minutes.
     """
     config = ToyConfig(seeds=seeds, steps=steps, seed=seed)
     run = None if run_folder is None else open_run(run_folder)
