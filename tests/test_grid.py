@@ -16,7 +16,7 @@ from kronsae.words import with_options
 
 
 def grid(*saes: str, **changes: Any) -> SweepConfig:
-    return SweepConfig(saes=saes, recipe="tiny", **changes)
+    return SweepConfig(saes=saes, **{"recipe": "tiny"} | changes)
 
 
 def test_every_combination_once_per_seed() -> None:
@@ -77,12 +77,24 @@ def test_a_point_is_known_by_its_content() -> None:
     (one,) = points(grid("topk d_sae=32 k=4"))
     (named,) = points(grid("topk d_sae=32 k=4 name=x"))
     assert one.digest == named.digest
+    for same in ("eval_tokens=99", "loop.log_every=1", "loop.checkpoint_every=1"):
+        assert points(grid("topk d_sae=32 k=4", set=(same,)))[0].digest == one.digest
     for changed in (
+        grid("topk d_sae=32 k=4", set=("held_out_share=0.1",)),
         grid("topk d_sae=32 k=3"),
         grid("topk d_sae=32 k=4", tokens=(4096,)),
         grid("topk d_sae=32 k=4", seeds=(1,)),
     ):
         assert points(changed)[0].digest != one.digest
+
+
+def test_saes_with_hooks_of_their_own_need_no_other_and_share_a_stream() -> None:
+    start: dict[str, Any] = {"recipe": None, "model": "bundled", "text": "bundled", "tokens": (8192,)}
+    found = points(grid("topk d_sae=32 k=4 read={layers.1,layers.2}", **start))
+    assert [point.run.hooks for point in found] == [("layers.1",), ("layers.2",)]
+    assert len({point.shared for point in found}) == 1
+    with pytest.raises(UserError, match="give also --hook"):
+        points(grid("topk d_sae=32 k=4 read=layers.1", "topk d_sae=32 k=4 name=b", **start))
 
 
 def test_lists_within_braces() -> None:
@@ -116,7 +128,11 @@ def test_lists_within_braces() -> None:
                     "kron num_heads=8 d_base=2 d_extension=2 k=2 name=b",
                 )
             },
-            "the grid must not hold an SAE twice; 'b' is 'kron' under another name. Leave one out.",
+            "the grid must not hold an SAE twice; 'b' is the same training as 'kron'. Leave one out.",
+        ),
+        (
+            {"set": ("eval_tokens={64,128}",)},
+            "the grid must not hold an SAE twice; 'topk-eval_tokens128' is the same training as 'topk-eval_tokens64'.",
         ),
         ({"set": ("saes.0.seed=1",)}, "--set in a sweep takes saes.* for every SAE, not one of them; got"),
         ({"set": ("seed=7",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set seed=7 out."),

@@ -419,6 +419,17 @@ class TestInPython:
                 contxt_length=3,
             )
 
+    def test_a_hook_is_needed_unless_every_sae_reads_its_own(
+        self, config: RunConfig, text_file: Path, tmp_path: Path
+    ) -> None:
+        asked: dict[str, Any] = {"model": config.model.name, "text": str(text_file), "tokens": 128, "batch_tokens": 64}
+        asked |= {"buffer_tokens": 128, "context_length": 32, "held_out_share": 0.2, "show_progress": False}
+        own = ks.topk(d_sae=8, k=2, read="layers.3,layers.1")
+        run = ks.train(saes=[own], out=tmp_path / "r", **asked)
+        assert (run.config.hook, run.config.hooks) == ("layers.3", ("layers.3", "layers.1"))
+        with pytest.raises(UserError, match=r"^give hook, such as 'layers.6', or to each SAE a read= of its own; got"):
+            ks.train(saes=[own, ks.topk(d_sae=8, k=2, name="b")], out=tmp_path / "s", **asked)
+
     def test_what_could_not_be_read_back_is_not_written(self, config: RunConfig, tmp_path: Path) -> None:
         wrong: Any = "yes"
         broken = replace(config, saes=(ks.topk(d_sae=8, k=2, unit_norm_decoder=wrong),))

@@ -58,8 +58,9 @@ def go(config: SweepConfig, out: Path, **options: Any) -> Sweep:
     return execute_sweep(config, out, show_progress=False, **options)
 
 
-def without_times(found: Sweep) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in ("seconds", "group")} for row in found.rows]
+def without_times(found: Sweep, *besides: str) -> list[dict[str, Any]]:
+    left_out = {"seconds", "group", *besides}
+    return [{key: value for key, value in row.items() if key not in left_out} for row in found.rows]
 
 
 def test_one_row_per_sae_and_seed_with_every_setting_and_figure(whole: Sweep, run_config: RunConfig) -> None:
@@ -206,6 +207,81 @@ def test_a_changed_grid_keeps_what_is_the_same(base: str, tmp_path: Path) -> Non
     last = go(SweepConfig(saes=("topk d_sae=32 k=3",), config=base), tmp_path / "s")
     assert [row["name"] for row in last.rows] == ["topk"]
     assert len(list((tmp_path / "s" / "groups").iterdir())) == 2
+
+
+def test_what_leaves_the_weights_as_they_are_trains_nothing_anew(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = ("topk d_sae=32 k={2,3}",)
+    first = go(SweepConfig(saes=saes, config=base), tmp_path / "s")
+    (group,) = {row["group"] for row in first.rows}
+    other = ("eval_tokens=200", "loop.log_every=1", "loop.checkpoint_every=5")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "execute", None)
+        said: list[str] = []
+        again = go(SweepConfig(saes=saes, config=base, set=other), tmp_path / "s", say=said.append)
+        assert said[0].splitlines() == [
+            "0 SAEs to train in 0 group(s), seeds -; 2 are finished",
+            "1 finished group(s) to evaluate again: the grid has other eval_tokens now.",
+        ]
+        assert all(row["evaluation_tokens"] >= 200 for row in again.rows)
+        assert [row["explained_variance"] for row in again.rows] != [row["explained_variance"] for row in first.rows]
+        assert [(row["run.eval_tokens"], row["run.loop.log_every"]) for row in again.rows] == [(200, 3)] * 2
+        open_run(tmp_path / "s" / "groups" / group).compare(40)  # by hand, on fewer
+        assert go(SweepConfig(saes=saes, config=base, set=other), tmp_path / "s").rows == again.rows
+    anew = go(SweepConfig(saes=saes, config=base, set=other), tmp_path / "anew")
+    told = ("run.loop.log_every", "run.loop.checkpoint_every")
+    assert without_times(anew, *told) == without_times(again, *told)
+
+
+def test_rows_of_different_numbers_of_tokens_are_told(whole: Sweep, tmp_path: Path) -> None:
+    assert "held-out tokens" not in str(whole)
+    rows = [row | {"evaluation_tokens": 50 + number % 2} for number, row in enumerate(whole.rows)]
+    assert str(Sweep(tmp_path, rows, whole.settings)).splitlines()[-1] == (
+        "Evaluated on different numbers of held-out tokens: 50, 51."
+    )
+
+
+def test_a_stopped_group_is_carried_on_though_it_is_logged_otherwise_now(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Member.step
+
+    def stopping(self: Member, x_BD: Any, step: int, want_metrics: bool) -> object:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return plain(self, x_BD, step, want_metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "step", stopping)
+        with pytest.raises(Interrupted):
+            go(SweepConfig(saes=("topk d_sae=32 k=2",), config=base), tmp_path / "s")
+    said: list[str] = []
+    changed = SweepConfig(saes=("topk d_sae=32 k=2 name=x",), config=base, set=("loop.log_every=1", "eval_tokens=90"))
+    (row,) = go(changed, tmp_path / "s", say=said.append).rows
+    assert "Carrying on after 256 of 384 tokens." in said
+    assert (row["name"], row["evaluation_tokens"] >= 90) == ("x", True)
+
+
+def test_the_plan_has_the_sum_of_all_groups(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = sweep_points(SweepConfig(saes=("topk d_sae={32,64} k=2", "topk d_sae=8 k=2 name=small"), config=base))
+    _, plan = plan_sweep(wanted, tmp_path / "s", group_size=2)
+    assert [len(group.points) for group in plan.groups] == [2, 1]
+    width = 16
+    parameters = {d_sae: d_sae * (2 * width + 1) + width for d_sae in (32, 64, 8)}
+    saved = 4 * sum(parameters.values())
+    assert plan.disk_bytes == saved + sum(2 * (12 * parameters[d_sae] + 8 * d_sae) for d_sae in (32, 64))
+    (first, second) = (make_plan(Source(group.run_config), tmp_path).memory_bytes for group in plan.groups)
+    assert plan.memory_bytes == max(first, second)
+    assert plan.to_dict()["disk_bytes"] == plan.disk_bytes
+    assert "Disk: about " in str(plan)
+    assert "in all of " in str(plan)
+    plan.check()
+    monkeypatch.setattr(sweeping, "free_disk_bytes", lambda folder: plan.disk_bytes - 1)
+    with pytest.raises(
+        UserError, match=r"^the sweep must fit on the disk; about .* are needed and .* are free. Make ro"
+    ):
+        go(SweepConfig(saes=("topk d_sae={32,64} k=2", "topk d_sae=8 k=2 name=small"), config=base), tmp_path / "s")
 
 
 def test_groups_are_bounded_by_number_and_by_memory(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,8 @@ def sweep(
     if dry_run:
         _, plan = plan_sweep(sweep_points(whole), out, group_size)
         print_json(plan.to_dict()) if as_json else print(plan)
+        plan.check()
+        what_now("the same command without --dry-run")
         return
     found = execute_sweep(whole, out, group_size=group_size, show_progress=not quiet, say=say)
     if as_json:

@@ -76,6 +76,10 @@ class SweepConfig:
         )
 
 
+UNTRAINED = ("eval_tokens", "loop.log_every", "loop.checkpoint_every")
+"""Fields of a run that leave its weights as they are, to the last bit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """One SAE of a grid, with one seed.
@@ -96,10 +100,14 @@ class Point:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for what trains to equal bits: everything but the name."""
+        """Equal for what trains to equal bits: everything but the name, and but how often the training is logged and
+        saved and on how much text it is evaluated (`UNTRAINED`)."""
         data = to_dict(self.run)
         for member in data["saes"]:
             del member["name"]
+        for place in UNTRAINED:
+            inner, key = (data["loop"], place.removeprefix("loop.")) if "." in place else (data, place)
+            del inner[key]
         return digest_of(data)
 
     @cached_property
@@ -128,11 +136,12 @@ def points(sweep: SweepConfig) -> list[Point]:
         if re.match(r"(saes\.\*\.)?(seed|name)\s*=", option):
             raise UserError(f"a sweep has its seeds from --seeds and its names from --sae; leave --set {option} out.")
     found = []
+    words = sweep.words().placed([member for member, _ in members])  # one hook, or one stream for each SAE
     for seed, budget, chosen in itertools.product(sweep.seeds, budgets or [{}], itertools.product(*options)):
         around = budget | {place: json_value(value) for place, _, value in (one.partition("=") for one in chosen)}
         for member, settings in members:
             empty = {"tokens": None, "flops": None, "same_flops_as": None}
-            run = sweep.words().run_config([replace(member, seed=seed)], empty | budget, seed, chosen)
+            run = words.run_config([replace(member, seed=seed)], empty | budget, seed, chosen)
             found.append(Point(name=member.name, kind=member.name, settings=settings | around, seed=seed, run=run))
     return _named(found)
 
@@ -200,7 +209,7 @@ def _named(found: Sequence[Point]) -> list[Point]:
     for point in named:
         if (other := known.setdefault(point.digest, point)) is not point:
             raise UserError(
-                f"the grid must not hold an SAE twice; '{point.name}' is '{other.name}' under another name. "
+                f"the grid must not hold an SAE twice; '{point.name}' is the same training as '{other.name}'. "
                 "Leave one out."
             )
     return named

@@ -48,6 +48,7 @@ class MemberPlan:
         state_bytes: weights, gradients and Adam's moments.
         work_bytes: what one step needs besides, about.
         disk_bytes: checkpoints (two at a time) and the saved SAE.
+        saved_bytes: of these, the saved SAE, which stays.
         step_seconds: of one step, measured; None where it was not.
         note: what else to know, or ``""``.
     """
@@ -63,6 +64,7 @@ class MemberPlan:
     state_bytes: int
     work_bytes: int
     disk_bytes: int
+    saved_bytes: int
     step_seconds: float | None = None
     note: str = ""
 
@@ -285,6 +287,7 @@ def _member_plan(config: MemberConfig, source: Source, shape: SAEConfig, steps: 
         state_bytes=STATE_BYTES * parameters,
         work_bytes=_step_work_bytes(shape, batch_tokens),
         disk_bytes=2 * (12 * parameters + 8 * shape.d_sae) + 4 * parameters,
+        saved_bytes=4 * parameters,
         note=slow if gate is not None and GATES[gate].order == "none" else "",
     )
 

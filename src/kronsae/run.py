@@ -32,7 +32,7 @@ from kronsae.errors import UserError, nearest
 from kronsae.files import check_folder_place, only_writer, read_json, write_json
 from kronsae.pipeline import Source
 from kronsae.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
-from kronsae.run_config import RunConfig
+from kronsae.run_config import RunConfig, own_hook
 from kronsae.training.config import LoopConfig, MemberConfig
 from kronsae.training.display import DisplaySink
 from kronsae.training.member import Member
@@ -174,7 +174,7 @@ def train(
     *,
     model: str | ModelConfig,
     text: str | TextConfig,
-    hook: str | int,
+    hook: str | int | None = None,
     saes: Sequence[MemberConfig | str],
     out: Path | str,
     tokens: int | None = None,
@@ -195,7 +195,8 @@ def train(
     Args:
         model: Hub name, local folder, ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
-        hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own.
+        hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own;
+            may be left out where all do.
         saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.architectures`, or the same in words:
             ``"batch_topk d_sae=4096 k=32"``.
         out: the run folder.
@@ -215,11 +216,14 @@ def train(
     """
     from kronsae.words import parse_sae
 
+    members = tuple(parse_sae(one) if isinstance(one, str) else one for one in saes)
+    if hook is None and (hook := own_hook(members)) is None:
+        raise UserError("give hook, such as 'layers.6', or to each SAE a read= of its own; got neither.")
     config = RunConfig(
         model=ModelConfig(name=model) if isinstance(model, str) else model,
         text=TextConfig(source=text) if isinstance(text, str) else text,
         hook=str(hook),
-        saes=tuple(parse_sae(one) if isinstance(one, str) else one for one in saes),
+        saes=members,
         loop=LoopConfig(
             tokens=tokens,
             flops=flops,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kronsae.core.checks import check_count
@@ -66,6 +67,12 @@ class RunConfig:
         """Every hook that some SAE reads or writes, each once."""
         needed = (hook for member in self.saes for hook in (*member.reads(self.hook), *member.writes(self.hook)))
         return tuple(dict.fromkeys(needed))
+
+
+def own_hook(saes: Sequence[MemberConfig]) -> str | None:
+    """The hook of a run for which none is given: the first that its SAEs read, if each names hooks of its own."""
+    reads = [member.read for member in saes if member.read is not None]
+    return reads[0][0] if reads and len(reads) == len(saes) else None
 
 
 def check_held_out_share(share: float) -> None:

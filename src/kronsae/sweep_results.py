@@ -95,6 +95,8 @@ class Sweep:
         console.print(table)
         assert isinstance(console.file, io.StringIO)
         lines = [console.file.getvalue().rstrip(), *divergences(self.rows)]
+        if "," in (evaluated_on := self._all("evaluation_tokens", "{}") or ""):
+            lines.append(f"Evaluated on different numbers of held-out tokens: {evaluated_on}.")
         return "\n".join(lines)
 
 

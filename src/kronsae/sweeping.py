@@ -24,10 +24,12 @@ from kronsae.pipeline import Source
 from kronsae.planning import TIMED_FROM_STEPS, MemberPlan, Plan, in_time, make_plan, with_times
 from kronsae.progress_bar import progress_bar
 from kronsae.provenance import provenance
+from kronsae.resources import free_disk_bytes, in_bytes
 from kronsae.run import Run, execute
 from kronsae.run_config import RunConfig
 from kronsae.run_evaluation import evaluate_run
 from kronsae.sweep_results import CONFIG_FILE, Sweep, result_row
+from kronsae.training.config import MemberConfig
 from kronsae.training.member import Diverged
 
 MEMORY_SHARE = 0.8
@@ -58,12 +60,32 @@ class SweepPlan:
         finished: points that need no training any more.
         diverged: points whose training diverged before; it is not tried again.
         seconds: of all training left, measured; None where it was not.
+        stale: trained runs that are to be evaluated again, on as many held-out tokens as the grid says now.
+        disk_bytes: the SAEs of all groups that are not begun, and the checkpoints of the largest.
+        memory_bytes: of the largest of these groups, about.
+        disk_free_bytes: what there is.
     """
 
     groups: tuple[Group, ...]
     finished: int
     diverged: int
     seconds: float | None
+    stale: tuple[Run, ...] = ()
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    disk_free_bytes: int = 0
+
+    def check(self) -> None:
+        """Refuse more SAEs than the disk can hold.
+
+        Raises:
+            UserError: that.
+        """
+        if self.disk_bytes > self.disk_free_bytes:
+            raise UserError(
+                f"the sweep must fit on the disk; about {in_bytes(self.disk_bytes)} are needed and "
+                f"{in_bytes(self.disk_free_bytes)} are free. Make room, choose another --out, or a smaller grid."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -75,7 +97,10 @@ class SweepPlan:
             "groups": groups,
             "finished": self.finished,
             "diverged": self.diverged,
+            "evaluated_again": [str(run.folder) for run in self.stale],
             "seconds": self.seconds,
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes": self.memory_bytes,
         }
 
     def __str__(self) -> str:
@@ -90,6 +115,11 @@ class SweepPlan:
             lines[0] += f"; {self.diverged} diverged"
         for group in self.groups:
             lines.append(f"  {group.folder.name}: {', '.join(point.name for point in group.points)}")
+        if self.stale:
+            lines.append(f"{len(self.stale)} finished group(s) to evaluate again: the grid has other eval_tokens now.")
+        if self.disk_bytes:
+            disk, free = in_bytes(self.disk_bytes), in_bytes(self.disk_free_bytes)
+            lines.append(f"Memory: about {in_bytes(self.memory_bytes)} at a time. Disk: about {disk} in all of {free}.")
         if self.seconds is not None:
             lines.append(f"Time: about {in_time(self.seconds)} of training, and the evaluation of each group.")
         return "\n".join(lines)
@@ -183,13 +213,16 @@ def _carry_out(
 ) -> Sweep:
     finished, plan = plan_sweep(wanted, folder, group_size)
     say(str(plan))
+    plan.check()
     _clear(folder)
     write_json(folder / CONFIG_FILE, {"kronsae_version": version("kronsae"), "sweep": to_dict(config)})
+    by_digest = {point.digest: point for point in wanted}
+    for run in plan.stale:
+        finished |= _results(run, by_digest, show_progress, say)
     for number, group in enumerate(plan.groups, 1):
         say(f"Group {number} of {len(plan.groups)}, seed {group.points[0].seed}, {len(group.points)} SAE(s):")
-        if (trained := _trained(group, folder, show_progress, say)) is not None:
-            run, members = trained
-            finished |= _results(run, members, show_progress, say)
+        if (run := _trained(group, folder, show_progress, say)) is not None:
+            finished |= _results(run, by_digest, show_progress, say)
         finished |= _diverged_rows(folder, wanted)
         _gathered(folder, wanted, finished).write(to_dict(config))  # what there is can be looked at
     found = _gathered(folder, wanted, finished)
@@ -197,14 +230,12 @@ def _carry_out(
     return found
 
 
-def _trained(
-    group: Group, folder: Path, show_progress: bool, say: Callable[[str], None]
-) -> tuple[Run, tuple[Point, ...]] | None:
+def _trained(group: Group, folder: Path, show_progress: bool, say: Callable[[str], None]) -> Run | None:
     """Train a group. Who diverges is noted, and the others start anew without it; None where nobody is left."""
     while True:
         try:
             brief = partial(_say_lines, say)
-            return execute(group.run_config, group.folder, show_progress=show_progress, say=brief), group.points
+            return execute(group.run_config, group.folder, show_progress=show_progress, say=brief)
         except Diverged as error:
             (lost,) = (point for point in group.points if point.run.saes[0].name == error.member)
             write_json(_note_of(lost.digest, folder), {"what": error.what, "provenance": provenance()})
@@ -281,8 +312,13 @@ def plan_sweep(
     runs = _runs(folder)
     done = [run for run in runs if run.finished and (run.folder / "evaluation.json").exists()]
     finished: dict[str, dict[str, Any]] = {}
+    stale: list[Run] = []
     for run in done:
-        finished |= _rows_of(run, by_digest)
+        finished |= (found := _rows_of(run, by_digest))
+        if found and read_json(run.folder / "evaluation.json", "the evaluation")["requested_tokens"] != _asked(
+            run, by_digest
+        ):
+            stale.append(run)
     diverged = {digest: row for digest, row in _diverged_rows(folder, wanted).items() if digest not in finished}
     begun: list[Group] = []
     taken = {*finished, *diverged}
@@ -290,12 +326,23 @@ def plan_sweep(
         own = _digests(run.config)
         if all(digest in by_digest and digest not in taken for digest in own):
             pairs = zip(own, run.config.saes, strict=True)
-            begun.append(Group(run.folder, tuple(_as_saved(by_digest[digest], one.name) for digest, one in pairs)))
+            begun.append(Group(run.folder, tuple(_as_saved(by_digest[digest], run, one) for digest, one in pairs)))
             taken.update(own)
     rest = [point for point in wanted if point.digest not in taken]
     plans: dict[str, Plan] = {}
-    groups = [*begun, *_grouped(rest, folder, group_size, plans)]
-    return finished | diverged, SweepPlan(tuple(groups), len(finished), len(diverged), _seconds(groups, plans))
+    new = list(_grouped(rest, folder, group_size, plans))
+    disk, memory = _needs(new, plans)
+    plan = SweepPlan(
+        (*begun, *new),
+        len(finished),
+        len(diverged),
+        _seconds(new, plans),
+        stale=tuple(stale),
+        disk_bytes=disk,
+        memory_bytes=memory,
+        disk_free_bytes=free_disk_bytes(folder),
+    )
+    return finished | diverged, plan
 
 
 def _check_folder(folder: Path) -> None:
@@ -312,9 +359,14 @@ def _digests(config: RunConfig) -> list[str]:
     ]
 
 
-def _as_saved(point: Point, name: str) -> Point:
-    """The point under the name that it has in a run folder made for a grid in which it was called otherwise."""
-    return replace(point, run=replace(point.run, saes=(replace(point.run.saes[0], name=name),)))
+def _as_saved(point: Point, run: Run, member: MemberConfig) -> Point:
+    """The point as a run folder has it: made for a grid with another name for it, or other `UNTRAINED` fields."""
+    return replace(point, run=replace(run.config, saes=(member,)))
+
+
+def _asked(run: Run, by_digest: Mapping[str, Point]) -> int:
+    """On how many held-out tokens a run is to be evaluated: as many as the grid says of its points."""
+    return max(by_digest[digest].run.eval_tokens for digest in _digests(run.config) if digest in by_digest)
 
 
 def _grouped(rest: Sequence[Point], folder: Path, group_size: int, plans: dict[str, Plan]) -> Iterable[Group]:
@@ -357,13 +409,31 @@ def _without_seed(alike: Sequence[Point]) -> str:
     return digest_of(runs)
 
 
-def _seconds(groups: Sequence[Group], plans: Mapping[str, Plan]) -> float | None:
-    """Of all groups for whose points there are times; a group that is carried on is not in it."""
-    total, known = 0.0, False
-    times = {member.name: (plan, member) for plan in plans.values() for member in plan.members}
+def _planned(group: Group, plans: Mapping[str, Plan]) -> list[tuple[Plan, MemberPlan]]:
+    """What each point of a group takes, with the plan it is from."""
+    known = {member.name: (plan, member) for plan in plans.values() for member in plan.members}
+    return [known[point.name] for point in group.points]
+
+
+def _needs(groups: Sequence[Group], plans: Mapping[str, Plan]) -> tuple[int, int]:
+    """Bytes on the disk, where SAEs stay and checkpoints are those of one group at a time, and in memory."""
+    saved, checkpoints, memory = 0, 0, 0
     for group in groups:
-        found = [times[point.name] for point in group.points if point.name in times]
-        if found and all(plan.batch_seconds is not None for plan, _ in found):
+        found = _planned(group, plans)
+        members = tuple(member for _, member in found)
+        own = sum(member.saved_bytes for member in members)
+        saved += own
+        checkpoints = max(checkpoints, sum(member.disk_bytes for member in members) - own)
+        memory = max(memory, replace(found[0][0], members=members).memory_bytes)
+    return saved + checkpoints, memory
+
+
+def _seconds(groups: Sequence[Group], plans: Mapping[str, Plan]) -> float | None:
+    """Of all groups whose times were measured; one that is carried on is not among them."""
+    total, known = 0.0, False
+    for group in groups:
+        found = _planned(group, plans)
+        if all(plan.batch_seconds is not None for plan, _ in found):
             known = True
             total += max(member.steps for _, member in found) * (found[0][0].batch_seconds or 0.0)
             total += sum(member.steps * (member.step_seconds or 0.0) for _, member in found)
@@ -377,14 +447,14 @@ def _say_lines(say: Callable[[str], None], text: str) -> None:
 
 
 def _results(
-    run: Run, members: Sequence[Point], show_progress: bool, say: Callable[[str], None]
+    run: Run, by_digest: Mapping[str, Point], show_progress: bool, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a trained group and return its rows by digest."""
     with progress_bar("evaluating", quiet=not show_progress) as progress:
-        evaluate_run(run, say=say, progress=progress)
+        evaluate_run(run, tokens=_asked(run, by_digest), say=say, progress=progress)
     if not (run.folder / "provenance.json").exists():
         write_json(run.folder / "provenance.json", provenance())
-    return _rows_of(run, {point.digest: point for point in members})
+    return _rows_of(run, by_digest)
 
 
 def _rows_of(run: Run, by_digest: Mapping[str, Point]) -> dict[str, dict[str, Any]]:
@@ -393,11 +463,13 @@ def _rows_of(run: Run, by_digest: Mapping[str, Point]) -> dict[str, dict[str, An
     if not path.exists():  # stopped between the evaluation and this
         write_json(path, provenance())
     about = read_json(path, "the group's provenance")
-    return {
-        digest: result_row(by_digest[digest], figures[member.name], about, run.folder.name)
-        for digest, member in zip(_digests(run.config), run.config.saes, strict=True)
-        if digest in by_digest
-    }
+    rows = {}
+    for digest, member in zip(_digests(run.config), run.config.saes, strict=True):
+        if digest in by_digest:
+            asked = by_digest[digest]
+            trained = replace(asked, run=replace(asked.run, loop=run.config.loop))  # logged as often as it was
+            rows[digest] = result_row(trained, figures[member.name], about, run.folder.name)
+    return rows
 
 
 def _gathered(folder: Path, wanted: Sequence[Point], finished: Mapping[str, dict[str, Any]]) -> Sweep:

@@ -6,7 +6,7 @@ import inspect
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -19,7 +19,7 @@ from kronsae.files import read_json
 from kronsae.harvesting import with_activations
 from kronsae.recipes import RECIPES
 from kronsae.run import with_overrides
-from kronsae.run_config import RunConfig
+from kronsae.run_config import RunConfig, own_hook
 from kronsae.training.config import LoopConfig, MemberConfig
 
 
@@ -66,6 +66,9 @@ class RunWords:
         Raises:
             UserError: something is missing, contradicts or is not known.
         """
+        words = self.placed(members)
+        if words is not self:
+            return words.run_config(members, budget, seed, options)
         if self.recipe is not None and self.config is not None:
             raise UserError("give --recipe or --config, not both.")
         named = {"--model": self.model, "--text": self.text}
@@ -83,6 +86,12 @@ class RunWords:
             whole, model=self.model, text=self.text, hook=self.hook, **budget, seed=seed, saes=members
         )
         return with_options(whole, options)
+
+    def placed(self, members: Sequence[MemberConfig]) -> RunWords:
+        """The same with a hook, where none is given and none is needed: every SAE reads hooks of its own."""
+        given = (self.recipe, self.config, self.activations, self.hook)
+        hook = own_hook(members) if all(value is None for value in given) else None
+        return self if hook is None else replace(self, hook=hook)
 
     def _from_parts(self, members: Sequence[MemberConfig], budget: Mapping[str, Any]) -> RunConfig:
         tokens = budget["tokens"]

@@ -237,10 +237,7 @@ def command(
     result = known_result(run, NAME, settings)
     if result is None:
         members = run.config.saes
-        say(
-            f"Training {seeds} x {len(members)} SAEs on {steps * config.batch:,} synthetic tokens each: on two cores "
-            "about 20 seconds for each."
-        )
+        say(f"Training {seeds} x {len(members)} SAEs on {steps * config.batch:,} synthetic tokens each.")
         with progress_bar("training", quiet=quiet) as progress:
             result = measure(members, config, progress=progress)
         say(f"Kept: {keep_result(run, NAME, settings, result)}")
