@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from kronsae.cli import app
 from kronsae.grid import points, sweep_config
+from kronsae.measures.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,6 +41,17 @@ def test_blocks_run(page: Path, tmp_path: Path) -> None:
 
 def test_pages_have_blocks() -> None:
     assert {"README.md", "intervention.md", "sweeps.md"} <= {page.name for page in PAGES}
+
+
+def test_the_commands_are_those_there_are() -> None:
+    section = README.split("## The commands")[1].split("\n## ")[0]
+    group = typer.main.get_group(app)
+    assert sorted(re.findall(r"^\| `kronsae ([\w-]+)` \|", section, flags=re.MULTILINE)) == sorted(group.commands)
+
+
+def test_the_measurements_are_those_there_are() -> None:
+    named = re.findall(r"^\| \[`([\w-]+)`\]\(docs/measurements/", README, flags=re.MULTILINE)
+    assert sorted(named) == sorted(VERBS)
 
 
 def test_the_grid_file_can_be_read(tmp_path: Path) -> None:
