@@ -21,12 +21,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_line_every_ten_seconds_in_a_log(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("evaluating") as report:
-        for seconds, done in ((4, 100), (12, 300), (15, 400), (24, 600), (40, 1000)):
+        for seconds, done in ((4, 5), (11, 10), (21, 300), (25, 400), (34, 600), (50, 1000)):
             clock[0] = seconds
             report(done, 1000)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "evaluating: 30%, about 28 s left\nevaluating: 60%, about 16 s left\n"
+    assert captured.err == "evaluating: 1%\nevaluating: 30%, about 49 s left\nevaluating: 60%, about 23 s left\n"
 
 
 def test_nothing_of_what_is_quiet(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

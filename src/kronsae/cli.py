@@ -305,7 +305,7 @@ def harvest(
         print_json(summary)
     else:
         for key, value in summary.items():
-            print(f"{key}: {value}")
+            print(f"{key}: {value:.1f}" if isinstance(value, float) else f"{key}: {value}")
     what_now(f"kronsae train --activations {shlex.quote(str(out))} --sae '...' --tokens ... --out runs/...")
 
 

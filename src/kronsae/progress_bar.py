@@ -9,6 +9,9 @@ from time import monotonic
 
 from kronsae.training.display import PLAIN_SECONDS
 
+TOLD_FROM = 0.02
+"""Of the work, the share from which on the rate says something about the rest: beginnings are slow."""
+
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
@@ -44,8 +47,9 @@ def _lines(what: str) -> Callable[[int, int], None]:
         now = monotonic()
         if now - said >= PLAIN_SECONDS and 0 < done < total:
             said = now
-            left = (now - started) * (total - done) / done
-            sys.stderr.write(f"{what}: {done / total:.0%}, about {left:.0f} s left\n")
+            share = done / total
+            left = f", about {(now - started) * (1 - share) / share:.0f} s left" if share >= TOLD_FROM else ""
+            sys.stderr.write(f"{what}: {share:.0%}{left}\n")
             sys.stderr.flush()
 
     return report

@@ -14,6 +14,8 @@ import typer
 from kronsae.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
     from kronsae.report.comparison import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout, and nothing else there.")]
@@ -63,11 +65,38 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(table: Any, width: int = 200) -> None:
-    """A rich table (or anything rich shows) on stdout; of ``width`` columns where nobody looks at a terminal."""
-    from rich.console import Console
+def print_table(table: RichTable, width: int = 200) -> None:
+    """A rich table on stdout; of about ``width`` columns where nobody looks at a terminal.
 
-    Console(width=None if sys.stdout.isatty() else width).print(table)
+    No figure is cut off: a table too wide for the terminal is turned, figures downwards and SAEs across; where that is
+    too wide as well, its lines are as long as they are.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(width=None if sys.stdout.isatty() else width)
+    if not table.show_header:  # running text, to be wrapped
+        console.print(table)
+        return
+    everything = console.options.update(max_width=10_000)
+
+    def wide(one: RichTable) -> int:
+        return Measurement.get(console, everything, one).maximum
+
+    if wide(table) > console.width and wide(turned := _turned(table)) <= console.width:
+        table = turned
+    Console(width=max(console.width, wide(table))).print(table)
+
+
+def _turned(table: RichTable) -> RichTable:
+    """Columns as rows; the first column gives the headings."""
+    from rich.table import Table as RichTable
+
+    first, *others = table.columns
+    turned = RichTable(first.header, *first.cells, box=None, caption=table.caption)
+    for column in others:
+        turned.add_row(column.header, *column.cells)
+    return turned
 
 
 def rich_table(heading: str, table: Table) -> Any:

@@ -43,6 +43,21 @@ def test_lines_on_stderr_and_not_too_often(capsys: pytest.CaptureFixture[str]) -
     assert " tokens/s, " in line
 
 
+def test_a_line_has_every_sae_of_its_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(display, "monotonic", lambda: now[0])
+    sink = DisplaySink(1000, 0)
+    for tokens, seconds in ((300, 1.0), (400, 2.0), (500, 20.0), (600, 21.0)):
+        now[0] = seconds
+        for name in ("kron", "topk"):
+            sink.write(ROW | {"sae": name, "tokens": tokens})
+    sink.close()
+    sink.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" of ")[0] for line in lines] == ["300", "400", "600"]
+    assert all("kron EV" in line and "topk EV" in line for line in lines)
+
+
 def test_what_is_not_known_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
     sink = DisplaySink(1000, 0)
     sink.write(ROW | {"explained_variance": None})

@@ -36,6 +36,7 @@ class DisplaySink:
         self._console = Console(file=sys.stderr)
         self._rows: dict[str, Mapping[str, Any]] = {}
         self._tokens, self._said = tokens, monotonic() - PLAIN_SECONDS
+        self._last = self._told = 0  # tokens of the newest rows, and of the last line
         self._started, self._from = monotonic(), done
         self._bar = Progress(
             TextColumn("training"), BarColumn(), TextColumn("{task.percentage:.0f}%"), _Rate(), TimeRemainingColumn()
@@ -46,13 +47,13 @@ class DisplaySink:
             self._live.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
+        if self._live is None and row["tokens"] > self._last and monotonic() - self._said >= PLAIN_SECONDS:
+            self._say()  # of the step before: by now all SAEs have had their rows of it
         self._rows[row["sae"]] = row
+        self._last = row["tokens"]
         self._bar.update(self._task, completed=row["tokens"])
         if self._live is not None:
             self._live.update(Group(self._bar, self._table()))
-        elif monotonic() - self._said >= PLAIN_SECONDS:
-            self._said = monotonic()
-            self._console.print(self._line(row["tokens"]), highlight=False, markup=False, soft_wrap=True)
 
     def flush(self) -> None:
         """Nothing is kept back."""
@@ -60,6 +61,14 @@ class DisplaySink:
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
+        else:
+            self._say()
+
+    def _say(self) -> None:
+        """A line of the last step with rows, once."""
+        if self._last > self._told:
+            self._said, self._told = monotonic(), self._last
+            self._console.print(self._line(self._last), highlight=False, markup=False, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table("SAE", *COLUMNS.values(), box=None)
