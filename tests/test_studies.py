@@ -67,7 +67,7 @@ def test_a_table_by_hand(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "docs" / "results").mkdir(parents=True)
     grid = {"recipe": "tiny", "saes": ["topk d_sae=32 k={4,8}"], "seeds": [0, 1]}
     (tmp_path / "studies" / "x.json").write_text(json.dumps(grid))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": f"topk-k{k}", "seed": seed, "k": k, "explained_variance": 0.5 + seed / 10, "l0": l0, "cores": 2}
         | {"evaluation_tokens": 1000, "processor": "a, b", "commit": "abc", "num_heads": None}
         for k, seed, l0 in ((4, 0, 4.0), (4, 1, 4.04), (8, 0, 8.0), (8, 1, 8.0))

@@ -221,8 +221,8 @@ def _carry_out(
         finished |= _results(run, by_digest, show_progress, say)
     for number, group in enumerate(plan.groups, 1):
         say(f"Group {number} of {len(plan.groups)}, seed {group.points[0].seed}, {len(group.points)} SAE(s):")
-        if (run := _trained(group, folder, show_progress, say)) is not None:
-            finished |= _results(run, by_digest, show_progress, say)
+        if (trained := _trained(group, folder, show_progress, say)) is not None:
+            finished |= _results(trained, by_digest, show_progress, say)
         finished |= _diverged_rows(folder, wanted)
         _gathered(folder, wanted, finished).write(to_dict(config))  # what there is can be looked at
     found = _gathered(folder, wanted, finished)

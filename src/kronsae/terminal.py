@@ -93,7 +93,9 @@ def _turned(table: RichTable) -> RichTable:
     from rich.table import Table as RichTable
 
     first, *others = table.columns
-    turned = RichTable(first.header, *first.cells, box=None, caption=table.caption)
+    turned = RichTable(box=None, caption=table.caption)
+    for heading in (first.header, *first.cells):
+        turned.add_column(heading)
     for column in others:
         turned.add_row(column.header, *column.cells)
     return turned
