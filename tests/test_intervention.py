@@ -3,8 +3,6 @@ from __future__ import annotations
 import doctest
 import re
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,24 +281,6 @@ def test_what_cannot_be() -> None:
         pytest.raises(UserError, match=r"attention_mask must be a tensor of sequences by tokens.*Tensor\[2, 1, 7, 7\]"),
     ):
         model(ids, attention_mask=mask)
-
-
-def test_the_blocks_of_the_docs_run() -> None:
-    """In their order, with a fresh SAE in the place of a run's."""
-    text = (Path(__file__).parents[1] / "docs" / "intervention.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    shape = SAEConfig(d_in=256, encoder=DenseEncoderConfig(d_sae=128), sparsifier=TopKConfig(k=4)).build()
-    names: dict[str, Any] = {
-        "run": SimpleNamespace(load=lambda name: shape),
-        "input_ids": tokens(1, 6),
-        "target": 5,
-        "other": 6,
-    }
-    for block in blocks:
-        exec(block, names)
-        names["model"] = names["language_model"].model
-    assert names["logits"].shape[:2] == (1, 6)
-    assert names["found"].top(3)
 
 
 def test_the_example_in_the_docstring() -> None:
