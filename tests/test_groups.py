@@ -263,7 +263,8 @@ class TestWords:
             *("--hook", "layers.2", *common, "--out", tmp_path / "r"),
         )
         # every hook in the buffer: 128 tokens * 3 * 16 numbers; told in MB, so asked of the config
-        assert f"at {MLP_IN}, {MLP_OUT}, layers.2 of " in capsys.readouterr().err
+        places = ", ".join(f"{hook} (width {WIDTH})" for hook in (MLP_IN, MLP_OUT, "layers.2"))
+        assert f"at {places} of " in capsys.readouterr().err
         run = ks.open_run(tmp_path / "r")
         assert run.config.hooks == (MLP_IN, MLP_OUT, "layers.2")
         assert Source(run.config).d_in == 3 * WIDTH

@@ -78,8 +78,10 @@ def hooks(row: Row) -> str:
 
 def architecture(row: Row) -> str:
     """What was trained, and what it is on disk: ``"dense-batch_topk, saved as jumprelu"``."""
-    saved = row.get("saved_as")
-    return visible(f"{row.get('architecture')}{'' if saved is None else f', saved as {saved}'}")
+    trained, saved = row.get("architecture"), row.get("saved_as")
+    if trained is None:
+        return "–"
+    return visible(str(trained) if saved is None else f"{trained}, saved as {saved}")
 
 
 def differ_in_hooks(rows: Sequence[Row]) -> bool:
