@@ -193,7 +193,7 @@ PROFILE = (
     ("frequency", "frequency", "{:.2%}"),
     ("mean activation", "mean_activation", "{:.2f}"),
     ("token entropy", "token_entropy", "{:.2f}"),
-    ("multitoken ratio", "multitoken_ratio", "{:.3f}"),
+    ("multitoken ratio", "multitoken_ratio", "{:.4f}"),
 )
 HEADS = (
     Column("meanings of a base", at("interaction", "meanings_of_a_base"), "{:.2f}"),
