@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kronsae.bench.measure import interleaved
 from kronsae.files import write_csv
-from kronsae.kernels import _compiled
+from kronsae.kernels import _compiled_selection
 from kronsae.kernels.cpu import _even, _run
 from kronsae.provenance import provenance_columns
 
@@ -37,7 +37,7 @@ class Call:
 
 @numba.njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def bounds_of_any_size(start, stop, pre_BP, bias_P, best_BH, d_base, width):  # type: ignore[no-untyped-def]
-    """`_compiled.head_bounds` with sizes known only at run time."""
+    """`_compiled_selection.head_maxima` with sizes known only at run time."""
     for b in range(start, stop):
         for head in range(best_BH.shape[1]):
             row = head * width
@@ -96,10 +96,10 @@ def cases(seed: int) -> dict[str, dict[str, Callable[[Tensor], object]]]:
     dense_BF, lanes_BL = torch.randn(B, H * M * N, generator=generator).numpy(), np.empty((B, 256), np.float32)
     reused_BP = torch.empty(B, H * (M + N))
     narrow_PD = weight_PD.bfloat16()
-    specialised = _compiled.head_bounds(M, N)
+    specialised = _compiled_selection.head_maxima(M, N, True)
     return {
         "head maxima: compiled per head shape, or sizes at run time": {
-            "per shape": lambda x_BD: _run(specialised, _even(B), pre_BP, bias_P, best_BH),
+            "per shape": lambda x_BD: _run(specialised, _even(B), pre_BP, bias_P, best_BH, best_BH),
             "at run time": lambda x_BD: _run(bounds_of_any_size, _even(B), pre_BP, bias_P, best_BH, M, M + N),
         },
         "head maxima after a product: plain threads, or numba's": {

@@ -129,7 +129,6 @@ def _at_site(sae: SAE, x_STD: Tensor, gradient_STD: Tensor, mask_ST: Tensor | No
         token_ST1 = mask_ST.to(x_STD.device).bool().unsqueeze(-1)
         codes = SparseCodes(torch.where(token_ST1, codes.values, 0.0), codes.indices, codes.d_sae)
         gradient_STD = torch.where(token_ST1, gradient_STD, 0.0)
-    flat = gradient_STD.flatten(0, 1), sae.W_dec, sae.W_dec.new_zeros(sae.d_sae), codes.indices.flatten(0, 1)
-    gradient_NK = kernels.linear_values_at(*flat)
+    gradient_NK = kernels.sampled_products(gradient_STD.flatten(0, 1), sae.W_dec, codes.indices.flatten(0, 1))
     error_ST = ((x_STD - sae.decode(codes)) * gradient_STD).sum(-1)
     return Attribution(codes=codes, gradient=gradient_NK.view(codes.values.shape), error=error_ST)

@@ -188,7 +188,7 @@ def test_requests_of_a_batch_and_of_thresholds(
     with pytest.MonkeyPatch.context() as patch:
         if tiny_chunks:
             patch.setattr(kernels.requests, "CHUNK_ELEMENTS", 8)
-            patch.setattr(kernels.requests, "PRODUCT_ELEMENTS", 8)
+            patch.setattr(kernels.portable, "PRODUCT_ELEMENTS", 8)
         batch, above = latents.choose(BatchChoice(total), Above(thresholds_F))
     torch.testing.assert_close(above.to_dense(), torch.where(z_BF > thresholds_F, z_BF, 0.0))
     assert int(batch.active.sum()) == min(total, int((z_BF > 0).sum()))

@@ -223,26 +223,23 @@ class DenseLatents:
         return None
 
     @torch.no_grad()
-    def _select(self, request: Request) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Outputs before ReLU, the latents they belong to, and which are not padding."""
+    def _select(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Outputs before ReLU and the latents they belong to; what is not chosen is not positive."""
         layer = self.x_BD, self.weight_FD, self.bias_F
-        if isinstance(request, BatchChoice | Above):
-            if isinstance(request, BatchChoice):
-                indices_BK, chosen_BK = kernels.linear_batch_topk(*layer, request.total)
-            else:
-                indices_BK, chosen_BK = kernels.linear_above(*layer, request.thresholds_F)
-            return kernels.linear_values_at(*layer, indices_BK), indices_BK, chosen_BK
+        if isinstance(request, BatchChoice):
+            return kernels.linear_batch_topk(*layer, request.total)
+        if isinstance(request, Above):
+            return kernels.linear_above(*layer, request.thresholds_F)
         if request.latents_C is None:
-            return *kernels.linear_topk(*layer, request.k), None
+            return kernels.linear_topk(*layer, request.k)
         weight_CD, bias_C = self.weight_FD[request.latents_C], self.bias_F[request.latents_C]
         values_BK, rows_BK = kernels.linear_topk(self.x_BD, weight_CD, bias_C, request.k)
-        return values_BK, request.latents_C[rows_BK], None
+        return values_BK, request.latents_C[rows_BK]
 
-    def _codes(self, pre_BK: Tensor, indices_BK: Tensor, chosen_BK: Tensor | None) -> SparseCodes:
+    def _codes(self, pre_BK: Tensor, indices_BK: Tensor) -> SparseCodes:
         if torch.is_grad_enabled():
             pre_BK = kernels.linear_at(self.x_BD, self.weight_FD, self.bias_F, indices_BK, pre_BK)
-        values_BK = pre_BK.relu() if chosen_BK is None else torch.where(chosen_BK, pre_BK.relu(), 0.0)
-        return SparseCodes(values_BK, indices_BK, len(self.weight_FD))
+        return SparseCodes(pre_BK.relu(), indices_BK, len(self.weight_FD))
 
 
 class KroneckerEncoder(nn.Module):

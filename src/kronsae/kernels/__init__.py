@@ -9,12 +9,15 @@ from kronsae.kernels.autograd import (
     kronecker_linear_topk,
     kronecker_topk,
     kronecker_topk_among,
+    linear_above,
     linear_at,
+    linear_batch_topk,
     linear_topk,
+    sampled_products,
 )
 from kronsae.kernels.dispatch import explain, use
 from kronsae.kernels.optimizer import RowAdamW, clip_scale, grad_norm
-from kronsae.kernels.requests import kronecker_linear_select, linear_above, linear_batch_topk, linear_values_at
+from kronsae.kernels.requests import kronecker_linear_select
 from kronsae.kernels.rows import AdamW, RowGradient
 from kronsae.kernels.selection import (
     Above,
@@ -60,7 +63,7 @@ __all__ = [
     "linear_at",
     "linear_batch_topk",
     "linear_topk",
-    "linear_values_at",
     "parents",
+    "sampled_products",
     "use",
 ]

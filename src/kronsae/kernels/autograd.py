@@ -254,6 +254,36 @@ def linear_topk(
 
 
 @torch.no_grad()
+def linear_batch_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The ``total`` largest positive outputs of ``x W^T + b`` over the batch, and their rows; see `linear_topk`.
+
+    K is the largest number any token has, at least 1; the rest of a token's places are row 0 of value 0.
+    """
+    return cast(tuple[Tensor, Tensor], choose("linear_batch_topk", weight_PD)(x_BD, weight_PD, bias_P, total))
+
+
+@torch.no_grad()
+def linear_above(
+    x_BD: Float[Tensor, "B D"],
+    weight_PD: Float[Tensor, "P D"],
+    bias_P: Float[Tensor, " P"],
+    thresholds_P: Float[Tensor, " P"],
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """Every positive output of ``x W^T + b`` above its threshold, and its row; padded as `linear_batch_topk`."""
+    return cast(tuple[Tensor, Tensor], choose("linear_above", weight_PD)(x_BD, weight_PD, bias_P, thresholds_P))
+
+
+@torch.no_grad()
+def sampled_products(
+    x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
+) -> Float[Tensor, "B R"]:
+    """``x[b] . matrix[rows[b, r]]``: R dot products a token; not differentiable."""
+    return cast(Tensor, choose("sampled_products", matrix_PD)(x_BD, matrix_PD, rows_BR))
+
+
+@torch.no_grad()
 def adamw(weight: Tensor, moment: Tensor, second: Tensor, gradient: RowGradient | Tensor, settings: AdamW) -> None:
     """One step of `AdamW` in place on a weight and its moments, all of one shape, flattened to rows."""
     rows = [tensor.view(-1, tensor.shape[-1]) for tensor in (weight, moment, second)]

@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kronsae.kernels import _compiled
+from kronsae.kernels import _compiled_rows, _compiled_selection
 from kronsae.kernels.portable import PRODUCT_ELEMENTS, join_inputs, pad_selection
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection
@@ -50,7 +50,7 @@ def _threads(helpers: int) -> ThreadPoolExecutor:
         return _pool
 
 
-def _run(kernel: Callable[..., None], bounds: Sequence[int], *arguments: Any) -> None:
+def _run(kernel: Callable[..., object], bounds: Sequence[int], *arguments: Any) -> None:
     """Call ``kernel(start, stop, *arguments)`` for each pair of neighbours in ``bounds``, on all threads."""
     parts = iter([(start, stop) for start, stop in itertools.pairwise(bounds) if start < stop])
 
@@ -108,11 +108,28 @@ def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return kept[: rows * columns].view(rows, columns)
 
 
-def _product_chunk(tokens: int, outputs: int) -> int:
-    """Tokens per product: even chunks of at most `PRODUCT_ELEMENTS` outputs, and at least 64."""
-    most = max(64, PRODUCT_ELEMENTS // outputs)
-    chunks = max(1, -(-tokens // most))
-    return max(1, -(-tokens // chunks))
+def _chunks(tokens: int, outputs: int) -> list[slice]:
+    """Even chunks of tokens of at most `PRODUCT_ELEMENTS` outputs, and at least 64 tokens."""
+    chunks = max(1, -(-tokens // max(64, PRODUCT_ELEMENTS // outputs)))
+    chunk = max(1, -(-tokens // chunks))
+    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+
+
+def _products(x_BD: Tensor, weight_PD: Tensor) -> Iterator[tuple[slice, Array]]:
+    """``x W^T`` for some tokens after others, with which they are, in one reused buffer."""
+    for part in _chunks(len(x_BD), len(weight_PD)):
+        pre_BP = _workspace(part.stop - part.start, len(weight_PD), x_BD.dtype)
+        torch.mm(x_BD[part], weight_PD.T, out=pre_BP)
+        yield part, pre_BP.numpy()
+
+
+def product_chunks(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"]
+) -> Iterator[tuple[int, Float[Tensor, "C P"]]]:
+    """``x W^T + b`` for some tokens after others, with the number of the first; one buffer, overwritten each time."""
+    for part in _chunks(len(x_BD), len(weight_PD)):
+        pre_BP = _workspace(part.stop - part.start, len(weight_PD), x_BD.dtype)
+        yield part.start, torch.addmm(bias_P, x_BD[part], weight_PD.T, out=pre_BP)
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
@@ -145,9 +162,20 @@ def _empty_choice(tokens: int, k: int, dtype: torch.dtype) -> ChosenPairs:
 
 def _bounds(pre_BP: Array, bias_P: Array, heads: int, d_base: int) -> Array:
     best_BH: Array = np.empty((len(pre_BP), heads), pre_BP.dtype)
-    kernel = _compiled.head_bounds(d_base, len(bias_P) // heads - d_base)
-    _run(kernel, _even(len(pre_BP)), pre_BP, bias_P, best_BH)
+    kernel = _compiled_selection.head_maxima(d_base, len(bias_P) // heads - d_base, True)
+    _run(kernel, _even(len(pre_BP)), pre_BP, bias_P, best_BH, best_BH)
     return best_BH
+
+
+def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
+    """The largest base and the largest extension of each head, 0 where none is positive."""
+    tokens, heads, width = pre_BHP.shape
+    base_BH, extension_BH = (torch.empty(tokens, heads, dtype=pre_BHP.dtype) for _ in range(2))
+    pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
+    kernel = _compiled_selection.head_maxima(d_base, width - d_base, False)
+    bias_P = np.zeros(heads * width, pre_BP.dtype)
+    _run(kernel, _even(tokens), pre_BP, bias_P, base_BH.numpy(), extension_BH.numpy())
+    return base_BH, extension_BH
 
 
 def _select(pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, choice: Choice, chosen: ChosenPairs) -> None:
@@ -156,11 +184,11 @@ def _select(pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, choice: C
     outputs = (_array(chosen.selection.indices_BK), _array(chosen.rows_BR), _array(chosen.pre_BR))
     shared = (pre_BP, bias_P, best_BH, d_base, d_extension)
     if choice.latents_C is None:
-        _run(_compiled.kronecker_topk, _even(len(pre_BP)), *shared, *outputs)
+        _run(_compiled_selection.kronecker_topk, _even(len(pre_BP)), *shared, *outputs)
         return
     latents_C = np.sort(_array(choice.latents_C))
     ends_H = np.searchsorted(latents_C, (1 + np.arange(heads)) * (d_base * d_extension))
-    _run(_compiled.kronecker_topk_among, _even(len(pre_BP)), *shared, latents_C, ends_H, *outputs)
+    _run(_compiled_selection.kronecker_topk_among, _even(len(pre_BP)), *shared, latents_C, ends_H, *outputs)
 
 
 def kronecker_linear_topk(
@@ -171,20 +199,15 @@ def kronecker_linear_topk(
     choices: Sequence[Choice],
 ) -> list[ChosenPairs]:
     """Several selections over the heads of ``x W^T + b``; the products live in one reused buffer."""
-    heads, width, _ = weight_HPD.shape
-    tokens = len(x_BD)
+    heads, tokens = len(weight_HPD), len(x_BD)
     weight_PD, bias_P = weight_HPD.flatten(0, 1), _array(bias_HP.flatten())
     results = [_empty_choice(tokens, choice.k, x_BD.dtype) for choice in choices]
-    chunk = _product_chunk(tokens, heads * width)
-    for start in range(0, tokens, chunk):
-        part = slice(start, min(start + chunk, tokens))
-        pre_BP = _workspace(part.stop - part.start, heads * width, x_BD.dtype)
-        torch.mm(x_BD[part], weight_PD.T, out=pre_BP)
-        best_BH = _bounds(pre_BP.numpy(), bias_P, heads, d_base)
+    for part, pre_BP in _products(x_BD, weight_PD):
+        best_BH = _bounds(pre_BP, bias_P, heads, d_base)
         for choice, (selection, rows_BR, pre_BR) in zip(choices, results, strict=True):
             own = KroneckerSelection(*(tensor[part] for tensor in selection))
             chosen = ChosenPairs(own, rows_BR[part], pre_BR[part])
-            _select(pre_BP.numpy(), bias_P, best_BH, d_base, choice, chosen)
+            _select(pre_BP, bias_P, best_BH, d_base, choice, chosen)
     return results
 
 
@@ -196,20 +219,11 @@ def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: in
     bias_P = np.zeros(heads * width, pre_BP.dtype)
     best_BH = _bounds(pre_BP, bias_P, heads, d_base)
     least = _kth_largest(best_BH.ravel(), total)
-    counts_B = np.empty(tokens, np.int64)
     shared = (pre_BP, bias_P, d_base, d_extension, best_BH, least)
-    _run(_compiled.count_products, _even(tokens), *shared, counts_B)
-    ends_B = np.cumsum(counts_B)
-    products_N = np.empty(int(counts_B.sum()), pre_BP.dtype)
-    latents_N = np.empty(len(products_N), np.int64)
-    _run(_compiled.list_products, _even(tokens), *shared, ends_B - counts_B, products_N, latents_N)
-    tokens_N = np.repeat(np.arange(tokens), counts_B)
+    tokens_N, latents_N, products_N = _listed(_compiled_selection.products_from, 0, tokens, *shared)
     if len(products_N) > total:
-        threshold = _kth_largest(products_N, total)
-        level = np.flatnonzero(products_N == threshold)
-        kept = products_N > threshold
-        kept[level[: total - int(kept.sum())]] = True
-        tokens_N, latents_N = tokens_N[kept], latents_N[kept]
+        kept_N = _largest(products_N, total)
+        tokens_N, latents_N = tokens_N[kept_N], latents_N[kept_N]
     return pad_selection(torch.from_numpy(tokens_N), torch.from_numpy(latents_N), tokens, d_base, d_extension)
 
 
@@ -217,20 +231,102 @@ def _kth_largest(values: Array, k: int) -> Any:
     return values.dtype.type(0) if len(values) < k else np.partition(values, len(values) - k)[len(values) - k]
 
 
+def _largest(values: Array, k: int) -> Array:
+    """Which are the k largest, of equal ones the first."""
+    threshold = _kth_largest(values, k)
+    kept: Array = values > threshold
+    level = np.flatnonzero(values == threshold)
+    kept[level[: k - int(kept.sum())]] = True
+    return kept
+
+
 def linear_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
     """The k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows."""
-    tokens = len(x_BD)
-    values_BK = torch.empty(tokens, k, dtype=x_BD.dtype)
-    rows_BK = torch.empty(tokens, k, dtype=torch.int64)
-    chunk = _product_chunk(tokens, len(weight_PD))
-    for start in range(0, tokens, chunk):
-        part = slice(start, min(start + chunk, tokens))
-        pre_BP = _workspace(part.stop - part.start, len(weight_PD), x_BD.dtype)
-        torch.mm(x_BD[part], weight_PD.T, out=pre_BP)
+    values_BK = torch.empty(len(x_BD), k, dtype=x_BD.dtype)
+    rows_BK = torch.empty(len(x_BD), k, dtype=torch.int64)
+    bias = _array(bias_P)
+    for part, pre_BP in _products(x_BD, weight_PD):
         outputs = (_array(values_BK[part]), _array(rows_BK[part]))
-        _run(_compiled.topk, _even(len(pre_BP)), pre_BP.numpy(), _array(bias_P), *outputs)
+        _run(_compiled_selection.topk, _even(len(pre_BP)), pre_BP, bias, *outputs)
+    return values_BK, rows_BK
+
+
+def linear_above(
+    x_BD: Float[Tensor, "B D"],
+    weight_PD: Float[Tensor, "P D"],
+    bias_P: Float[Tensor, " P"],
+    thresholds_P: Float[Tensor, " P"],
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """Every positive output above its threshold, rows ascending."""
+    bias, thresholds = _array(bias_P), _array(thresholds_P.clamp_min(0).to(x_BD.dtype))
+    found = [
+        _listed(_compiled_selection.above, part.start, len(pre_BP), pre_BP, bias, thresholds)
+        for part, pre_BP in _products(x_BD, weight_PD)
+    ]
+    return _laid_out(_joined(found, x_BD.dtype), len(x_BD))
+
+
+def linear_batch_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The ``total`` largest positive outputs of the batch, rows ascending; of equal ones the earlier token, then row.
+
+    Everything at least as large as the ``total`` largest lane maxima of a chunk, or as the best so far, is listed.
+    """
+    bias = _array(bias_P)
+    best = _joined([], x_BD.dtype)
+    least = bias.dtype.type(0)
+    for part, pre_BP in _products(x_BD, weight_PD):
+        lanes_BL = np.empty((len(pre_BP), min(_compiled_selection.LANES, len(bias))), bias.dtype)
+        _run(_compiled_selection.lane_maxima, _even(len(pre_BP)), pre_BP, bias, lanes_BL)
+        least = max(least, _kth_largest(lanes_BL.ravel(), total))
+        just_below = np.full(len(bias), np.nextafter(least, bias.dtype.type(0)))
+        found = _listed(_compiled_selection.above, part.start, len(pre_BP), pre_BP, bias, just_below)
+        best = _joined([best, found], x_BD.dtype)
+        if len(best.values_N) > total:
+            kept_N = _largest(best.values_N, total)
+            best = _Found(*(array[kept_N] for array in best))
+            least = best.values_N.min()
+    return _laid_out(best, len(x_BD))
+
+
+class _Found(NamedTuple):
+    """Outputs chosen of a batch: tokens ascending, and rows ascending within a token."""
+
+    tokens_N: Array
+    rows_N: Array
+    values_N: Array
+
+
+def _listed(kernel: Callable[..., tuple[Array, Array]], first_token: int, tokens: int, *arguments: Any) -> _Found:
+    """What ``kernel`` lists of each part of the tokens, one part after another."""
+    counts_B = np.empty(tokens, np.int64)
+    parts: dict[int, tuple[Array, Array]] = {}
+
+    def work(start: int, stop: int) -> None:
+        parts[start] = kernel(start, stop, *arguments, counts_B)
+
+    _run(work, _even(tokens))
+    values, rows = zip(*(parts[start] for start in sorted(parts)), strict=True)
+    tokens_N = np.repeat(np.arange(first_token, first_token + tokens), counts_B)
+    return _Found(tokens_N, np.concatenate(rows), np.concatenate(values))
+
+
+def _joined(found: Sequence[_Found], dtype: torch.dtype) -> _Found:
+    none = _Found(np.empty(0, np.int64), np.empty(0, np.int64), _array(torch.empty(0, dtype=dtype)))
+    return _Found(*map(np.concatenate, zip(none, *found, strict=True)))
+
+
+def _laid_out(found: _Found, tokens: int) -> tuple[Tensor, Tensor]:
+    """Values and rows, one line per token; lines are filled up with row 0 of value 0."""
+    counts_B = np.bincount(found.tokens_N, minlength=tokens)
+    width = max(1, int(counts_B.max(initial=0)))
+    rows_BK = torch.empty(tokens, width, dtype=torch.int64)
+    values_BK = torch.from_numpy(np.empty((tokens, width), found.values_N.dtype))
+    outputs = (values_BK.numpy(), rows_BK.numpy())
+    _run(_compiled_selection.lay_out, _even(tokens), np.cumsum(counts_B), found.values_N, found.rows_N, *outputs)
     return values_BK, rows_BK
 
 
@@ -244,7 +340,7 @@ def weighted_rows(
     out_BD = torch.empty(len(rows_BR), matrix_PD.shape[1], dtype=matrix_PD.dtype)
     bias = matrix_PD.new_zeros(matrix_PD.shape[1]) if bias_D is None else bias_D
     inputs = map(_array, (weights_BR, rows_BR, matrix_PD, bias))
-    _run(_compiled.weighted_rows, _even(len(out_BD)), *inputs, out_BD.numpy())
+    _run(_compiled_rows.weighted_rows, _even(len(out_BD)), *inputs, out_BD.numpy())
     return out_BD
 
 
@@ -254,7 +350,7 @@ def sampled_products(
     """``out[b, r] = x[b] . matrix[rows[b, r]]``."""
     out_BR = torch.empty(rows_BR.shape, dtype=matrix_PD.dtype)
     inputs = map(_array, (x_BD, matrix_PD, rows_BR))
-    _run(_compiled.sampled_products, _even(len(out_BR)), *inputs, out_BR.numpy())
+    _run(_compiled_rows.sampled_products, _even(len(out_BR)), *inputs, out_BR.numpy())
     return out_BR
 
 
@@ -263,13 +359,13 @@ def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
     offsets = np.zeros(height + 2, np.int64)
     arrays = [(_array(term.rows_BR), _array(term.weights_BR)) for term in terms]
     for rows_BR, weights_BR in arrays:
-        _compiled.count_entries(rows_BR, weights_BR, offsets)
-    _compiled.running_sum(offsets)
+        _compiled_rows.count_entries(rows_BR, weights_BR, offsets)
+    _compiled_rows.running_sum(offsets)
     tokens_N = np.empty(int(offsets[-1]), np.int64)
     weights_N = np.empty(len(tokens_N), arrays[0][1].dtype)
     first_token = 0
     for rows_BR, weights_BR in arrays:
-        _compiled.place_entries(rows_BR, weights_BR, first_token, offsets, tokens_N, weights_N)
+        _compiled_rows.place_entries(rows_BR, weights_BR, first_token, offsets, tokens_N, weights_N)
         first_token += len(rows_BR)
     return RowGradient(
         torch.from_numpy(offsets[:-1]),
@@ -287,7 +383,7 @@ def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
     """The gradient as a tensor; every row is written."""
     out_PD = _fresh((gradient.height, gradient.x_BD.shape[1]), gradient.x_BD.dtype)
     grouped = _grouped(gradient)
-    _run(_compiled.scatter_rows, _balanced(grouped[0], per_row=1), *grouped, out_PD.numpy())
+    _run(_compiled_rows.scatter_rows, _balanced(grouped[0], per_row=1), *grouped, out_PD.numpy())
     return out_PD
 
 
@@ -295,7 +391,7 @@ def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
     """``|G|^2`` in float64, without storing G."""
     grouped = _grouped(gradient)
     squares_P = np.empty(gradient.height, grouped[3].dtype)
-    _run(_compiled.squared_norms, _balanced(grouped[0], per_row=0), *grouped, squares_P)
+    _run(_compiled_rows.squared_norms, _balanced(grouped[0], per_row=0), *grouped, squares_P)
     return torch.tensor(squares_P.sum(dtype=np.float64))
 
 
@@ -323,7 +419,7 @@ def adamw(
         grouped = _grouped(gradient)
         borders = _balanced(grouped[0], per_row=0 if settings.only_touched else 6)
         flags = (settings.unit_norm, settings.only_touched)
-        _run(_compiled.adamw_entries, borders, *weights, *grouped, *scalars, *flags)
+        _run(_compiled_rows.adamw_entries, borders, *weights, *grouped, *scalars, *flags)
     else:
         borders = _even(len(weight_PD))
-        _run(_compiled.adamw_dense, borders, *weights, _array(gradient), *scalars, settings.unit_norm)
+        _run(_compiled_rows.adamw_dense, borders, *weights, _array(gradient), *scalars, settings.unit_norm)

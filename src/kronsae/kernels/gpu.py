@@ -18,7 +18,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kronsae.kernels import portable
-from kronsae.kernels.portable import group_rows, kronecker_batch_topk, kronecker_topk_among, linear_topk
+from kronsae.kernels.portable import (
+    group_rows,
+    head_maxima,
+    kronecker_batch_topk,
+    kronecker_topk_among,
+    linear_above,
+    linear_batch_topk,
+    linear_topk,
+    product_chunks,
+)
 from kronsae.kernels.rows import AdamW, RowGradient
 from kronsae.kernels.selection import Choice, ChosenPairs, KroneckerSelection, parents
 
@@ -26,11 +35,15 @@ __all__ = [
     "adamw",
     "gradient_rows",
     "group_rows",
+    "head_maxima",
     "kronecker_batch_topk",
     "kronecker_linear_topk",
     "kronecker_topk",
     "kronecker_topk_among",
+    "linear_above",
+    "linear_batch_topk",
     "linear_topk",
+    "product_chunks",
     "sampled_products",
     "squared_norm",
     "weighted_rows",

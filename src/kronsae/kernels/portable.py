@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,21 @@ from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Krone
 
 CHUNK_ELEMENTS = 2**22  # largest temporary: 16 MB of fp32, about the size at which the CPU's caches stop helping
 PRODUCT_ELEMENTS = 2**24  # outputs of one product: 64 MB of fp32; a product starves on fewer than 64 tokens
+
+
+def product_chunks(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"]
+) -> Iterator[tuple[int, Float[Tensor, "C P"]]]:
+    """``x W^T + b`` for some tokens after others, each time with the number of the first."""
+    first = 0
+    for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
+        yield first, torch.addmm(bias_P, part_BD, weight_PD.T)
+        first += len(part_BD)
+
+
+def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
+    """The largest base and the largest extension of each head, 0 where none is positive."""
+    return pre_BHP[..., :d_base].amax(-1).relu(), pre_BHP[..., d_base:].amax(-1).relu()
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
@@ -41,7 +56,8 @@ def _topk_chunk(pre_BHP: Tensor, d_base: int, k: int, expanded: int) -> Tensor:
 
 
 def _head_bounds(pre_BHP: Tensor, d_base: int) -> Tensor:
-    return pre_BHP[..., :d_base].amax(-1).relu() * pre_BHP[..., d_base:].amax(-1).relu()
+    largest_base_BH, largest_extension_BH = head_maxima(pre_BHP, d_base)
+    return largest_base_BH * largest_extension_BH
 
 
 def kronecker_topk_among(
@@ -101,8 +117,7 @@ def choose_in_chunks(
     heads, width, _ = weight_HPD.shape
     weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
     parts: list[list[ChosenPairs]] = [[] for _ in choices]
-    for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
-        pre_BP = torch.addmm(bias_P, part_BD, weight_PD.T)
+    for _, pre_BP in product_chunks(x_BD, weight_PD, bias_P):
         pre_BHP = pre_BP.view(-1, heads, width)
         for (k, latents_C), chosen in zip(choices, parts, strict=True):
             selection = (
@@ -124,9 +139,64 @@ def linear_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
     """The k largest outputs of ``x W^T + b`` per token and their rows; the B x P outputs exist chunk by chunk."""
-    chunk = max(64, PRODUCT_ELEMENTS // len(weight_PD))
-    parts = [torch.addmm(bias_P, part, weight_PD.T).topk(k, sorted=False) for part in x_BD.split(chunk)]
+    parts = [pre_BP.topk(k, sorted=False) for _, pre_BP in product_chunks(x_BD, weight_PD, bias_P)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def linear_batch_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The ``total`` largest positive outputs of the batch and their rows; the outputs exist chunk by chunk."""
+
+    def candidates() -> Iterator[tuple[Tensor, Tensor]]:
+        for first, pre_BP in product_chunks(x_BD, weight_PD, bias_P):
+            positive_N = torch.where(pre_BP > 0, pre_BP, 0.0).flatten()
+            best = positive_N.topk(min(total, len(positive_N)), sorted=False)
+            yield best.values, best.indices + first * len(weight_PD)
+
+    values_N, flat_N = best_of_batch(candidates(), total, x_BD)
+    return _padded_outputs(values_N, flat_N // len(weight_PD), flat_N % len(weight_PD), len(x_BD))
+
+
+def linear_above(
+    x_BD: Float[Tensor, "B D"],
+    weight_PD: Float[Tensor, "P D"],
+    bias_P: Float[Tensor, " P"],
+    thresholds_P: Float[Tensor, " P"],
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """Every positive output above its threshold, and its row; the outputs exist chunk by chunk."""
+    long_N = torch.zeros(0, dtype=torch.int64, device=x_BD.device)
+    values, tokens, rows = [x_BD.new_zeros(0)], [long_N], [long_N]
+    for first, pre_BP in product_chunks(x_BD, weight_PD, bias_P):
+        on_BP = pre_BP > thresholds_P.clamp_min(0)
+        token_N, row_N = on_BP.nonzero(as_tuple=True)
+        values.append(pre_BP[on_BP])
+        tokens.append(first + token_N)
+        rows.append(row_N)
+    return _padded_outputs(*map(torch.cat, (values, tokens, rows)), len(x_BD))
+
+
+def _padded_outputs(values_N: Tensor, tokens_N: Tensor, rows_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    rows_BK, chosen_BK = pad(tokens_N, rows_N, tokens)
+    values_BK = values_N.new_zeros(rows_BK.shape)
+    values_BK[chosen_BK] = values_N
+    return values_BK, rows_BK
+
+
+def best_of_batch(
+    candidates: Iterable[tuple[Tensor, Tensor]], total: int, like: Tensor
+) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+    """The ``total`` largest positive candidates, each a value and its place in the batch; by place, ascending."""
+    values_N, places_N = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
+    for more_values, more_places in candidates:
+        positive = more_values > 0
+        values_N = torch.cat([values_N, more_values[positive]])
+        places_N = torch.cat([places_N, more_places[positive]])
+        if len(values_N) > total:
+            kept = values_N.topk(total, sorted=False).indices
+            values_N, places_N = values_N[kept], places_N[kept]
+    places_N, order = places_N.sort()
+    return values_N[order], places_N
 
 
 def weighted_rows(

@@ -5,7 +5,7 @@ Nothing here is used in training; the fast paths are compared with it, values an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,19 @@ from torch import Tensor
 
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, parents
+
+
+def product_chunks(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"]
+) -> Iterator[tuple[int, Float[Tensor, "C P"]]]:
+    """``x W^T + b``, all at once."""
+    yield 0, x_BD @ weight_PD.T + bias_P
+
+
+def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
+    """``max(0, max_i u_i)`` and ``max(0, max_j v_j)`` of each head."""
+    base_BHM, extension_BHN = pre_BHP.relu().split([d_base, pre_BHP.shape[-1] - d_base], dim=-1)
+    return base_BHM.amax(-1), extension_BHN.amax(-1)
 
 
 def kronecker_products(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> Float[Tensor, "B H M N"]:
@@ -40,15 +53,25 @@ def kronecker_topk_among(
 def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
     """The ``total`` largest positive products of the batch; of equal ones, the earlier token, then latent."""
     products_BF = kronecker_products(pre_BHP, d_base).flatten(1)
-    order = products_BF.flatten().sort(stable=True, descending=True).indices[:total]
-    chosen_BF = torch.zeros_like(products_BF, dtype=torch.bool)
+    indices_BK, chosen_BK = _rows_of(_largest_of_batch(products_BF, total))
+    return BatchSelection(parents(indices_BK, d_base, pre_BHP.shape[-1] - d_base), chosen_BK)
+
+
+def _largest_of_batch(values_BF: Tensor, total: int) -> Tensor:
+    """Which are the ``total`` largest, if positive; of equal ones, those of the earlier token, then latent."""
+    positive_BF = torch.where(values_BF > 0, values_BF, 0.0)
+    order = positive_BF.flatten().sort(stable=True, descending=True).indices[:total]
+    chosen_BF = torch.zeros_like(positive_BF, dtype=torch.bool)
     chosen_BF.view(-1)[order] = True
-    chosen_BF &= products_BF > 0
-    width = max(1, int(chosen_BF.sum(1).max()))
+    return chosen_BF & (positive_BF > 0)
+
+
+def _rows_of(chosen_BF: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents chosen, ascending and padded with latent 0 to the most any token has, and which are no padding."""
+    width = max(1, int(chosen_BF.sum(1).max())) if len(chosen_BF) else 1
     chosen_BK, indices_BK = chosen_BF.to(torch.int8).sort(dim=1, stable=True, descending=True)
     chosen_BK, indices_BK = chosen_BK[:, :width].bool(), indices_BK[:, :width]
-    indices_BK = indices_BK.masked_fill(~chosen_BK, 0)
-    return BatchSelection(parents(indices_BK, d_base, pre_BHP.shape[-1] - d_base), chosen_BK)
+    return indices_BK.masked_fill(~chosen_BK, 0), chosen_BK
 
 
 def _first_of_sorted(values_BF: Tensor, k: int) -> Tensor:
@@ -83,6 +106,30 @@ def linear_topk(
     pre_BP = x_BD @ weight_PD.T + bias_P
     rows_BK = _first_of_sorted(pre_BP.relu(), k)
     return pre_BP.gather(1, rows_BK), rows_BK
+
+
+def linear_batch_topk(
+    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The ``total`` largest positive outputs of a batch and their rows; of equal ones, the earlier token, then row."""
+    pre_BP = x_BD @ weight_PD.T + bias_P
+    return _chosen_outputs(pre_BP, _largest_of_batch(pre_BP, total))
+
+
+def linear_above(
+    x_BD: Float[Tensor, "B D"],
+    weight_PD: Float[Tensor, "P D"],
+    bias_P: Float[Tensor, " P"],
+    thresholds_P: Float[Tensor, " P"],
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """Every positive output above its threshold, and its row."""
+    pre_BP = x_BD @ weight_PD.T + bias_P
+    return _chosen_outputs(pre_BP, (pre_BP > 0) & (pre_BP > thresholds_P))
+
+
+def _chosen_outputs(pre_BP: Tensor, chosen_BP: Tensor) -> tuple[Tensor, Tensor]:
+    rows_BK, chosen_BK = _rows_of(chosen_BP)
+    return torch.where(chosen_BK, pre_BP.gather(1, rows_BK), 0.0), rows_BK
 
 
 def linear_at(

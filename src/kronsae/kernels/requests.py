@@ -23,7 +23,8 @@ from kronsae.kernels.autograd import (
     kronecker_topk_among,
     linear_at,
 )
-from kronsae.kernels.portable import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
+from kronsae.kernels.dispatch import choose
+from kronsae.kernels.portable import CHUNK_ELEMENTS, best_of_batch
 from kronsae.kernels.selection import Above, BatchChoice, Choice, Composition, PaddedPairs, Request, pad, parents
 
 Padded = tuple[Int[Tensor, "B K"], Bool[Tensor, "B K"] | None]
@@ -39,18 +40,15 @@ def kronecker_linear_select(
 ) -> list[PaddedPairs]:
     """Several requests of the heads of ``x W^T + b``; the values of the pairs chosen are differentiable.
 
-    The pre-latents of a `BatchChoice` exist for the whole batch at once (B x H x P), all others chunk by chunk.
+    The pre-latents exist chunk by chunk, and of a `BatchChoice` what the best of each chunk are.
     """
     plain = [request for request in requests if isinstance(request, Choice)]
     if composition.order == "product" and len(plain) == len(requests):
         return [PaddedPairs(*pairs) for pairs in kronecker_linear_topk(x_BD, weight_HPD, bias_HP, d_base, plain)]
     weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
-    whole = any(isinstance(request, BatchChoice) for request in requests)
-    chunk = max(1, len(x_BD)) if whole else max(64, PRODUCT_ELEMENTS // len(weight_PD))
     parts: list[list[PaddedPairs]] = [[] for _ in requests]
     with torch.no_grad():
-        for part_BD in x_BD.split(chunk):
-            pre_BP = torch.addmm(bias_P, part_BD, weight_PD.T)
+        for _, pre_BP in choose("product_chunks", weight_PD)(x_BD, weight_PD, bias_P):
             pre_BHP = pre_BP.view(-1, *bias_HP.shape)
             for request, chosen in zip(requests, parts, strict=True):
                 indices_BK, chosen_BK = select(pre_BHP, d_base, request, composition)
@@ -58,10 +56,13 @@ def kronecker_linear_select(
                 rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
                 chosen.append(PaddedPairs(selection, rows_BR, pre_BP.gather(1, rows_BR), chosen_BK))
     results = []
-    for chosen in parts:
-        _, rows_BR, pre_BR, chosen_BK = joined = _join(chosen, d_base, bias_HP.shape[1] - d_base)
+    for request, chosen in zip(requests, parts, strict=True):
+        joined = _join(chosen, d_base, bias_HP.shape[1] - d_base)
+        if len(chosen) > 1 and isinstance(request, BatchChoice):
+            joined = _best_of_chunks(joined, request.total, d_base, bias_HP.shape[1] - d_base, composition)
         if torch.is_grad_enabled():
-            joined = joined._replace(pre_BR=linear_at(x_BD, weight_PD, bias_P, rows_BR, pre_BR))
+            pre_BR = linear_at(x_BD, weight_PD, bias_P, joined.rows_BR, joined.pre_BR)
+            joined = joined._replace(pre_BR=pre_BR)
         results.append(joined)
     return results
 
@@ -123,7 +124,8 @@ def batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int, composi
             yield z_EC.flatten(), flat_EC.flatten()
             first += len(part_BHP)
 
-    return _best_of_batch(candidates(), total, len(pre_BHP), heads * cells, pre_BHP)
+    _, places_N = best_of_batch(candidates(), total, pre_BHP)
+    return pad(places_N // (heads * cells), places_N % (heads * cells), len(pre_BHP))
 
 
 def above(
@@ -152,7 +154,7 @@ def above(
 
 def head_bounds(pre_BHP: Float[Tensor, "B H P"], d_base: int, composition: Composition) -> Float[Tensor, "B H"]:
     """The largest composition in each head: its largest base's with its largest extension."""
-    return composition.function(pre_BHP[..., :d_base].amax(-1), pre_BHP[..., d_base:].amax(-1))
+    return composition.function(*choose("head_maxima", pre_BHP)(pre_BHP, d_base))
 
 
 def _cells(pre: Tensor, d_base: int, composition: Composition) -> Tensor:
@@ -160,73 +162,27 @@ def _cells(pre: Tensor, d_base: int, composition: Composition) -> Tensor:
     return composition.function(pre[..., :d_base, None], pre[..., None, d_base:]).flatten(-2)
 
 
-@torch.no_grad()
-def linear_batch_topk(
-    x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
-) -> Padded:
-    """The ``total`` largest positive outputs of ``x W^T + b`` over the batch; they exist chunk by chunk."""
-
-    def candidates() -> Iterator[tuple[Tensor, Tensor]]:
-        first = 0
-        for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
-            flat_N = torch.addmm(bias_P, part_BD, weight_PD.T).flatten()
-            best = flat_N.topk(min(total, len(flat_N)), sorted=False)
-            yield best.values, best.indices + first * len(weight_PD)
-            first += len(part_BD)
-
-    return _best_of_batch(candidates(), total, len(x_BD), len(weight_PD), x_BD)
-
-
-@torch.no_grad()
-def linear_above(
-    x_BD: Float[Tensor, "B D"],
-    weight_PD: Float[Tensor, "P D"],
-    bias_P: Float[Tensor, " P"],
-    thresholds_P: Float[Tensor, " P"],
-) -> Padded:
-    """Every positive output of ``x W^T + b`` above its threshold; the outputs exist chunk by chunk."""
-    tokens_N, rows_N, first = [], [], 0
-    for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
-        on_BP = torch.addmm(bias_P, part_BD, weight_PD.T) > thresholds_P.clamp_min(0)
-        token_N, row_N = on_BP.nonzero(as_tuple=True)
-        tokens_N.append(first + token_N)
-        rows_N.append(row_N)
-        first += len(part_BD)
-    return pad(_cat(tokens_N, x_BD), _cat(rows_N, x_BD), len(x_BD))
-
-
-@torch.no_grad()
-def linear_values_at(
-    x_BD: Float[Tensor, "B D"],
-    weight_PD: Float[Tensor, "P D"],
-    bias_P: Float[Tensor, " P"],
-    rows_BK: Int[Tensor, "B K"],
-) -> Float[Tensor, "B K"]:
-    """Outputs ``rows`` of ``x W^T + b``, for `linear_at` to give them their gradient."""
-    parts = x_BD.split(max(1, CHUNK_ELEMENTS // max(1, rows_BK.shape[1] * x_BD.shape[1])))
-    rows = rows_BK.split(max(1, CHUNK_ELEMENTS // max(1, rows_BK.shape[1] * x_BD.shape[1])))
-    dots = [torch.einsum("bd,bkd->bk", x, weight_PD[row]) for x, row in zip(parts, rows, strict=True)]
-    return torch.cat(dots) + bias_P[rows_BK]
-
-
-def _best_of_batch(
-    candidates: Iterator[tuple[Tensor, Tensor]], total: int, tokens: int, width: int, like: Tensor
-) -> Padded:
-    """The ``total`` largest positive candidates, each a value and its place ``token * width + latent``."""
-    values_N, flat_N = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
-    for more_values, more_flat in candidates:
-        positive = more_values > 0
-        values_N = torch.cat([values_N, more_values[positive]])
-        flat_N = torch.cat([flat_N, more_flat[positive]])
-        if len(values_N) > total:
-            kept = values_N.topk(total, sorted=False).indices
-            values_N, flat_N = values_N[kept], flat_N[kept]
-    flat_N = flat_N.sort().values
-    return pad(flat_N // width, flat_N % width, tokens)
-
-
 def _cat(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=like.device)
+
+
+def _best_of_chunks(
+    joined: PaddedPairs, total: int, d_base: int, d_extension: int, composition: Composition
+) -> PaddedPairs:
+    """Of the best of each chunk, the ``total`` best of all; of equal ones the earlier token, then latent."""
+    assert joined.chosen_BK is not None  # a batch's choice is padded
+    u_BK, v_BK = joined.pre_BR.chunk(2, dim=1)
+    order = composition.order
+    worth_BK = u_BK.relu() * v_BK.relu() if order == "product" else composition.function(u_BK, v_BK)
+    worth_BK = torch.where(joined.chosen_BK, worth_BK, -torch.inf)
+    kept_BK = torch.zeros_like(joined.chosen_BK)
+    kept_BK.view(-1)[worth_BK.flatten().sort(stable=True, descending=True).indices[:total]] = True
+    kept_BK &= joined.chosen_BK
+    indices_BK, chosen_BK = pad(kept_BK.nonzero()[:, 0], joined.selection.indices_BK[kept_BK], len(kept_BK))
+    selection = parents(indices_BK, d_base, d_extension)
+    pre = [half_BK.new_zeros(chosen_BK.shape).masked_scatter_(chosen_BK, half_BK[kept_BK]) for half_BK in (u_BK, v_BK)]
+    rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
+    return PaddedPairs(selection, rows_BR, torch.cat(pre, dim=1), chosen_BK)
 
 
 def _join(parts: list[PaddedPairs], d_base: int, d_extension: int) -> PaddedPairs:

@@ -1,0 +1,381 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# Types are numba's to infer: one source for float32 and float64, compiled at first use.
+"""The loops of the CPU path over tokens: which latents are chosen; `cpu` is their only caller.
+
+Each kernel works on the items ``start <= i < stop`` of its first axis (tokens or weight rows) and writes only what
+belongs to them, so the parts may run on different threads in any order and give the same bits. They hold no GIL and
+use no threading layer of numba's: its OpenMP layer is a second pool beside PyTorch's, and the two may take turns
+waiting for each other (`benchmarks/tried.py` measures it).
+
+A NaN is in no comparison larger, so the selections rank it with the zeros: every row number they write is valid.
+
+Loops that add up in a fixed order carry no ``reassoc``; dot products and squared norms do, in an order fixed by the
+compiled code. Compiled code is cached beside the module (as Python does with .pyc files), or in numba's user cache
+where that folder cannot be written, or in ``NUMBA_CACHE_DIR``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+PLAIN: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
+SUMS: dict[str, Any] = PLAIN | {"fastmath": {"contract", "reassoc", "nsz"}}
+MAXIMA: dict[str, Any] = PLAIN | {"fastmath": {"contract", "nsz"}}
+
+
+@njit(**PLAIN)
+def _worse(value_a, index_a, value_b, index_b):
+    """Whether a ranks below b: by value, and among equal values the larger index ranks below."""
+    return value_a < value_b or (value_a == value_b and index_a > index_b)
+
+
+@njit(**PLAIN)
+def _sift(values, indices, hole, size):
+    """Restore the heap (worst first) below ``hole``."""
+    value, index = values[hole], indices[hole]
+    child = 2 * hole + 1
+    while child < size:
+        if child + 1 < size and _worse(values[child + 1], indices[child + 1], values[child], indices[child]):
+            child += 1
+        if not _worse(values[child], indices[child], value, index):
+            break
+        values[hole], indices[hole] = values[child], indices[child]
+        hole = child
+        child = 2 * hole + 1
+    values[hole], indices[hole] = value, index
+
+
+@njit(**PLAIN)
+def _offer(values, indices, size, value, index):
+    """Keep the best ``len(values)`` of the candidates offered; return how many are kept."""
+    if size < len(values):
+        values[size], indices[size] = value, index
+        size += 1
+        if size == len(values):
+            for hole in range(size // 2 - 1, -1, -1):
+                _sift(values, indices, hole, size)
+    elif _worse(values[0], indices[0], value, index):
+        values[0], indices[0] = value, index
+        _sift(values, indices, 0, size)
+    return size
+
+
+@njit(**PLAIN)
+def _sift_bound(bounds, value):
+    """Replace the smallest of a heap of plain numbers by ``value``."""
+    size = len(bounds)
+    hole = 0
+    child = 1
+    while child < size:
+        if child + 1 < size and bounds[child + 1] < bounds[child]:
+            child += 1
+        if bounds[child] >= value:
+            break
+        bounds[hole] = bounds[child]
+        hole = child
+        child = 2 * hole + 1
+    bounds[hole] = value
+
+
+@njit(**PLAIN)
+def _kth_bound(best, bounds):
+    """The ``len(bounds)``-th largest of ``best``, or 0 where fewer are positive."""
+    bounds[:] = 0
+    for value in best:
+        if value > bounds[0]:
+            _sift_bound(bounds, value)
+    return bounds[0]
+
+
+@functools.cache
+def head_maxima(d_base, d_extension, multiplied):
+    """Compile ``base = max(0, max_i u_i)`` and ``extension = max(0, max_j v_j)`` for one head shape.
+
+    ``multiplied``: their product goes where the base's would, and nothing else is written. With the two sizes known
+    the loops over them unroll (`benchmarks/tried.py` measures what that saves).
+    """
+    width = d_base + d_extension
+
+    @njit(**MAXIMA)
+    def maxima(start, stop, pre_BP, bias_P, base_BH, extension_BH):
+        zero = pre_BP.dtype.type(0)
+        for b in range(start, stop):
+            for head in range(base_BH.shape[1]):
+                row = head * width
+                largest_base = zero
+                for i in range(d_base):
+                    value = pre_BP[b, row + i] + bias_P[row + i]
+                    if value > largest_base:
+                        largest_base = value
+                largest_extension = zero
+                for j in range(d_base, width):
+                    value = pre_BP[b, row + j] + bias_P[row + j]
+                    if value > largest_extension:
+                        largest_extension = value
+                if multiplied:
+                    best = largest_base * largest_extension
+                    base_BH[b, head] = best if best > 0 else zero  # inf * 0 is NaN
+                else:
+                    base_BH[b, head] = largest_base
+                    extension_BH[b, head] = largest_extension
+
+    return maxima
+
+
+@njit(**PLAIN)
+def _offer_head(pre_P, bias_P, head, d_base, d_extension, least, values, indices, size):
+    """Offer every positive product of one head that is at least ``least``."""
+    row = head * (d_base + d_extension)
+    first_extension = row + d_base
+    for i in range(d_base):
+        base = pre_P[row + i] + bias_P[row + i]
+        if base <= 0:
+            continue
+        for j in range(d_extension):
+            product = base * (pre_P[first_extension + j] + bias_P[first_extension + j])
+            if product > 0 and product >= least:
+                size = _offer(values, indices, size, product, (head * d_base + i) * d_extension + j)
+                if size == len(values) and values[0] > least:
+                    least = values[0]
+    return size
+
+
+@njit(**PLAIN)
+def _product(pre_P, bias_P, latent, d_base, d_extension):
+    head = latent // (d_base * d_extension)
+    cell = latent - head * d_base * d_extension
+    row = head * (d_base + d_extension)
+    base = row + cell // d_extension
+    extension = row + d_base + cell % d_extension
+    zero = pre_P.dtype.type(0)
+    return max(zero, pre_P[base] + bias_P[base]) * max(zero, pre_P[extension] + bias_P[extension])
+
+
+@njit(**PLAIN)
+def _write(pre_P, bias_P, indices, d_base, d_extension, out_index, out_row, out_pre):
+    """Write the chosen latents, their parents' rows (bases, then extensions) and their parents' values."""
+    k = len(indices)
+    cells = d_base * d_extension
+    for n in range(k):
+        latent = indices[n]
+        head = latent // cells
+        cell = latent - head * cells
+        row = head * (d_base + d_extension)
+        i = cell // d_extension
+        base = row + i
+        extension = row + d_base + cell - i * d_extension
+        out_index[n] = latent
+        out_row[n] = base
+        out_row[k + n] = extension
+        out_pre[n] = pre_P[base] + bias_P[base]
+        out_pre[k + n] = pre_P[extension] + bias_P[extension]
+
+
+@njit(**PLAIN)
+def kronecker_topk(
+    start, stop, pre_BP, bias_P, best_BH, d_base, d_extension, out_index_BK, out_row_BR, out_pre_BR
+):  # fmt: skip
+    """The k largest products of each token, ordered by (value, then smaller index); zeros fill up by index."""
+    k = out_index_BK.shape[1]
+    values = np.empty(k, pre_BP.dtype)
+    indices = np.empty(k, np.int64)
+    bounds = np.empty(k, pre_BP.dtype)
+    for b in range(start, stop):
+        pre_P, best_H = pre_BP[b], best_BH[b]
+        least = _kth_bound(best_H, bounds)
+        size = 0
+        for head in range(len(best_H)):
+            if best_H[head] >= least and best_H[head] > 0:
+                size = _offer_head(pre_P, bias_P, head, d_base, d_extension, least, values, indices, size)
+                if size == k and values[0] > least:
+                    least = values[0]
+        latent = 0
+        while size < k:
+            if not _product(pre_P, bias_P, latent, d_base, d_extension) > 0:
+                indices[size] = latent
+                size += 1
+            latent += 1
+        _write(pre_P, bias_P, indices, d_base, d_extension, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
+
+
+@njit(**PLAIN)
+def kronecker_topk_among(
+    start, stop, pre_BP, bias_P, best_BH, d_base, d_extension, latents_C, ends_H,
+    out_index_BK, out_row_BR, out_pre_BR,
+):  # fmt: skip
+    """As `kronecker_topk` over the sorted ``latents`` only; those of head h end at ``ends[h]``.
+
+    The head's bound is now only an upper one, so heads are streamed against the running k-th value.
+    """
+    k = out_index_BK.shape[1]
+    values = np.empty(k, pre_BP.dtype)
+    indices = np.empty(k, np.int64)
+    for b in range(start, stop):
+        pre_P, best_H = pre_BP[b], best_BH[b]
+        size = 0
+        first = 0
+        for head in range(len(best_H)):
+            last = ends_H[head]
+            if last > first and best_H[head] > 0 and (size < k or best_H[head] > values[0]):
+                for c in range(first, last):
+                    product = _product(pre_P, bias_P, latents_C[c], d_base, d_extension)
+                    if product > 0:
+                        size = _offer(values, indices, size, product, latents_C[c])
+            first = last
+        c = 0
+        while size < k:
+            if not _product(pre_P, bias_P, latents_C[c], d_base, d_extension) > 0:
+                indices[size] = latents_C[c]
+                size += 1
+            c += 1
+        _write(pre_P, bias_P, indices, d_base, d_extension, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
+
+
+@njit(**PLAIN)
+def _longer(array_N, size):
+    """A copy of at least ``size`` places, at least twice as long."""
+    grown_N = np.empty(max(size, 2 * len(array_N)), array_N.dtype)
+    grown_N[: len(array_N)] = array_N
+    return grown_N
+
+
+@njit(**PLAIN)
+def products_from(start, stop, pre_BP, bias_P, d_base, d_extension, best_BH, least, counts_B):
+    """Return the positive products that are at least ``least`` and their latents, both by token and then latent.
+
+    ``counts[b]`` is set to the number of each token.
+    """
+    values_N = np.empty(64 * (stop - start), pre_BP.dtype)
+    latents_N = np.empty(len(values_N), np.int64)
+    size = 0
+    for b in range(start, stop):
+        pre_P = pre_BP[b]
+        before = size
+        for head in range(best_BH.shape[1]):
+            if best_BH[b, head] > 0 and best_BH[b, head] >= least:
+                row = head * (d_base + d_extension)
+                first_extension = row + d_base
+                if size + d_base * d_extension > len(values_N):
+                    longer = size + d_base * d_extension
+                    values_N, latents_N = _longer(values_N, longer), _longer(latents_N, longer)
+                for i in range(d_base):
+                    base = pre_P[row + i] + bias_P[row + i]
+                    if base <= 0:
+                        continue
+                    for j in range(d_extension):
+                        product = base * (pre_P[first_extension + j] + bias_P[first_extension + j])
+                        if product > 0 and product >= least:
+                            values_N[size], latents_N[size] = product, (head * d_base + i) * d_extension + j
+                            size += 1
+        counts_B[b] = size - before
+    return values_N[:size], latents_N[:size]
+
+
+LANES = 1024
+
+
+@njit(**PLAIN)
+def _lane_maxima(pre_F, bias_F, best_L):
+    """``best[l] = max(0, max of pre + bias over the latents congruent to l modulo LANES)``.
+
+    The maxima of all lanes are one vectorised pass (134 MB in 8 ms; maxima of contiguous blocks took 20).
+    """
+    width = len(pre_F)
+    best_L[:] = 0
+    for first in range(0, width, LANES):
+        for lane in range(min(LANES, width - first)):
+            value = pre_F[first + lane] + bias_F[first + lane]
+            best_L[lane] = value if value > best_L[lane] else best_L[lane]
+
+
+@njit(**PLAIN)
+def lane_maxima(start, stop, pre_BF, bias_F, best_BL):
+    """The lane maxima of each token: what `head_maxima` multiplied are to heads."""
+    for b in range(start, stop):
+        _lane_maxima(pre_BF[b], bias_F, best_BL[b])
+
+
+@njit(**PLAIN)
+def topk(start, stop, pre_BF, bias_F, out_value_BK, out_index_BK):
+    """The k largest of ``relu(pre + bias)`` per token: `kronecker_topk` with lanes in the place of heads."""
+    width = pre_BF.shape[1]
+    k = out_index_BK.shape[1]
+    values = np.empty(k, pre_BF.dtype)
+    indices = np.empty(k, np.int64)
+    best_L = np.empty(min(LANES, width), pre_BF.dtype)
+    bounds = np.empty(k, pre_BF.dtype)
+    for b in range(start, stop):
+        pre_F = pre_BF[b]
+        _lane_maxima(pre_F, bias_F, best_L)
+        least = _kth_bound(best_L, bounds)
+        size = 0
+        for lane in range(len(best_L)):
+            if best_L[lane] >= least and best_L[lane] > 0:
+                for f in range(lane, width, LANES):
+                    value = pre_F[f] + bias_F[f]
+                    if value > 0 and value >= least:
+                        size = _offer(values, indices, size, value, f)
+                        if size == k and values[0] > least:
+                            least = values[0]
+        f = 0
+        while size < k:
+            if not pre_F[f] + bias_F[f] > 0:
+                indices[size] = f
+                size += 1
+            f += 1
+        for n in range(k):
+            out_index_BK[b, n] = indices[n]
+            out_value_BK[b, n] = pre_F[indices[n]] + bias_F[indices[n]]
+
+
+_BLOCK = 32
+
+
+@njit(**PLAIN)
+def above(start, stop, pre_BF, bias_F, thresholds_F, counts_B):
+    """Return the outputs ``pre + bias`` above their thresholds and their latents, both by token and then latent.
+
+    ``counts[b]`` is set to the number of each token. Neighbours are counted `_BLOCK` at a time, which is vectorised,
+    and looked at one by one only where there is something to find.
+    """
+    width = pre_BF.shape[1]
+    values_N = np.empty(64 * (stop - start), pre_BF.dtype)
+    latents_N = np.empty(len(values_N), np.int64)
+    size = 0
+    for b in range(start, stop):
+        pre_F = pre_BF[b]
+        before = size
+        for s in range(-(-width // _BLOCK)):
+            first = s * _BLOCK
+            count = 0
+            for j in range(min(_BLOCK, width - first)):
+                count += pre_F[first + j] + bias_F[first + j] > thresholds_F[first + j]
+            if size + count > len(values_N):
+                values_N, latents_N = _longer(values_N, size + count), _longer(latents_N, size + count)
+            f = first
+            while count > 0:
+                value = pre_F[f] + bias_F[f]
+                if value > thresholds_F[f]:
+                    values_N[size], latents_N[size] = value, f
+                    size += 1
+                    count -= 1
+                f += 1
+        counts_B[b] = size - before
+    return values_N[:size], latents_N[:size]
+
+
+@njit(**PLAIN)
+def lay_out(start, stop, ends_B, values_N, latents_N, out_value_BK, out_index_BK):
+    """One row per token of the lists of all tokens, token after token; the rest of a row is latent 0 of value 0."""
+    for b in range(start, stop):
+        first = ends_B[b - 1] if b > 0 else 0
+        size = ends_B[b] - first
+        for n in range(size):
+            out_value_BK[b, n] = values_N[first + n]
+            out_index_BK[b, n] = latents_N[first + n]
+        out_value_BK[b, size:] = 0
+        out_index_BK[b, size:] = 0
