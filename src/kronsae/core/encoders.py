@@ -328,7 +328,7 @@ class KroneckerLatents:
 
     def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
         encoder = self.encoder
-        composition = Composition(encoder.gate.order, encoder.compose)
+        composition = Composition(encoder.gate.order, encoder.compose, encoder.gate.least_product)
         weights = encoder.weight, encoder.bias, encoder.d_base
         pairs = kernels.kronecker_linear_select(self.x_BD, *weights, requests, composition)
         return tuple(self._codes(chosen) for chosen in pairs)

@@ -127,6 +127,7 @@ class Gate:
         signed: it can be negative; the latent is then its positive part.
         homogeneous: ``gate(s u, s v) = s gate(u, v)`` for ``s > 0``.
         start: initial value of its one learned parameter; None: nothing is learned.
+        least_product: of a gate of order ``product``, the inverse ``theta -> u v``, less what rounding may add to it.
     """
 
     function: Callable[..., Tensor]
@@ -134,16 +135,19 @@ class Gate:
     signed: bool = False
     homogeneous: bool = False
     start: float | None = None
+    least_product: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, u: Tensor, v: Tensor, *parameter: Tensor) -> Tensor:
         z = self.function(u, v, *parameter)
         return z.relu() if self.signed else z
 
 
+_LESS = 1 - 1e-4  # a thousand times what float32 rounds
+
 GATES: dict[str, Gate] = {
-    "mand": Gate(mand, "product", homogeneous=True),
-    "mand_eps": Gate(mand_eps, "product"),
-    "relu_product": Gate(relu_product, "product"),
+    "mand": Gate(mand, "product", homogeneous=True, least_product=lambda theta: _LESS * theta.square()),
+    "mand_eps": Gate(mand_eps, "product", least_product=lambda theta: _LESS * theta.square() - PAPER_EPSILON),
+    "relu_product": Gate(relu_product, "product", least_product=lambda theta: _LESS * theta),
     "raw_product": Gate(raw_product, "none", signed=True),
     "minimum": Gate(minimum, "parents", homogeneous=True),
     "and_ail": Gate(and_ail, "parents", signed=True, homogeneous=True),

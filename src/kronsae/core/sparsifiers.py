@@ -232,7 +232,8 @@ class JumpReLU(nn.Module):
         self._start(latents)
         reach = self.threshold.detach() * (1 - self.config.bandwidth / 2)
         near, *rest = latents.choose(Above(reach), *also)
-        log_threshold_BK = self.log_threshold[near.indices]
+        # index_select: its gradient is a sum in a fixed order; that of [...] is not, on several threads
+        log_threshold_BK = self.log_threshold.index_select(0, near.indices.flatten()).view_as(near.values)
         values_BK, on_BK = jump(near.values, log_threshold_BK, self.config.bandwidth)
         return Chosen(SparseCodes(values_BK, near.indices, near.d_sae), tuple(rest), on_BK.sum(-1).mean())
 

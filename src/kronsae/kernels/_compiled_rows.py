@@ -45,12 +45,18 @@ def _add_rows(weights, rows, first, last, matrix, out_D):
 
 @njit(**PLAIN)
 def weighted_rows(start, stop, weights_BR, rows_BR, matrix_PD, bias_D, out_BD):
-    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``."""
+    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``; a row of weight 0 is not read."""
+    weights = np.empty(rows_BR.shape[1], weights_BR.dtype)
+    rows = np.empty(rows_BR.shape[1], np.int64)
     for b in range(start, stop):
+        size = 0
+        for r in range(rows_BR.shape[1]):
+            weights[size], rows[size] = weights_BR[b, r], rows_BR[b, r]
+            size += weights_BR[b, r] != 0
         out_D = out_BD[b]
         for d in range(len(out_D)):
             out_D[d] = bias_D[d]
-        _add_rows(weights_BR[b], rows_BR[b], 0, rows_BR.shape[1], matrix_PD, out_D)
+        _add_rows(weights, rows, 0, size, matrix_PD, out_D)
 
 
 @njit(**SUMS)
@@ -63,11 +69,16 @@ def _dot(a_D, b_D):
 
 @njit(**SUMS)
 def sampled_products(start, stop, x_BD, matrix_PD, rows_BR, out_BR):
-    """``out[b, r] = x[b] . matrix[rows[b, r]]``, four rows at a time: four streams from memory instead of one."""
-    entries = rows_BR.shape[1]
+    """``out[b, r] = x[b] . matrix[rows[b, r]]``, four rows at a time: four streams from memory instead of one.
+
+    Where the last rows of a token are all the same, as in padding, their product is computed once.
+    """
     zero = x_BD.dtype.type(0)
     for b in range(start, stop):
         x_D = x_BD[b]
+        entries = rows_BR.shape[1]
+        while entries > 1 and rows_BR[b, entries - 1] == rows_BR[b, entries - 2]:
+            entries -= 1
         r = 0
         while r + 3 < entries:
             row0, row1, row2, row3 = rows_BR[b, r], rows_BR[b, r + 1], rows_BR[b, r + 2], rows_BR[b, r + 3]
@@ -82,6 +93,8 @@ def sampled_products(start, stop, x_BD, matrix_PD, rows_BR, out_BR):
         while r < entries:
             out_BR[b, r] = _dot(x_D, matrix_PD[rows_BR[b, r]])
             r += 1
+        if entries > 0:
+            out_BR[b, entries:] = out_BR[b, entries - 1]
 
 
 @njit(**PLAIN)

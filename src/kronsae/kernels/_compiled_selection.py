@@ -244,35 +244,57 @@ def _longer(array_N, size):
 
 
 @njit(**PLAIN)
-def products_from(start, stop, pre_BP, bias_P, d_base, d_extension, best_BH, least, counts_B):
-    """Return the positive products that are at least ``least`` and their latents, both by token and then latent.
+def _list_products(pre_P, bias_P, heads, d_base, d_extension, least_F, u_N, v_N, latents_N, size):
+    """Write the positive pairs of these heads whose products reach their least; return how many are written by now."""
+    for head in heads:
+        row = head * (d_base + d_extension)
+        first_extension = row + d_base
+        for i in range(d_base):
+            base = pre_P[row + i] + bias_P[row + i]
+            if base <= 0:
+                continue
+            for j in range(d_extension):
+                extension = pre_P[first_extension + j] + bias_P[first_extension + j]
+                latent = (head * d_base + i) * d_extension + j
+                if extension > 0 and base * extension >= least_F[latent]:
+                    u_N[size], v_N[size], latents_N[size] = base, extension, latent
+                    size += 1
+    return size
 
-    ``counts[b]`` is set to the number of each token.
+
+@njit(**PLAIN)
+def products_from(start, stop, pre_BP, bias_P, d_base, d_extension, best_BH, least_H, least_F, counts_B):
+    """Return the latents, and their parents u and v, with ``u > 0``, ``v > 0`` and ``u v >= least`` of the latent.
+
+    By token and then latent; ``counts[b]`` is set to the number of each token. ``least_H`` is the smallest of each
+    head's: a head whose best is below it is left out.
     """
-    values_N = np.empty(64 * (stop - start), pre_BP.dtype)
-    latents_N = np.empty(len(values_N), np.int64)
+    u_N = np.empty(64 * (stop - start), pre_BP.dtype)
+    v_N = np.empty(len(u_N), pre_BP.dtype)
+    latents_N = np.empty(len(u_N), np.int64)
+    heads_H = np.empty(best_BH.shape[1], np.int64)
     size = 0
     for b in range(start, stop):
-        pre_P = pre_BP[b]
         before = size
+        found = 0
         for head in range(best_BH.shape[1]):
-            if best_BH[b, head] > 0 and best_BH[b, head] >= least:
-                row = head * (d_base + d_extension)
-                first_extension = row + d_base
-                if size + d_base * d_extension > len(values_N):
-                    longer = size + d_base * d_extension
-                    values_N, latents_N = _longer(values_N, longer), _longer(latents_N, longer)
-                for i in range(d_base):
-                    base = pre_P[row + i] + bias_P[row + i]
-                    if base <= 0:
-                        continue
-                    for j in range(d_extension):
-                        product = base * (pre_P[first_extension + j] + bias_P[first_extension + j])
-                        if product > 0 and product >= least:
-                            values_N[size], latents_N[size] = product, (head * d_base + i) * d_extension + j
-                            size += 1
+            heads_H[found] = head
+            found += best_BH[b, head] >= least_H[head]
+        most = size + found * d_base * d_extension
+        if most > len(u_N):
+            u_N, v_N, latents_N = _longer(u_N, most), _longer(v_N, most), _longer(latents_N, most)
+        size = _list_products(
+            pre_BP[b], bias_P, heads_H[:found], d_base, d_extension, least_F, u_N, v_N, latents_N, size
+        )
         counts_B[b] = size - before
-    return values_N[:size], latents_N[:size]
+    return latents_N[:size], u_N[:size], v_N[:size]
+
+
+@njit(**PLAIN)
+def pairs_at(start, stop, pre_BP, bias_P, d_base, d_extension, index_BK, out_index_BK, out_row_BR, out_pre_BR):
+    """The latents given, with their parents' rows and values."""
+    for b in range(start, stop):
+        _write(pre_BP[b], bias_P, index_BK[b], d_base, d_extension, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
 
 
 LANES = 1024
@@ -337,10 +359,10 @@ _BLOCK = 32
 
 @njit(**PLAIN)
 def above(start, stop, pre_BF, bias_F, thresholds_F, counts_B):
-    """Return the outputs ``pre + bias`` above their thresholds and their latents, both by token and then latent.
+    """Return the latents whose outputs ``pre + bias`` are above their thresholds, and the outputs.
 
-    ``counts[b]`` is set to the number of each token. Neighbours are counted `_BLOCK` at a time, which is vectorised,
-    and looked at one by one only where there is something to find.
+    By token and then latent; ``counts[b]`` is set to the number of each token. Neighbours are counted `_BLOCK` at a
+    time, which is vectorised, and looked at one by one only where there is something to find.
     """
     width = pre_BF.shape[1]
     values_N = np.empty(64 * (stop - start), pre_BF.dtype)
@@ -365,7 +387,7 @@ def above(start, stop, pre_BF, bias_F, thresholds_F, counts_B):
                     count -= 1
                 f += 1
         counts_B[b] = size - before
-    return values_N[:size], latents_N[:size]
+    return latents_N[:size], values_N[:size]
 
 
 @njit(**PLAIN)

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kronsae.kernels import _compiled_rows, _compiled_selection
+from kronsae.kernels import _compiled_rows, _compiled_selection, portable
 from kronsae.kernels.portable import PRODUCT_ELEMENTS, join_inputs, pad_selection
 from kronsae.kernels.rows import AdamW, RowGradient, Term
-from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection
+from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Composition, KroneckerSelection
 
 Array = np.ndarray[Any, Any]
 PARTS_PER_THREAD = 4  # parts are taken as threads come free: rows with many entries do not hold the others up
@@ -216,15 +216,55 @@ def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: in
     tokens, heads, width = pre_BHP.shape
     d_extension = width - d_base
     pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
-    bias_P = np.zeros(heads * width, pre_BP.dtype)
-    best_BH = _bounds(pre_BP, bias_P, heads, d_base)
-    least = _kth_largest(best_BH.ravel(), total)
-    shared = (pre_BP, bias_P, d_base, d_extension, best_BH, least)
-    tokens_N, latents_N, products_N = _listed(_compiled_selection.products_from, 0, tokens, *shared)
-    if len(products_N) > total:
-        kept_N = _largest(products_N, total)
+    best_BH = _bounds(pre_BP, np.zeros(heads * width, pre_BP.dtype), heads, d_base)
+    smallest = np.nextafter(pre_BP.dtype.type(0), pre_BP.dtype.type(1))  # 0 is no activation
+    least_F = np.full(heads * d_base * d_extension, max(smallest, _kth_largest(best_BH.ravel(), total)))
+    tokens_N, latents_N, u_N, v_N = _products_from(pre_BHP, d_base, least_F, best_BH)
+    if len(latents_N) > total:
+        kept_N = _largest(u_N * v_N, total)
         tokens_N, latents_N = tokens_N[kept_N], latents_N[kept_N]
     return pad_selection(torch.from_numpy(tokens_N), torch.from_numpy(latents_N), tokens, d_base, d_extension)
+
+
+def kronecker_above(
+    pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
+) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """Every positive composition above its latent's threshold, by token and then latent: its token and its latent.
+
+    The products that can be above their threshold are listed first, and of them alone the compositions are computed.
+    """
+    thresholds_F = thresholds_F.clamp_min(0).to(pre_BHP.dtype)
+    nothing = composition.function(*thresholds_F.new_zeros(2, 1))
+    if composition.least_product is None or bool(nothing > thresholds_F.min()):
+        return portable.kronecker_above(pre_BHP, d_base, thresholds_F, composition)
+    least_F = _array(composition.least_product(thresholds_F).clamp_min(0))
+    tokens_N, latents_N, u_N, v_N = map(torch.from_numpy, _products_from(pre_BHP, d_base, least_F))
+    on_N = composition.function(u_N, v_N) > thresholds_F[latents_N]
+    return tokens_N[on_N], latents_N[on_N]
+
+
+def _products_from(pre_BHP: Tensor, d_base: int, least_F: Array, best_BH: Array | None = None) -> tuple[Array, ...]:
+    """Tokens, latents and parents of all positive pairs whose products are at least ``least`` of their latents."""
+    tokens, heads, width = pre_BHP.shape
+    pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
+    bias_P = np.zeros(heads * width, pre_BP.dtype)
+    if best_BH is None:
+        best_BH = _bounds(pre_BP, bias_P, heads, d_base)
+    least_H = least_F.reshape(heads, -1).min(1)
+    kernel = _compiled_selection.products_from
+    return _listed(kernel, 0, tokens, pre_BP, bias_P, d_base, width - d_base, best_BH, least_H, least_F)
+
+
+def pairs_at(
+    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
+) -> ChosenPairs:
+    """The latents with their parents' rows and values."""
+    chosen = _empty_choice(*indices_BK.shape, pre_BP.dtype)
+    outputs = (_array(chosen.selection.indices_BK), _array(chosen.rows_BR), _array(chosen.pre_BR))
+    bias_P = np.zeros(pre_BP.shape[1], _array(pre_BP[:0]).dtype)
+    kernel = _compiled_selection.pairs_at
+    _run(kernel, _even(len(pre_BP)), _array(pre_BP), bias_P, d_base, d_extension, _array(indices_BK), *outputs)
+    return chosen
 
 
 def _kth_largest(values: Array, k: int) -> Any:
@@ -261,10 +301,7 @@ def linear_above(
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
     """Every positive output above its threshold, rows ascending."""
     bias, thresholds = _array(bias_P), _array(thresholds_P.clamp_min(0).to(x_BD.dtype))
-    found = [
-        _listed(_compiled_selection.above, part.start, len(pre_BP), pre_BP, bias, thresholds)
-        for part, pre_BP in _products(x_BD, weight_PD)
-    ]
+    found = [_above(part, pre_BP, bias, thresholds) for part, pre_BP in _products(x_BD, weight_PD)]
     return _laid_out(_joined(found, x_BD.dtype), len(x_BD))
 
 
@@ -283,8 +320,7 @@ def linear_batch_topk(
         _run(_compiled_selection.lane_maxima, _even(len(pre_BP)), pre_BP, bias, lanes_BL)
         least = max(least, _kth_largest(lanes_BL.ravel(), total))
         just_below = np.full(len(bias), np.nextafter(least, bias.dtype.type(0)))
-        found = _listed(_compiled_selection.above, part.start, len(pre_BP), pre_BP, bias, just_below)
-        best = _joined([best, found], x_BD.dtype)
+        best = _joined([best, _above(part, pre_BP, bias, just_below)], x_BD.dtype)
         if len(best.values_N) > total:
             kept_N = _largest(best.values_N, total)
             best = _Found(*(array[kept_N] for array in best))
@@ -300,18 +336,23 @@ class _Found(NamedTuple):
     values_N: Array
 
 
-def _listed(kernel: Callable[..., tuple[Array, Array]], first_token: int, tokens: int, *arguments: Any) -> _Found:
-    """What ``kernel`` lists of each part of the tokens, one part after another."""
+def _listed(
+    kernel: Callable[..., tuple[Array, ...]], first_token: int, tokens: int, *arguments: Any
+) -> tuple[Array, ...]:
+    """What ``kernel`` lists of each part of the tokens, one part after another, after the token of each."""
     counts_B = np.empty(tokens, np.int64)
-    parts: dict[int, tuple[Array, Array]] = {}
+    parts: dict[int, tuple[Array, ...]] = {}
 
     def work(start: int, stop: int) -> None:
         parts[start] = kernel(start, stop, *arguments, counts_B)
 
     _run(work, _even(tokens))
-    values, rows = zip(*(parts[start] for start in sorted(parts)), strict=True)
     tokens_N = np.repeat(np.arange(first_token, first_token + tokens), counts_B)
-    return _Found(tokens_N, np.concatenate(rows), np.concatenate(values))
+    return tokens_N, *map(np.concatenate, zip(*(parts[start] for start in sorted(parts)), strict=True))
+
+
+def _above(part: slice, pre_BP: Array, bias_P: Array, thresholds_P: Array) -> _Found:
+    return _Found(*_listed(_compiled_selection.above, part.start, len(pre_BP), pre_BP, bias_P, thresholds_P))
 
 
 def _joined(found: Sequence[_Found], dtype: torch.dtype) -> _Found:

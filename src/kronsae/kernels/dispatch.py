@@ -32,6 +32,8 @@ OPERATIONS: Final = (
     "linear_above",
     "product_chunks",
     "head_maxima",
+    "kronecker_above",
+    "pairs_at",
     "weighted_rows",
     "sampled_products",
     "group_rows",

@@ -21,11 +21,13 @@ from kronsae.kernels import portable
 from kronsae.kernels.portable import (
     group_rows,
     head_maxima,
+    kronecker_above,
     kronecker_batch_topk,
     kronecker_topk_among,
     linear_above,
     linear_batch_topk,
     linear_topk,
+    pairs_at,
     product_chunks,
 )
 from kronsae.kernels.rows import AdamW, RowGradient
@@ -36,6 +38,7 @@ __all__ = [
     "gradient_rows",
     "group_rows",
     "head_maxima",
+    "kronecker_above",
     "kronecker_batch_topk",
     "kronecker_linear_topk",
     "kronecker_topk",
@@ -43,6 +46,7 @@ __all__ = [
     "linear_above",
     "linear_batch_topk",
     "linear_topk",
+    "pairs_at",
     "product_chunks",
     "sampled_products",
     "squared_norm",

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from kronsae.kernels.rows import AdamW, RowGradient, Term
-from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, pad, parents
+from kronsae.kernels.selection import (
+    BatchSelection,
+    Choice,
+    ChosenPairs,
+    Composition,
+    KroneckerSelection,
+    pad,
+    parents,
+)
 
 CHUNK_ELEMENTS = 2**22  # largest temporary: 16 MB of fp32, about the size at which the CPU's caches stop helping
 PRODUCT_ELEMENTS = 2**24  # outputs of one product: 64 MB of fp32; a product starves on fewer than 64 tokens
@@ -94,6 +102,47 @@ def pad_selection(tokens_N: Tensor, latents_N: Tensor, tokens: int, d_base: int,
     return BatchSelection(parents(indices_BK, d_base, d_extension), chosen_BK)
 
 
+def kronecker_above(
+    pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
+) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """Every positive composition above its latent's threshold, by token and then latent: its token and its latent.
+
+    Only heads that can hold one are expanded: a composition that is ordered has its largest where the parents' are.
+    """
+    heads, width = pre_BHP.shape[1:]
+    cells = d_base * (width - d_base)
+    thresholds_HC = thresholds_F.clamp_min(0).view(heads, cells)
+    lowest_H = thresholds_HC.amin(1)
+    none_N = torch.zeros(0, dtype=torch.int64, device=pre_BHP.device)
+    tokens, latents, first = [none_N], [none_N], 0
+    for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // heads)):
+        can_BH = torch.ones(part_BHP.shape[:2], dtype=torch.bool, device=pre_BHP.device)
+        if composition.order != "none":
+            can_BH = composition.function(*head_maxima(part_BHP, d_base)) > lowest_H
+        for pairs_E2 in can_BH.nonzero().split(max(1, CHUNK_ELEMENTS // cells)):
+            token_E, head_E = pairs_E2.unbind(1)
+            on_EC = cells_of(part_BHP[token_E, head_E], d_base, composition) > thresholds_HC[head_E]
+            entry_N, cell_N = on_EC.nonzero(as_tuple=True)
+            tokens.append(first + token_E[entry_N])
+            latents.append(head_E[entry_N] * cells + cell_N)
+        first += len(part_BHP)
+    return torch.cat(tokens), torch.cat(latents)
+
+
+def cells_of(pre: Float[Tensor, "... P"], d_base: int, composition: Composition) -> Float[Tensor, "... C"]:
+    """All compositions of each head, ``[..., P] -> [..., M * N]``."""
+    return composition.function(pre[..., :d_base, None], pre[..., None, d_base:]).flatten(-2)
+
+
+def pairs_at(
+    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
+) -> ChosenPairs:
+    """The latents with their parents' rows and values."""
+    selection = parents(indices_BK, d_base, d_extension)
+    rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
+    return ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR))
+
+
 def kronecker_linear_topk(
     x_BD: Float[Tensor, "B D"],
     weight_HPD: Float[Tensor, "H P D"],
@@ -123,8 +172,7 @@ def choose_in_chunks(
             selection = (
                 topk(pre_BHP, d_base, k) if latents_C is None else kronecker_topk_among(pre_BHP, d_base, k, latents_C)
             )
-            rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
-            chosen.append(ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR)))
+            chosen.append(pairs_at(pre_BP, selection.indices_BK, d_base, width - d_base))
     return [_join(chosen) for chosen in parts]
 
 

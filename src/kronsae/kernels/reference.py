@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kronsae.kernels.rows import AdamW, RowGradient, Term
-from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, parents
+from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Composition, KroneckerSelection, parents
 
 
 def product_chunks(
@@ -57,6 +57,15 @@ def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: in
     return BatchSelection(parents(indices_BK, d_base, pre_BHP.shape[-1] - d_base), chosen_BK)
 
 
+def kronecker_above(
+    pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
+) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """Every positive composition above its latent's threshold, by token and then latent: its token and its latent."""
+    z_BF = composition.function(pre_BHP[..., :d_base, None], pre_BHP[..., None, d_base:]).flatten(1)
+    tokens_N, latents_N = ((z_BF > 0) & (z_BF > thresholds_F)).nonzero(as_tuple=True)
+    return tokens_N, latents_N
+
+
 def _largest_of_batch(values_BF: Tensor, total: int) -> Tensor:
     """Which are the ``total`` largest, if positive; of equal ones, those of the earlier token, then latent."""
     positive_BF = torch.where(values_BF > 0, values_BF, 0.0)
@@ -78,6 +87,15 @@ def _first_of_sorted(values_BF: Tensor, k: int) -> Tensor:
     return values_BF.sort(dim=1, stable=True, descending=True).indices[:, :k]
 
 
+def pairs_at(
+    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
+) -> ChosenPairs:
+    """The latents with their parents' rows and values."""
+    selection = parents(indices_BK, d_base, d_extension)
+    rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
+    return ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR))
+
+
 def kronecker_linear_topk(
     x_BD: Float[Tensor, "B D"],
     weight_HPD: Float[Tensor, "H P D"],
@@ -94,8 +112,7 @@ def kronecker_linear_topk(
             if choice.latents_C is None
             else kronecker_topk_among(pre_BHP, d_base, choice.k, choice.latents_C)
         )
-        rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
-        results.append(ChosenPairs(selection, rows_BR, pre_BHP.flatten(1).gather(1, rows_BR)))
+        results.append(pairs_at(pre_BHP.flatten(1), selection.indices_BK, d_base, pre_BHP.shape[-1] - d_base))
     return results
 
 

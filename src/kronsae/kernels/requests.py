@@ -24,7 +24,7 @@ from kronsae.kernels.autograd import (
     linear_at,
 )
 from kronsae.kernels.dispatch import choose
-from kronsae.kernels.portable import CHUNK_ELEMENTS, best_of_batch
+from kronsae.kernels.portable import CHUNK_ELEMENTS, best_of_batch, cells_of
 from kronsae.kernels.selection import Above, BatchChoice, Choice, Composition, PaddedPairs, Request, pad, parents
 
 Padded = tuple[Int[Tensor, "B K"], Bool[Tensor, "B K"] | None]
@@ -52,9 +52,8 @@ def kronecker_linear_select(
             pre_BHP = pre_BP.view(-1, *bias_HP.shape)
             for request, chosen in zip(requests, parts, strict=True):
                 indices_BK, chosen_BK = select(pre_BHP, d_base, request, composition)
-                selection = parents(indices_BK, d_base, bias_HP.shape[1] - d_base)
-                rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
-                chosen.append(PaddedPairs(selection, rows_BR, pre_BP.gather(1, rows_BR), chosen_BK))
+                pairs = choose("pairs_at", pre_BP)(pre_BP, indices_BK, d_base, bias_HP.shape[1] - d_base)
+                chosen.append(PaddedPairs(*pairs, chosen_BK))
     results = []
     for request, chosen in zip(requests, parts, strict=True):
         joined = _join(chosen, d_base, bias_HP.shape[1] - d_base)
@@ -71,7 +70,8 @@ def kronecker_linear_select(
 def select(pre_BHP: Float[Tensor, "B H P"], d_base: int, request: Request, composition: Composition) -> Padded:
     """The latents that meet one request, and which of them are not padding (None: all)."""
     if isinstance(request, Above):
-        return above(pre_BHP, d_base, request.thresholds_F, composition)
+        operation = choose("kronecker_above", pre_BHP)
+        return pad(*operation(pre_BHP, d_base, request.thresholds_F, composition), len(pre_BHP))
     if composition.order == "product":
         if isinstance(request, BatchChoice):
             selection, chosen_BK = kronecker_batch_topk(pre_BHP, d_base, request.total)
@@ -102,7 +102,7 @@ def topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, choice: Choice, compositi
         if expanded < heads:
             heads_BE = head_bounds(part_BHP, d_base, composition).topk(expanded, dim=1, sorted=False).indices
             part_BHP = part_BHP.gather(1, heads_BE.unsqueeze(-1).expand(-1, -1, width))
-        flat_BK = _cells(part_BHP, d_base, composition).flatten(1).topk(choice.k, dim=1, sorted=False).indices
+        flat_BK = cells_of(part_BHP, d_base, composition).flatten(1).topk(choice.k, dim=1, sorted=False).indices
         found.append(heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells)
     return torch.cat(found)
 
@@ -119,7 +119,7 @@ def batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int, composi
             if composition.order != "none" and total < len(pairs_E):
                 bounds_BH = head_bounds(part_BHP, d_base, composition)
                 pairs_E = bounds_BH.flatten().topk(total, sorted=False).indices
-            z_EC = _cells(part_BHP.flatten(0, 1)[pairs_E], d_base, composition)
+            z_EC = cells_of(part_BHP.flatten(0, 1)[pairs_E], d_base, composition)
             flat_EC = (pairs_E.unsqueeze(1) + first * heads) * cells + torch.arange(cells, device=pre_BHP.device)
             yield z_EC.flatten(), flat_EC.flatten()
             first += len(part_BHP)
@@ -128,42 +128,9 @@ def batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int, composi
     return pad(places_N // (heads * cells), places_N % (heads * cells), len(pre_BHP))
 
 
-def above(
-    pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
-) -> Padded:
-    """Every positive composition above its latent's threshold; only heads that can hold one are expanded."""
-    tokens, heads, width = pre_BHP.shape
-    cells = d_base * (width - d_base)
-    thresholds_HC = thresholds_F.clamp_min(0).view(heads, cells)
-    lowest_H = thresholds_HC.amin(1)
-    tokens_N, latents_N = [], []
-    first = 0
-    for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // heads)):
-        can_BH = torch.ones(part_BHP.shape[:2], dtype=torch.bool, device=pre_BHP.device)
-        if composition.order != "none":
-            can_BH = head_bounds(part_BHP, d_base, composition) > lowest_H
-        for pairs_E2 in can_BH.nonzero().split(max(1, CHUNK_ELEMENTS // cells)):
-            token_E, head_E = pairs_E2.unbind(1)
-            on_EC = _cells(part_BHP[token_E, head_E], d_base, composition) > thresholds_HC[head_E]
-            entry_N, cell_N = on_EC.nonzero(as_tuple=True)
-            tokens_N.append(first + token_E[entry_N])
-            latents_N.append(head_E[entry_N] * cells + cell_N)
-        first += len(part_BHP)
-    return pad(_cat(tokens_N, pre_BHP), _cat(latents_N, pre_BHP), tokens)
-
-
 def head_bounds(pre_BHP: Float[Tensor, "B H P"], d_base: int, composition: Composition) -> Float[Tensor, "B H"]:
     """The largest composition in each head: its largest base's with its largest extension."""
     return composition.function(*choose("head_maxima", pre_BHP)(pre_BHP, d_base))
-
-
-def _cells(pre: Tensor, d_base: int, composition: Composition) -> Tensor:
-    """All compositions of each head, ``[..., P] -> [..., M * N]``."""
-    return composition.function(pre[..., :d_base, None], pre[..., None, d_base:]).flatten(-2)
-
-
-def _cat(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=like.device)
 
 
 def _best_of_chunks(

@@ -58,10 +58,14 @@ class Composition(NamedTuple):
     - ``parents``: it rises with u and with v and is at most 0 unless both are positive, so a head's largest value is
       that of its largest base and its largest extension, and pruning by head stays exact;
     - ``none``: neither; all of a token's latents are computed.
+
+    Of order ``product``, ``least_product(theta)`` may say below which product of the parents no composition is above
+    theta, however it is rounded; what it lets through in excess costs time only.
     """
 
     order: Order
     function: Callable[[Tensor, Tensor], Tensor]
+    least_product: Callable[[Tensor], Tensor] | None = None
 
 
 class ChosenPairs(NamedTuple):
