@@ -104,14 +104,15 @@ def test_the_measure_sees_forward_and_backward_but_no_views() -> None:
 
 
 @both_encoders
+@pytest.mark.parametrize("sparsifier", [TopKConfig(k=5), BatchTopKConfig(k=5), JumpReLUConfig(k=5)], ids=str)
 def test_what_is_made_by_chunks_of_tokens_stays_within_a_chunk(
-    encoder: EncoderConfig, monkeypatch: pytest.MonkeyPatch
+    encoder: EncoderConfig, sparsifier: SparsifierConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dense encoder's outputs, and AuxK with every latent dead, exist for 64 tokens or a chunk at a time."""
-    for name in ("CHUNK_ELEMENTS", "PRODUCT_ELEMENTS"):
-        monkeypatch.setattr(f"kronsae.kernels.portable.{name}", 2**12)
-    sae, x_BD = build(encoder)
+    for name in ("portable.CHUNK_ELEMENTS", "portable.PRODUCT_ELEMENTS", "requests.CHUNK_ELEMENTS"):
+        monkeypatch.setattr(f"kronsae.kernels.{name}", 2**12)
+    sae, x_BD = build(encoder, sparsifier)
     with kernels.use("portable"), Largest() as largest:
-        objective(sae, x_BD, torch.arange(F), AuxKConfig(k_aux=4)).loss.backward()
+        objective(sae, x_BD, torch.arange(F), AuxKConfig(k_aux=4), l0_weight=0.1).loss.backward()
     assert largest.numel <= 64 * max(F, P), largest.operation
     assert largest.numel < B * F

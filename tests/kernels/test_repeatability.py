@@ -8,8 +8,13 @@ import threading
 
 import pytest
 import torch
+from torch import Tensor
 
 from kronsae import kernels
+from kronsae.core.encoders import DenseEncoderConfig
+from kronsae.core.objective import objective
+from kronsae.core.sae import SAEConfig
+from kronsae.core.sparsifiers import JumpReLUConfig
 from kronsae.kernels import AdamW, Choice, reference
 from kronsae.kernels.rows import Term
 
@@ -37,6 +42,12 @@ def digest() -> str:
         AdamW(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1, unit_norm=True),
     )  # fmt: skip
     results += [W_dec_FD, *moments]
+    b_enc_F = torch.zeros(len(W_dec_FD))
+    results += cpu.linear_above(x_BD, W_dec_FD, b_enc_F, torch.rand(len(W_dec_FD), generator=generator))
+    results += cpu.linear_batch_topk(x_BD, W_dec_FD, b_enc_F, 96 * 16)
+    pre_BHP = (x_BD @ weight_HPD.flatten(0, 1).T).view(96, 48, 12)
+    batch, chosen_BK = cpu.kronecker_batch_topk(pre_BHP, 4, 96 * 16)
+    results += [*batch, chosen_BK]
     return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in results)).hexdigest()
 
 
@@ -47,6 +58,28 @@ def test_two_hundred_runs_and_any_number_of_threads_give_the_same_bits() -> None
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             assert {digest() for _ in range(50)} == {want}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_thresholds_learn_from_is_added_in_one_order() -> None:
+    """40,000 places share 400 thresholds: PyTorch's own gradient of ``tensor[indices]`` differs from run to run."""
+    sae = SAEConfig(d_in=4, encoder=DenseEncoderConfig(d_sae=400), sparsifier=JumpReLUConfig(k=50)).build()
+    x_BD = torch.randn(400, 4)
+    threads = torch.get_num_threads()
+
+    def gradient() -> Tensor:
+        sae.zero_grad()
+        objective(sae, x_BD, l0_weight=0.1).loss.backward()
+        found = sae.get_parameter("sparsifier.log_threshold").grad
+        assert found is not None
+        return found
+
+    try:
+        torch.set_num_threads(4)
+        want = gradient()
+        assert all(torch.equal(gradient(), want) for _ in range(10))
+        assert want.count_nonzero() > 300
     finally:
         torch.set_num_threads(threads)
 
