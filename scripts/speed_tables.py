@@ -144,6 +144,36 @@ def screening() -> str:
     return table([*headings, "float32 of the heads left over, ms"], cells) + about("int8_screening", rows[0])
 
 
+def sparsifiers() -> str:
+    """BatchTopK and JumpReLU against TopK."""
+    rows = rows_of("sparsifiers")
+    cells = [
+        [
+            f"{int(row['d_sae']):,}",
+            row["d_in"],
+            row["encoder"],
+            row["sparsifier"],
+            milliseconds(row),
+            f"{float(row['ratio_to_topk']):.2f} ({float(row['low_quartile_ratio']):.2f} to "
+            f"{float(row['high_quartile_ratio']):.2f})",
+            f"{float(row['l0']):.1f}",
+            row["places_per_token"],
+        ]
+        for row in rows
+    ]
+    headings = [
+        "F",
+        "D",
+        "encoder",
+        "sparsifier",
+        "ms, median (quartiles)",
+        "relative to topk",
+        "l0",
+        "places per token",
+    ]
+    return table(headings, cells) + about("sparsifiers", rows[0])
+
+
 def tried() -> str:
     """Alternatives of the kernels."""
     rows = rows_of("tried")
@@ -177,6 +207,7 @@ def processes() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "grid": grid,
+    "sparsifiers": sparsifiers,
     "scaling": scaling,
     "memory": memory,
     "quickstart": quickstart,

@@ -139,6 +139,38 @@ def test_the_grid_skips_what_does_not_fit() -> None:
     assert large.skipped.startswith("needs ")
 
 
+def test_sparsifiers_are_compared_with_topk_at_one_l0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "SPARSIFIER_SIZES", ((8, 64), (8, 128)))
+    file = tmp_path / "sparsifiers.csv"
+    options = ["--k", "4", "--batch", "32", "--rounds", "2", "--csv", str(file), "--json"]
+    result = CliRunner().invoke(app, ["sparsifiers", *options])
+    assert result.exit_code == 0, result.output
+    points = json.loads(result.stdout)["points"]
+    assert {(row["encoder"], row["sparsifier"], row["d_sae"]) for row in points} == {
+        (encoder, sparsifier, size)
+        for encoder in ("dense", "kron")
+        for sparsifier in ("topk", "batch_topk", "jumprelu")
+        for size in (64, 128)
+    }
+    for row in points:
+        assert row["l0"] == pytest.approx(4, abs=0.5)
+        assert row["places_per_token"] >= 4
+        assert row["sparsifier"] != "topk" or row["ratio_to_topk"] == 1
+    with file.open() as lines:
+        assert all(row["commit"] and row["low_quartile_ratio"] for row in csv.DictReader(lines))
+
+
+def test_the_checks_cover_every_sparsifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.linear_above
+
+    def wrong(x_BD: Tensor, weight_PD: Tensor, bias_P: Tensor, thresholds_P: Tensor) -> object:
+        return right(x_BD, weight_PD, bias_P, 1.5 * thresholds_P)
+
+    monkeypatch.setattr(kernels, "linear_above", wrong)
+    with pytest.raises(UserError, match=r"got a wrong .* in dense with jumprelu"):
+        checks.check_operations()
+
+
 def test_the_grid_is_plotted(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     points = runs.grid(widths=(8, 16, 4096), sizes=(512, 2048), batch=16, rounds=2, memory_bytes=2**22)

@@ -8,13 +8,13 @@ from torch import Tensor
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.objective import objective
 from kronsae.core.sae import SAE, SAEConfig
-from kronsae.core.sparsifiers import TopKConfig
+from kronsae.core.sparsifiers import BatchTopK, BatchTopKConfig, JumpReLU, JumpReLUConfig, TopKConfig, jump
 from kronsae.errors import UserError
 from kronsae.kernels import collect_row_gradients, kronecker_topk, reference
 
 
 def check_operations(seed: int = 0) -> None:
-    """Selection, values and every gradient of both SAEs against the materialised definition in float64.
+    """Selection, values and every gradient of both encoders against the materialised definition in float64.
 
     Raises:
         UserError: one of them is wrong; nothing should be reported then.
@@ -29,8 +29,10 @@ def check_operations(seed: int = 0) -> None:
         DenseEncoderConfig(d_sae=96, init_norm=1.0),
     )
     for encoder in encoders:
-        sae = SAEConfig(d_in=24, encoder=encoder, sparsifier=TopKConfig(k=5)).build(seed).double()
-        _check_gradients(sae, torch.randn(32, 24, generator=generator, dtype=torch.float64), encoder.kind)
+        for sparsifier in (TopKConfig(k=5), BatchTopKConfig(k=5), JumpReLUConfig(k=5)):
+            sae = SAEConfig(d_in=24, encoder=encoder, sparsifier=sparsifier).build(seed).double()
+            x_BD = torch.randn(32, 24, generator=generator, dtype=torch.float64)
+            _check_gradients(sae, x_BD, f"{encoder.kind} with {sparsifier.kind}")
 
 
 _MESSAGE = "the operations must be right to be measured; got a wrong {what} in {where}. Run pytest tests/kernels."
@@ -38,14 +40,16 @@ _MESSAGE = "the operations must be right to be measured; got a wrong {what} in {
 
 def _check_gradients(sae: SAE, x_BD: Tensor, kind: str) -> None:
     parameters = dict(sae.named_parameters())
+    if isinstance(sae.sparsifier, JumpReLU):  # thresholds that are no latent's value: nothing hangs on a rounding
+        sae.sparsifier.choose_in_training(sae.encoder(x_BD))
+        sae.sparsifier.rescale(x_BD.new_tensor(0.9))
     with collect_row_gradients() as rows:
         loss = objective(sae, x_BD).loss
     loss.backward()
     rows.materialize()
     fast = {name: parameter.grad for name, parameter in parameters.items()}
-    dense_BF = sae.encoder(x_BD).materialize()
-    kept_BF = torch.zeros_like(dense_BF).scatter(1, dense_BF.topk(5, dim=1).indices, 1.0)
-    x_hat_BD = (dense_BF * kept_BF) @ sae.W_dec + sae.b_dec
+    dense_BF = _kept(sae, sae.encoder(x_BD).materialize())
+    x_hat_BD = dense_BF @ sae.W_dec + sae.b_dec
     expected = (x_BD - x_hat_BD).square().sum(-1).mean()
     slow = torch.autograd.grad(expected, list(parameters.values()))
     if not torch.allclose(loss, expected, rtol=1e-9):
@@ -53,3 +57,14 @@ def _check_gradients(sae: SAE, x_BD: Tensor, kind: str) -> None:
     for (name, got), want in zip(fast.items(), slow, strict=True):
         if got is None or not torch.allclose(got, want, rtol=1e-8, atol=1e-10):
             raise UserError(_MESSAGE.format(what=f"gradient of {name}", where=kind))
+
+
+def _kept(sae: SAE, dense_BF: Tensor) -> Tensor:
+    """What the sparsifier has to leave of all activations."""
+    if isinstance(sae.sparsifier, JumpReLU):
+        kept_BF, _ = jump(dense_BF, sae.sparsifier.log_threshold.expand_as(dense_BF), sae.sparsifier.config.bandwidth)
+        return kept_BF
+    if isinstance(sae.sparsifier, BatchTopK):
+        largest = dense_BF.flatten().topk(5 * len(dense_BF)).indices
+        return dense_BF * torch.zeros_like(dense_BF).flatten().scatter(0, largest, 1.0).view_as(dense_BF)
+    return dense_BF * torch.zeros_like(dense_BF).scatter(1, dense_BF.topk(5, dim=1).indices, 1.0)

@@ -105,6 +105,35 @@ def grid(
 
 
 @app.command()
+def sparsifiers(
+    k: K = 32,
+    batch: Batch = 1024,
+    rounds: Rounds = 15,
+    seed: Seed = 0,
+    csv: Csv = None,
+    as_json: Json = False,
+) -> None:
+    """BatchTopK and JumpReLU against TopK at one l0, dense and Kronecker, at two widths and two dictionary sizes."""
+    rows = []
+    for point in runs.sparsifiers(runs.SPARSIFIER_SIZES, k=k, batch=batch, rounds=rounds, seed=seed):
+        ratio = {
+            "ratio_to_topk": round(point.ratio.median_ms, 3),
+            "low_quartile_ratio": round(point.ratio.low_ms, 3),
+            "high_quartile_ratio": round(point.ratio.high_ms, 3),
+        }
+        names = {"encoder": point.encoder, "sparsifier": point.sparsifier}
+        places = {"l0": round(point.l0, 2), "places_per_token": point.width}
+        rows.append({**names, **_sizes(point.shape), **_times(point.timing), **ratio, **places})
+    lines = [
+        f"F={row['d_sae']:6d} D={row['d_in']:4d} {row['encoder']:6s} {row['sparsifier']:11s} {row['median_ms']:8.1f} ms"
+        f"   {row['ratio_to_topk']:.2f} x topk ({row['low_quartile_ratio']:.2f} to {row['high_quartile_ratio']:.2f})"
+        f"   l0 {row['l0']:.1f}, {row['places_per_token']} places"
+        for row in rows
+    ]
+    _report(rows, {"points": rows, **provenance_columns(seed)}, lines, seed, csv, as_json)
+
+
+@app.command()
 def scaling(
     d_in: DIn = 768,
     num_heads: NumHeads = 1024,

@@ -36,6 +36,14 @@ def interleaved(
     subjects: Mapping[str, Subject], batch: int, d_in: int, rounds: int, seed: int, warmup: int = 2
 ) -> dict[str, Timing]:
     """Time one step of every subject per round; the first ``warmup`` rounds are not counted."""
+    times = interleaved_times(subjects, batch, d_in, rounds, seed, warmup)
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def interleaved_times(
+    subjects: Mapping[str, Subject], batch: int, d_in: int, rounds: int, seed: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """`interleaved` with the milliseconds of each round."""
     batches = make_batches(batch, d_in, seed)
     times: dict[str, list[float]] = {name: [] for name in subjects}
     collecting = gc.isenabled()
@@ -53,7 +61,7 @@ def interleaved(
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing.of(values) for name, values in times.items()}
+    return times
 
 
 def make_batches(batch: int, d_in: int, seed: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The four measurements: `step`, `grid`, `scaling`, `memory`. Each returns frozen results and writes no file."""
+"""The measurements: `step`, `grid`, `sparsifiers`, `scaling`, `memory`: frozen results, no file is written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 
 from kronsae.bench.checks import check_operations
 from kronsae.bench.machine import peak_bytes, reset_peak, resident_bytes
-from kronsae.bench.measure import Timing, interleaved, make_batches
-from kronsae.bench.subjects import REGISTRY, EncoderProduct, OwnTrainer, Shape, kronsae, topk
+from kronsae.bench.measure import Timing, interleaved, interleaved_times, make_batches
+from kronsae.bench.subjects import REGISTRY, EncoderProduct, OwnTrainer, Shape, encoders, kronsae, topk
 from kronsae.core.objective import objective
+from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, TopKConfig
 from kronsae.errors import UserError, nearest
 from kronsae.kernels import collect_row_gradients
 from kronsae.resources import available_memory_bytes
@@ -24,6 +25,8 @@ from kronsae.resources import available_memory_bytes
 R = TypeVar("R")
 CELLS = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
 """(M, N) at a fixed H: with H = 1024, F = 2^12 .. 2^20."""
+SPARSIFIER_SIZES = tuple((d_in, d_sae) for d_sae in (2**12, 2**14) for d_in in (256, 768))
+"""(D, F) at which sparsifiers are compared."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,53 @@ def grid(
             points.append(GridPoint(shape, interleaved(subjects, batch, d_in, rounds, seed)))
             del subjects
             gc.collect()
+    return points
+
+
+@dataclass(frozen=True)
+class SparsifierPoint:
+    """The training step of one encoder with one sparsifier.
+
+    Args:
+        ratio: to the step of the same encoder with TopK, round by round (in the place of milliseconds).
+        l0: active latents per token when the timing is over.
+        width: places per token in the codes: the most any token has, of JumpReLU with those near their thresholds.
+    """
+
+    shape: Shape
+    encoder: str
+    sparsifier: str
+    timing: Timing
+    ratio: Timing
+    l0: float
+    width: int
+
+
+def sparsifiers(
+    sizes: Iterable[tuple[int, int]], k: int = 32, batch: int = 1024, rounds: int = 15, seed: int = 0
+) -> list[SparsifierPoint]:
+    """TopK, BatchTopK and JumpReLU at one l0, dense and Kronecker (M = 2, N = 4), all of a (D, F) interleaved."""
+    check_operations(seed)
+    points = []
+    for d_in, d_sae in sizes:
+        shape = Shape(d_in=d_in, num_heads=d_sae // 8, d_base=2, d_extension=4, k=k, batch=batch)
+        trainers = {
+            f"{encoder} {config.kind}": OwnTrainer(shape, of_shape, config(k=k))
+            for encoder, of_shape in encoders(shape).items()
+            for config in (TopKConfig, BatchTopKConfig, JumpReLUConfig)
+        }
+        times = interleaved_times(trainers, batch, d_in, rounds, seed)
+        x_BD = make_batches(batch, d_in, seed)[0]
+        for name, trainer in trainers.items():
+            encoder, sparsifier = name.split()
+            sae = trainer.member.sae
+            codes = sae.sparsifier.choose_in_training(sae.encoder(x_BD)).codes
+            pairs = zip(times[name], times[f"{encoder} {TopKConfig.kind}"], strict=True)
+            ratio = Timing.of([own / topk for own, topk in pairs])
+            places = float(codes.l0()), codes.values.shape[-1]
+            points.append(SparsifierPoint(shape, encoder, sparsifier, Timing.of(times[name]), ratio, *places))
+        del trainers
+        gc.collect()
     return points
 
 

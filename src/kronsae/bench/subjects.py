@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
-from kronsae.core.sparsifiers import TopKConfig
+from kronsae.core.sparsifiers import SparsifierConfig, TopKConfig
 from kronsae.errors import UserError
 from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.member import Member
@@ -76,11 +76,11 @@ class EncoderProduct:
 class OwnTrainer:
     """The step `kronsae train` takes, but for clipping and normalisation, which the rivals do not do."""
 
-    def __init__(self, shape: Shape, encoder: EncoderConfig) -> None:
+    def __init__(self, shape: Shape, encoder: EncoderConfig, sparsifier: SparsifierConfig | None = None) -> None:
         config = MemberConfig(
             name="bench",
             encoder=encoder,
-            sparsifier=TopKConfig(k=shape.k),
+            sparsifier=TopKConfig(k=shape.k) if sparsifier is None else sparsifier,
             optimizer=OptimizerConfig(lr=LR, clip_norm=None),
             normalize_activations="none",
         )
@@ -90,17 +90,20 @@ class OwnTrainer:
         self.member.step(x_BD, 0, want_metrics=False)
 
 
+def encoders(shape: Shape) -> dict[str, EncoderConfig]:
+    """A dense and a Kronecker encoder of this shape."""
+    heads = KroneckerEncoderConfig(num_heads=shape.num_heads, d_base=shape.d_base, d_extension=shape.d_extension)
+    return {"dense": DenseEncoderConfig(d_sae=shape.d_sae), "kron": heads}
+
+
 def kronsae(shape: Shape) -> Subject:
     """KronSAE."""
-    return OwnTrainer(
-        shape,
-        KroneckerEncoderConfig(num_heads=shape.num_heads, d_base=shape.d_base, d_extension=shape.d_extension),
-    )
+    return OwnTrainer(shape, encoders(shape)["kron"])
 
 
 def topk(shape: Shape) -> Subject:
     """The library's own TopK SAE."""
-    return OwnTrainer(shape, DenseEncoderConfig(d_sae=shape.d_sae))
+    return OwnTrainer(shape, encoders(shape)["dense"])
 
 
 class PaperListing(nn.Module):
