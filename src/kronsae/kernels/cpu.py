@@ -259,7 +259,7 @@ def pairs_at(
     pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
 ) -> ChosenPairs:
     """The latents with their parents' rows and values."""
-    chosen = _empty_choice(*indices_BK.shape, pre_BP.dtype)
+    chosen = _empty_choice(len(indices_BK), indices_BK.shape[1], pre_BP.dtype)
     outputs = (_array(chosen.selection.indices_BK), _array(chosen.rows_BR), _array(chosen.pre_BR))
     bias_P = np.zeros(pre_BP.shape[1], _array(pre_BP[:0]).dtype)
     kernel = _compiled_selection.pairs_at

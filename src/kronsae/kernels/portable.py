@@ -221,7 +221,7 @@ def linear_above(
         values.append(pre_BP[on_BP])
         tokens.append(first + token_N)
         rows.append(row_N)
-    return _padded_outputs(*map(torch.cat, (values, tokens, rows)), len(x_BD))
+    return _padded_outputs(torch.cat(values), torch.cat(tokens), torch.cat(rows), len(x_BD))
 
 
 def _padded_outputs(values_N: Tensor, tokens_N: Tensor, rows_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def kronecker_linear_select(
             for request, chosen in zip(requests, parts, strict=True):
                 indices_BK, chosen_BK = select(pre_BHP, d_base, request, composition)
                 pairs = choose("pairs_at", pre_BP)(pre_BP, indices_BK, d_base, bias_HP.shape[1] - d_base)
-                chosen.append(PaddedPairs(*pairs, chosen_BK))
+                chosen.append(PaddedPairs(*pairs)._replace(chosen_BK=chosen_BK))
     results = []
     for request, chosen in zip(requests, parts, strict=True):
         joined = _join(chosen, d_base, bias_HP.shape[1] - d_base)
@@ -71,7 +71,8 @@ def select(pre_BHP: Float[Tensor, "B H P"], d_base: int, request: Request, compo
     """The latents that meet one request, and which of them are not padding (None: all)."""
     if isinstance(request, Above):
         operation = choose("kronecker_above", pre_BHP)
-        return pad(*operation(pre_BHP, d_base, request.thresholds_F, composition), len(pre_BHP))
+        tokens_N, latents_N = operation(pre_BHP, d_base, request.thresholds_F, composition)
+        return pad(tokens_N, latents_N, len(pre_BHP))
     if composition.order == "product":
         if isinstance(request, BatchChoice):
             selection, chosen_BK = kronecker_batch_topk(pre_BHP, d_base, request.total)
