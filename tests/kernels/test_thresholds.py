@@ -124,6 +124,8 @@ def test_nothing_that_is_not_a_number_is_chosen(path: str) -> None:
 def test_no_tokens_and_a_token_that_is_not_contiguous(path: str) -> None:
     x_BD, weight_PD, bias_P = layer(8, 40)
     thresholds_P = torch.zeros(40)
+    none = operation(path, "kronecker_above")(torch.zeros(0, 4, 5), 2, torch.zeros(24), composition("mand"))
+    assert [len(part) for part in none] == [0, 0]
     for name, request in (("linear_above", thresholds_P), ("linear_batch_topk", 20)):
         values_BK, rows_BK = operation(path, name)(x_BD[:0], weight_PD, bias_P, request)
         assert values_BK.shape == rows_BK.shape == (0, 1)

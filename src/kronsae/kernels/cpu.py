@@ -109,10 +109,10 @@ def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(tokens: int, outputs: int) -> list[slice]:
-    """Even chunks of tokens of at most `PRODUCT_ELEMENTS` outputs, and at least 64 tokens."""
+    """Even chunks of tokens of at most `PRODUCT_ELEMENTS` outputs, and at least 64 tokens; one even of no tokens."""
     chunks = max(1, -(-tokens // max(64, PRODUCT_ELEMENTS // outputs)))
     chunk = max(1, -(-tokens // chunks))
-    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+    return [slice(start, min(start + chunk, tokens)) for start in range(0, max(1, tokens), chunk)]
 
 
 def _products(x_BD: Tensor, weight_PD: Tensor) -> Iterator[tuple[slice, Array]]:
@@ -347,6 +347,8 @@ def _listed(
         parts[start] = kernel(start, stop, *arguments, counts_B)
 
     _run(work, _even(tokens))
+    if not parts:  # no tokens
+        work(0, 0)
     tokens_N = np.repeat(np.arange(first_token, first_token + tokens), counts_B)
     return tokens_N, *map(np.concatenate, zip(*(parts[start] for start in sorted(parts)), strict=True))
 
