@@ -11,6 +11,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from kronsae.cli import app
@@ -75,6 +77,34 @@ def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_p
     other = tmp_path / labels.name  # the same name, another content
     other.write_text(labels.read_text("utf-8").replace("and", "few"), encoding="utf-8")
     assert known not in said_of(AbsorptionSettings(labels=other, max_k=2))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "shape", "nan"])
+def test_a_damaged_cache_is_told_and_computed_anew(finished_run: Run, labels: Path, tmp_path: Path, damage: str) -> None:
+    material = Material(finished_run)
+    task = tasks.build_task(material, "labels", labels=labels, windows=None, place="last", seed=0)
+    x_ED, was_known = tasks.example_activations(material, task, tmp_path)
+    assert not was_known
+    [path] = tmp_path.iterdir()
+    if damage in ("cut", "empty"):
+        path.write_bytes(path.read_bytes()[: 100 if damage == "cut" else 0])
+    else:
+        wrong = {"other": {"y": x_ED}, "shape": {"x_ED": x_ED[1:]}, "nan": {"x_ED": x_ED * torch.nan}}[damage]
+        save_file({name: tensor.contiguous() for name, tensor in wrong.items()}, path)
+    said: list[str] = []
+    again, was_known = tasks.example_activations(material, task, tmp_path, say=said.append)
+    assert not was_known
+    assert torch.equal(again, x_ED)
+    assert said == [f"The kept activations in {path} are damaged; they are computed anew."]
+    again, was_known = tasks.example_activations(material, task, tmp_path)
+    assert was_known
+    assert torch.equal(again, x_ED)
+
+
+def test_a_cache_that_is_no_folder_is_refused(finished_run: Run, labels: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cache must be a folder; .*file is a file"):
+        measure(finished_run, AbsorptionSettings(labels=labels, max_k=4), cache=tmp_path / "file")
 
 
 def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def measure(
         f"Task '{task.name}': {len(task.words):,} examples of {len(task.classes)} classes in {tokens:,} tokens, which "
         f"the model reads up to {material.hook.name}; then probes, and {len(run.names)} SAE(s)."
     )
-    x_ED, was_known = example_activations(material, task, cache or run.folder / "measures" / "cache", progress)
+    x_ED, was_known = example_activations(
+        material, task, cache or run.folder / "measures" / "cache", progress, say=say
+    )
     if was_known:
         say("The activations of these examples were known.")
     examples = Examples(x_ED=x_ED, labels_E=task.labels_E, held_out_E=task.held_out_E, classes=task.classes)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kronsae.data.corpus import Document, is_held_out
 from kronsae.data.model import BUNDLED
@@ -21,7 +24,7 @@ from kronsae.errors import UserError
 from kronsae.eval.first_letter import first_letter_prompts
 from kronsae.eval.labelling import Frame, Passage, Place, Sizes, Span, Task, make_task
 from kronsae.eval.python_code import ROLES, name_roles
-from kronsae.files import atomic_path
+from kronsae.files import atomic_path, check_folder_place
 from kronsae.measures.material import Material
 
 TaskName = Literal["roles", "first-letter", "labels"]
@@ -138,20 +141,44 @@ def _span(span: Any, text: str, where: str) -> Span:
     )
 
 
-def example_activations(material: Material, task: Task, cache: Path, progress: Any = None) -> tuple[torch.Tensor, bool]:
+def example_activations(
+    material: Material,
+    task: Task,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Float[Tensor, "E D"], bool]:
     """The activations of a task's examples, float32 ``[E, d_in]``, and whether they were known already.
 
     They are kept under a name that is made of their content (weights of the model, hook, tokens, places), so that
-    another model of the same name never gets them.
+    another model of the same name never gets them. A damaged file is told of and replaced.
+
+    Raises:
+        UserError: ``cache`` can be no folder to write to.
     """
+    check_folder_place(cache, "cache")
     path = cache / f"{_digest(material, task)}.safetensors"
     if path.exists():
-        return load_file(path)["x_ED"], True
-    parts = [x_ND.cpu() for _, x_ND in material.activations(list(task.windows), progress)]
-    x_ED = torch.cat(parts)
+        known_ED = _kept_activations(path, len(task.words))
+        if known_ED is not None:
+            return known_ED, True
+        say(f"The kept activations in {path} are damaged; they are computed anew.")
+    x_ED = torch.cat([x_ND.cpu() for _, x_ND in material.activations(list(task.windows), progress)])
     with atomic_path(path) as temporary:
         save_file({"x_ED": x_ED}, temporary)
     return x_ED, False
+
+
+def _kept_activations(path: Path, examples: int) -> Tensor | None:
+    """What `example_activations` wrote; None where the file holds something else."""
+    try:
+        found = load_file(path)
+    except (OSError, ValueError, SafetensorError):
+        return None
+    x_ED = found.get("x_ED")
+    whole = x_ED is not None and x_ED.ndim == 2 and len(x_ED) == examples and x_ED.dtype == torch.float32
+    return x_ED if whole and bool(x_ED.isfinite().all()) else None  # type: ignore[union-attr]
 
 
 def _digest(material: Material, task: Task) -> str:
