@@ -48,6 +48,7 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     result = json.loads(told.stdout)
     assert list(result["saes"]) == finished_run.names
     assert result["classes"] == ["act", "animal", "how"]
+    assert (result["needed"], result["left_out"]) == (3, [])
     assert all(f1 > 0.6 for f1 in result["probe_f1"].values())
     assert "What now?" in told.stderr
     for one in result["saes"].values():
@@ -111,7 +112,7 @@ def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: P
     rows = [{"text": f"the fox {i}", "label": "xyz"[i * 7 % 11 % 3]} for i in range(200)]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(UserError, match=r"absorption needs probes with F1 > 0.6 for at least 3 of 3 classes"):
+    with pytest.raises(UserError, match=r"absorption needs probes with F1 > 0.6 for at least 3 of the 3 classes there are"):
         measure(finished_run, AbsorptionSettings(labels=path))
 
 

@@ -32,7 +32,7 @@ class AbsorptionSettings:
         labels: the file of the task ``labels``, see `kronsae.measures.tasks.read_labelled`.
         windows: windows of text, or prompts, to learn from; None: the task's own number.
         place: read a word at its own ``last`` token or at the ``next`` one.
-        min_classes: classes that must have a probe with F1 > 0.6; None: 20 of 26.
+        min_classes: classes that must have a probe with F1 > 0.6; None: 20 in 26 of those there are.
         max_k: latents that may stand for a class, at most.
         latent_batch: examples in a step of the probe on latents; None: SAEBench's 4096 for its first-letter task,
             which has tens of thousands of words, and 128 for the others. Few steps leave the weights near their random
@@ -79,7 +79,9 @@ def measure(
         progress: called with (tokens done, tokens to do) while the model runs.
 
     Returns:
-        ``{"task", "examples", "classes", "probe_f1", "saes": {name: kronsae.eval.absorption.Absorption}}``, as JSON.
+        ``{"task", "examples", "classes", "left_out", "needed", "probe_f1", "min_f1", "saes"}``, as JSON: ``left_out`` are
+        classes with too few examples, ``needed`` is how many must pass the gate, ``saes`` holds by name a
+        `kronsae.eval.absorption.Absorption`.
 
     Raises:
         UserError: the run is not finished, the labels do not suffice, or the model does not know the classes.
@@ -113,9 +115,12 @@ def measure(
     if (known := known_result(run, NAME, about)) is not None:
         say("Already measured with these settings.")
         return known
+    needed = config.needed(len(task.classes))  # before the model runs
     tokens = sum(int(windows.attention_mask_ST.sum()) for windows in task.windows)
+    left_out = f" ({', '.join(task.left_out)} left out: too few examples)" if task.left_out else ""
     say(
-        f"Task '{task.name}': {len(task.words):,} examples of {len(task.classes)} classes in {tokens:,} tokens, which "
+        f"Task '{task.name}': {len(task.words):,} examples of {len(task.classes)} classes{left_out} in {tokens:,} "
+        "tokens, which "
         f"the model reads up to {material.hook.name}; then probes, and {len(run.names)} SAE(s)."
     )
     x_ED, was_known = example_activations(
@@ -133,6 +138,8 @@ def measure(
         "task": task.name,
         "examples": {"learnt_from": int((~task.held_out_E).sum()), "scored_on": int(task.held_out_E.sum())},
         "classes": list(task.classes),
+        "left_out": list(task.left_out),
+        "needed": needed,
         "probe_f1": dict(zip(task.classes, probed.f1, strict=True)),
         "min_f1": config.min_f1,
         "saes": found,
@@ -157,7 +164,7 @@ def absorption(
     windows: Annotated[int | None, typer.Option(help="Windows of text, or prompts, to learn from.")] = None,
     place: Annotated[str, typer.Option(help="Read a word at its own 'last' token, or at the 'next' one.")] = "last",
     min_classes: Annotated[
-        int | None, typer.Option(help="Classes whose probe must have F1 > 0.6; 20 of 26 without this.")
+        int | None, typer.Option(help="Classes whose probe must have F1 > 0.6; unless given, 20 in 26 of those there are, rounded up.")
     ] = None,
     max_k: Annotated[int, typer.Option(help="Latents that may stand for a class, at most.")] = 10,
     latent_batch: Annotated[

@@ -20,7 +20,8 @@ from kronsae.eval.absorption.words import AbsorptionRule, probe_cosines, word_ab
 from kronsae.eval.example_codes import encode_rows, root_mean_square, rows_of, scaled
 
 CLASSES_TO_PASS, CLASSES_OF = 20, 26
-"""SAEBench's gate: so many of the 26 letters must be told by their probes; the same share of any other classes."""
+"""SAEBench's gate: so many of the 26 letters must be told by their probes; the same share of as many classes as there
+are, be it other classes or the letters that a vocabulary has words of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class AbsorptionConfig:
         max_k: latents that may stand for a class, at most.
         jump: by which F1 must rise for one more latent to count.
         min_f1: F1 above which a class's probe is believed.
-        min_classes: how many classes must be believed; None: 20 of 26, rounded up.
+        min_classes: how many classes must be believed; None: 20 in 26 of those there are, rounded up.
         rule: when a latent absorbs.
         scaled: divide activations, and codes with them, by the root mean square of the activations learnt from, so
             that the probes learn from activations of any size. SAEBench does not. Absorption itself is a ratio.
@@ -57,8 +58,16 @@ class AbsorptionConfig:
             raise UserError(f"min_classes must be at least 1; got {self.min_classes}.")
 
     def needed(self, classes: int) -> int:
-        """How many of so many classes must be believed."""
-        return math.ceil(classes * CLASSES_TO_PASS / CLASSES_OF) if self.min_classes is None else self.min_classes
+        """How many of so many classes must be believed.
+
+        Raises:
+            UserError: ``min_classes`` is more than there are.
+        """
+        if self.min_classes is None:
+            return math.ceil(classes * CLASSES_TO_PASS / CLASSES_OF)
+        if self.min_classes > classes:
+            raise UserError(f"min_classes must be at most the number of classes; got {self.min_classes} with {classes}.")
+        return self.min_classes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,21 +145,23 @@ def probe_classes(examples: Examples, config: AbsorptionConfig) -> ProbedClasses
     """Train the probes on activations and see to it that enough classes can be told at all.
 
     Raises:
-        UserError: fewer classes than `AbsorptionConfig.needed` have an F1 above ``min_f1``; it says which do not.
+        UserError: fewer classes than `AbsorptionConfig.needed` have an F1 above ``min_f1``, or there are fewer; it says
+            the F1 of each.
     """
+    needed = config.needed(len(examples.classes))
     train_E, held_out_E = ~examples.held_out_E, examples.held_out_E
     has_EC = examples.has_EC()
     factor = 1 / root_mean_square(examples.x_ED[train_E]) if config.scaled else 1.0
     probe = train_probe(examples.x_ED[train_E] * factor, has_EC[train_E], config.probe, config.seed)
     said_EC = probe.scores(examples.x_ED[held_out_E] * factor) > 0
     scores = tuple(f1(said_EC[:, c], has_EC[held_out_E][:, c]) for c in range(len(examples.classes)))
-    needed, told = config.needed(len(scores)), sum(score > config.min_f1 for score in scores)
+    told = sum(score > config.min_f1 for score in scores)
     if told < needed:
         weak = [f"{name} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
         raise UserError(
-            f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of {len(scores)} classes; "
-            f"here {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give more "
-            "examples, or set the number of classes yourself."
+            f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of the {len(scores)} classes "
+            f"there are; {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give more "
+            "examples, or set the number of classes yourself (min_classes)."
         )
     return ProbedClasses(probe=probe, factor=factor, f1=scores)
 
