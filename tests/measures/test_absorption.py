@@ -149,6 +149,16 @@ def test_only_newlines_end_a_line_of_labels(tmp_path: Path) -> None:
     assert [passage.text for passage in read_labelled(path)] == texts
 
 
+def test_texts_that_differ_in_case_or_space_are_on_one_side(tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    spellings = ("word {}", " word {}", "Word {}", "WORD  {}\n")
+    rows = [{"text": spelling.format(i), "label": "y"} for i in range(40) for spelling in spellings]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sides = [passage.held_out for passage in read_labelled(path)]
+    assert all(len(set(sides[i : i + 4])) == 1 for i in range(0, len(sides), 4))
+    assert 0 < sum(sides) < len(sides)
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         list(read_labelled(tmp_path / "none.jsonl"))
