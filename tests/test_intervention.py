@@ -343,3 +343,13 @@ def test_it_can_be_had_from_the_package() -> None:
     import kronsae
 
     assert kronsae.intervene is intervene
+
+
+@pytest.mark.parametrize(
+    ("shape", "role"),
+    [({"d_in": 32, "read_widths": (16, 16)}, "crosscoder"), ({"d_in": 16, "write_widths": (16,)}, "transcoder")],
+)
+def test_other_roles_are_refused_where_they_are_given(shape: dict[str, Any], role: str) -> None:
+    sae = SAEConfig(**shape, encoder=DenseEncoderConfig(d_sae=4), sparsifier=TopKConfig(k=1)).build()
+    with pytest.raises(UserError, match=f"sae must reconstruct the one hook it reads; this one is a {role}"):
+        Intervention(sae=sae, hook="layers.1", changes=[])

@@ -98,10 +98,10 @@ class Intervention:
     positions: Positions = None
 
     def __post_init__(self) -> None:
-        if not self.sae.config.autoencodes:
+        if role := self.sae.config.role:
             raise UserError(
-                "sae must reconstruct what it reads; this one is a transcoder, and what it leaves out of the hook it "
-                "writes is not in what it reads. Intervene with an SAE of that hook."
+                f"sae must reconstruct the one hook it reads; this one is a {role}, and what it leaves out of a hook it "
+                "writes is not in what it reads there. Intervene with an SAE of that hook."
             )
         if not isinstance(self.changes, Sequence) or not all(isinstance(change, Change) for change in self.changes):
             raise UserError(

@@ -235,13 +235,14 @@ def hook_of(run: Run, name: str) -> str:
         UserError: it reads or writes others besides.
     """
     member = next(member for member in run.config.saes if member.name == name)
-    read, write = member.reads(run.config.hook), member.writes(run.config.hook)
-    if len(read) > 1 or read != write:
+    hook = member.reconstructs(run.config.hook)
+    if hook is None:
+        read, write = member.reads(run.config.hook), member.writes(run.config.hook)
         raise UserError(
             f"--sae must name an SAE that reconstructs the one hook it reads; '{name}' reads {' + '.join(read)} and "
             f"writes {' + '.join(write)}. Choose another SAE, or change the model with kronsae.intervention."
         )
-    return read[0]
+    return hook
 
 
 def changes_of(

@@ -72,7 +72,7 @@ class Material:
         config = self.run.config
         first = config.hooks[0]
         for member in config.saes:
-            if {*member.reads(config.hook), *member.writes(config.hook)} != {first}:
+            if member.reconstructs(config.hook) != first:
                 raise UserError(
                     f"this measurement takes SAEs that all reconstruct one hook; '{member.name}' reads "
                     f"{' + '.join(member.reads(config.hook))} and writes {' + '.join(member.writes(config.hook))} in a "

@@ -134,6 +134,11 @@ class MemberConfig:
         """The hooks written, in a run whose hook is ``hook``."""
         return self.reads(hook) if self.write is None else self.write
 
+    def reconstructs(self, hook: str) -> str | None:
+        """The one hook that it reads and writes, in a run whose hook is ``hook``; None for any other role."""
+        read = self.reads(hook)
+        return read[0] if len(read) == 1 and self.writes(hook) == read else None
+
     def shape(self, d_in: int | Mapping[str, int], hook: str = "") -> SAEConfig:
         """The SAE's config once the width of the activations is known.
 
