@@ -303,7 +303,7 @@ def test_a_change_is_by_a_number(value: Any) -> None:
 
 
 def test_changes_that_are_none_are_refused() -> None:
-    with pytest.raises(UserError, match="kind must be one of add, scale, set; got 'sett'. Did you mean 'set'"):
+    with pytest.raises(UserError, match=r"kind must be one of add, scale, set; got 'sett'\. Did you mean 'set'"):
         Change(1, "sett", 1.0)  # type: ignore[arg-type]
     for wrong in (steer(1, 1.0), [(1, 1.0)], [1]):
         with pytest.raises(UserError, match=r"changes must be a list of what steer, scale, clamp and ablate give"):

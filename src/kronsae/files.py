@@ -28,7 +28,9 @@ def check_folder_place(folder: Path, argument: str = "out") -> None:
     else:
         above = next(path for path in folder.absolute().parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"{argument} must be a folder that can be made; {folder} can not, in {above}. Name another.")
+            raise UserError(
+                f"{argument} must be a folder that can be made; {folder} can not, in {above}. Name another."
+            )
 
 
 @contextmanager

@@ -40,7 +40,9 @@ class Change:
     def __post_init__(self) -> None:
         object.__setattr__(self, "latent", _whole(self.latent))
         if self.kind not in (kinds := get_args(Kind)):
-            raise UserError(f"kind must be one of {', '.join(kinds)}; got {self.kind!r}.{nearest(str(self.kind), kinds)}")
+            raise UserError(
+                f"kind must be one of {', '.join(kinds)}; got {self.kind!r}.{nearest(str(self.kind), kinds)}"
+            )
         try:
             object.__setattr__(self, "value", float(self.value))
         except (TypeError, ValueError):
@@ -100,8 +102,8 @@ class Intervention:
     def __post_init__(self) -> None:
         if role := self.sae.config.role:
             raise UserError(
-                f"sae must reconstruct the one hook it reads; this one is a {role}, and what it leaves out of a hook it "
-                "writes is not in what it reads there. Intervene with an SAE of that hook."
+                f"sae must reconstruct the one hook it reads; this one is a {role}, and what it leaves out of a hook "
+                "it writes is not in what it reads there. Intervene with an SAE of that hook."
             )
         if not isinstance(self.changes, Sequence) or not all(isinstance(change, Change) for change in self.changes):
             raise UserError(
@@ -142,8 +144,8 @@ class Intervention:
         changed_ND = (inner_ND + difference_NC @ W_dec[self.latents]).to(x_ND.dtype)
         if not bool(changed_ND.isfinite().all()):
             raise UserError(
-                f"changed activations must be finite in {x_ND.dtype}; latents {self.latents} give NaN or infinity. Change "
-                "them by less, or check the weights of the SAE and of the model."
+                f"changed activations must be finite in {x_ND.dtype}; latents {self.latents} give NaN or infinity. "
+                "Change them by less, or check the weights of the SAE and of the model."
             )
         return torch.where((difference_NC != 0).any(1, keepdim=True), changed_ND, x_ND)
 

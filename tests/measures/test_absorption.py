@@ -66,6 +66,21 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     assert "absorption fraction" in shown.stdout
 
 
+def test_what_is_done_is_told_before_and_on_the_way(finished_run: Run, labels: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    steps: list[tuple[int, int]] = []
+    settings = AbsorptionSettings(labels=labels, max_k=5)
+    measure(finished_run, settings, cache=tmp_path, say=said.append, progress=lambda *step: steps.append(step))
+    assert "then 50 passes over" in said[0]
+    assert "as many for each of 2 SAE(s), whose codes take about" in said[0]
+    starts = [place for place in range(len(steps)) if place == 0 or steps[place][0] <= steps[place - 1][0]]
+    stages = [steps[a:b] for a, b in zip(starts, [*starts[1:], len(steps)], strict=True)]
+    assert len(stages) == 3  # tokens, probes, SAEs
+    assert all(stage[-1][0] == stage[-1][1] for stage in stages)
+    assert stages[1][-1] == (50, 50)
+    assert stages[2][-1] == (2 * (50 + 3), 2 * (50 + 3))
+
+
 def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_path: Path) -> None:
     def said_of(settings: AbsorptionSettings) -> list[str]:
         said: list[str] = []
@@ -81,7 +96,9 @@ def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "shape", "nan"])
-def test_a_damaged_cache_is_told_and_computed_anew(finished_run: Run, labels: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_is_told_and_computed_anew(
+    finished_run: Run, labels: Path, tmp_path: Path, damage: str
+) -> None:
     material = Material(finished_run)
     task = tasks.build_task(material, "labels", labels=labels, windows=None, place="last", seed=0)
     x_ED, was_known = tasks.example_activations(material, task, tmp_path)
@@ -112,7 +129,9 @@ def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: P
     rows = [{"text": f"the fox {i}", "label": "xyz"[i * 7 % 11 % 3]} for i in range(200)]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(UserError, match=r"absorption needs probes with F1 > 0.6 for at least 3 of the 3 classes there are"):
+    with pytest.raises(
+        UserError, match=r"absorption needs probes with F1 > 0.6 for at least 3 of the 3 classes there are"
+    ):
         measure(finished_run, AbsorptionSettings(labels=path))
 
 

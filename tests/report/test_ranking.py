@@ -18,7 +18,8 @@ WIDE = (0.50, 0.10, 0.50, 0.06)  # a larger mean than LOW's, but not in every pa
         (
             {"a": LOW, "b": HIGH},
             True,
-            "a has the least mean x, 0.250, and a paired t-test over the 4 parts at 0.05 tells it from every other." + SEED,
+            "a has the least mean x, 0.250, and a paired t-test over the 4 parts at 0.05 tells it from every other."
+            + SEED,
         ),
         (
             {"a": LOW, "b": HIGH},
@@ -36,8 +37,8 @@ WIDE = (0.50, 0.10, 0.50, 0.06)  # a larger mean than LOW's, but not in every pa
         (
             {"a": LOW, "b": HIGH, "w": WIDE},
             True,
-            "a has the least mean x, 0.250, but not by more than chance: a paired t-test over the 4 parts at 0.05 does not "
-            "tell w from a." + SEED,
+            "a has the least mean x, 0.250, but not by more than chance: a paired t-test over the 4 parts at 0.05 does "
+            "not tell w from a." + SEED,
         ),
         (
             {"a": (0.2,), "b": (0.3,)},

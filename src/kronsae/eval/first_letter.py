@@ -51,9 +51,9 @@ def first_letter_prompts(tokenizer: Any, *, max_words: int, seed: int, template:
     learnt = set(different[: int(len(different) * TRAIN_SHARE)])
     if len(different) - len(learnt) <= EXAMPLES:
         raise UserError(
-            f"the first-letter task needs more than {EXAMPLES} held-out words; of the vocabulary's {len(words):,} words "
-            f"of ASCII letters {len(drawn):,} were drawn, {len(different) - len(learnt)} different ones are held out. "
-            "Ask for more, or choose another task."
+            f"the first-letter task needs more than {EXAMPLES} held-out words; of the vocabulary's {len(words):,} "
+            f"words of ASCII letters {len(drawn):,} were drawn, {len(different) - len(learnt)} different ones are held "
+            "out. Ask for more, or choose another task."
         )
     for held_out in (False, True):
         side = [word for word in drawn if (_folded(word) in learnt) != held_out]

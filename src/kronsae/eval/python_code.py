@@ -1,8 +1,8 @@
 """What each stretch of a Python source is, as Python's own ``ast`` and ``tokenize`` tell: labels that come for free.
 
-`python_spans` gives overlapping spans for some `CONCEPTS`; `name_roles` gives every name one of the `ROLES`. What stands
-inside an f-string has no span of its own, only the ``f-string`` around it: Python 3.11 makes one token of it all and
-places its parts where the whole is, later versions look inside, and a label must not depend on who reads it.
+`python_spans` gives overlapping spans for some `CONCEPTS`; `name_roles` gives every name one of the `ROLES`. What
+stands inside an f-string has no span of its own, only the ``f-string`` around it: Python 3.11 makes one token of it all
+and places its parts where the whole is, later versions look inside, and a label must not depend on who reads it.
 """
 
 from __future__ import annotations

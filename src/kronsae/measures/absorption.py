@@ -76,11 +76,12 @@ def measure(
         settings: what is asked for.
         cache: where the activations of the examples are kept; None: in the run folder. Runs of one model may share it.
         say: told what is about to be done.
-        progress: called with (tokens done, tokens to do) while the model runs.
+        progress: called with (done, to do), from the beginning in each of three stages: tokens that the model reads,
+            passes over the examples for the probes, the work on all SAEs.
 
     Returns:
-        ``{"task", "examples", "classes", "left_out", "needed", "probe_f1", "min_f1", "saes"}``, as JSON: ``left_out`` are
-        classes with too few examples, ``needed`` is how many must pass the gate, ``saes`` holds by name a
+        ``{"task", "examples", "classes", "left_out", "needed", "probe_f1", "min_f1", "saes"}``, as JSON: ``left_out``
+        are classes with too few examples, ``needed`` is how many must pass the gate, ``saes`` holds by name a
         `kronsae.eval.absorption.Absorption`.
 
     Raises:
@@ -88,10 +89,11 @@ def measure(
     """
     from kronsae.eval.absorption import AbsorptionConfig, Examples, absorption, probe_classes
     from kronsae.eval.absorption.probes import ON_LATENTS
-    from kronsae.measures.material import Material, keep_result, known_result
+    from kronsae.measures.material import Material, keep_result, kept_per_token, known_result, part_of
     from kronsae.measures.tasks import TaskName, build_task, default_task, example_activations
 
     material = Material(run)
+    hook = material.hook
     task_name = settings.task or ("labels" if settings.labels is not None else default_task(material))
     assert task_name in get_args(TaskName)
     task = build_task(
@@ -118,25 +120,27 @@ def measure(
     needed = config.needed(len(task.classes))  # before the model runs
     tokens = sum(int(windows.attention_mask_ST.sum()) for windows in task.windows)
     left_out = f" ({', '.join(task.left_out)} left out: too few examples)" if task.left_out else ""
+    learnt = int((~task.held_out_E).sum())
+    memory = sum(len(task.words) * kept_per_token(sae) * 12 for sae in material.saes.values()) / len(material.saes)
     say(
         f"Task '{task.name}': {len(task.words):,} examples of {len(task.classes)} classes{left_out} in {tokens:,} "
-        "tokens, which "
-        f"the model reads up to {material.hook.name}; then probes, and {len(run.names)} SAE(s)."
+        f"tokens, which the model reads up to {hook.name}; then {config.probe.epochs} passes over {learnt:,} of them "
+        f"for the probes, and as many for each of {len(run.names)} SAE(s), whose codes take about "
+        f"{memory / 2**20:,.0f} MB at a time."
     )
-    x_ED, was_known = example_activations(
-        material, task, cache or run.folder / "measures" / "cache", progress, say=say
-    )
+    x_ED, was_known = example_activations(material, task, cache or run.folder / "measures" / "cache", progress, say=say)
     if was_known:
         say("The activations of these examples were known.")
     examples = Examples(x_ED=x_ED, labels_E=task.labels_E, held_out_E=task.held_out_E, classes=task.classes)
-    probed = probe_classes(examples, config)
+    probed = probe_classes(examples, config, progress)
     found = {}
+    count = len(material.saes)
     for number, (name, sae) in enumerate(material.saes.items(), 1):
-        found[name] = absorption(sae, examples, probed, config).to_dict()
-        say(f"{name}: absorption fraction {found[name]['mean_absorption_fraction']:.3f} ({number}/{len(run.names)})")
+        found[name] = absorption(sae, examples, probed, config, part_of(progress, number - 1, count)).to_dict()
+        say(f"{name}: absorption fraction {found[name]['mean_absorption_fraction']:.3f} ({number}/{count})")
     result = {
         "task": task.name,
-        "examples": {"learnt_from": int((~task.held_out_E).sum()), "scored_on": int(task.held_out_E.sum())},
+        "examples": {"learnt_from": learnt, "scored_on": int(task.held_out_E.sum())},
         "classes": list(task.classes),
         "left_out": list(task.left_out),
         "needed": needed,
@@ -164,7 +168,10 @@ def absorption(
     windows: Annotated[int | None, typer.Option(help="Windows of text, or prompts, to learn from.")] = None,
     place: Annotated[str, typer.Option(help="Read a word at its own 'last' token, or at the 'next' one.")] = "last",
     min_classes: Annotated[
-        int | None, typer.Option(help="Classes whose probe must have F1 > 0.6; unless given, 20 in 26 of those there are, rounded up.")
+        int | None,
+        typer.Option(
+            help="Classes whose probe must have F1 > 0.6; unless given, 20 in 26 of those there are, rounded up."
+        ),
     ] = None,
     max_k: Annotated[int, typer.Option(help="Latents that may stand for a class, at most.")] = 10,
     latent_batch: Annotated[
@@ -192,7 +199,7 @@ def absorption(
         latent_batch=latent_batch,
         seed=seed,
     )
-    with progress_bar("examples", quiet=quiet) as progress:
+    with progress_bar("absorption", quiet=quiet) as progress:
         result = measure(run, settings, cache=cache, say=(lambda line: None) if quiet else say, progress=progress)
     if as_json:
         print_json(result)

@@ -22,6 +22,9 @@ from kronsae.pipeline import Source
 from kronsae.provenance import provenance
 from kronsae.run import Run
 
+Report = Callable[[int, int], None]
+"""Told ``(done, total)``."""
+
 
 class Material:
     """A finished run, opened for measuring; the model and the SAEs are loaded when they are first needed.
@@ -89,7 +92,7 @@ class Material:
         return read_windows(self.make_tokens(held_out=held_out), tokens)
 
     def activations(
-        self, windows: list[Windows], progress: Callable[[int, int], None] | None = None
+        self, windows: list[Windows], progress: Report | None = None
     ) -> Iterator[tuple[Windows, Float[Tensor, "N D"]]]:
         """The activations that count at the hook, float32, with their windows; each pass ends at the hook."""
         total = sum(one.num_kept for one in windows)
@@ -112,6 +115,21 @@ REVISIONS = {
     "probing": 1,
 }
 """Of each measurement's result: rises when its shape changes, or what a figure in it means."""
+
+
+def part_of(progress: Report | None, number: int, parts: int) -> Report | None:
+    """Progress of one of several equal parts, counted from 0, as progress of the whole."""
+    return None if progress is None else lambda done, total: progress(number * total + done, parts * total)
+
+
+def beyond(progress: Report | None, before: int, total: int) -> Report | None:
+    """Progress of what begins when ``before`` of ``total`` is done."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
+
+
+def kept_per_token(sae: SAE) -> int:
+    """About how many latents an SAE's codes hold for a token: its k, or what is usual where a threshold decides."""
+    return min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae)
 
 
 def result_path(run: Run, name: str) -> Path:

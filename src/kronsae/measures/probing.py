@@ -59,10 +59,11 @@ def measure(
     """
     from kronsae.eval.probing import ProbingConfig, concept_text, probing
     from kronsae.eval.python_code import CONCEPTS
-    from kronsae.measures.material import Material, keep_result, known_result
+    from kronsae.measures.material import Material, keep_result, kept_per_token, known_result
     from kronsae.measures.tasks import frame_of
 
     material = Material(run)
+    hook = material.hook
     text = concept_text(
         _passages(material, settings.labels),
         material.source.language_model.tokenizer,
@@ -79,9 +80,9 @@ def measure(
         return known
     saes = material.saes
     tokens = len(text.held_out_N)
-    memory = sum(tokens * min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae) * 12 for sae in saes.values())
+    memory = sum(tokens * kept_per_token(sae) * 12 for sae in saes.values())
     say(
-        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {material.hook.name}; "
+        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {hook.name}; "
         f"the codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
     )
     found, accuracy = probing(saes, text, material.activations(list(text.windows), progress), config, say)

@@ -95,8 +95,8 @@ def read_labelled(path: Path) -> Iterator[Passage]:
     """Passages of a JSON-lines file: ``{"text", "label"}`` or ``{"text", "spans": [{"start", "end", "label"}, ...]}``.
 
     Spans count characters. A label without a span is of the whole text. ``"held_out": true`` or ``false`` says on
-    which side a text is; without it, a fifth of the texts are scored on, by a hash of the text in lower case with single
-    spaces, so that two spellings of one are on the same side.
+    which side a text is; without it, a fifth of the texts are scored on, by a hash of the text in lower case with
+    single spaces, so that two spellings of one are on the same side.
 
     Raises:
         UserError: a line is something else; it says which.

@@ -13,8 +13,8 @@ def who_leads(values: Mapping[str, Sequence[float]], *, figure: str, over: str, 
     """A sentence on the best mean; ``""`` for a single SAE.
 
     SAEs whose means are equal as shown share the lead. Any other is behind only if a paired t-test over the parts
-    (classes, concepts) says so at `LEVEL`; where it does not, the sentence does. That test knows nothing of what another
-    training would have given, and the sentence says that too.
+    (classes, concepts) says so at `LEVEL`; where it does not, the sentence does. That test knows nothing of what
+    another training would have given, and the sentence says that too.
 
     Args:
         values: by SAE, its figure in each part; the same parts in the same order.

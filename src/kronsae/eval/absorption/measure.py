@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
@@ -66,7 +67,9 @@ class AbsorptionConfig:
         if self.min_classes is None:
             return math.ceil(classes * CLASSES_TO_PASS / CLASSES_OF)
         if self.min_classes > classes:
-            raise UserError(f"min_classes must be at most the number of classes; got {self.min_classes} with {classes}.")
+            raise UserError(
+                f"min_classes must be at most the number of classes; got {self.min_classes} with {classes}."
+            )
         return self.min_classes
 
 
@@ -141,8 +144,12 @@ class Absorption:
         return to_dict(self)
 
 
-def probe_classes(examples: Examples, config: AbsorptionConfig) -> ProbedClasses:
+def probe_classes(
+    examples: Examples, config: AbsorptionConfig, progress: Callable[[int, int], None] | None = None
+) -> ProbedClasses:
     """Train the probes on activations and see to it that enough classes can be told at all.
+
+    ``progress`` is told (epochs done, epochs to do).
 
     Raises:
         UserError: fewer classes than `AbsorptionConfig.needed` have an F1 above ``min_f1``, or there are fewer; it says
@@ -152,7 +159,7 @@ def probe_classes(examples: Examples, config: AbsorptionConfig) -> ProbedClasses
     train_E, held_out_E = ~examples.held_out_E, examples.held_out_E
     has_EC = examples.has_EC()
     factor = 1 / root_mean_square(examples.x_ED[train_E]) if config.scaled else 1.0
-    probe = train_probe(examples.x_ED[train_E] * factor, has_EC[train_E], config.probe, config.seed)
+    probe = train_probe(examples.x_ED[train_E] * factor, has_EC[train_E], config.probe, config.seed, progress)
     said_EC = probe.scores(examples.x_ED[held_out_E] * factor) > 0
     scores = tuple(f1(said_EC[:, c], has_EC[held_out_E][:, c]) for c in range(len(examples.classes)))
     told = sum(score > config.min_f1 for score in scores)
@@ -160,30 +167,44 @@ def probe_classes(examples: Examples, config: AbsorptionConfig) -> ProbedClasses
         weak = [f"{name} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
         raise UserError(
             f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of the {len(scores)} classes "
-            f"there are; {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give more "
-            "examples, or set the number of classes yourself (min_classes)."
+            f"there are; {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give "
+            "more examples, or set the number of classes yourself (min_classes)."
         )
     return ProbedClasses(probe=probe, factor=factor, f1=scores)
 
 
-def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: AbsorptionConfig) -> Absorption:
+def absorption(
+    sae: SAE,
+    examples: Examples,
+    probed: ProbedClasses,
+    config: AbsorptionConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> Absorption:
     """Measure one SAE: split latents by k-sparse probes, then `word_absorption` on the words the probes get right.
 
     SAEBench draws new prompts for the words of the last step; here they are the held-out examples themselves, so that
-    a figure depends on nothing but its inputs. Memory: the codes of the examples, ``E * K * 12`` bytes.
+    a figure depends on nothing but its inputs. Memory: the codes of the examples, ``E * K * 12`` bytes. ``progress`` is
+    told (done, to do), where each epoch of the probe on latents is one and each class that counts another.
     """
     held_out_E = examples.held_out_E
     codes = scaled(encode_rows(sae, examples.x_ED), probed.factor)
     train, scored = rows_of(codes, ~held_out_E), rows_of(codes, held_out_E)
     has_EC = examples.has_EC()
-    weight_CF = train_latent_probe(train, has_EC[~held_out_E], config.latent_probe, config.seed).weight_CI
+    counted = [c for c, score in enumerate(probed.f1) if score > config.min_f1]
+    epochs = config.latent_probe.epochs
+    tell = progress or (lambda done, total: None)
+    weight_CF = train_latent_probe(
+        train,
+        has_EC[~held_out_E],
+        config.latent_probe,
+        config.seed,
+        lambda done, _: tell(done, epochs + len(counted)),
+    ).weight_CI
     x_ED = examples.x_ED[held_out_E] * probed.factor
     scores_EC = probed.probe.scores(x_ED)
     W_dec_FD = sae.W_dec.detach().cpu().float()
     found = []
-    for c, name in enumerate(examples.classes):
-        if probed.f1[c] <= config.min_f1:
-            continue
+    for number, c in enumerate(counted, 1):
         train_true_E, true_E = has_EC[~held_out_E, c], has_EC[held_out_E, c]
         chosen = sparse_probes(weight_CF[c], train, train_true_E, scored, true_E, max_k=config.max_k, jump=config.jump)
         direction_D = probed.probe.weight_CI[c].double()
@@ -197,7 +218,7 @@ def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: Abso
         )
         found.append(
             ClassAbsorption(
-                name=name,
+                name=examples.classes[c],
                 probe_f1=probed.f1[c],
                 words=int(right_E.sum()),
                 latents=chosen.main,
@@ -206,6 +227,7 @@ def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: Abso
                 full=float(of_words.full_E.double().mean()),
             )
         )
+        tell(epochs + number, epochs + len(counted))
     return summary(found)
 
 

@@ -133,7 +133,9 @@ def _by_family(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
     gains: dict[tuple[str, str], list[float]] = {}
     for kron, dense in pairs:
         gains.setdefault((kron["sae"], dense["sae"]), []).append(kron["mcc"] - dense["mcc"])
-    behind = [f"{kron} (against {dense})" for (kron, dense), found in gains.items() if len(found) > 1 and max(found) < 0]
+    behind = [
+        f"{kron} (against {dense})" for (kron, dense), found in gains.items() if len(found) > 1 and max(found) < 0
+    ]
     ahead = [f"{kron} (against {dense})" for (kron, dense), found in gains.items() if len(found) > 1 and min(found) > 0]
     for names, says in ((behind, "behind"), (ahead, "ahead")):
         if names:
