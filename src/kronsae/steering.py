@@ -150,7 +150,7 @@ def mean_activation_norm(source: Source, hook: str, tokens: int = NORM_TOKENS) -
     return float(torch.cat(norms)[:tokens].mean())
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

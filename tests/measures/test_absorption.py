@@ -100,7 +100,7 @@ def test_a_damaged_cache_is_told_and_computed_anew(
     finished_run: Run, labels: Path, tmp_path: Path, damage: str
 ) -> None:
     material = Material(finished_run)
-    task = tasks.build_task(material, "labels", labels=labels, windows=None, place="last", seed=0)
+    task = tasks.build_task(material, "labels", labels=labels, windows=2000, place="last", seed=0)
     x_ED, was_known = tasks.example_activations(material, task, tmp_path)
     assert not was_known
     [path] = tmp_path.iterdir()

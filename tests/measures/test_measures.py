@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from kronsae.cli import app
 from kronsae.errors import UserError
-from kronsae.measures.material import REVISIONS, keep_result, kept_results, known_result
+from kronsae.measures.material import REVISIONS, held_out_tokens, keep_result, kept_results, known_result
 from kronsae.measures.verbs import VERBS
 from kronsae.report.sections import BUILDERS
 from kronsae.run import Run
@@ -32,6 +33,27 @@ def test_every_verb_is_a_command_with_json(verb: str) -> None:
     told = CliRunner().invoke(app, ["eval", verb, "--help"])
     assert told.exit_code == 0
     assert "--json" in told.output
+    assert "completion" not in told.output
+
+
+@pytest.mark.parametrize(
+    ("counted", "wanted", "expected"),
+    [
+        (1100, 1000, "1,100 held-out tokens (whole windows)"),
+        (1000, 1000, "1,000 held-out tokens"),
+        (900, 1000, "900 held-out tokens, all that the text has where 1,000 were wanted"),
+    ],
+)
+def test_what_is_told_of_tokens_is_what_was_counted(counted: int, wanted: int, expected: str) -> None:
+    assert held_out_tokens(counted, wanted) == expected
+
+
+@pytest.mark.parametrize("verb", ["latents", "interaction"])
+@pytest.mark.parametrize("wanted", [70, 10**6])
+def test_the_tokens_told_are_those_of_the_result(run: Run, verb: str, wanted: int) -> None:
+    told = CliRunner().invoke(app, ["eval", verb, str(run.folder), "--tokens", str(wanted), "--json"])
+    assert told.exit_code == 0, told.output
+    assert held_out_tokens(json.loads(told.stdout)["tokens"], wanted) in told.stderr
 
 
 def test_every_section_belongs_to_a_verb() -> None:

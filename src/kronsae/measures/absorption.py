@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from kronsae.run import Run
 
 NAME = "absorption"
-TASKS = ("roles", "first-letter", "labels")
+WINDOWS = {"roles": 500, "first-letter": 10_000, "labels": 2000}
+"""The tasks, and how many windows of text, or prompts of about 80 tokens, each learns from unless told otherwise."""
+
 LATENT_BATCH = 128
 
 
@@ -50,8 +52,10 @@ class AbsorptionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.task is not None and self.task not in TASKS:
-            raise UserError(f"task must be one of {', '.join(TASKS)}; got '{self.task}'.{nearest(self.task, TASKS)}")
+        if self.task is not None and self.task not in WINDOWS:
+            raise UserError(
+                f"task must be one of {', '.join(WINDOWS)}; got '{self.task}'.{nearest(self.task, WINDOWS)}"
+            )
         if self.labels is not None and self.task not in (None, "labels"):
             raise UserError(f"labels belongs to the task 'labels'; got it with '{self.task}'. Leave one out.")
         if self.place not in ("last", "next"):
@@ -100,7 +104,7 @@ def measure(
         material,
         task_name,  # type: ignore[arg-type]
         labels=settings.labels,
-        windows=settings.windows,
+        windows=WINDOWS[task_name] if settings.windows is None else settings.windows,
         place=settings.place,  # type: ignore[arg-type]
         seed=settings.seed,
     )
@@ -152,20 +156,36 @@ def measure(
     return result
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
-@app.command(help="Absorption (SAEBench's): fraction, full absorption, split latents.")
+@app.command(
+    help="How often the latents of a class stay off because more special ones took their place (SAEBench's absorption)."
+)
 def absorption(
     run_folder: RunArgument,
     task: Annotated[
         str | None,
-        typer.Option(help="roles (names in Python code), first-letter (prompts) or labels; by the run's text."),
+        typer.Option(
+            help="roles (names in Python code), first-letter (prompts) or labels (with --labels); unless given, roles "
+            "for a run on Python's library, first-letter for another."
+        ),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans"}.')
+        Path | None,
+        typer.Option(
+            help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans": [{"start", "end", '
+            '"label"}]}.'
+        ),
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows of text, or prompts, to learn from.")] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of text, or prompts, to learn from, a quarter as many score; unless given, "
+            + ", ".join(f"{number} ({task})" for task, number in WINDOWS.items())
+            + "."
+        ),
+    ] = None,
     place: Annotated[str, typer.Option(help="Read a word at its own 'last' token, or at the 'next' one.")] = "last",
     min_classes: Annotated[
         int | None,
@@ -175,9 +195,14 @@ def absorption(
     ] = None,
     max_k: Annotated[int, typer.Option(help="Latents that may stand for a class, at most.")] = 10,
     latent_batch: Annotated[
-        int | None, typer.Option(help="Examples in a step of the probe on latents; by the task without this.")
+        int | None,
+        typer.Option(
+            help=f"Examples in a step of the probe on latents; unless given, 4096 (first-letter) or {LATENT_BATCH}."
+        ),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for activations that several runs share.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for activations that several runs share; unless given, in RUN.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -200,7 +225,7 @@ def absorption(
         seed=seed,
     )
     with progress_bar("absorption", quiet=quiet) as progress:
-        result = measure(run, settings, cache=cache, say=(lambda line: None) if quiet else say, progress=progress)
+        result = measure(run, settings, cache=cache, say=say, progress=progress)
     if as_json:
         print_json(result)
     else:

@@ -29,7 +29,7 @@ from kronsae.eval.autointerp import (
 )
 from kronsae.eval.display import TokenText, visible
 from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
-from kronsae.measures.material import Material, beyond, keep_result, known_result
+from kronsae.measures.material import Material, beyond, held_out_tokens, keep_result, known_result
 from kronsae.progress_bar import progress_bar
 from kronsae.run import Run, open_run
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
@@ -139,7 +139,7 @@ def draw_samples(
     saes = {name: material.saes[name] for name in names}
     windows = material.windows(config.tokens)
     tokens = sum(one.num_kept for one in windows)
-    say(f"Seeking examples in {tokens:,} held-out tokens, in two passes.")
+    say(f"Seeking examples in {held_out_tokens(tokens, config.tokens)}, in two passes.")
     counts = count_activations(material, saes, windows, beyond(progress, 0, 2 * tokens))
     chosen = {
         name: list(config.chosen)
@@ -280,7 +280,7 @@ def _told(report: AskReport, tokens: int) -> str:
     )
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -288,9 +288,11 @@ def autointerp(
     run_folder: RunArgument,
     sae: Annotated[list[str] | None, typer.Option(help="Only this SAE; repeatable.")] = None,
     latents: Annotated[int, typer.Option(help="Latents per SAE, drawn at random.")] = AutointerpConfig.latents,
-    latent: Annotated[list[int] | None, typer.Option(help="This latent instead; repeatable.")] = None,
+    latent: Annotated[list[int] | None, typer.Option(help="This latent (its number) instead; repeatable.")] = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens to seek examples in.")] = AutointerpConfig.tokens,
-    tested: Annotated[int, typer.Option(help="Examples of either kind per test.")] = AutointerpConfig.tested,
+    tested: Annotated[
+        int, typer.Option(help="Examples per test with the latent active, and as many without.")
+    ] = AutointerpConfig.tested,
     per_prompt: Annotated[int, typer.Option(help="Examples judged in one prompt.")] = AutointerpConfig.per_prompt,
     min_active: Annotated[
         int, typer.Option(help="A latent active on fewer tokens is not drawn.")

@@ -21,7 +21,7 @@ from kronsae.eval.hooked import Windows, vocabulary_size
 from kronsae.eval.latents import GalleryConfig, LatentStatistics
 from kronsae.eval.profiles import PreLatentMeter, Profile, ProfileMeter, ProfileSummary, pre_latent_rows
 from kronsae.eval.token_entropy import MAX_PAIRS
-from kronsae.measures.material import Material, keep_result, known_result, result_path
+from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
 from kronsae.progress_bar import progress_bar
 from kronsae.report.sections.latents import summary_table
 from kronsae.run import Run, open_run
@@ -138,18 +138,17 @@ def measure(
         return known
     material = Material(run)
     assert config.tokens is not None
-    say(
-        f"Statistics of the latents of {len(material.saes)} SAE(s) on {config.tokens:,} held-out tokens; examples from "
-        f"the first {min(config.example_tokens, config.tokens):,}."
-    )
-    result = measure_saes(material, config, progress).to_dict()
+    result = measure_saes(material, config, say, progress).to_dict()
     keep_result(run, NAME, settings, result)
     return result
 
 
 @torch.no_grad()
 def measure_saes(
-    material: Material, config: LatentsConfig, progress: Callable[[int, int], None] | None = None
+    material: Material,
+    config: LatentsConfig,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LatentsResult:
     """The measurement itself."""
     assert config.tokens is not None
@@ -157,6 +156,10 @@ def measure_saes(
     again = list(first_windows(windows, config.example_tokens))
     tokens = sum(one.num_kept for one in windows)
     total = tokens + sum(one.num_kept for one in again)
+    say(
+        f"Statistics of the latents of {len(material.saes)} SAE(s) on {held_out_tokens(tokens, config.tokens)}; "
+        f"examples from the first {total - tokens:,}."
+    )
     meters = {name: _Meters(sae, material, config) for name, sae in material.saes.items()}
     done = 0
     for part, x_ND in material.activations(windows):
@@ -239,18 +242,24 @@ class _Meters:
         )
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def latents(
     run_folder: RunArgument,
     tokens: Annotated[int | None, typer.Option(help="Held-out tokens; unless given, the run's eval_tokens.")] = None,
-    latent: Annotated[list[int] | None, typer.Option(help="A latent to show examples of, repeatable.")] = None,
-    num_latents: Annotated[int, typer.Option(help="Further latents to show examples of.")] = 16,
+    latent: Annotated[
+        list[int] | None, typer.Option(help="A latent (its number) to show examples of; repeatable.")
+    ] = None,
+    num_latents: Annotated[
+        int, typer.Option(help="Further latents to show examples of, spread over the frequencies.")
+    ] = 16,
     num_heads: Annotated[int, typer.Option(help="Heads to show whole (Kronecker encoders).")] = 1,
-    pre_latent_tokens: Annotated[int, typer.Option(help="Tokens for the statistics of bases and extensions.")] = 32_768,
-    example_tokens: Annotated[int, typer.Option(help="Tokens to seek examples in.")] = 131_072,
+    pre_latent_tokens: Annotated[
+        int, typer.Option(help="Held-out tokens for the statistics of bases and extensions, at most.")
+    ] = 32_768,
+    example_tokens: Annotated[int, typer.Option(help="Held-out tokens to seek examples in, at most.")] = 131_072,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -132,6 +132,12 @@ def kept_per_token(sae: SAE) -> int:
     return min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae)
 
 
+def held_out_tokens(counted: int, wanted: int) -> str:
+    """How many tokens count in the whole windows that were read when so many were wanted, in words."""
+    short = f", all that the text has where {wanted:,} were wanted" if counted < wanted else " (whole windows)"
+    return f"{counted:,} held-out tokens{short if counted != wanted else ''}"
+
+
 def result_path(run: Run, name: str) -> Path:
     """Where the result of the measurement ``name`` is kept."""
     return run.folder / "measures" / f"{name}.json"

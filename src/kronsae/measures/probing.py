@@ -119,15 +119,22 @@ def _passages(material: Material, labels: Path | None) -> Iterator[Passage]:
                 yield Passage(text=document.text, spans=spans, held_out=held_out)
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
-@app.command(help="Sparse probing, concept recall and targeted perturbation on labelled tokens.")
+@app.command(
+    help="Which concepts the latents tell, alone, in pairs and a few together: sparse probing, concept recall and "
+    "targeted perturbation on labelled tokens."
+)
 def probing(
     run_folder: RunArgument,
     labels: Annotated[
         Path | None,
-        typer.Option(help='Labelled text of yours: JSON lines of {"text", "spans"}; none: Python\'s own concepts.'),
+        typer.Option(
+            help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans": [{"start", "end", '
+            '"label"}]}; '
+            "unless given, Python's own concepts, for a run on Python's library."
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of text to learn from; a quarter as many score.")] = 300,
     seed: Seed = 0,
@@ -143,7 +150,7 @@ def probing(
     run = open_run(run_folder)
     settings = ProbingSettings(labels=labels, windows=windows, seed=seed)
     with progress_bar("tokens", quiet=quiet) as progress:
-        result = measure(run, settings, say=(lambda line: None) if quiet else say, progress=progress)
+        result = measure(run, settings, say=say, progress=progress)
     if as_json:
         print_json(result)
     else:

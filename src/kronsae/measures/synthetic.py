@@ -207,7 +207,7 @@ def encoder_kind(encoder: AnyEncoderConfig) -> str:
     return inner.kind
 
 
-app = typer.Typer(rich_markup_mode="markdown")
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
 @app.command()

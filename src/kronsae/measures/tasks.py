@@ -30,7 +30,6 @@ from kronsae.measures.material import Material
 TaskName = Literal["roles", "first-letter", "labels"]
 HELD_OUT_SHARE = 0.2  # of a user's labelled texts
 DOCUMENTS = 120  # of code to learn from; a quarter as many are scored on
-WORDS = 10_000  # prompts of the first-letter task, of about 80 tokens each
 
 
 def default_task(material: Material) -> TaskName:
@@ -51,7 +50,7 @@ def documents(material: Material, *, held_out: bool, number: int) -> Iterator[Do
 
 
 def build_task(
-    material: Material, name: TaskName, *, labels: Path | None, windows: int | None, place: Place, seed: int
+    material: Material, name: TaskName, *, labels: Path | None, windows: int, place: Place, seed: int
 ) -> Task:
     """The examples of a task, tokenised for the run's model.
 
@@ -64,13 +63,12 @@ def build_task(
     if name == "labels":
         if labels is None:
             raise UserError("the task 'labels' needs a file of labelled text; give --labels FILE.jsonl.")
-        passages, sizes = read_labelled(labels), Sizes(windows=windows or 2000, per_word=20)
+        passages, sizes = read_labelled(labels), Sizes(windows=windows, per_word=20)
     elif name == "first-letter":
-        prompts = windows or WORDS
-        passages = first_letter_prompts(tokenizer, max_words=prompts * 5 // 4, seed=seed)
-        sizes = Sizes(windows=prompts, per_class=prompts, at_least=2)
+        passages = first_letter_prompts(tokenizer, max_words=windows * 5 // 4, seed=seed)
+        sizes = Sizes(windows=windows, per_class=windows, at_least=2)
     else:
-        passages, classes, sizes = _roles(material), ROLES, Sizes(windows=windows or 500, per_class=400)
+        passages, classes, sizes = _roles(material), ROLES, Sizes(windows=windows, per_class=400)
     return make_task(
         name if labels is None else labels.name,
         passages,

@@ -15,7 +15,7 @@ from kronsae.errors import UserError
 from kronsae.eval.display import visible
 from kronsae.eval.token_rule import TokenRuleConfig, TokenRules, summarise_rules, token_rule
 from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
-from kronsae.measures.material import Material, beyond, keep_result, known_result
+from kronsae.measures.material import Material, beyond, held_out_tokens, keep_result, known_result
 from kronsae.progress_bar import progress_bar
 from kronsae.run import Run, open_run
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
@@ -61,9 +61,9 @@ def measure(
     texts = [material.windows(config.tokens, held_out=held_out) for held_out in (False, True)]
     sizes = [sum(one.num_kept for one in windows) for windows in texts]
     say(
-        f"Learning from {sizes[0]:,} tokens of training documents, testing on {sizes[1]:,} held-out ones; the model "
-        f"reads both twice. Then a rule for each of up to {len(config.chosen) or config.latents:,} latents of "
-        f"{len(picked)} SAE(s)."
+        f"Learning from {sizes[0]:,} tokens of training documents, testing on "
+        f"{held_out_tokens(sizes[1], config.tokens)}; the model reads both twice. Then a rule for each of up to "
+        f"{len(config.chosen) or config.latents:,} latents of {len(picked)} SAE(s)."
     )
     work = 2 * sum(sizes)
     counts = [
@@ -100,7 +100,7 @@ def measure(
     return result
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -108,11 +108,15 @@ def token_rule_verb(
     run_folder: RunArgument,
     sae: Annotated[list[str] | None, typer.Option(help="Only this SAE; repeatable.")] = None,
     latents: Annotated[int, typer.Option(help="Latents per SAE, drawn at random.")] = TokenRuleConfig.latents,
-    latent: Annotated[list[int] | None, typer.Option(help="This latent instead; repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(help="Training and held-out tokens, each.")] = TokenRuleConfig.tokens,
-    examples: Annotated[int, typer.Option(help="Places of either kind per text.")] = TokenRuleConfig.examples,
+    latent: Annotated[list[int] | None, typer.Option(help="This latent (its number) instead; repeatable.")] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of training text, and of held-out text, at most.")
+    ] = TokenRuleConfig.tokens,
+    examples: Annotated[
+        int, typer.Option(help="Places where the latent is active, and as many where it is not, per text, at most.")
+    ] = TokenRuleConfig.examples,
     min_active: Annotated[
-        int, typer.Option(help="A latent active on fewer tokens is not drawn.")
+        int, typer.Option(help="A latent active on fewer tokens of either text is not drawn.")
     ] = TokenRuleConfig.min_active_tokens,
     seed: Seed = 0,
     as_json: Json = False,

@@ -197,7 +197,7 @@ def _about(setup: BlockSetup) -> dict[str, Any]:
     return to_dict(setup) | {"effective_rank": effective_rank(setup.covariance())}
 
 
-app = typer.Typer(rich_markup_mode="markdown")
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
 @app.command()
