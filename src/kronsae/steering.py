@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.data.model import LanguageModel
 from kronsae.data.tokens import special_frame
 from kronsae.errors import UserError
@@ -78,6 +78,7 @@ def generate(
     check_count("new_tokens", new_tokens)
     if not temperature >= 0:
         raise UserError(f"temperature must be at least 0; got {temperature!r}.")
+    check_seed(seed)
     if language_model.no_lm_head_reason:
         raise UserError(f"'{language_model.name}' cannot write: {language_model.no_lm_head_reason}.")
     ids_ST, mask_ST = padded_prompts(language_model, prompts)

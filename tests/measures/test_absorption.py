@@ -148,6 +148,7 @@ def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: P
         ('{"text": "x", "spans": 3}', '"spans" must be a list'),
         ('{"text": "x", "spans": [{"start": 0, "end": 2, "label": "y"}]}', "0 <= start < end <= 1"),
         ('{"text": "x", "label": 3}', "a span must be"),
+        ('{"text": "x", "label": " "}', "a label that is not blank"),
         ('{"text": "x", "label": "y", "held_out": "no"}', '"held_out" true or false'),
     ],
 )
@@ -178,6 +179,16 @@ def test_texts_that_differ_in_case_or_space_are_on_one_side(tmp_path: Path) -> N
     assert 0 < sum(sides) < len(sides)
 
 
+def test_what_a_file_holds_cannot_reach_the_terminal(finished_run: Run, tmp_path: Path) -> None:
+    rows = [{"text": f"the fox {i}", "label": ["\x1b[31mred", "[bold]b"][i * 7 % 11 % 2]} for i in range(200)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        measure(finished_run, AbsorptionSettings(labels=path))
+    assert "\x1b" not in str(refused.value)
+    assert "[bold]b 0." in str(refused.value)
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         list(read_labelled(tmp_path / "none.jsonl"))
@@ -189,6 +200,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"task": "rolls"}, "task must be one of roles, first-letter, labels; got 'rolls'. Did you mean 'roles'"),
         ({"task": "roles", "labels": Path("x")}, "labels belongs to the task 'labels'"),
         ({"place": "first"}, "place must be 'last' or 'next'"),
+        ({"seed": -1}, "seed must be from 0 to 2**63 - 1; got -1"),
         ({"windows": 0}, "windows must be a whole number above 0"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.errors import UserError, nearest
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
@@ -60,6 +60,7 @@ class AbsorptionSettings:
             raise UserError(f"labels belongs to the task 'labels'; got it with '{self.task}'. Leave one out.")
         if self.place not in ("last", "next"):
             raise UserError(f"place must be 'last' or 'next'; got '{self.place}'.")
+        check_seed(self.seed)
         for name in ("windows", "min_classes", "max_k", "latent_batch"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -93,6 +94,7 @@ def measure(
     """
     from kronsae.eval.absorption import AbsorptionConfig, Examples, absorption, probe_classes
     from kronsae.eval.absorption.probes import ON_LATENTS
+    from kronsae.eval.display import visible
     from kronsae.measures.material import Material, keep_result, kept_per_token, known_result, part_of
     from kronsae.measures.tasks import TaskName, build_task, default_task, example_activations
 
@@ -123,13 +125,13 @@ def measure(
         return known
     needed = config.needed(len(task.classes))  # before the model runs
     tokens = sum(int(windows.attention_mask_ST.sum()) for windows in task.windows)
-    left_out = f" ({', '.join(task.left_out)} left out: too few examples)" if task.left_out else ""
+    left_out = f" ({', '.join(map(visible, task.left_out))} left out: too few examples)" if task.left_out else ""
     learnt = int((~task.held_out_E).sum())
     memory = sum(len(task.words) * kept_per_token(sae) * 12 for sae in material.saes.values()) / len(material.saes)
     say(
-        f"Task '{task.name}': {len(task.words):,} examples of {len(task.classes)} classes{left_out} in {tokens:,} "
-        f"tokens, which the model reads up to {hook.name}; then {config.probe.epochs} passes over {learnt:,} of them "
-        f"for the probes, and as many for each of {len(run.names)} SAE(s), whose codes take about "
+        f"Task '{visible(task.name)}': {len(task.words):,} examples of {len(task.classes)} classes{left_out} in "
+        f"{tokens:,} tokens, which the model reads up to {hook.name}; then {config.probe.epochs} passes over "
+        f"{learnt:,} of them for the probes, and as many for each of {len(run.names)} SAE(s), whose codes take about "
         f"{memory / 2**20:,.0f} MB at a time."
     )
     x_ED, was_known = example_activations(material, task, cache or run.folder / "measures" / "cache", progress, say=say)

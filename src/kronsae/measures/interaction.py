@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.heads import head_grid
 from kronsae.core.normalization import Normalization
@@ -43,10 +43,11 @@ from kronsae.eval.interaction.sample import TOKENS
 from kronsae.eval.latents import LatentMeter
 from kronsae.eval.profiles import PreLatentMeter, ProfileMeter
 from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
+from kronsae.measures.tables import rich_table
 from kronsae.progress_bar import progress_bar
 from kronsae.report.sections.interaction import summary_table
 from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, rich_table, say, what_now
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 from kronsae.training.config import MemberConfig
 
 NAME = "interaction"
@@ -75,6 +76,7 @@ class InteractionConfig:
             check_count("tokens", self.tokens)
         for name in ("max_cells", "least_active"):
             check_count(name, getattr(self, name))
+        check_seed(self.seed)
         if self.shown_heads < 0:
             raise UserError(f"shown_heads must be at least 0; got {self.shown_heads!r}.")
 
@@ -273,7 +275,7 @@ class _FirstPass:
         self._heads = sample_heads(encoder.num_heads, cells, config.max_cells, config.seed)
         self.sample = HeadSample(encoder, self._heads)
         self.scale = ParentScale(self.sample, tokens)
-        self._twin_seed = member.seed + 1 + config.seed
+        self._twin_seed = (member.seed + 1 + config.seed) % 2**63
         twin = random_twin(member, sae.d_in, self._twin_seed, x_ND)
         assert isinstance(twin.encoder, KroneckerEncoder)
         self._trained = _PairMeter(sae, self.sample)
@@ -342,7 +344,7 @@ def interaction(
     if as_json:
         print_json(result)
     else:
-        print_table(rich_table("figure", summary_table(result)))
+        print_table(rich_table(summary_table(result), "figure"))
         for name, reason in result["not_applicable"].items():
             say(f"{name}: {reason}")
         say(f"All figures: {result_path(run, NAME)}")

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.heads import DeadShares, dead_shares
 from kronsae.core.sae import SAE
@@ -22,10 +22,11 @@ from kronsae.eval.latents import GalleryConfig, LatentStatistics
 from kronsae.eval.profiles import PreLatentMeter, Profile, ProfileMeter, ProfileSummary, pre_latent_rows
 from kronsae.eval.token_entropy import MAX_PAIRS
 from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
+from kronsae.measures.tables import rich_table
 from kronsae.progress_bar import progress_bar
 from kronsae.report.sections.latents import summary_table
 from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, rich_table, say, what_now
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 NAME = "latents"
 
@@ -65,6 +66,7 @@ class LatentsConfig:
             check_count("tokens", self.tokens)
         for name in ("pre_latent_tokens", "example_tokens", "max_pairs"):
             check_count(name, getattr(self, name))
+        check_seed(self.seed)
         self.gallery  # noqa: B018  its own checks
 
     @property
@@ -283,6 +285,6 @@ def latents(
     if as_json:
         print_json(result)
     else:
-        print_table(rich_table("SAE", summary_table(result)))
+        print_table(rich_table(summary_table(result), "SAE"))
         say(f"Every latent and the examples: {result_path(run, NAME)}")
     what_now(f"kronsae report {shlex.quote(str(run_folder))}")

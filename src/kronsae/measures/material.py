@@ -49,8 +49,19 @@ class Material:
 
     @cached_property
     def saes(self) -> dict[str, SAE]:
-        """The run's SAEs by name, on the language model's device, in evaluation mode; they take raw activations."""
-        return {name: sae.to(self.language_model.device).eval() for name, sae in self.run.saes().items()}
+        """The run's SAEs by name, on the language model's device, in evaluation mode; they take raw activations.
+
+        Raises:
+            UserError: weights of one are not finite: its figures would mean nothing.
+        """
+        for name, sae in (saes := self.run.saes()).items():
+            for weight, tensor in sae.state_dict().items():
+                if not bool(tensor.isfinite().all()):
+                    raise UserError(
+                        f"'{name}' cannot be measured: {weight} holds NaN or infinity. If its training diverged, lower "
+                        "its learning rate; measure a run without it."
+                    )
+        return {name: sae.to(self.language_model.device).eval() for name, sae in saes.items()}
 
     @cached_property
     def places(self) -> dict[str, Hooks]:
@@ -111,7 +122,7 @@ REVISIONS = {
     "token-rule": 1,
     "synthetic": 1,
     "toy": 1,
-    "absorption": 1,
+    "absorption": 2,
     "probing": 1,
 }
 """Of each measurement's result: rises when its shape changes, or what a figure in it means."""
@@ -148,7 +159,7 @@ def known_result(run: Run, name: str, settings: Mapping[str, Any]) -> dict[str, 
     path = result_path(run, name)
     if not path.exists():
         return None
-    known = read_json(path, f"the result of '{name}'")
+    known = _kept(path)
     if not _is_current(known, name) or differences(known.get("settings"), dict(settings)):
         return None
     result = known.get("result")
@@ -169,9 +180,16 @@ def kept_results(run: Run) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     An outdated one is of another revision and not among the results: its figures may mean something else.
     """
     paths = sorted((run.folder / "measures").glob("*.json"))
-    found = {path.stem: read_json(path, f"the result of '{path.stem}'") for path in paths if path.stem in REVISIONS}
+    found = {path.stem: _kept(path) for path in paths if path.stem in REVISIONS}
     current = {name: kept for name, kept in found.items() if _is_current(kept, name)}
     return current, tuple(name for name in found if name not in current)
+
+
+def _kept(path: Path) -> Any:
+    try:
+        return read_json(path, f"the result of '{path.stem}'")
+    except UserError as error:
+        raise UserError(f"{error} Delete it, and measure again.") from None
 
 
 def _is_current(kept: Any, name: str) -> bool:

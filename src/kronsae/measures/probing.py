@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.errors import UserError
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
@@ -40,6 +40,7 @@ class ProbingSettings:
 
     def __post_init__(self) -> None:
         check_count("windows", self.windows)
+        check_seed(self.seed)
 
 
 def measure(
@@ -82,7 +83,7 @@ def measure(
     tokens = len(text.held_out_N)
     memory = sum(tokens * kept_per_token(sae) * 12 for sae in saes.values())
     say(
-        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {hook.name}; "
+        f"{len(text.concepts)} concept(s) in {tokens:,} tokens, which the model reads once up to {hook.name}; "
         f"the codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
     )
     found, accuracy = probing(saes, text, material.activations(list(text.windows), progress), config, say)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count, check_positive
+from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
 from kronsae.core.losses import LossConfig, MatryoshkaConfig
@@ -72,8 +72,7 @@ class SyntheticStudyConfig:
         for name in ("seeds", "steps", "batch", "held_out_tokens"):
             check_count(name, getattr(self, name))
         check_positive("lr", self.lr)
-        if self.seed < 0:
-            raise UserError(f"seed must be at least 0; got {self.seed}.")
+        check_seed(self.seed)
 
     def features(self, seed: int) -> KnownFeatures:
         """The known features of one repetition."""

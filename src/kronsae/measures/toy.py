@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count, check_positive
+from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.metrics import explained_variance
 from kronsae.data.random import generator_for
 from kronsae.data.toy import HIDDEN, INDEPENDENT, SETUPS, BlockSetup, CorrelatedFeatures, HiddenStates, ToyAutoencoder
@@ -80,8 +80,7 @@ class ToyConfig:
         check_count("batch", self.batch)
         check_positive("autoencoder_lr", self.autoencoder_lr)
         check_positive("lr", self.lr)
-        if self.seed < 0:
-            raise UserError(f"seed must be at least 0; got {self.seed}.")
+        check_seed(self.seed)
         if len(self.setups) < 2:
             raise UserError(f"setups must be at least two, to compare each with another; got {len(self.setups)}.")
         sizes = {setup.features for setup in (*self.setups, self.independent)}

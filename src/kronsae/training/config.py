@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kronsae.core.checks import check_count, check_positive
+from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.experts import AnyEncoderConfig
 from kronsae.core.losses import LossConfig, SquaredErrorConfig
 from kronsae.core.normalization import NormalizationName, check_foldable
@@ -108,8 +108,7 @@ class MemberConfig:
             raise UserError(
                 f"name must be letters, digits, '.', '_' or '-', since it names a folder; got {self.name!r}."
             )
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be from 0 to 2**63 - 1; got {self.seed!r}.")
+        check_seed(self.seed)
         if self.revive_every_tokens is not None:
             check_count("revive_every_tokens", self.revive_every_tokens)
             if self.encoder.kind == "switch" or self.write not in (None, self.read):

@@ -18,6 +18,7 @@ from kronsae.errors import UserError
 from kronsae.eval.absorption.probes import ON_LATENTS, LinearProbe, ProbeTraining, f1, train_latent_probe, train_probe
 from kronsae.eval.absorption.sparse_probes import sparse_probes
 from kronsae.eval.absorption.words import AbsorptionRule, probe_cosines, word_absorption
+from kronsae.eval.display import visible
 from kronsae.eval.example_codes import encode_rows, root_mean_square, rows_of, scaled
 
 CLASSES_TO_PASS, CLASSES_OF = 20, 26
@@ -164,7 +165,7 @@ def probe_classes(
     scores = tuple(f1(said_EC[:, c], has_EC[held_out_E][:, c]) for c in range(len(examples.classes)))
     told = sum(score > config.min_f1 for score in scores)
     if told < needed:
-        weak = [f"{name} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
+        weak = [f"{visible(name)} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
         raise UserError(
             f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of the {len(scores)} classes "
             f"there are; {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give "

@@ -40,7 +40,7 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
     ]
     if leads := who_leads(fractions, figure="absorption fraction", over="classes", less_is_better=True):
         paragraphs.append(leads)
-    left_out = ", ".join(visible(name) for name in result.get("left_out", []))
+    left_out = ", ".join(visible(name) for name in result["left_out"])
     return Section(
         key="absorption",
         title="Absorption",
