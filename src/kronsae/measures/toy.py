@@ -24,9 +24,9 @@ from kronsae.data.toy import HIDDEN, INDEPENDENT, SETUPS, BlockSetup, Correlated
 from kronsae.errors import UserError
 from kronsae.eval.known_covariance import effective_rank, recovery
 from kronsae.eval.reconstruction import reconstruction
-from kronsae.measures.material import keep_result, known_result
+from kronsae.measures.material import Report, keep_result, known_result
 from kronsae.measures.tables import rich_table
-from kronsae.measures.training import Report, train_on
+from kronsae.measures.training import train_on
 from kronsae.recipes import kron, topk
 from kronsae.report.sections.toy import AUTOENCODER, table, verdict
 from kronsae.run import Run, open_run
