@@ -134,9 +134,9 @@ def _passage(line: str, where: str) -> Passage:
 def _span(span: Any, text: str, where: str) -> Span:
     found = span if isinstance(span, dict) else {}
     start, end, label = found.get("start"), found.get("end"), found.get("label")
-    if type(start) is int and type(end) is int and isinstance(label, str):
-        if 0 <= start < end <= len(text) and label.strip():
-            return Span(start=start, end=end, label=label)
+    labelled = isinstance(label, str) and bool(label.strip())
+    if type(start) is int and type(end) is int and labelled and 0 <= start < end <= len(text):
+        return Span(start=start, end=end, label=str(label))
     raise UserError(
         f'{where}: a span must be {{"start", "end", "label"}} with 0 <= start < end <= {len(text)} and a label that is '
         f"not blank; got {span!r}."
