@@ -101,7 +101,9 @@ class TestVerbs:
             assert row["ce_recovered"] is not None
         again = kronsae("eval", "--out", out, "--json")
         assert again.json == evaluated.json
-        assert "Already evaluated on 100 held-out tokens" in again.err
+        counted = evaluated.json["saes"][0]["evaluation_tokens"]
+        assert f"Evaluated on {counted} held-out tokens (whole windows)." in evaluated.err
+        assert f"Already evaluated on {counted} held-out tokens (whole windows)" in again.err
         assert kronsae("eval", out, "--tokens", 40, "--json").json != evaluated.json
 
         table = kronsae("eval", out)

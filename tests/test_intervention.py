@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.tiny_models import LAYERS, VOCABULARY, WIDTH, make_model
@@ -14,7 +15,7 @@ from kronsae import intervention as intervention_module
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
-from kronsae.core.sparsifiers import TopKConfig
+from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, TopKConfig
 from kronsae.data.model import resolve_hook, tap
 from kronsae.errors import UserError
 from kronsae.intervention import Change, Intervention, ablate, clamp, intervene, scale, steer
@@ -283,6 +284,57 @@ def test_what_cannot_be() -> None:
         model(ids, attention_mask=mask)
 
 
+@pytest.mark.parametrize("latent", [1.5, 2.0, -1, True, "3", None, torch.tensor(1.0)])
+def test_a_latent_is_a_whole_number(latent: Any) -> None:
+    with pytest.raises(UserError, match="latent must be a whole number from 0 on; got "):
+        steer(latent, 1.0)
+
+
+def test_whole_numbers_of_other_libraries_are_latents() -> None:
+    for change in (ablate(np.int64(3)), ablate(torch.tensor(3))):  # type: ignore[arg-type]
+        assert change == ablate(3)
+        assert type(change.latent) is int
+
+
+@pytest.mark.parametrize("value", ["much", None, torch.ones(2), 1j])
+def test_a_change_is_by_a_number(value: Any) -> None:
+    with pytest.raises(UserError, match="the change of latent 3 must be by a number; got "):
+        clamp(3, value)
+
+
+def test_changes_that_are_none_are_refused() -> None:
+    with pytest.raises(UserError, match=r"kind must be one of add, scale, set; got 'sett'\. Did you mean 'set'"):
+        Change(1, "sett", 1.0)  # type: ignore[arg-type]
+    for wrong in (steer(1, 1.0), [(1, 1.0)], [1]):
+        with pytest.raises(UserError, match=r"changes must be a list of what steer, scale, clamp and ablate give"):
+            Intervention(sae=make_sae(), hook="layers.1", changes=wrong)  # type: ignore[arg-type]
+
+
+def test_nothing_goes_on_that_is_not_finite() -> None:
+    broken = make_sae()
+    broken.W_dec[2, 3] = torch.nan
+    for sae, changes, dtype in (
+        (broken, [steer(2, 1.0)], torch.float32),
+        (make_sae(), [steer(2, 1e6)], torch.float16),
+    ):
+        intervention = Intervention(sae=sae, hook="layers.1", changes=changes)
+        with pytest.raises(UserError, match=rf"changed activations must be finite in {dtype}; latents \[2\] give"):
+            intervention.apply(torch.zeros(2, WIDTH, dtype=dtype))
+
+
+@pytest.mark.parametrize("sparsifier", [TopKConfig(k=5), BatchTopKConfig(k=5), JumpReLUConfig(k=5)])
+def test_training_mode_makes_no_difference(sparsifier: Any) -> None:
+    encoder = KroneckerEncoderConfig(num_heads=4, d_base=2, d_extension=3, init_norm=4.0)
+    sae = SAEConfig(d_in=WIDTH, encoder=encoder, sparsifier=sparsifier).build().requires_grad_(False)
+    intervention = Intervention(sae=sae, hook="layers.1", changes=[scale(n, 2.0) for n in range(24)])
+    x_ND = torch.randn(6, WIDTH)
+    in_training = intervention.apply(x_ND)
+    assert sae.training
+    sae.eval()
+    assert torch.equal(intervention.apply(x_ND), in_training)
+    torch.testing.assert_close(intervention.apply(x_ND[:1]), in_training[:1])  # nor do the other tokens
+
+
 def test_the_example_in_the_docstring() -> None:
     assert doctest.testmod(intervention_module).failed == 0
 
@@ -291,3 +343,13 @@ def test_it_can_be_had_from_the_package() -> None:
     import kronsae
 
     assert kronsae.intervene is intervene
+
+
+@pytest.mark.parametrize(
+    ("shape", "role"),
+    [({"d_in": 32, "read_widths": (16, 16)}, "crosscoder"), ({"d_in": 16, "write_widths": (16,)}, "transcoder")],
+)
+def test_other_roles_are_refused_where_they_are_given(shape: dict[str, Any], role: str) -> None:
+    sae = SAEConfig(**shape, encoder=DenseEncoderConfig(d_sae=4), sparsifier=TopKConfig(k=1)).build()
+    with pytest.raises(UserError, match=f"sae must reconstruct the one hook it reads; this one is a {role}"):
+        Intervention(sae=sae, hook="layers.1", changes=[])

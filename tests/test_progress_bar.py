@@ -29,6 +29,14 @@ def test_a_line_every_ten_seconds_in_a_log(clock: list[float], capsys: pytest.Ca
     assert captured.err == "evaluating: 1%\nevaluating: 30%, about 49 s left\nevaluating: 60%, about 23 s left\n"
 
 
+def test_a_new_stage_has_a_rate_of_its_own(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("absorption") as report:
+        for seconds, done, total in ((1, 50, 100), (2, 100, 100), (20, 10, 50), (40, 20, 50)):
+            clock[0] = seconds
+            report(done, total)
+    assert capsys.readouterr().err == "absorption: 20%\nabsorption: 40%, about 60 s left\n"
+
+
 def test_nothing_of_what_is_quiet(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("evaluating", quiet=True) as report:
         clock[0] = 100

@@ -18,17 +18,19 @@ from kronsae.errors import UserError
 LOCK_FILE = ".lock"
 
 
-def check_folder_place(folder: Path) -> None:
+def check_folder_place(folder: Path, argument: str = "out") -> None:
     """Refuse a path at which no folder can be made or written to; what the folder holds is not looked at."""
     if folder.is_dir():
         if not os.access(folder, os.W_OK):
-            raise UserError(f"out must be a folder that can be written to; {folder} can not. Name another one.")
+            raise UserError(f"{argument} must be a folder that can be written to; {folder} can not. Name another one.")
     elif folder.exists():
-        raise UserError(f"out must be a folder; {folder} is a file. Name another one.")
+        raise UserError(f"{argument} must be a folder; {folder} is a file. Name another one.")
     else:
         above = next(path for path in folder.absolute().parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"out must be a folder that can be made; {folder} can not, in {above}. Name another.")
+            raise UserError(
+                f"{argument} must be a folder that can be made; {folder} can not, in {above}. Name another."
+            )
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what}: {path} cannot be read as JSON ({error}).") from None
 
 

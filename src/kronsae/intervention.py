@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from operator import index
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from kronsae.core.sae import SAE
 from kronsae.data.model import resolve_hook, tap
-from kronsae.errors import UserError
+from kronsae.errors import UserError, nearest
 
 Positions = slice | Sequence[int] | Literal["last"] | None
+Kind = Literal["add", "scale", "set"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,19 @@ class Change:
     """What becomes of one latent's activation; made by `steer`, `scale`, `clamp` and `ablate`."""
 
     latent: int
-    kind: Literal["add", "scale", "set"]
+    kind: Kind
     value: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "latent", _whole(self.latent))
+        if self.kind not in (kinds := get_args(Kind)):
+            raise UserError(
+                f"kind must be one of {', '.join(kinds)}; got {self.kind!r}.{nearest(str(self.kind), kinds)}"
+            )
+        try:
+            object.__setattr__(self, "value", float(self.value))
+        except (TypeError, ValueError):
+            raise UserError(f"the change of latent {self.latent} must be by a number; got {self.value!r}.") from None
         if not math.isfinite(self.value):
             raise UserError(f"the change of latent {self.latent} must be by a finite number; got {self.value!r}.")
 
@@ -50,17 +61,17 @@ class Change:
 
 def steer(latent: int, amount: float) -> Change:
     """``f + amount``, active or not: adds ``amount * W_dec[latent]`` to every activation. May be negative."""
-    return Change(latent, "add", float(amount))
+    return Change(latent, "add", amount)
 
 
 def scale(latent: int, factor: float) -> Change:
     """``factor * f``: nothing where the latent is not active."""
-    return Change(latent, "scale", float(factor))
+    return Change(latent, "scale", factor)
 
 
 def clamp(latent: int, value: float) -> Change:
     """``value``, whether the latent is active or not."""
-    return Change(latent, "set", float(value))
+    return Change(latent, "set", value)
 
 
 def ablate(latent: int) -> Change:
@@ -73,7 +84,8 @@ class Intervention:
     """Changes of one SAE's latents at one hook.
 
     Args:
-        sae: takes raw activations, as saved SAEs do; on the model's device.
+        sae: takes raw activations, as saved SAEs do; on the model's device. ``sae.train()`` or ``sae.eval()`` makes no
+            difference: `SAE.encode` is the same in both.
         hook: the module whose output it reconstructs, as `kronsae.data.model.resolve_hook` reads it.
         changes: several of one latent are applied in their order.
         positions: at which tokens. A token's position is its place in its own sequence, counted from 0, padding left
@@ -88,10 +100,15 @@ class Intervention:
     positions: Positions = None
 
     def __post_init__(self) -> None:
-        if not self.sae.config.autoencodes:
+        if role := self.sae.config.role:
             raise UserError(
-                "sae must reconstruct what it reads; this one is a transcoder, and what it leaves out of the hook it "
-                "writes is not in what it reads. Intervene with an SAE of that hook."
+                f"sae must reconstruct the one hook it reads; this one is a {role}, and what it leaves out of a hook "
+                "it writes is not in what it reads there. Intervene with an SAE of that hook."
+            )
+        if not isinstance(self.changes, Sequence) or not all(isinstance(change, Change) for change in self.changes):
+            raise UserError(
+                f"changes must be a list of what steer, scale, clamp and ablate give, such as [steer(12, 5.0)]; got "
+                f"{self.changes!r}."
             )
         check_latents((change.latent for change in self.changes), self.sae.d_sae)
         _check_positions(self.positions)
@@ -114,14 +131,23 @@ class Intervention:
         return torch.stack([after[latent] - f[latent] for latent in self.latents], dim=1)
 
     def apply(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        """``x + decode(f') - decode(f)``, in the dtype of x; a row in which nothing changes is returned as it was."""
+        """``x + decode(f') - decode(f)``, in the dtype of x; a row in which nothing changes is returned as it was.
+
+        Raises:
+            UserError: what comes out is not finite.
+        """
         if not self.changes:
             return x_ND
         W_dec = self.sae.W_dec
         inner_ND = x_ND.to(W_dec.dtype)
         difference_NC = self.difference(inner_ND)
-        changed_ND = inner_ND + difference_NC @ W_dec[self.latents]
-        return torch.where((difference_NC != 0).any(1, keepdim=True), changed_ND.to(x_ND.dtype), x_ND)
+        changed_ND = (inner_ND + difference_NC @ W_dec[self.latents]).to(x_ND.dtype)
+        if not bool(changed_ND.isfinite().all()):
+            raise UserError(
+                f"changed activations must be finite in {x_ND.dtype}; latents {self.latents} give NaN or infinity. "
+                "Change them by less, or check the weights of the SAE and of the model."
+            )
+        return torch.where((difference_NC != 0).any(1, keepdim=True), changed_ND, x_ND)
 
 
 def check_latents(latents: Iterable[int], d_sae: int) -> None:
@@ -160,6 +186,17 @@ def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
             edit = partial(_edit, intervention, tracker, hook.path)
             stack.enter_context(tap(hook, edit))
         yield
+
+
+def _whole(latent: Any) -> int:
+    """A latent's number; those of NumPy and torch are taken as well."""
+    try:
+        number = -1 if isinstance(latent, bool) else index(latent)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UserError(f"latent must be a whole number from 0 on; got {latent!r}.")
+    return number
 
 
 def _edit(intervention: Intervention, tracker: _Tracker, path: str, hidden_STD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ TOLD_FROM = 0.02
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Yield ``report(done, total)``, which moves the bar.
+    """Yield ``report(done, total)``, which moves the bar; work of several stages begins anew with each.
 
     Args:
         what: one word for the work, shown before the bar.
@@ -41,14 +41,19 @@ def _nothing(done: int, total: int) -> None:
 def _lines(what: str) -> Callable[[int, int], None]:
     """Says ``evaluating: 40%, about 30 s left``, at most every `PLAIN_SECONDS`; of short work nothing."""
     started = said = monotonic()
+    first = last = 0
 
     def report(done: int, total: int) -> None:
-        nonlocal said
+        nonlocal started, said, first, last
         now = monotonic()
+        if done < last:  # a new stage, under way since about now
+            started, first = now, done
+        last = done
         if now - said >= PLAIN_SECONDS and 0 < done < total:
             said = now
             share = done / total
-            left = f", about {(now - started) * (1 - share) / share:.0f} s left" if share >= TOLD_FROM else ""
+            told = share >= TOLD_FROM and done > first
+            left = f", about {(now - started) * (total - done) / (done - first):.0f} s left" if told else ""
             sys.stderr.write(f"{what}: {share:.0%}{left}\n")
             sys.stderr.flush()
 

@@ -13,7 +13,7 @@ from kronsae.core.flops import training_flops
 from kronsae.core.sae import SAE, count_parameters
 from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.files import read_json, write_json
-from kronsae.measures.material import Material, kept_results
+from kronsae.measures.material import Material, held_out_tokens, kept_results
 from kronsae.report import report_data, write
 from kronsae.report.comparison import architecture, differ_in_hooks, hooks
 from kronsae.run import Run
@@ -64,10 +64,11 @@ def evaluate_run(
     path = run.folder / "evaluation.json"
     known = _known_evaluation(path)
     if known is not None and tokens in (None, known["requested_tokens"]):
-        say(f"Already evaluated on {known['requested_tokens']:,} held-out tokens: {path}.")
+        counted = known["saes"][0]["evaluation_tokens"]
+        say(f"Already evaluated on {held_out_tokens(counted, known['requested_tokens'])}: {path}.")
         return list(known["saes"])
     wanted = config.eval_tokens if tokens is None else tokens
-    say(f"Evaluating on {wanted:,} held-out tokens.")
+    say(f"Evaluating on whole windows of held-out text, until they hold {wanted:,} tokens.")
     material = Material(run)
     saes = material.saes
     found = evaluate(
@@ -80,6 +81,7 @@ def evaluate_run(
     )
     training = read_json(run.folder / "training.json", "the training's summary")
     rows = [_row(config, name, sae, found[name], training) for name, sae in saes.items()]
+    say(f"Evaluated on {held_out_tokens(rows[0]['evaluation_tokens'], wanted)}.")
     path.unlink(missing_ok=True)  # written last: while it is there, all three files belong together
     write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
     write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})

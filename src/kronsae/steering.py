@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.data.model import LanguageModel
 from kronsae.data.tokens import special_frame
 from kronsae.errors import UserError
@@ -78,6 +78,7 @@ def generate(
     check_count("new_tokens", new_tokens)
     if not temperature >= 0:
         raise UserError(f"temperature must be at least 0; got {temperature!r}.")
+    check_seed(seed)
     if language_model.no_lm_head_reason:
         raise UserError(f"'{language_model.name}' cannot write: {language_model.no_lm_head_reason}.")
     ids_ST, mask_ST = padded_prompts(language_model, prompts)
@@ -150,7 +151,7 @@ def mean_activation_norm(source: Source, hook: str, tokens: int = NORM_TOKENS) -
     return float(torch.cat(norms)[:tokens].mean())
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -235,13 +236,14 @@ def hook_of(run: Run, name: str) -> str:
         UserError: it reads or writes others besides.
     """
     member = next(member for member in run.config.saes if member.name == name)
-    read, write = member.reads(run.config.hook), member.writes(run.config.hook)
-    if len(read) > 1 or read != write:
+    hook = member.reconstructs(run.config.hook)
+    if hook is None:
+        read, write = member.reads(run.config.hook), member.writes(run.config.hook)
         raise UserError(
             f"--sae must name an SAE that reconstructs the one hook it reads; '{name}' reads {' + '.join(read)} and "
             f"writes {' + '.join(write)}. Choose another SAE, or change the model with kronsae.intervention."
         )
-    return read[0]
+    return hook
 
 
 def changes_of(

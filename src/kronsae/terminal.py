@@ -16,8 +16,6 @@ from kronsae.errors import UserError, nearest
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-    from kronsae.report.comparison import Table
-
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, made by `kronsae train`.")]
@@ -99,16 +97,6 @@ def _turned(table: RichTable) -> RichTable:
     for column in others:
         turned.add_row(column.header, *column.cells)
     return turned
-
-
-def rich_table(heading: str, table: Table) -> Any:
-    """A table of the page for the terminal; ``heading`` is that of its first column."""
-    from rich.table import Table as RichTable
-
-    shown = RichTable(heading, *(name for name, _ in table.headings), box=None)
-    for row in table.rows:
-        shown.add_row(row.name, *(cell.text for cell in row.cells))
-    return shown
 
 
 def say(line: str) -> None:

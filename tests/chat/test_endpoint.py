@@ -230,6 +230,23 @@ def test_what_never_works_ends_the_work_at_once(status: int, told: str, tmp_path
     assert told in str(outcome.error)
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_nothing_is_sent_on(status: int, tmp_path: Path) -> None:
+    """Not to another host, and not to another address of the same one: the environment says where text may go."""
+    with serving(first()) as other:
+        for place in (f"{other.url}/chat/completions?key={KEY}", "/elsewhere"):
+            sent_on = Reply(status, "", {"Location": place})
+            with serving(lambda request, number, reply=sent_on: reply) as stub:  # type: ignore[misc]
+                outcome = ask(stub, tmp_path)
+                assert len(stub.requests) == 1
+            assert f"sends requests on (HTTP {status}, to " in str(outcome.error)
+            assert place.split("?")[0] in str(outcome.error)
+            assert "set KRONSAE_CHAT_URL to it" in str(outcome.error)
+            assert KEY not in str(outcome.error)
+        assert other.requests == []
+        assert other.headers == []
+
+
 def test_a_used_up_quota_is_not_waited_for(tmp_path: Path) -> None:
     body = '{"error": {"message": "quota", "code": "insufficient_quota"}}'
     with serving(first(Reply(429, body, {"Content-Type": "application/json"}))) as stub:

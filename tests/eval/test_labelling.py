@@ -68,6 +68,15 @@ def test_an_example_is_the_last_token_of_its_word() -> None:
     ]
 
 
+def test_classes_without_enough_examples_are_named() -> None:
+    rare = [passage(f"{i} the quick", "manner", held_out=i == 0) for i in range(9)]
+    found = task([*passages(), *rare])
+    assert found.classes == ("act", "animal")
+    assert found.left_out == ("manner",)
+    assert task().left_out == ()
+    assert task(classes=("act", "animal", "colour")).left_out == ("colour",)
+
+
 def test_the_next_token_may_be_read_instead() -> None:
     given = [Passage(text=f"{p.text} sum", spans=p.spans, held_out=p.held_out) for p in passages()]
     last, following = task(given), task(given, place="next")

@@ -97,6 +97,25 @@ def test_every_name_has_one_role() -> None:
     }
 
 
+def test_the_inside_of_an_f_string_has_no_spans() -> None:
+    """Python 3.11 places its parts where the whole is, 3.12 where they are: spans must not tell who read them."""
+    inside = """f'{a.b(k=1)!r} is {d["key"]:>{w + 2}} # {self}'"""
+    source = f"x = {inside}\ny = 'plain' {inside}\n"
+    found = [(span.start, span.end, span.label) for span in python_spans(source)]
+    first, second = source.index("f'"), source.index("'plain'")
+    assert sorted(found) == sorted(
+        [
+            (0, 1, "assigned name"),
+            (2, 3, "operator"),
+            (first, first + len(inside), "f-string"),
+            (first + len(inside) + 1, first + len(inside) + 2, "assigned name"),
+            (second - 2, second - 1, "operator"),
+            (second, len(source) - 1, "f-string"),
+        ]
+    )
+    assert name_roles(source) == []
+
+
 @pytest.mark.parametrize("source", ["def f(:\n", "x = (1", "a = 1\r\nb = 2\r\n", "\x00"])
 def test_what_cannot_be_read_has_no_spans(source: str) -> None:
     assert python_spans(source) == []

@@ -120,7 +120,7 @@ def test_a_summary_by_hand() -> None:
         ({"near": 4, "radius": 3}, "radius must be at least near; got 3 with near=4"),
         ({"inverse_penalty": 0.0}, "inverse_penalty must be above 0; got 0.0"),
         ({"examples": 0}, "examples must be a whole number above 0; got 0"),
-        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"seed": -1}, r"seed must be from 0 to 2\*\*63 - 1; got -1"),
         ({"chosen": (2, 2)}, "latents must be different numbers from 0 on; got 2, 2"),
     ],
 )

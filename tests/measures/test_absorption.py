@@ -11,6 +11,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from kronsae.cli import app
@@ -46,6 +48,7 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     result = json.loads(told.stdout)
     assert list(result["saes"]) == finished_run.names
     assert result["classes"] == ["act", "animal", "how"]
+    assert (result["needed"], result["left_out"]) == (3, [])
     assert all(f1 > 0.6 for f1 in result["probe_f1"].values())
     assert "What now?" in told.stderr
     for one in result["saes"].values():
@@ -63,6 +66,21 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     assert "absorption fraction" in shown.stdout
 
 
+def test_what_is_done_is_told_before_and_on_the_way(finished_run: Run, labels: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    steps: list[tuple[int, int]] = []
+    settings = AbsorptionSettings(labels=labels, max_k=5)
+    measure(finished_run, settings, cache=tmp_path, say=said.append, progress=lambda *step: steps.append(step))
+    assert "then 50 passes over" in said[0]
+    assert "as many for each of 2 SAE(s), whose codes take about" in said[0]
+    starts = [place for place in range(len(steps)) if place == 0 or steps[place][0] <= steps[place - 1][0]]
+    stages = [steps[a:b] for a, b in zip(starts, [*starts[1:], len(steps)], strict=True)]
+    assert len(stages) == 3  # tokens, probes, SAEs
+    assert all(stage[-1][0] == stage[-1][1] for stage in stages)
+    assert stages[1][-1] == (50, 50)
+    assert stages[2][-1] == (2 * (50 + 3), 2 * (50 + 3))
+
+
 def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_path: Path) -> None:
     def said_of(settings: AbsorptionSettings) -> list[str]:
         said: list[str] = []
@@ -77,11 +95,43 @@ def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_p
     assert known not in said_of(AbsorptionSettings(labels=other, max_k=2))
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "shape", "nan"])
+def test_a_damaged_cache_is_told_and_computed_anew(
+    finished_run: Run, labels: Path, tmp_path: Path, damage: str
+) -> None:
+    material = Material(finished_run)
+    task = tasks.build_task(material, "labels", labels=labels, windows=2000, place="last", seed=0)
+    x_ED, was_known = tasks.example_activations(material, task, tmp_path)
+    assert not was_known
+    [path] = tmp_path.iterdir()
+    if damage in ("cut", "empty"):
+        path.write_bytes(path.read_bytes()[: 100 if damage == "cut" else 0])
+    else:
+        wrong = {"other": {"y": x_ED}, "shape": {"x_ED": x_ED[1:]}, "nan": {"x_ED": x_ED * torch.nan}}[damage]
+        save_file({name: tensor.contiguous() for name, tensor in wrong.items()}, path)
+    said: list[str] = []
+    again, was_known = tasks.example_activations(material, task, tmp_path, say=said.append)
+    assert not was_known
+    assert torch.equal(again, x_ED)
+    assert said == [f"The kept activations in {path} are damaged; they are computed anew."]
+    again, was_known = tasks.example_activations(material, task, tmp_path)
+    assert was_known
+    assert torch.equal(again, x_ED)
+
+
+def test_a_cache_that_is_no_folder_is_refused(finished_run: Run, labels: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cache must be a folder; .*file is a file"):
+        measure(finished_run, AbsorptionSettings(labels=labels, max_k=4), cache=tmp_path / "file")
+
+
 def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: Path) -> None:
     rows = [{"text": f"the fox {i}", "label": "xyz"[i * 7 % 11 % 3]} for i in range(200)]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(UserError, match=r"absorption needs probes with F1 > 0.6 for at least 3 of 3 classes"):
+    with pytest.raises(
+        UserError, match=r"absorption needs probes with F1 > 0.6 for at least 3 of the 3 classes there are"
+    ):
         measure(finished_run, AbsorptionSettings(labels=path))
 
 
@@ -98,6 +148,7 @@ def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: P
         ('{"text": "x", "spans": 3}', '"spans" must be a list'),
         ('{"text": "x", "spans": [{"start": 0, "end": 2, "label": "y"}]}', "0 <= start < end <= 1"),
         ('{"text": "x", "label": 3}', "a span must be"),
+        ('{"text": "x", "label": " "}', "a label that is not blank"),
         ('{"text": "x", "label": "y", "held_out": "no"}', '"held_out" true or false'),
     ],
 )
@@ -118,6 +169,26 @@ def test_only_newlines_end_a_line_of_labels(tmp_path: Path) -> None:
     assert [passage.text for passage in read_labelled(path)] == texts
 
 
+def test_texts_that_differ_in_case_or_space_are_on_one_side(tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    spellings = ("word {}", " word {}", "Word {}", "WORD  {}\n")
+    rows = [{"text": spelling.format(i), "label": "y"} for i in range(40) for spelling in spellings]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sides = [passage.held_out for passage in read_labelled(path)]
+    assert all(len(set(sides[i : i + 4])) == 1 for i in range(0, len(sides), 4))
+    assert 0 < sum(sides) < len(sides)
+
+
+def test_what_a_file_holds_cannot_reach_the_terminal(finished_run: Run, tmp_path: Path) -> None:
+    rows = [{"text": f"the fox {i}", "label": ["\x1b[31mred", "[bold]b"][i * 7 % 11 % 2]} for i in range(200)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        measure(finished_run, AbsorptionSettings(labels=path))
+    assert "\x1b" not in str(refused.value)
+    assert "[bold]b 0." in str(refused.value)
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         list(read_labelled(tmp_path / "none.jsonl"))
@@ -129,6 +200,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"task": "rolls"}, "task must be one of roles, first-letter, labels; got 'rolls'. Did you mean 'roles'"),
         ({"task": "roles", "labels": Path("x")}, "labels belongs to the task 'labels'"),
         ({"place": "first"}, "place must be 'last' or 'next'"),
+        ({"seed": -1}, "seed must be from 0 to 2**63 - 1; got -1"),
         ({"windows": 0}, "windows must be a whole number above 0"),
     ],
 )

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tests.command_line import Outcome
 from typer.testing import CliRunner
 
 from kronsae.cli import app
 from kronsae.errors import UserError
-from kronsae.measures.material import REVISIONS, keep_result, kept_results, known_result
+from kronsae.measures.material import REVISIONS, held_out_tokens, keep_result, kept_results, known_result
+from kronsae.measures.tables import rich_table
 from kronsae.measures.verbs import VERBS
-from kronsae.report.sections import BUILDERS
+from kronsae.report.comparison import Cell, Table, TableRow
+from kronsae.report.sections import BUILDERS, sections
 from kronsae.run import Run
 from kronsae.run_evaluation import write_report
 
@@ -32,6 +43,81 @@ def test_every_verb_is_a_command_with_json(verb: str) -> None:
     told = CliRunner().invoke(app, ["eval", verb, "--help"])
     assert told.exit_code == 0
     assert "--json" in told.output
+    assert "completion" not in told.output
+
+
+@pytest.mark.parametrize(
+    ("counted", "wanted", "expected"),
+    [
+        (1100, 1000, "1,100 held-out tokens (whole windows)"),
+        (1000, 1000, "1,000 held-out tokens"),
+        (900, 1000, "900 held-out tokens, all that the text has where 1,000 were wanted"),
+    ],
+)
+def test_what_is_told_of_tokens_is_what_was_counted(counted: int, wanted: int, expected: str) -> None:
+    assert held_out_tokens(counted, wanted) == expected
+
+
+@pytest.mark.parametrize("verb", ["latents", "interaction"])
+@pytest.mark.parametrize("wanted", [70, 10**6])
+def test_the_tokens_told_are_those_of_the_result(run: Run, verb: str, wanted: int) -> None:
+    told = CliRunner().invoke(app, ["eval", verb, str(run.folder), "--tokens", str(wanted), "--json"])
+    assert told.exit_code == 0, told.output
+    assert held_out_tokens(json.loads(told.stdout)["tokens"], wanted) in told.stderr
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("toy", "autointerp")])
+def test_a_seed_no_generator_takes_is_refused(kronsae: Callable[..., Outcome], run: Run, verb: str, seed: int) -> None:
+    told = kronsae("eval", verb, run.folder, "--seed", seed)
+    assert told.status == 2
+    assert told.sentence == f"seed must be from 0 to 2**63 - 1; got {seed}."
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "1" * 5000])
+def test_a_damaged_result_is_told_with_a_remedy(run: Run, text: str) -> None:
+    path = keep_result(run, "latents", {"seed": 1}, {"value": 0.5})
+    path.write_text(text, encoding="utf-8")
+    for read in (lambda: known_result(run, "latents", {"seed": 1}), lambda: kept_results(run)):
+        with pytest.raises(UserError, match=r"latents.json cannot be read as JSON .* Delete it, and measure again\."):
+            read()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("kept", [{"settings": {}, "result": {}}, [1], {"settings": None, "result": {"saes": 3}}])
+def test_a_result_of_another_make_is_no_page(name: str, kept: Any) -> None:
+    with pytest.raises(UserError, match=f"the kept result of '{name}' is not what this version writes") as refused:
+        sections({name: kept}, ["topk"])
+    assert f"measure again: kronsae eval {name}." in str(refused.value)
+
+
+def test_brackets_in_a_table_are_text() -> None:
+    table = Table((("[bold]f1", "about"),), (TableRow("[red]a[/red]", (Cell("[1]"),)),))
+    console = Console(width=80, file=io.StringIO())
+    console.print(rich_table(table, "[b]"))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(text in shown for text in ("[b]", "[bold]f1", "[red]a[/red]", "[1]"))
+
+
+@pytest.mark.parametrize("verb", ["table", "latents", "interaction", "token-rule", "absorption", "probing"])
+def test_weights_that_are_no_numbers_are_no_result(
+    kronsae: Callable[..., Outcome], finished_run: Run, tmp_path: Path, verb: str
+) -> None:
+    folder = Path(shutil.copytree(finished_run.folder, tmp_path / "run"))
+    for name in ("evaluation.json", "measures"):  # what is known is not measured again
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)
+    [path] = (folder / "saes" / "kron").glob("*.safetensors")
+    weights = load_file(path)
+    weights["encoder.bias"][0, 0] = torch.nan
+    save_file(weights, path)
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"text": f"the {word} {i}", "label": word} for i in range(100) for word in ("fox", "dog")]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["--labels", labels] if verb in ("absorption", "probing") else []
+    told = kronsae("eval", verb, folder, *options)
+    assert told.status == 2
+    assert told.sentence.startswith("'kron' cannot be measured: encoder.bias holds NaN or infinity")
 
 
 def test_every_section_belongs_to_a_verb() -> None:

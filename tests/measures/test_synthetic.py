@@ -135,7 +135,7 @@ def test_progress_counts_over_all_seeds() -> None:
     [
         ({"source": "theirs"}, "source must be 'own' or 'sae_lens'"),
         ({"seeds": 0}, "seeds must be a whole number above 0"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be from 0 to"),
         ({"lr": -1.0}, "lr must be above 0"),
     ],
 )

@@ -28,7 +28,11 @@ def test_rules_of_a_run(run: Run) -> None:
     steps: list[tuple[int, int]] = []
     found = measure(run, CONFIG, progress=lambda done, total: steps.append((done, total)))
     assert [one.sae for one in found.saes] == run.names
-    assert steps == [(done, 8) for done in range(1, 9)]
+    reading, learning = steps[:-8], steps[-8:]
+    assert learning == [(done, 8) for done in range(1, 9)]
+    assert [done for done, _ in reading] == sorted(done for done, _ in reading)
+    assert len({total for _, total in reading}) == 1
+    assert reading[-1][0] == reading[-1][1] >= 2 * 1500  # both texts, twice
     for one in found.saes:
         assert one.auc.n == len(one.latents) == 4
         for rule in one.latents:

@@ -77,7 +77,7 @@ def test_progress_reaches_its_end() -> None:
     ("changes", "message"),
     [
         ({"seeds": 0}, "seeds must be a whole number above 0"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be from 0 to"),
         ({"setups": TINY.setups[:1]}, "at least two"),
         ({"shapes": ((2, 2, 3),)}, "as many features; got 12, 16"),
         ({"lr": 0.0}, "lr must be above 0"),

@@ -108,3 +108,20 @@ def test_without_clipping() -> None:
 
 def test_a_member_knows_its_sae_once_the_width_is_known() -> None:
     assert member().shape(4).d_in == 4
+
+
+@pytest.mark.parametrize(
+    ("hooks", "expected"),
+    [
+        ({}, "layers.1"),
+        ({"read": ("layers.2",)}, "layers.2"),
+        ({"read": ("layers.2",), "write": ("layers.2",)}, "layers.2"),
+        ({"write": ("layers.2",)}, None),
+        ({"read": ("layers.1", "layers.2")}, None),
+    ],
+)
+def test_the_one_hook_that_is_reconstructed(hooks: dict[str, tuple[str, ...]], expected: str | None) -> None:
+    encoder, sparsifier = DenseEncoderConfig(d_sae=8), TopKConfig(k=2)
+    member = MemberConfig(name="a", encoder=encoder, sparsifier=sparsifier, **hooks)  # type: ignore[arg-type]
+    assert member.reconstructs("layers.1") == expected
+    assert (member.shape(4, "layers.1").role == "") == (expected is not None)

@@ -119,7 +119,7 @@ class EndpointModel:
 
     def __init__(self, endpoint: Endpoint, key: str | None) -> None:
         try:
-            from openai import AsyncOpenAI
+            from openai import AsyncOpenAI, DefaultAsyncHttpxClient
         except ImportError:
             raise UserError(
                 "asking an endpoint needs openai and tenacity: pip install 'kronsae[autointerp]'."
@@ -127,7 +127,11 @@ class EndpointModel:
         self._endpoint, self._key = endpoint, key
         # A server without keys is sent a placeholder, because the client insists on one.
         self._client = AsyncOpenAI(
-            api_key=key or "none", base_url=endpoint.base_url, timeout=endpoint.timeout_seconds, max_retries=0
+            api_key=key or "none",
+            base_url=endpoint.base_url,
+            timeout=endpoint.timeout_seconds,
+            max_retries=0,
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False),  # else the text goes where a server likes
         )
         self._client.organization = self._client.project = None  # of OPENAI_ORG_ID, ...: not for this endpoint
 
@@ -197,6 +201,12 @@ class EndpointModel:
 
     def _as_failure(self, error: Any) -> Exception:
         status, words = error.status_code, self._words(error)
+        if 300 <= status < 400:
+            place = json.dumps(self._without_key(error.response.headers.get("location", "nowhere"))[:_SHOWN])
+            return UserError(
+                f"the endpoint {self._endpoint.host} sends requests on (HTTP {status}, to {place}); text and key go to "
+                f"the address that was given and no other. If you trust the new one, set {URL} to it."
+            )
         if status == 404:
             return UserError(f"the endpoint {self._endpoint.host} does not know the address or the model: {words}.")
         if status in _NEVER or error.code == "insufficient_quota":

@@ -18,6 +18,12 @@ def check_positive(name: str, value: float | None) -> None:
         raise UserError(f"{name} must be finite; got {value!r}.")
 
 
+def check_seed(value: int) -> None:
+    """Refuse a seed that torch's and NumPy's generators do not both take."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise UserError(f"seed must be from 0 to 2**63 - 1; got {value!r}.")
+
+
 def check_count(name: str, value: object) -> None:
     """Refuse what is not a whole number from 1 to `LARGEST_COUNT`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -30,11 +30,12 @@ def first_letter_prompts(tokenizer: Any, *, max_words: int, seed: int, template:
     """A prompt for each word: ten solved examples, then the word, whose last token is to be read.
 
     80% of the words are learnt from, the rest scored on; the solved examples are words of the same side, never the
-    word itself. (In SAEBench the token is the sixth from the end: here it is found by the word's characters, which is
-    the same token where the template's words are one token each, and right where they are not.)
+    word itself. Spellings of one word (``" Word"``, ``"word"``) count as one here: they are on the same side, and none
+    is a solved example for another. (In SAEBench the token is the sixth from the end: here it is found by the word's
+    characters, which is the same token where the template's words are one token each, and right where they are not.)
 
     Args:
-        max_words: how many words are drawn at random; their order is random too.
+        max_words: how many words are drawn at random, each spelling counting; their order is random too.
         seed: of the words, the split and the solved examples.
         template: must hold ``{word}`` once.
 
@@ -46,17 +47,32 @@ def first_letter_prompts(tokenizer: Any, *, max_words: int, seed: int, template:
     rng = np.random.default_rng(seed)
     words = vocabulary_words(tokenizer)
     drawn = [words[i] for i in rng.permutation(len(words))[:max_words]]
-    border = int(len(drawn) * TRAIN_SHARE)
-    if len(drawn) - border <= EXAMPLES:
+    different = list(dict.fromkeys(map(_folded, drawn)))
+    learnt = set(different[: int(len(different) * TRAIN_SHARE)])
+    if len(different) - len(learnt) <= EXAMPLES:
         raise UserError(
-            f"the first-letter task needs more than {EXAMPLES} held-out words; the vocabulary gives {len(drawn)} "
-            "words of ASCII letters in all. Choose another task."
+            f"the first-letter task needs more than {EXAMPLES} held-out words; of the vocabulary's {len(words):,} "
+            f"words of ASCII letters {len(drawn):,} were drawn, {len(different) - len(learnt)} different ones are held "
+            "out. Ask for more, or choose another task."
         )
-    for held_out, side in ((False, drawn[:border]), (True, drawn[border:])):
+    for held_out in (False, True):
+        side = [word for word in drawn if (_folded(word) in learnt) != held_out]
         for word in side:
-            others = [other for other in (side[i] for i in rng.integers(len(side), size=4 * EXAMPLES)) if other != word]
-            solved = list(dict.fromkeys(others))[:EXAMPLES]
-            yield _prompt(word, solved, template, held_out)
+            yield _prompt(word, _solved(word, side, rng), template, held_out)
+
+
+def _folded(word: str) -> str:
+    return word.strip().lower()
+
+
+def _solved(word: str, side: list[str], rng: np.random.Generator) -> list[str]:
+    """Ten different words of a side, none of them the word itself in another spelling."""
+    found: dict[str, str] = {}
+    while len(found) < EXAMPLES:
+        for i in rng.integers(len(side), size=4 * EXAMPLES).tolist():
+            if _folded(side[i]) != _folded(word):
+                found.setdefault(_folded(side[i]), side[i])
+    return list(found.values())[:EXAMPLES]
 
 
 def _prompt(word: str, solved: list[str], template: str, held_out: bool) -> Passage:

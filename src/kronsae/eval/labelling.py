@@ -106,6 +106,7 @@ class Task:
         labels_E: the class of each.
         held_out_E: which are scored on; the others are learnt from.
         words: what each example is of, for people.
+        left_out: classes that were asked for, or found, and have too few examples on one side.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Task:
     labels_E: Int[Tensor, " E"]
     held_out_E: Bool[Tensor, " E"]
     words: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """A name for the very content: tokens, places, labels and split."""
@@ -199,6 +201,7 @@ def make_task(
         labels_E=torch.tensor([kept.index(label) for label, _, _ in examples]),
         held_out_E=torch.tensor([held_out for _, _, held_out in examples]),
         words=tuple(word for _, word, _ in examples),
+        left_out=tuple(name for name in names if name not in kept),
     )
 
 

@@ -1,6 +1,8 @@
 """What each stretch of a Python source is, as Python's own ``ast`` and ``tokenize`` tell: labels that come for free.
 
-`python_spans` gives overlapping spans for some `CONCEPTS`; `name_roles` gives every name one of the `ROLES`.
+`python_spans` gives overlapping spans for some `CONCEPTS`; `name_roles` gives every name one of the `ROLES`. What
+stands inside an f-string has no span of its own, only the ``f-string`` around it: Python 3.11 makes one token of it all
+and places its parts where the whole is, later versions look inside, and a label must not depend on who reads it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import io
 import keyword
 import re
 import tokenize
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -145,13 +148,30 @@ def _all_spans(text: str) -> list[Span]:
     source = _Source.of(text)
     docstrings = {id(constant) for constant in _docstrings(tree)}
     spans = list(_lexical(source, tokens))
-    for node in ast.walk(tree):
+    for node in _outside_f_strings(tree):
         spans.extend(_of_node(source, node, docstrings))
     return [span for span in spans if span.start < span.end]
 
 
+def _outside_f_strings(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, breadth first as `ast.walk` has them, but for those inside an f-string."""
+    waiting = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        if not isinstance(node, ast.JoinedStr):
+            waiting.extend(ast.iter_child_nodes(node))
+        yield node
+
+
+_F_STRING = {getattr(tokenize, "FSTRING_START", -1): 1, getattr(tokenize, "FSTRING_END", -1): -1}  # from 3.12 on
+
+
 def _lexical(source: _Source, tokens: list[tokenize.TokenInfo]) -> Iterator[Span]:
+    depth = 0
     for token in tokens:
+        depth += _F_STRING.get(token.type, 0)
+        if depth:
+            continue
         label = ""
         if token.type == tokenize.COMMENT:
             label = "comment"
@@ -183,8 +203,7 @@ def _of_node(source: _Source, node: ast.AST, docstrings: set[int]) -> Iterator[S
     if isinstance(node, ast.JoinedStr):
         yield source.span(node, "f-string")
     elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
-        if hasattr(node, "end_col_offset"):
-            yield source.span(node, "docstring" if id(node) in docstrings else "string")
+        yield source.span(node, "docstring" if id(node) in docstrings else "string")
     elif isinstance(node, ast.stmt):
         yield from _of_statement(source, node)
     elif isinstance(node, ast.arguments):

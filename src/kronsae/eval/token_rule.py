@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from kronsae.core.checks import check_count, check_positive
+from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.errors import UserError
 from kronsae.eval.firings import Firings, FlatText
 from kronsae.eval.scores import Mean, balanced_accuracy, mean_of
@@ -48,9 +48,9 @@ class TokenRuleConfig:
         for name in ("latents", "tokens", "examples", "min_active_tokens"):
             check_count(name, getattr(self, name))
         check_positive("inverse_penalty", self.inverse_penalty)
-        for name in ("near", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0; got {getattr(self, name)!r}.")
+        check_seed(self.seed)
+        if self.near < 0:
+            raise UserError(f"near must be at least 0; got {self.near!r}.")
         if self.radius < self.near:
             raise UserError(f"radius must be at least near; got {self.radius} with near={self.near}.")
         if len(set(self.chosen)) != len(self.chosen) or any(latent < 0 for latent in self.chosen):

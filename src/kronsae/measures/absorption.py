@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.errors import UserError, nearest
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from kronsae.run import Run
 
 NAME = "absorption"
-TASKS = ("roles", "first-letter", "labels")
+WINDOWS = {"roles": 500, "first-letter": 10_000, "labels": 2000}
+"""The tasks, and how many windows of text, or prompts of about 80 tokens, each learns from unless told otherwise."""
+
 LATENT_BATCH = 128
 
 
@@ -32,7 +34,7 @@ class AbsorptionSettings:
         labels: the file of the task ``labels``, see `kronsae.measures.tasks.read_labelled`.
         windows: windows of text, or prompts, to learn from; None: the task's own number.
         place: read a word at its own ``last`` token or at the ``next`` one.
-        min_classes: classes that must have a probe with F1 > 0.6; None: 20 of 26.
+        min_classes: classes that must have a probe with F1 > 0.6; None: 20 in 26 of those there are.
         max_k: latents that may stand for a class, at most.
         latent_batch: examples in a step of the probe on latents; None: SAEBench's 4096 for its first-letter task,
             which has tens of thousands of words, and 128 for the others. Few steps leave the weights near their random
@@ -50,12 +52,15 @@ class AbsorptionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.task is not None and self.task not in TASKS:
-            raise UserError(f"task must be one of {', '.join(TASKS)}; got '{self.task}'.{nearest(self.task, TASKS)}")
+        if self.task is not None and self.task not in WINDOWS:
+            raise UserError(
+                f"task must be one of {', '.join(WINDOWS)}; got '{self.task}'.{nearest(self.task, WINDOWS)}"
+            )
         if self.labels is not None and self.task not in (None, "labels"):
             raise UserError(f"labels belongs to the task 'labels'; got it with '{self.task}'. Leave one out.")
         if self.place not in ("last", "next"):
             raise UserError(f"place must be 'last' or 'next'; got '{self.place}'.")
+        check_seed(self.seed)
         for name in ("windows", "min_classes", "max_k", "latent_batch"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -76,27 +81,32 @@ def measure(
         settings: what is asked for.
         cache: where the activations of the examples are kept; None: in the run folder. Runs of one model may share it.
         say: told what is about to be done.
-        progress: called with (tokens done, tokens to do) while the model runs.
+        progress: called with (done, to do), from the beginning in each of three stages: tokens that the model reads,
+            passes over the examples for the probes, the work on all SAEs.
 
     Returns:
-        ``{"task", "examples", "classes", "probe_f1", "saes": {name: kronsae.eval.absorption.Absorption}}``, as JSON.
+        ``{"task", "examples", "classes", "left_out", "needed", "probe_f1", "min_f1", "saes"}``, as JSON: ``left_out``
+        are classes with too few examples, ``needed`` is how many must pass the gate, ``saes`` holds by name a
+        `kronsae.eval.absorption.Absorption`.
 
     Raises:
         UserError: the run is not finished, the labels do not suffice, or the model does not know the classes.
     """
     from kronsae.eval.absorption import AbsorptionConfig, Examples, absorption, probe_classes
     from kronsae.eval.absorption.probes import ON_LATENTS
-    from kronsae.measures.material import Material, keep_result, known_result
+    from kronsae.eval.display import visible
+    from kronsae.measures.material import Material, keep_result, kept_per_token, known_result, part_of
     from kronsae.measures.tasks import TaskName, build_task, default_task, example_activations
 
     material = Material(run)
+    hook = material.hook
     task_name = settings.task or ("labels" if settings.labels is not None else default_task(material))
     assert task_name in get_args(TaskName)
     task = build_task(
         material,
         task_name,  # type: ignore[arg-type]
         labels=settings.labels,
-        windows=settings.windows,
+        windows=WINDOWS[task_name] if settings.windows is None else settings.windows,
         place=settings.place,  # type: ignore[arg-type]
         seed=settings.seed,
     )
@@ -113,24 +123,33 @@ def measure(
     if (known := known_result(run, NAME, about)) is not None:
         say("Already measured with these settings.")
         return known
+    needed = config.needed(len(task.classes))  # before the model runs
     tokens = sum(int(windows.attention_mask_ST.sum()) for windows in task.windows)
+    left_out = f" ({', '.join(map(visible, task.left_out))} left out: too few examples)" if task.left_out else ""
+    learnt = int((~task.held_out_E).sum())
+    memory = sum(len(task.words) * kept_per_token(sae) * 12 for sae in material.saes.values()) / len(material.saes)
     say(
-        f"Task '{task.name}': {len(task.words):,} examples of {len(task.classes)} classes in {tokens:,} tokens, which "
-        f"the model reads up to {material.hook.name}; then probes, and {len(run.names)} SAE(s)."
+        f"Task '{visible(task.name)}': {len(task.words):,} examples of {len(task.classes)} classes{left_out} in "
+        f"{tokens:,} tokens, which the model reads up to {hook.name}; then {config.probe.epochs} passes over "
+        f"{learnt:,} of them for the probes, and as many for each of {len(run.names)} SAE(s), whose codes take about "
+        f"{memory / 2**20:,.0f} MB at a time."
     )
-    x_ED, was_known = example_activations(material, task, cache or run.folder / "measures" / "cache", progress)
+    x_ED, was_known = example_activations(material, task, cache or run.folder / "measures" / "cache", progress, say=say)
     if was_known:
         say("The activations of these examples were known.")
     examples = Examples(x_ED=x_ED, labels_E=task.labels_E, held_out_E=task.held_out_E, classes=task.classes)
-    probed = probe_classes(examples, config)
+    probed = probe_classes(examples, config, progress)
     found = {}
+    count = len(material.saes)
     for number, (name, sae) in enumerate(material.saes.items(), 1):
-        found[name] = absorption(sae, examples, probed, config).to_dict()
-        say(f"{name}: absorption fraction {found[name]['mean_absorption_fraction']:.3f} ({number}/{len(run.names)})")
+        found[name] = absorption(sae, examples, probed, config, part_of(progress, number - 1, count)).to_dict()
+        say(f"{name}: absorption fraction {found[name]['mean_absorption_fraction']:.3f} ({number}/{count})")
     result = {
         "task": task.name,
-        "examples": {"learnt_from": int((~task.held_out_E).sum()), "scored_on": int(task.held_out_E.sum())},
+        "examples": {"learnt_from": learnt, "scored_on": int(task.held_out_E.sum())},
         "classes": list(task.classes),
+        "left_out": list(task.left_out),
+        "needed": needed,
         "probe_f1": dict(zip(task.classes, probed.f1, strict=True)),
         "min_f1": config.min_f1,
         "saes": found,
@@ -139,29 +158,53 @@ def measure(
     return result
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
-@app.command(help="Absorption (SAEBench's): fraction, full absorption, split latents.")
+@app.command(
+    help="How often the latents of a class stay off because more special ones took their place (SAEBench's absorption)."
+)
 def absorption(
     run_folder: RunArgument,
     task: Annotated[
         str | None,
-        typer.Option(help="roles (names in Python code), first-letter (prompts) or labels; by the run's text."),
+        typer.Option(
+            help="roles (names in Python code), first-letter (prompts) or labels (with --labels); unless given, roles "
+            "for a run on Python's library, first-letter for another."
+        ),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans"}.')
+        Path | None,
+        typer.Option(
+            help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans": [{"start", "end", '
+            '"label"}]}.'
+        ),
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows of text, or prompts, to learn from.")] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of text, or prompts, to learn from, a quarter as many score; unless given, "
+            + ", ".join(f"{number} ({task})" for task, number in WINDOWS.items())
+            + "."
+        ),
+    ] = None,
     place: Annotated[str, typer.Option(help="Read a word at its own 'last' token, or at the 'next' one.")] = "last",
     min_classes: Annotated[
-        int | None, typer.Option(help="Classes whose probe must have F1 > 0.6; 20 of 26 without this.")
+        int | None,
+        typer.Option(
+            help="Classes whose probe must have F1 > 0.6; unless given, 20 in 26 of those there are, rounded up."
+        ),
     ] = None,
     max_k: Annotated[int, typer.Option(help="Latents that may stand for a class, at most.")] = 10,
     latent_batch: Annotated[
-        int | None, typer.Option(help="Examples in a step of the probe on latents; by the task without this.")
+        int | None,
+        typer.Option(
+            help=f"Examples in a step of the probe on latents; unless given, 4096 (first-letter) or {LATENT_BATCH}."
+        ),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for activations that several runs share.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for activations that several runs share; unless given, in RUN.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -183,8 +226,8 @@ def absorption(
         latent_batch=latent_batch,
         seed=seed,
     )
-    with progress_bar("examples", quiet=quiet) as progress:
-        result = measure(run, settings, cache=cache, say=(lambda line: None) if quiet else say, progress=progress)
+    with progress_bar("absorption", quiet=quiet) as progress:
+        result = measure(run, settings, cache=cache, say=say, progress=progress)
     if as_json:
         print_json(result)
     else:

@@ -29,7 +29,7 @@ from kronsae.eval.autointerp import (
 )
 from kronsae.eval.display import TokenText, visible
 from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
-from kronsae.measures.material import Material, keep_result, known_result
+from kronsae.measures.material import Material, beyond, held_out_tokens, keep_result, known_result
 from kronsae.progress_bar import progress_bar
 from kronsae.run import Run, open_run
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
@@ -103,7 +103,8 @@ def measure(
         asking: bounds, pace and persistence.
         only_estimate: tell what it would cost, ask nothing, and return None.
         say: told what is about to happen.
-        progress: called with (questions done, questions in all).
+        progress: called with (done, to do), from the beginning in each of two stages: tokens that the SAEs' model
+            reads, then questions.
 
     Raises:
         UserError: a bound does not allow it, or is reached; or the model does not answer.
@@ -117,7 +118,7 @@ def measure(
     if known is not None and not known.get("unanswered"):
         say("Already measured with these settings.")
         return from_dict(AutointerpResult, known, NAME)
-    samples = draw_samples(material, list(picked), config, say)
+    samples = draw_samples(material, list(picked), config, say, progress)
     memory = AnswerMemory(run.folder / "measures" / "answers")
     estimate = _estimated(samples, config, model, memory, asking, say)
     if only_estimate:
@@ -128,13 +129,18 @@ def measure(
 
 
 def draw_samples(
-    material: Material, names: Sequence[str], config: AutointerpConfig, say: Callable[[str], None]
+    material: Material,
+    names: Sequence[str],
+    config: AutointerpConfig,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Sample]:
     """The latents of each SAE, with their examples, from held-out text."""
     saes = {name: material.saes[name] for name in names}
     windows = material.windows(config.tokens)
-    say(f"Seeking examples in {sum(one.num_kept for one in windows):,} held-out tokens, in two passes.")
-    counts = count_activations(material, saes, windows)
+    tokens = sum(one.num_kept for one in windows)
+    say(f"Seeking examples in {held_out_tokens(tokens, config.tokens)}, in two passes.")
+    counts = count_activations(material, saes, windows, beyond(progress, 0, 2 * tokens))
     chosen = {
         name: list(config.chosen)
         or draw_latents(counts_F, config.latents, at_least=config.min_active_tokens, seed=config.seed)
@@ -146,7 +152,7 @@ def draw_samples(
                 f"min_active_tokens={config.min_active_tokens} leaves no latent of '{name}' to draw from in this "
                 "text; lower --min-active, or give more --tokens."
             )
-    text, firings = find_firings(material, saes, windows, chosen)
+    text, firings = find_firings(material, saes, windows, chosen, beyond(progress, tokens, 2 * tokens))
     token_text = TokenText(material.language_model.tokenizer)
     return {
         name: Sample(
@@ -274,7 +280,7 @@ def _told(report: AskReport, tokens: int) -> str:
     )
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -282,9 +288,11 @@ def autointerp(
     run_folder: RunArgument,
     sae: Annotated[list[str] | None, typer.Option(help="Only this SAE; repeatable.")] = None,
     latents: Annotated[int, typer.Option(help="Latents per SAE, drawn at random.")] = AutointerpConfig.latents,
-    latent: Annotated[list[int] | None, typer.Option(help="This latent instead; repeatable.")] = None,
+    latent: Annotated[list[int] | None, typer.Option(help="This latent (its number) instead; repeatable.")] = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens to seek examples in.")] = AutointerpConfig.tokens,
-    tested: Annotated[int, typer.Option(help="Examples of either kind per test.")] = AutointerpConfig.tested,
+    tested: Annotated[
+        int, typer.Option(help="Examples per test with the latent active, and as many without.")
+    ] = AutointerpConfig.tested,
     per_prompt: Annotated[int, typer.Option(help="Examples judged in one prompt.")] = AutointerpConfig.per_prompt,
     min_active: Annotated[
         int, typer.Option(help="A latent active on fewer tokens is not drawn.")
@@ -345,7 +353,7 @@ def autointerp(
         if model_folder is None
         else _local_model(model_folder, model_dtype, model_device, answer_tokens, seed)
     )
-    with progress_bar("asking", quiet=quiet) as progress:
+    with progress_bar("autointerp", quiet=quiet) as progress:
         found = measure(
             run,
             config,

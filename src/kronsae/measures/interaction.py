@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.heads import head_grid
 from kronsae.core.normalization import Normalization
@@ -42,11 +42,12 @@ from kronsae.eval.interaction import (
 from kronsae.eval.interaction.sample import TOKENS
 from kronsae.eval.latents import LatentMeter
 from kronsae.eval.profiles import PreLatentMeter, ProfileMeter
-from kronsae.measures.material import Material, keep_result, known_result, result_path
+from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
+from kronsae.measures.tables import rich_table
 from kronsae.progress_bar import progress_bar
 from kronsae.report.sections.interaction import summary_table
 from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, rich_table, say, what_now
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 from kronsae.training.config import MemberConfig
 
 NAME = "interaction"
@@ -75,6 +76,7 @@ class InteractionConfig:
             check_count("tokens", self.tokens)
         for name in ("max_cells", "least_active"):
             check_count(name, getattr(self, name))
+        check_seed(self.seed)
         if self.shown_heads < 0:
             raise UserError(f"shown_heads must be at least 0; got {self.shown_heads!r}.")
 
@@ -167,11 +169,7 @@ def measure(
     if known is not None:
         say(f"Already measured with these settings: {result_path(run, NAME)}.")
         return known
-    say(
-        f"Two passes over {config.tokens:,} held-out tokens for {len(run.config.saes) - len(reasons)} SAE(s) and a "
-        "twin of each with fresh weights."
-    )
-    result = measure_saes(Material(run), config, reasons, progress).to_dict()
+    result = measure_saes(Material(run), config, reasons, say, progress).to_dict()
     keep_result(run, NAME, settings, result)
     return result
 
@@ -190,12 +188,17 @@ def measure_saes(
     material: Material,
     config: InteractionConfig,
     reasons: dict[str, str],
+    say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> InteractionResult:
     """The measurement itself: one pass for all but the fidelity, which needs to know what is large for each parent."""
     assert config.tokens is not None
     windows = material.windows(config.tokens)
     tokens = sum(one.num_kept for one in windows)
+    say(
+        f"Two passes over {held_out_tokens(tokens, config.tokens)} for {len(material.run.config.saes) - len(reasons)} "
+        "SAE(s) and a twin of each with fresh weights."
+    )
     members = [member for member in material.run.config.saes if member.name not in reasons]
     vocabulary = vocabulary_size(material.language_model)
     first: dict[str, _FirstPass] = {}
@@ -272,7 +275,7 @@ class _FirstPass:
         self._heads = sample_heads(encoder.num_heads, cells, config.max_cells, config.seed)
         self.sample = HeadSample(encoder, self._heads)
         self.scale = ParentScale(self.sample, tokens)
-        self._twin_seed = member.seed + 1 + config.seed
+        self._twin_seed = (member.seed + 1 + config.seed) % 2**63
         twin = random_twin(member, sae.d_in, self._twin_seed, x_ND)
         assert isinstance(twin.encoder, KroneckerEncoder)
         self._trained = _PairMeter(sae, self.sample)
@@ -317,23 +320,23 @@ class _FirstPass:
         )
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.command(
+    help="How latents of one head belong together, against an untrained twin; how much of an AND the gate is.\n\n"
+    "Correlations within and between heads, what latents inherit of their parents, false positives against a binary "
+    "AND, which cells live, how many meanings a base carries. For Kronecker encoders."
+)
 def interaction(
     run_folder: RunArgument,
     tokens: Annotated[int | None, typer.Option(help="Held-out tokens; unless given, the run's eval_tokens.")] = None,
-    max_cells: Annotated[int, typer.Option(help="Latents looked at, in whole heads drawn at random.")] = 512,
+    max_cells: Annotated[int, typer.Option(help="Latents looked at, at most, in whole heads drawn at random.")] = 512,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """How latents of one head belong together, against an untrained twin; how much of an AND the gate is.
-
-    Correlations within and between heads, what latents inherit of their parents, false positives against a binary AND,
-    which cells live, how many meanings a base carries. For Kronecker encoders.
-    """
+    """Measure interaction and show it."""
     run = open_run(run_folder)
     config = InteractionConfig(tokens=tokens, max_cells=max_cells, seed=seed)
     with progress_bar("interaction", quiet=quiet) as progress:
@@ -341,7 +344,7 @@ def interaction(
     if as_json:
         print_json(result)
     else:
-        print_table(rich_table("figure", summary_table(result)))
+        print_table(rich_table(summary_table(result), "figure"))
         for name, reason in result["not_applicable"].items():
             say(f"{name}: {reason}")
         say(f"All figures: {result_path(run, NAME)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -12,9 +12,7 @@ from kronsae.core.sae import SAE
 from kronsae.errors import UserError, nearest
 from kronsae.eval.firings import FiringMeter, Firings, FlatText, flat_text
 from kronsae.eval.hooked import Windows
-from kronsae.measures.material import Material
-
-Progress = Callable[[int, int], None] | None
+from kronsae.measures.material import Material, Report
 
 
 def pick_saes(material: Material, names: Sequence[str]) -> dict[str, SAE]:
@@ -39,7 +37,7 @@ def check_chosen(saes: Mapping[str, SAE], chosen: Sequence[int]) -> None:
 
 @torch.no_grad()
 def count_activations(
-    material: Material, saes: Mapping[str, SAE], windows: list[Windows], progress: Progress = None
+    material: Material, saes: Mapping[str, SAE], windows: list[Windows], progress: Report | None = None
 ) -> dict[str, Int[Tensor, " F"]]:
     """On how many tokens of the windows each latent is active, by SAE."""
     counts = {name: torch.zeros(sae.d_sae, dtype=torch.int64) for name, sae in saes.items()}
@@ -63,7 +61,7 @@ def find_firings(
     saes: Mapping[str, SAE],
     windows: list[Windows],
     latents: Mapping[str, Sequence[int]],
-    progress: Progress = None,
+    progress: Report | None = None,
 ) -> tuple[FlatText, dict[str, dict[int, Firings]]]:
     """The windows as one text, and where each of the latents is active in it, by SAE."""
     meters = {name: FiringMeter(sae.d_sae, latents[name]) for name, sae in saes.items()}

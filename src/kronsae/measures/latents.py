@@ -11,7 +11,7 @@ import torch
 import typer
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.heads import DeadShares, dead_shares
 from kronsae.core.sae import SAE
@@ -21,11 +21,12 @@ from kronsae.eval.hooked import Windows, vocabulary_size
 from kronsae.eval.latents import GalleryConfig, LatentStatistics
 from kronsae.eval.profiles import PreLatentMeter, Profile, ProfileMeter, ProfileSummary, pre_latent_rows
 from kronsae.eval.token_entropy import MAX_PAIRS
-from kronsae.measures.material import Material, keep_result, known_result, result_path
+from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
+from kronsae.measures.tables import rich_table
 from kronsae.progress_bar import progress_bar
 from kronsae.report.sections.latents import summary_table
 from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, rich_table, say, what_now
+from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 NAME = "latents"
 
@@ -65,6 +66,7 @@ class LatentsConfig:
             check_count("tokens", self.tokens)
         for name in ("pre_latent_tokens", "example_tokens", "max_pairs"):
             check_count(name, getattr(self, name))
+        check_seed(self.seed)
         self.gallery  # noqa: B018  its own checks
 
     @property
@@ -138,18 +140,17 @@ def measure(
         return known
     material = Material(run)
     assert config.tokens is not None
-    say(
-        f"Statistics of the latents of {len(material.saes)} SAE(s) on {config.tokens:,} held-out tokens; examples from "
-        f"the first {min(config.example_tokens, config.tokens):,}."
-    )
-    result = measure_saes(material, config, progress).to_dict()
+    result = measure_saes(material, config, say, progress).to_dict()
     keep_result(run, NAME, settings, result)
     return result
 
 
 @torch.no_grad()
 def measure_saes(
-    material: Material, config: LatentsConfig, progress: Callable[[int, int], None] | None = None
+    material: Material,
+    config: LatentsConfig,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LatentsResult:
     """The measurement itself."""
     assert config.tokens is not None
@@ -157,6 +158,10 @@ def measure_saes(
     again = list(first_windows(windows, config.example_tokens))
     tokens = sum(one.num_kept for one in windows)
     total = tokens + sum(one.num_kept for one in again)
+    say(
+        f"Statistics of the latents of {len(material.saes)} SAE(s) on {held_out_tokens(tokens, config.tokens)}; "
+        f"examples from the first {total - tokens:,}."
+    )
     meters = {name: _Meters(sae, material, config) for name, sae in material.saes.items()}
     done = 0
     for part, x_ND in material.activations(windows):
@@ -239,18 +244,24 @@ class _Meters:
         )
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def latents(
     run_folder: RunArgument,
     tokens: Annotated[int | None, typer.Option(help="Held-out tokens; unless given, the run's eval_tokens.")] = None,
-    latent: Annotated[list[int] | None, typer.Option(help="A latent to show examples of, repeatable.")] = None,
-    num_latents: Annotated[int, typer.Option(help="Further latents to show examples of.")] = 16,
+    latent: Annotated[
+        list[int] | None, typer.Option(help="A latent (its number) to show examples of; repeatable.")
+    ] = None,
+    num_latents: Annotated[
+        int, typer.Option(help="Further latents to show examples of, spread over the frequencies.")
+    ] = 16,
     num_heads: Annotated[int, typer.Option(help="Heads to show whole (Kronecker encoders).")] = 1,
-    pre_latent_tokens: Annotated[int, typer.Option(help="Tokens for the statistics of bases and extensions.")] = 32_768,
-    example_tokens: Annotated[int, typer.Option(help="Tokens to seek examples in.")] = 131_072,
+    pre_latent_tokens: Annotated[
+        int, typer.Option(help="Held-out tokens for the statistics of bases and extensions, at most.")
+    ] = 32_768,
+    example_tokens: Annotated[int, typer.Option(help="Held-out tokens to seek examples in, at most.")] = 131_072,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -274,6 +285,6 @@ def latents(
     if as_json:
         print_json(result)
     else:
-        print_table(rich_table("SAE", summary_table(result)))
+        print_table(rich_table(summary_table(result), "SAE"))
         say(f"Every latent and the examples: {result_path(run, NAME)}")
     what_now(f"kronsae report {shlex.quote(str(run_folder))}")

@@ -22,6 +22,9 @@ from kronsae.pipeline import Source
 from kronsae.provenance import provenance
 from kronsae.run import Run
 
+Report = Callable[[int, int], None]
+"""Told ``(done, total)``."""
+
 
 class Material:
     """A finished run, opened for measuring; the model and the SAEs are loaded when they are first needed.
@@ -46,8 +49,19 @@ class Material:
 
     @cached_property
     def saes(self) -> dict[str, SAE]:
-        """The run's SAEs by name, on the language model's device, in evaluation mode; they take raw activations."""
-        return {name: sae.to(self.language_model.device).eval() for name, sae in self.run.saes().items()}
+        """The run's SAEs by name, on the language model's device, in evaluation mode; they take raw activations.
+
+        Raises:
+            UserError: weights of one are not finite: its figures would mean nothing.
+        """
+        for name, sae in (saes := self.run.saes()).items():
+            for weight, tensor in sae.state_dict().items():
+                if not bool(tensor.isfinite().all()):
+                    raise UserError(
+                        f"'{name}' cannot be measured: {weight} holds NaN or infinity. If its training diverged, lower "
+                        "its learning rate; measure a run without it."
+                    )
+        return {name: sae.to(self.language_model.device).eval() for name, sae in saes.items()}
 
     @cached_property
     def places(self) -> dict[str, Hooks]:
@@ -72,7 +86,7 @@ class Material:
         config = self.run.config
         first = config.hooks[0]
         for member in config.saes:
-            if {*member.reads(config.hook), *member.writes(config.hook)} != {first}:
+            if member.reconstructs(config.hook) != first:
                 raise UserError(
                     f"this measurement takes SAEs that all reconstruct one hook; '{member.name}' reads "
                     f"{' + '.join(member.reads(config.hook))} and writes {' + '.join(member.writes(config.hook))} in a "
@@ -89,7 +103,7 @@ class Material:
         return read_windows(self.make_tokens(held_out=held_out), tokens)
 
     def activations(
-        self, windows: list[Windows], progress: Callable[[int, int], None] | None = None
+        self, windows: list[Windows], progress: Report | None = None
     ) -> Iterator[tuple[Windows, Float[Tensor, "N D"]]]:
         """The activations that count at the hook, float32, with their windows; each pass ends at the hook."""
         total = sum(one.num_kept for one in windows)
@@ -108,10 +122,31 @@ REVISIONS = {
     "token-rule": 1,
     "synthetic": 1,
     "toy": 1,
-    "absorption": 1,
+    "absorption": 2,
     "probing": 1,
 }
 """Of each measurement's result: rises when its shape changes, or what a figure in it means."""
+
+
+def part_of(progress: Report | None, number: int, parts: int) -> Report | None:
+    """Progress of one of several equal parts, counted from 0, as progress of the whole."""
+    return None if progress is None else lambda done, total: progress(number * total + done, parts * total)
+
+
+def beyond(progress: Report | None, before: int, total: int) -> Report | None:
+    """Progress of what begins when ``before`` of ``total`` is done."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
+
+
+def kept_per_token(sae: SAE) -> int:
+    """About how many latents an SAE's codes hold for a token: its k, or what is usual where a threshold decides."""
+    return min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae)
+
+
+def held_out_tokens(counted: int, wanted: int) -> str:
+    """How many tokens count in the whole windows that were read when so many were wanted, in words."""
+    short = f", all that the text has where {wanted:,} were wanted" if counted < wanted else " (whole windows)"
+    return f"{counted:,} held-out tokens{short if counted != wanted else ''}"
 
 
 def result_path(run: Run, name: str) -> Path:
@@ -124,7 +159,7 @@ def known_result(run: Run, name: str, settings: Mapping[str, Any]) -> dict[str, 
     path = result_path(run, name)
     if not path.exists():
         return None
-    known = read_json(path, f"the result of '{name}'")
+    known = _kept(path)
     if not _is_current(known, name) or differences(known.get("settings"), dict(settings)):
         return None
     result = known.get("result")
@@ -145,9 +180,16 @@ def kept_results(run: Run) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     An outdated one is of another revision and not among the results: its figures may mean something else.
     """
     paths = sorted((run.folder / "measures").glob("*.json"))
-    found = {path.stem: read_json(path, f"the result of '{path.stem}'") for path in paths if path.stem in REVISIONS}
+    found = {path.stem: _kept(path) for path in paths if path.stem in REVISIONS}
     current = {name: kept for name, kept in found.items() if _is_current(kept, name)}
     return current, tuple(name for name in found if name not in current)
+
+
+def _kept(path: Path) -> Any:
+    try:
+        return read_json(path, f"the result of '{path.stem}'")
+    except UserError as error:
+        raise UserError(f"{error} Delete it, and measure again.") from None
 
 
 def _is_current(kept: Any, name: str) -> bool:

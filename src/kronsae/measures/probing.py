@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.errors import UserError
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
@@ -40,6 +40,7 @@ class ProbingSettings:
 
     def __post_init__(self) -> None:
         check_count("windows", self.windows)
+        check_seed(self.seed)
 
 
 def measure(
@@ -59,10 +60,11 @@ def measure(
     """
     from kronsae.eval.probing import ProbingConfig, concept_text, probing
     from kronsae.eval.python_code import CONCEPTS
-    from kronsae.measures.material import Material, keep_result, known_result
+    from kronsae.measures.material import Material, keep_result, kept_per_token, known_result
     from kronsae.measures.tasks import frame_of
 
     material = Material(run)
+    hook = material.hook
     text = concept_text(
         _passages(material, settings.labels),
         material.source.language_model.tokenizer,
@@ -79,9 +81,9 @@ def measure(
         return known
     saes = material.saes
     tokens = len(text.held_out_N)
-    memory = sum(tokens * min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae) * 12 for sae in saes.values())
+    memory = sum(tokens * kept_per_token(sae) * 12 for sae in saes.values())
     say(
-        f"{len(text.concepts)} concepts in {tokens:,} tokens, which the model reads once up to {material.hook.name}; "
+        f"{len(text.concepts)} concept(s) in {tokens:,} tokens, which the model reads once up to {hook.name}; "
         f"the codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
     )
     found, accuracy = probing(saes, text, material.activations(list(text.windows), progress), config, say)
@@ -118,15 +120,22 @@ def _passages(material: Material, labels: Path | None) -> Iterator[Passage]:
                 yield Passage(text=document.text, spans=spans, held_out=held_out)
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
-@app.command(help="Sparse probing, concept recall and targeted perturbation on labelled tokens.")
+@app.command(
+    help="Which concepts the latents tell, alone, in pairs and a few together: sparse probing, concept recall and "
+    "targeted perturbation on labelled tokens."
+)
 def probing(
     run_folder: RunArgument,
     labels: Annotated[
         Path | None,
-        typer.Option(help='Labelled text of yours: JSON lines of {"text", "spans"}; none: Python\'s own concepts.'),
+        typer.Option(
+            help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans": [{"start", "end", '
+            '"label"}]}; '
+            "unless given, Python's own concepts, for a run on Python's library."
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of text to learn from; a quarter as many score.")] = 300,
     seed: Seed = 0,
@@ -142,7 +151,7 @@ def probing(
     run = open_run(run_folder)
     settings = ProbingSettings(labels=labels, windows=windows, seed=seed)
     with progress_bar("tokens", quiet=quiet) as progress:
-        result = measure(run, settings, say=(lambda line: None) if quiet else say, progress=progress)
+        result = measure(run, settings, say=say, progress=progress)
     if as_json:
         print_json(result)
     else:

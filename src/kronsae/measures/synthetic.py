@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count, check_positive
+from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
 from kronsae.core.losses import LossConfig, MatryoshkaConfig
@@ -27,9 +27,9 @@ from kronsae.errors import UserError
 from kronsae.eval.known_features import KnownFeaturesMeter, absolute_cosines, mean_correlation_coefficient
 from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
 from kronsae.interop.sae_lens_synthetic import SaeLensConfig
-from kronsae.measures.material import keep_result, known_result
+from kronsae.measures.material import Report, keep_result, known_result, part_of
 from kronsae.measures.tables import rich_table
-from kronsae.measures.training import Report, train_on
+from kronsae.measures.training import train_on
 from kronsae.report.sections.synthetic import table, verdict
 from kronsae.run import open_run
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
@@ -72,8 +72,7 @@ class SyntheticStudyConfig:
         for name in ("seeds", "steps", "batch", "held_out_tokens"):
             check_count(name, getattr(self, name))
         check_positive("lr", self.lr)
-        if self.seed < 0:
-            raise UserError(f"seed must be at least 0; got {self.seed}.")
+        check_seed(self.seed)
 
     def features(self, seed: int) -> KnownFeatures:
         """The known features of one repetition."""
@@ -107,7 +106,7 @@ def measure(
             d_in=d_in,
             steps=config.steps,
             batch_tokens=config.batch,
-            progress=None if progress is None else _part_of(progress, number, config.seeds),
+            progress=part_of(progress, number, config.seeds),
         )
         for member in fitted:
             start = absolute_cosines(member.shape(d_in).build(member.seed).W_dec, features.directions_GD)
@@ -134,11 +133,6 @@ def _measured(sae: SAE, features: KnownFeatures, tokens: int) -> dict[str, Any]:
     of_all = reconstruction.value()
     figures = {"d_sae": sae.d_sae, "explained_variance": of_all.explained_variance, "l0": of_all.l0}
     return figures | {"dead_share": of_all.dead_share, "tokens": of_all.tokens} | asdict(meter.value())
-
-
-def _part_of(progress: Report, number: int, parts: int) -> Report:
-    """Progress of one of several equal parts as progress of the whole."""
-    return lambda done, total: progress(number * total + done, parts * total)
 
 
 def fit_to(member: MemberConfig, *, d_sae: int, k: int, seed: int, config: SyntheticStudyConfig) -> MemberConfig:
@@ -212,7 +206,7 @@ def encoder_kind(encoder: AnyEncoderConfig) -> str:
     return inner.kind
 
 
-app = typer.Typer(rich_markup_mode="markdown")
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
 @app.command()

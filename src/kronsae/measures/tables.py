@@ -11,12 +11,15 @@ if TYPE_CHECKING:
 
 
 def rich_table(found: Table, first: str) -> RichTable:
-    """For a terminal; ``first`` heads the column of names."""
+    """For a terminal; ``first`` heads the column of names. Brackets are text, not markup: names are a user's."""
+    from rich.table import Column
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-    shown = RichTable(first, *(heading for heading, _ in found.headings), box=None)
+    headings = (first, *(heading for heading, _ in found.headings))
+    shown = RichTable(*(Column(Text(heading)) for heading in headings), box=None)
     for row in found.rows:
-        shown.add_row(row.name, *(cell.text for cell in row.cells))
+        shown.add_row(*map(Text, (row.name, *(cell.text for cell in row.cells))))
     return shown
 
 

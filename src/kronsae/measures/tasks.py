@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kronsae.data.corpus import Document, is_held_out
 from kronsae.data.model import BUNDLED
@@ -21,13 +24,12 @@ from kronsae.errors import UserError
 from kronsae.eval.first_letter import first_letter_prompts
 from kronsae.eval.labelling import Frame, Passage, Place, Sizes, Span, Task, make_task
 from kronsae.eval.python_code import ROLES, name_roles
-from kronsae.files import atomic_path
+from kronsae.files import atomic_path, check_folder_place
 from kronsae.measures.material import Material
 
 TaskName = Literal["roles", "first-letter", "labels"]
 HELD_OUT_SHARE = 0.2  # of a user's labelled texts
 DOCUMENTS = 120  # of code to learn from; a quarter as many are scored on
-WORDS = 10_000  # prompts of the first-letter task, of about 80 tokens each
 
 
 def default_task(material: Material) -> TaskName:
@@ -48,7 +50,7 @@ def documents(material: Material, *, held_out: bool, number: int) -> Iterator[Do
 
 
 def build_task(
-    material: Material, name: TaskName, *, labels: Path | None, windows: int | None, place: Place, seed: int
+    material: Material, name: TaskName, *, labels: Path | None, windows: int, place: Place, seed: int
 ) -> Task:
     """The examples of a task, tokenised for the run's model.
 
@@ -61,13 +63,12 @@ def build_task(
     if name == "labels":
         if labels is None:
             raise UserError("the task 'labels' needs a file of labelled text; give --labels FILE.jsonl.")
-        passages, sizes = read_labelled(labels), Sizes(windows=windows or 2000, per_word=20)
+        passages, sizes = read_labelled(labels), Sizes(windows=windows, per_word=20)
     elif name == "first-letter":
-        prompts = windows or WORDS
-        passages = first_letter_prompts(tokenizer, max_words=prompts * 5 // 4, seed=seed)
-        sizes = Sizes(windows=prompts, per_class=prompts, at_least=2)
+        passages = first_letter_prompts(tokenizer, max_words=windows * 5 // 4, seed=seed)
+        sizes = Sizes(windows=windows, per_class=windows, at_least=2)
     else:
-        passages, classes, sizes = _roles(material), ROLES, Sizes(windows=windows or 500, per_class=400)
+        passages, classes, sizes = _roles(material), ROLES, Sizes(windows=windows, per_class=400)
     return make_task(
         name if labels is None else labels.name,
         passages,
@@ -92,7 +93,8 @@ def read_labelled(path: Path) -> Iterator[Passage]:
     """Passages of a JSON-lines file: ``{"text", "label"}`` or ``{"text", "spans": [{"start", "end", "label"}, ...]}``.
 
     Spans count characters. A label without a span is of the whole text. ``"held_out": true`` or ``false`` says on
-    which side a text is; without it, a fifth of the texts are scored on, by a hash of the text.
+    which side a text is; without it, a fifth of the texts are scored on, by a hash of the text in lower case with
+    single spaces, so that two spellings of one are on the same side.
 
     Raises:
         UserError: a line is something else; it says which.
@@ -122,7 +124,8 @@ def _passage(line: str, where: str) -> Passage:
             f'{where}: "text" must be Unicode; it holds half of a surrogate pair, which no tokenizer takes.'
         )
     spans = row.get("spans", [{"start": 0, "end": len(text), "label": row.get("label")}])
-    held_out = row.get("held_out", is_held_out(document_of(text).id, HELD_OUT_SHARE))
+    folded = " ".join(text.lower().split())
+    held_out = row.get("held_out", is_held_out(document_of(folded).id, HELD_OUT_SHARE))
     if not isinstance(spans, list) or not isinstance(held_out, bool):
         raise UserError(f'{where}: "spans" must be a list and "held_out" true or false.')
     return Passage(text=text, spans=tuple(_span(span, text, where) for span in spans), held_out=held_out)
@@ -131,27 +134,53 @@ def _passage(line: str, where: str) -> Passage:
 def _span(span: Any, text: str, where: str) -> Span:
     found = span if isinstance(span, dict) else {}
     start, end, label = found.get("start"), found.get("end"), found.get("label")
-    if type(start) is int and type(end) is int and isinstance(label, str) and 0 <= start < end <= len(text):
-        return Span(start=start, end=end, label=label)
+    labelled = isinstance(label, str) and bool(label.strip())
+    if type(start) is int and type(end) is int and labelled and 0 <= start < end <= len(text):
+        return Span(start=start, end=end, label=str(label))
     raise UserError(
-        f'{where}: a span must be {{"start", "end", "label"}} with 0 <= start < end <= {len(text)}; got {span!r}.'
+        f'{where}: a span must be {{"start", "end", "label"}} with 0 <= start < end <= {len(text)} and a label that is '
+        f"not blank; got {span!r}."
     )
 
 
-def example_activations(material: Material, task: Task, cache: Path, progress: Any = None) -> tuple[torch.Tensor, bool]:
+def example_activations(
+    material: Material,
+    task: Task,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Float[Tensor, "E D"], bool]:
     """The activations of a task's examples, float32 ``[E, d_in]``, and whether they were known already.
 
     They are kept under a name that is made of their content (weights of the model, hook, tokens, places), so that
-    another model of the same name never gets them.
+    another model of the same name never gets them. A damaged file is told of and replaced.
+
+    Raises:
+        UserError: ``cache`` can be no folder to write to.
     """
+    check_folder_place(cache, "cache")
     path = cache / f"{_digest(material, task)}.safetensors"
     if path.exists():
-        return load_file(path)["x_ED"], True
-    parts = [x_ND.cpu() for _, x_ND in material.activations(list(task.windows), progress)]
-    x_ED = torch.cat(parts)
+        known_ED = _kept_activations(path, len(task.words))
+        if known_ED is not None:
+            return known_ED, True
+        say(f"The kept activations in {path} are damaged; they are computed anew.")
+    x_ED = torch.cat([x_ND.cpu() for _, x_ND in material.activations(list(task.windows), progress)])
     with atomic_path(path) as temporary:
         save_file({"x_ED": x_ED}, temporary)
     return x_ED, False
+
+
+def _kept_activations(path: Path, examples: int) -> Tensor | None:
+    """What `example_activations` wrote; None where the file holds something else."""
+    try:
+        found = load_file(path)
+    except (OSError, ValueError, SafetensorError):
+        return None
+    x_ED = found.get("x_ED")
+    whole = x_ED is not None and x_ED.ndim == 2 and len(x_ED) == examples and x_ED.dtype == torch.float32
+    return x_ED if whole and bool(x_ED.isfinite().all()) else None  # type: ignore[union-attr]
 
 
 def _digest(material: Material, task: Task) -> str:

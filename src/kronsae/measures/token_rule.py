@@ -15,7 +15,7 @@ from kronsae.errors import UserError
 from kronsae.eval.display import visible
 from kronsae.eval.token_rule import TokenRuleConfig, TokenRules, summarise_rules, token_rule
 from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
-from kronsae.measures.material import Material, keep_result, known_result
+from kronsae.measures.material import Material, beyond, held_out_tokens, keep_result, known_result
 from kronsae.progress_bar import progress_bar
 from kronsae.run import Run, open_run
 from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
@@ -48,7 +48,8 @@ def measure(
         config: which latents, how much text.
         saes: of these names; all of the run if none is given.
         say: told what is about to happen.
-        progress: called with (latents done, latents in all).
+        progress: called with (done, to do), from the beginning in each of two stages: tokens that the model reads, then
+            latents.
     """
     material = Material(run)
     picked = pick_saes(material, saes)
@@ -59,8 +60,16 @@ def measure(
         return from_dict(TokenRuleResult, known, NAME)
     texts = [material.windows(config.tokens, held_out=held_out) for held_out in (False, True)]
     sizes = [sum(one.num_kept for one in windows) for windows in texts]
-    say(f"Learning from {sizes[0]:,} tokens of training documents, testing on {sizes[1]:,} held-out ones.")
-    counts = [count_activations(material, picked, windows) for windows in texts]
+    say(
+        f"Learning from {sizes[0]:,} tokens of training documents, testing on "
+        f"{held_out_tokens(sizes[1], config.tokens)}; the model reads both twice. Then a rule for each of up to "
+        f"{len(config.chosen) or config.latents:,} latents of {len(picked)} SAE(s)."
+    )
+    work = 2 * sum(sizes)
+    counts = [
+        count_activations(material, picked, windows, beyond(progress, before, work))
+        for windows, before in zip(texts, (0, sizes[0]), strict=True)
+    ]
     rarer = {name: torch.minimum(counts[0][name], counts[1][name]) for name in picked}
     chosen = {
         name: list(config.chosen)
@@ -73,8 +82,8 @@ def measure(
                 f"min_active_tokens={config.min_active_tokens} leaves no latent of '{name}' to draw from in these "
                 "texts; lower --min-active, or give more --tokens."
             )
-    train_text, train = find_firings(material, picked, texts[0], chosen)
-    test_text, test = find_firings(material, picked, texts[1], chosen)
+    train_text, train = find_firings(material, picked, texts[0], chosen, beyond(progress, sum(sizes), work))
+    test_text, test = find_firings(material, picked, texts[1], chosen, beyond(progress, work - sizes[1], work))
     total, done = sum(map(len, chosen.values())), 0
     found = []
     for name, latents in chosen.items():
@@ -91,7 +100,7 @@ def measure(
     return result
 
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -99,11 +108,15 @@ def token_rule_verb(
     run_folder: RunArgument,
     sae: Annotated[list[str] | None, typer.Option(help="Only this SAE; repeatable.")] = None,
     latents: Annotated[int, typer.Option(help="Latents per SAE, drawn at random.")] = TokenRuleConfig.latents,
-    latent: Annotated[list[int] | None, typer.Option(help="This latent instead; repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(help="Training and held-out tokens, each.")] = TokenRuleConfig.tokens,
-    examples: Annotated[int, typer.Option(help="Places of either kind per text.")] = TokenRuleConfig.examples,
+    latent: Annotated[list[int] | None, typer.Option(help="This latent (its number) instead; repeatable.")] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of training text, and of held-out text, at most.")
+    ] = TokenRuleConfig.tokens,
+    examples: Annotated[
+        int, typer.Option(help="Places where the latent is active, and as many where it is not, per text, at most.")
+    ] = TokenRuleConfig.examples,
     min_active: Annotated[
-        int, typer.Option(help="A latent active on fewer tokens is not drawn.")
+        int, typer.Option(help="A latent active on fewer tokens of either text is not drawn.")
     ] = TokenRuleConfig.min_active_tokens,
     seed: Seed = 0,
     as_json: Json = False,
@@ -119,7 +132,7 @@ def token_rule_verb(
         seed=seed,
     )
     run = open_run(run_folder)
-    with progress_bar("learning", quiet=quiet) as progress:
+    with progress_bar("token-rule", quiet=quiet) as progress:
         found = measure(run, config, saes=tuple(sae or ()), say=say, progress=progress)
     if as_json:
         print_json(to_dict(found))

@@ -17,16 +17,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kronsae.config import to_dict
-from kronsae.core.checks import check_count, check_positive
+from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.metrics import explained_variance
 from kronsae.data.random import generator_for
 from kronsae.data.toy import HIDDEN, INDEPENDENT, SETUPS, BlockSetup, CorrelatedFeatures, HiddenStates, ToyAutoencoder
 from kronsae.errors import UserError
 from kronsae.eval.known_covariance import effective_rank, recovery
 from kronsae.eval.reconstruction import reconstruction
-from kronsae.measures.material import keep_result, known_result
+from kronsae.measures.material import Report, keep_result, known_result
 from kronsae.measures.tables import rich_table
-from kronsae.measures.training import Report, train_on
+from kronsae.measures.training import train_on
 from kronsae.recipes import kron, topk
 from kronsae.report.sections.toy import AUTOENCODER, table, verdict
 from kronsae.run import Run, open_run
@@ -80,8 +80,7 @@ class ToyConfig:
         check_count("batch", self.batch)
         check_positive("autoencoder_lr", self.autoencoder_lr)
         check_positive("lr", self.lr)
-        if self.seed < 0:
-            raise UserError(f"seed must be at least 0; got {self.seed}.")
+        check_seed(self.seed)
         if len(self.setups) < 2:
             raise UserError(f"setups must be at least two, to compare each with another; got {len(self.setups)}.")
         sizes = {setup.features for setup in (*self.setups, self.independent)}
@@ -197,7 +196,7 @@ def _about(setup: BlockSetup) -> dict[str, Any]:
     return to_dict(setup) | {"effective_rank": effective_rank(setup.covariance())}
 
 
-app = typer.Typer(rich_markup_mode="markdown")
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
 @app.command()

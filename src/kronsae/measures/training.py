@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kronsae.core.sae import SAE
+from kronsae.measures.material import Report
 from kronsae.training.config import LoopConfig, MemberConfig
 from kronsae.training.member import Member
 from kronsae.training.trainer import Stream, fit
-
-Report = Callable[[int, int], None]
-"""Told ``(done, total)``."""
 
 
 def train_on(

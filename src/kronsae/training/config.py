@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kronsae.core.checks import check_count, check_positive
+from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.experts import AnyEncoderConfig
 from kronsae.core.losses import LossConfig, SquaredErrorConfig
 from kronsae.core.normalization import NormalizationName, check_foldable
@@ -108,8 +108,7 @@ class MemberConfig:
             raise UserError(
                 f"name must be letters, digits, '.', '_' or '-', since it names a folder; got {self.name!r}."
             )
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be from 0 to 2**63 - 1; got {self.seed!r}.")
+        check_seed(self.seed)
         if self.revive_every_tokens is not None:
             check_count("revive_every_tokens", self.revive_every_tokens)
             if self.encoder.kind == "switch" or self.write not in (None, self.read):
@@ -133,6 +132,11 @@ class MemberConfig:
     def writes(self, hook: str) -> tuple[str, ...]:
         """The hooks written, in a run whose hook is ``hook``."""
         return self.reads(hook) if self.write is None else self.write
+
+    def reconstructs(self, hook: str) -> str | None:
+        """The one hook that it reads and writes, in a run whose hook is ``hook``; None for any other role."""
+        read = self.reads(hook)
+        return read[0] if len(read) == 1 and self.writes(hook) == read else None
 
     def shape(self, d_in: int | Mapping[str, int], hook: str = "") -> SAEConfig:
         """The SAE's config once the width of the activations is known.

@@ -91,7 +91,9 @@ def test_equal_seeds_give_equal_digits() -> None:
 def test_classes_that_no_probe_tells_end_it() -> None:
     data = examples()
     mixed = replace(data, labels_E=torch.arange(480) // 7 % 3)
-    with pytest.raises(UserError, match=r"F1 > 0.6 for at least 3 of 3 classes; here \d have it \(a 0\.\d\d, b"):
+    with pytest.raises(
+        UserError, match=r"F1 > 0.6 for at least 3 of the 3 classes there are; \d have it \(a 0\.\d\d, b"
+    ):
         probe_classes(mixed, CONFIG)
     assert probe_classes(data, CONFIG).f1 == (1.0, 1.0, 1.0)
 
@@ -116,6 +118,8 @@ def test_only_classes_with_a_believed_probe_count() -> None:
 def test_a_config_that_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="max_k must be at least 1"):
         AbsorptionConfig(max_k=0)
+    with pytest.raises(UserError, match=r"min_classes must be at most the number of classes; got 4 with 3"):
+        AbsorptionConfig(min_classes=4).needed(3)
     with pytest.raises(UserError, match="min_classes must be at least 1"):
         AbsorptionConfig(min_classes=0)
 

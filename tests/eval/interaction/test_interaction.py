@@ -232,8 +232,9 @@ def test_fidelity_by_hand() -> None:
     scale = ParentScale(sample, 10)
     scale.update(values_of(u, v, kept))
     assert scale.mean().tolist() == [[10, 2]]
-    assert scale.at_top(0.2).tolist() == [[10, 2]]  # of ten, at most two are above
-    assert scale.at_top(0.5)[0, 0] == 0
+    assert scale.at_top(0.2).tolist() == [[[10, 2]]]  # of ten, at most two are above
+    assert scale.at_top(0.5)[0, 0, 0] == 0
+    assert torch.equal(scale.at_top(0.5, 0.2), torch.cat([scale.at_top(0.5), scale.at_top(0.2)]))
     meter = FidelityMeter(sample, scale)
     for place in range(0, 10, 3):  # in batches
         meter.update(values_of(u[place : place + 3], v[place : place + 3], kept[place : place + 3]))
@@ -322,7 +323,7 @@ def test_the_tokens_of_the_quantiles_do_not_depend_on_batches(monkeypatch: pytes
         scale = ParentScale(sample, 100)
         for part_BD in x_BD.split(size):
             scale.update(sample.of(part_BD, sae.encode(part_BD)))
-        found.append(scale.at_top(0.1))
+        found.append(scale.at_top(0.1)[0])
     u_BHM, _ = kron_encoder(sae).pre_latents(x_BD[::4])  # every fourth of 100 tokens: 25, at most 30
     assert float(found[0][0, 0]) == pytest.approx(float(u_BHM.detach()[:, 0, 0].relu().sort(descending=True).values[2]))
     torch.testing.assert_close(found[1], found[0])

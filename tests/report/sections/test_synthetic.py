@@ -43,6 +43,16 @@ def test_losing_is_said_first_and_plainly() -> None:
     assert len(told) == 4
 
 
+def test_one_seed_is_not_every_seed() -> None:
+    rows = [
+        row(name, 0, mcc, family=family)
+        for family in ("topk", "jumprelu")
+        for name, mcc in ((f"kron-{family}", 0.7), (family, 0.6))
+    ]
+    found = {"about": [{"seed": 0, "features": 9, "d_in": 3, "l0": 2.0}], "rows": rows}
+    assert not any("every seed" in sentence for sentence in verdict(found))
+
+
 def test_winning_and_neither() -> None:
     better = list(verdict(result((0.7, 0.72, 0.73))))
     assert "win in MCC" in better[0]

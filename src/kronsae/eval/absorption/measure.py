@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
@@ -17,10 +18,12 @@ from kronsae.errors import UserError
 from kronsae.eval.absorption.probes import ON_LATENTS, LinearProbe, ProbeTraining, f1, train_latent_probe, train_probe
 from kronsae.eval.absorption.sparse_probes import sparse_probes
 from kronsae.eval.absorption.words import AbsorptionRule, probe_cosines, word_absorption
+from kronsae.eval.display import visible
 from kronsae.eval.example_codes import encode_rows, root_mean_square, rows_of, scaled
 
 CLASSES_TO_PASS, CLASSES_OF = 20, 26
-"""SAEBench's gate: so many of the 26 letters must be told by their probes; the same share of any other classes."""
+"""SAEBench's gate: so many of the 26 letters must be told by their probes; the same share of as many classes as there
+are, be it other classes or the letters that a vocabulary has words of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class AbsorptionConfig:
         max_k: latents that may stand for a class, at most.
         jump: by which F1 must rise for one more latent to count.
         min_f1: F1 above which a class's probe is believed.
-        min_classes: how many classes must be believed; None: 20 of 26, rounded up.
+        min_classes: how many classes must be believed; None: 20 in 26 of those there are, rounded up.
         rule: when a latent absorbs.
         scaled: divide activations, and codes with them, by the root mean square of the activations learnt from, so
             that the probes learn from activations of any size. SAEBench does not. Absorption itself is a ratio.
@@ -57,8 +60,18 @@ class AbsorptionConfig:
             raise UserError(f"min_classes must be at least 1; got {self.min_classes}.")
 
     def needed(self, classes: int) -> int:
-        """How many of so many classes must be believed."""
-        return math.ceil(classes * CLASSES_TO_PASS / CLASSES_OF) if self.min_classes is None else self.min_classes
+        """How many of so many classes must be believed.
+
+        Raises:
+            UserError: ``min_classes`` is more than there are.
+        """
+        if self.min_classes is None:
+            return math.ceil(classes * CLASSES_TO_PASS / CLASSES_OF)
+        if self.min_classes > classes:
+            raise UserError(
+                f"min_classes must be at most the number of classes; got {self.min_classes} with {classes}."
+            )
+        return self.min_classes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,47 +145,67 @@ class Absorption:
         return to_dict(self)
 
 
-def probe_classes(examples: Examples, config: AbsorptionConfig) -> ProbedClasses:
+def probe_classes(
+    examples: Examples, config: AbsorptionConfig, progress: Callable[[int, int], None] | None = None
+) -> ProbedClasses:
     """Train the probes on activations and see to it that enough classes can be told at all.
 
+    ``progress`` is told (epochs done, epochs to do).
+
     Raises:
-        UserError: fewer classes than `AbsorptionConfig.needed` have an F1 above ``min_f1``; it says which do not.
+        UserError: fewer classes than `AbsorptionConfig.needed` have an F1 above ``min_f1``, or there are fewer; it says
+            the F1 of each.
     """
+    needed = config.needed(len(examples.classes))
     train_E, held_out_E = ~examples.held_out_E, examples.held_out_E
     has_EC = examples.has_EC()
     factor = 1 / root_mean_square(examples.x_ED[train_E]) if config.scaled else 1.0
-    probe = train_probe(examples.x_ED[train_E] * factor, has_EC[train_E], config.probe, config.seed)
+    probe = train_probe(examples.x_ED[train_E] * factor, has_EC[train_E], config.probe, config.seed, progress)
     said_EC = probe.scores(examples.x_ED[held_out_E] * factor) > 0
     scores = tuple(f1(said_EC[:, c], has_EC[held_out_E][:, c]) for c in range(len(examples.classes)))
-    needed, told = config.needed(len(scores)), sum(score > config.min_f1 for score in scores)
+    told = sum(score > config.min_f1 for score in scores)
     if told < needed:
-        weak = [f"{name} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
+        weak = [f"{visible(name)} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
         raise UserError(
-            f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of {len(scores)} classes; "
-            f"here {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give more "
-            "examples, or set the number of classes yourself."
+            f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of the {len(scores)} classes "
+            f"there are; {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give "
+            "more examples, or set the number of classes yourself (min_classes)."
         )
     return ProbedClasses(probe=probe, factor=factor, f1=scores)
 
 
-def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: AbsorptionConfig) -> Absorption:
+def absorption(
+    sae: SAE,
+    examples: Examples,
+    probed: ProbedClasses,
+    config: AbsorptionConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> Absorption:
     """Measure one SAE: split latents by k-sparse probes, then `word_absorption` on the words the probes get right.
 
     SAEBench draws new prompts for the words of the last step; here they are the held-out examples themselves, so that
-    a figure depends on nothing but its inputs. Memory: the codes of the examples, ``E * K * 12`` bytes.
+    a figure depends on nothing but its inputs. Memory: the codes of the examples, ``E * K * 12`` bytes. ``progress`` is
+    told (done, to do), where each epoch of the probe on latents is one and each class that counts another.
     """
     held_out_E = examples.held_out_E
     codes = scaled(encode_rows(sae, examples.x_ED), probed.factor)
     train, scored = rows_of(codes, ~held_out_E), rows_of(codes, held_out_E)
     has_EC = examples.has_EC()
-    weight_CF = train_latent_probe(train, has_EC[~held_out_E], config.latent_probe, config.seed).weight_CI
+    counted = [c for c, score in enumerate(probed.f1) if score > config.min_f1]
+    epochs = config.latent_probe.epochs
+    tell = progress or (lambda done, total: None)
+    weight_CF = train_latent_probe(
+        train,
+        has_EC[~held_out_E],
+        config.latent_probe,
+        config.seed,
+        lambda done, _: tell(done, epochs + len(counted)),
+    ).weight_CI
     x_ED = examples.x_ED[held_out_E] * probed.factor
     scores_EC = probed.probe.scores(x_ED)
     W_dec_FD = sae.W_dec.detach().cpu().float()
     found = []
-    for c, name in enumerate(examples.classes):
-        if probed.f1[c] <= config.min_f1:
-            continue
+    for number, c in enumerate(counted, 1):
         train_true_E, true_E = has_EC[~held_out_E, c], has_EC[held_out_E, c]
         chosen = sparse_probes(weight_CF[c], train, train_true_E, scored, true_E, max_k=config.max_k, jump=config.jump)
         direction_D = probed.probe.weight_CI[c].double()
@@ -186,7 +219,7 @@ def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: Abso
         )
         found.append(
             ClassAbsorption(
-                name=name,
+                name=examples.classes[c],
                 probe_f1=probed.f1[c],
                 words=int(right_E.sum()),
                 latents=chosen.main,
@@ -195,6 +228,7 @@ def absorption(sae: SAE, examples: Examples, probed: ProbedClasses, config: Abso
                 full=float(of_words.full_E.double().mean()),
             )
         )
+        tell(epochs + number, epochs + len(counted))
     return summary(found)
 
 

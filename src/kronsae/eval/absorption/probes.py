@@ -58,7 +58,11 @@ class LinearProbe:
 
 
 def train_probe(
-    x_EI: Float[Tensor, "E I"], y_EC: Bool[Tensor, "E C"], training: ProbeTraining, seed: int
+    x_EI: Float[Tensor, "E I"],
+    y_EC: Bool[Tensor, "E C"],
+    training: ProbeTraining,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LinearProbe:
     """Train a linear probe per class on activations.
 
@@ -68,16 +72,21 @@ def train_probe(
     Args:
         x_EI: activations, in the dtype to train in.
         y_EC: which classes each example has.
+        progress: told (epochs done, epochs to do).
     """
 
     def logits(weight_CI: Tensor, bias_C: Tensor, rows_B: Tensor) -> Tensor:
         return x_EI[rows_B] @ weight_CI.T + bias_C
 
-    return _train(logits, x_EI.shape[1], x_EI.dtype, y_EC, training, seed)
+    return _train(logits, x_EI.shape[1], x_EI.dtype, y_EC, training, seed, progress)
 
 
 def train_latent_probe(
-    codes: SparseCodes, y_EC: Bool[Tensor, "E C"], training: ProbeTraining, seed: int
+    codes: SparseCodes,
+    y_EC: Bool[Tensor, "E C"],
+    training: ProbeTraining,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LinearProbe:
     """The same on sparse codes, which are never spread out: ``score = b + sum_k value_k W[:, index_k]``."""
 
@@ -85,7 +94,7 @@ def train_latent_probe(
         values_BK, indices_BK = codes.values[rows_B], codes.indices[rows_B]
         return embedding_bag(indices_BK, weight_CF.T, per_sample_weights=values_BK, mode="sum") + bias_C
 
-    return _train(logits, codes.d_sae, codes.values.dtype, y_EC, training, seed)
+    return _train(logits, codes.d_sae, codes.values.dtype, y_EC, training, seed, progress)
 
 
 def _train(
@@ -95,6 +104,7 @@ def _train(
     y_EC: Tensor,
     training: ProbeTraining,
     seed: int,
+    progress: Callable[[int, int], None] | None,
 ) -> LinearProbe:
     examples, classes = y_EC.shape
     generator = torch.Generator().manual_seed(seed)
@@ -121,6 +131,8 @@ def _train(
                     loss = loss + training.l1 * weight_CI.abs().sum(-1).mean()
                 loss.backward()
                 optimizer.step()
+            if progress is not None:
+                progress(epoch + 1, training.epochs)
     return LinearProbe(weight_CI.detach(), bias_C.detach())
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kronsae.core.checks import check_count
+from kronsae.core.checks import check_count, check_seed
 from kronsae.errors import UserError
 from kronsae.eval.autointerp.examples import Example, LatentExamples
 from kronsae.eval.autointerp.prompts import (
@@ -63,9 +63,9 @@ class AutointerpConfig:
     def __post_init__(self) -> None:
         for name in ("latents", "tokens", "explained", "tested", "per_prompt", "min_active_tokens"):
             check_count(name, getattr(self, name))
-        for name in ("radius", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0; got {getattr(self, name)!r}.")
+        check_seed(self.seed)
+        if self.radius < 0:
+            raise UserError(f"radius must be at least 0; got {self.radius!r}.")
         if len(set(self.chosen)) != len(self.chosen) or any(latent < 0 for latent in self.chosen):
             raise UserError(f"latents must be different numbers from 0 on; got {', '.join(map(str, self.chosen))}.")
 

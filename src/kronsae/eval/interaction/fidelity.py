@@ -77,11 +77,11 @@ class ParentScale:
         mean_P = self._sum_P / self._count_P.clamp_min(1)
         return mean_P.float().view(self._sample.bias_RP.shape)
 
-    def at_top(self, share: float) -> Float[Tensor, "R P"]:
-        """The activation that each parent exceeds on the share of the tokens, or on fewer where it is rare."""
+    def at_top(self, *shares: float) -> Float[Tensor, "S R P"]:
+        """The activation that each parent exceeds on each share of the tokens, or on fewer where it is rare."""
         sampled_BP = torch.cat(self._sampled).sort(dim=0, descending=True).values
-        place = min(len(sampled_BP) - 1, round(share * len(sampled_BP)))
-        return sampled_BP[place].view(self._sample.bias_RP.shape)
+        places = [min(len(sampled_BP) - 1, round(share * len(sampled_BP))) for share in shares]
+        return sampled_BP[places].view(len(shares), *self._sample.bias_RP.shape)
 
 
 class FidelityMeter:
@@ -89,7 +89,7 @@ class FidelityMeter:
 
     def __init__(self, sample: HeadSample, scale: ParentScale) -> None:
         self._sample, self._mean_RP = sample, scale.mean()
-        self._top_SRP = torch.stack([scale.at_top(share) for share in TOP_SHARES])
+        self._top_SRP = scale.at_top(*TOP_SHARES)
         self._number = self._positive = 0
         self._mass = self._balance = self._balance_squared = self._geometric = 0.0
         self._both_top_S = torch.zeros(len(TOP_SHARES), dtype=torch.int64)

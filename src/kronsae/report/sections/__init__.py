@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kronsae.errors import UserError
 from kronsae.report.section import Section
 from kronsae.report.sections import absorption, autointerp, interaction, latents, probing, synthetic, token_rule, toy
 
@@ -27,5 +28,21 @@ BUILDERS: dict[str, Builder] = {
 
 
 def sections(kept: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> tuple[Section, ...]:
-    """The sections of the results that are there, in the order of `BUILDERS`."""
-    return tuple(builder(kept[name], names) for name, builder in BUILDERS.items() if name in kept)
+    """The sections of the results that are there, in the order of `BUILDERS`.
+
+    Raises:
+        UserError: a result is not what this version keeps.
+    """
+    return tuple(_section(name, kept[name], names) for name in BUILDERS if name in kept)
+
+
+def _section(name: str, kept: Mapping[str, Any], names: Sequence[str]) -> Section:
+    try:
+        return BUILDERS[name](kept, names)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise UserError(
+            f"the kept result of '{name}' is not what this version writes ({type(error).__name__}: {error}). "
+            f"Delete measures/{name}.json in the run folder, or measure again: kronsae eval {name}."
+        ) from None

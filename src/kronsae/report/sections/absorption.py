@@ -7,6 +7,7 @@ from typing import Any
 
 from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
+from kronsae.report.ranking import who_leads
 from kronsae.report.section import Section, series_of
 
 _HEADINGS = (
@@ -31,15 +32,15 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
     """One row per SAE, and the classes of each."""
     result = kept["result"]
     told = [name for name, f1 in result["probe_f1"].items() if f1 > result["min_f1"]]
-    least = min(result["saes"].items(), key=lambda item: item[1]["mean_absorption_fraction"])
+    fractions = {name: [one["fraction"] for one in found["classes"]] for name, found in result["saes"].items()}
     paragraphs = [
         "A latent that stands for a class (the names of functions, the words with a certain first letter) may stay off "
         "on some words because latents of these very words have taken its part over: absorption. A linear probe says "
         "what the activation holds of the class; the latents' shares of it say who carries it.",
     ]
-    if len(result["saes"]) > 1:
-        fraction = least[1]["mean_absorption_fraction"]
-        paragraphs.append(f"{visible(least[0])} has the least: a fraction of {fraction:.3f}.")
+    if leads := who_leads(fractions, figure="absorption fraction", over="classes", less_is_better=True):
+        paragraphs.append(leads)
+    left_out = ", ".join(visible(name) for name in result["left_out"])
     return Section(
         key="absorption",
         title="Absorption",
@@ -48,7 +49,8 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
         notes=(
             f"Task '{visible(str(result['task']))}': {len(told)} of {len(result['classes'])} classes have a probe with "
             f"F1 above {result['min_f1']} and count; {result['examples']['learnt_from']:,} examples to learn from, "
-            f"{result['examples']['scored_on']:,} held-out ones. Definitions of SAEBench.",
+            f"{result['examples']['scored_on']:,} held-out ones. Definitions of SAEBench."
+            + (f" Left out, with too few examples: {left_out}." if left_out else ""),
         ),
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
+from kronsae.report.ranking import who_leads
 from kronsae.report.section import Section, series_of
 
 
@@ -40,15 +41,15 @@ def table(result: Mapping[str, Any], names: Sequence[str] = ()) -> Table:
 def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
     """The SAEs, recall against the size of the dictionary, and the concepts."""
     result = kept["result"]
-    best = max(result["saes"].items(), key=lambda item: item[1]["mean_f1"])
+    scores = {name: [one["f1"] for one in found["concepts"]] for name, found in result["saes"].items()}
     accuracy = mean(result["probe_accuracy"].values())
     paragraphs = [
         "Which concepts do single latents tell? Every latent was tried as a detector of every concept, its threshold "
         "chosen on one part of the text and its F1 taken on another; then pairs of latents, small probes, and what "
         "happens to the probes of all concepts when one concept's latents are taken away (the error term stays).",
     ]
-    if len(result["saes"]) > 1:
-        paragraphs.append(f"{visible(best[0])} has the best single latents: a mean F1 of {best[1]['mean_f1']:.3f}.")
+    if leads := who_leads(scores, figure="F1 of the best latents", over="concepts"):
+        paragraphs.append(leads)
     return Section(
         key="probing",
         title="Concepts",

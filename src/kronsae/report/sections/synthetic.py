@@ -129,12 +129,14 @@ def verdict(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _by_family(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
-    """Which SAEs are behind, or ahead, in MCC with every seed."""
+    """Which SAEs are behind, or ahead, in MCC with every seed, of several."""
     gains: dict[tuple[str, str], list[float]] = {}
     for kron, dense in pairs:
         gains.setdefault((kron["sae"], dense["sae"]), []).append(kron["mcc"] - dense["mcc"])
-    behind = [f"{kron} (against {dense})" for (kron, dense), found in gains.items() if max(found) < 0]
-    ahead = [f"{kron} (against {dense})" for (kron, dense), found in gains.items() if min(found) > 0]
+    behind = [
+        f"{kron} (against {dense})" for (kron, dense), found in gains.items() if len(found) > 1 and max(found) < 0
+    ]
+    ahead = [f"{kron} (against {dense})" for (kron, dense), found in gains.items() if len(found) > 1 and min(found) > 0]
     for names, says in ((behind, "behind"), (ahead, "ahead")):
         if names:
             yield f"In MCC {says} with every seed: {visible(', '.join(names))}."
