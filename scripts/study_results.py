@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kronsae.files import write_marked
+import torch
+
+from kronsae.files import write_csv, write_marked
 from kronsae.grid import points, sweep_config
+from kronsae.measures.material import Material
 from kronsae.report.sweeps import divergences, mean_table, summaries
+from kronsae.run import open_run
 from kronsae.sweeping import execute_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +26,7 @@ STUDIES = tuple(sorted(path.stem for path in (ROOT / "studies").glob("*.json")))
 README = ROOT / "docs" / "results" / "README.md"
 END = "<!-- /results -->"
 L0_TOLERANCE = 0.02
+ON_TRAINING_TEXT = "l0_on_training_text"
 
 
 def result_path(study: str) -> Path:
@@ -37,8 +42,27 @@ def marker(study: str) -> str:
 def run(study: str) -> None:
     """Train and evaluate what is missing of the study; replace its committed figures."""
     config = sweep_config(ROOT / "studies" / f"{study}.json", {})
-    found = execute_sweep(config, ROOT / "runs" / "studies" / study, say=_say)
-    shutil.copyfile(found.csv, result_path(study))
+    folder = ROOT / "runs" / "studies" / study
+    found = execute_sweep(config, folder, say=_say)
+    with found.csv.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    trained = {group: l0_on_training_text(folder / "groups" / group) for group in {row["group"] for row in rows}}
+    write_csv(result_path(study), [row | {ON_TRAINING_TEXT: trained[row["group"]].get(row["name"])} for row in rows])
+
+
+@torch.no_grad()
+def l0_on_training_text(folder: Path) -> dict[str, float]:
+    """Of the SAEs of a run that choose by thresholds, which training sets; TopK keeps k on any text."""
+    material = Material(open_run(folder))
+    free = {name: sae for name, sae in material.saes.items() if sae.config.sparsifier.kind != "topk"}
+    active, tokens = dict.fromkeys(free, 0), 0
+    for _, x_ND in material.activations(
+        material.windows(material.run.config.eval_tokens, held_out=False) if free else []
+    ):
+        tokens += len(x_ND)
+        for name, sae in free.items():
+            active[name] += int(sae.encode(x_ND).active.sum())
+    return {name: number / tokens for name, number in active.items()}
 
 
 def read_rows(study: str) -> list[dict[str, Any]]:
@@ -65,8 +89,8 @@ def table(study: str) -> str:
     lines += [
         "",
         f"Mean ± one standard deviation over seeds; {_evaluated_on(measured)} held-out tokens. "
-        f"{' '.join([*divergences(rows), _l0_check(measured)])} "
-        f"On {first['cores']:.0f} cores of {first['processor']}, commit {first['commit']} "
+        f"{' '.join([*divergences(rows), *_l0_checks(measured)])} "
+        f"On {first['cores']:.0f} core(s) of {first['processor']}, commit {first['commit']} "
         f"([all figures]({study}.csv); again by `python scripts/study_results.py {study}`).",
     ]
     return "\n".join(lines)
@@ -77,19 +101,26 @@ def _evaluated_on(rows: list[dict[str, Any]]) -> str:
     return " or ".join(f"{tokens:,.0f}" for tokens in sorted({row["evaluation_tokens"] for row in rows}))
 
 
-def _l0_check(rows: list[dict[str, Any]]) -> str:
-    """Whether each SAE's l0 on held-out tokens is within 2% of the k it was asked for; where not, by how much."""
+def _l0_checks(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """l0 against the k asked for: on held-out text, and on the text that thresholds were learnt from."""
+    yield _l0_check(rows, "l0", "l0")
+    learnt = [row for row in rows if row.get(ON_TRAINING_TEXT) is not None]
+    if learnt:
+        yield _l0_check(learnt, ON_TRAINING_TEXT, "On as much of the training text, where thresholds are learnt, l0")
+
+
+def _l0_check(rows: list[dict[str, Any]], key: str, what: str) -> str:
+    """Whether each SAE's l0 is within 2% of the k it was asked for; where not, by how much."""
     shares: dict[str, list[float]] = {}
     for row in rows:
-        shares.setdefault(row["name"], []).append(row["l0"] / row["k"] - 1)
+        shares.setdefault(row["name"], []).append(row[key] / row["k"] - 1)
     wrong = {name: of for name, of in shares.items() if max(map(abs, of)) > L0_TOLERANCE}
     if wrong:
         told = ", ".join(f"{name} ({_range(of)})" for name, of in wrong.items())
-        most = "l0 is within 2% of k but for" if len(wrong) < len(shares) else "l0 is further than 2% from k for"
-        return f"{most} {told}."
-    return (
-        f"l0 is within 2% of k for every SAE (at most {max(abs(one) for of in shares.values() for one in of):.1%} off)."
-    )
+        most = "is within 2% of k but for" if len(wrong) < len(shares) else "is further than 2% from k for"
+        return f"{what} {most} {told}."
+    most_off = max(abs(one) for of in shares.values() for one in of)
+    return f"{what} is within 2% of k for every {'SAE' if key == 'l0' else 'such SAE'} (at most {most_off:.1%} off)."
 
 
 def _range(shares: list[float]) -> str:
