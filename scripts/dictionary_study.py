@@ -41,7 +41,7 @@ from kronsae.training.config import MemberConfig
 RESULT = RESULTS / "dictionaries.json"
 SIZES = (1024, 4096, 16_384)
 FORMS = {"topk": "TopK", "kron": "KronSAE", "matryoshka": "Matryoshka"}
-K = 32
+K, TOKENS = 32, 400_000
 BARS = ("0.5", "0.7")
 
 SAE = dict[str, Any]
@@ -380,7 +380,7 @@ def main() -> None:
     """Train and measure seed by seed, write the result, then the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--out", type=Path, default=Path("runs/dictionary-study"))
     parser.add_argument("--table-only", action="store_true", help="only write the tables from the result file")
     asked = parser.parse_args()

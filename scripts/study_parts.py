@@ -47,7 +47,7 @@ def markdown_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def made_with(about: dict[str, Any], result: Path) -> str:
-    """Machine and commit of a result file, as the end of a page's paragraph."""
-    where = f"[all figures](../results/{result.name})"
+def made_with(about: dict[str, Any], result: Path, results: str = "../results") -> str:
+    """Machine and commit of a result file, as the end of a paragraph; ``results`` is the way there from the page."""
+    where = f"[all figures]({results}/{result.name})"
     return f"On {about['cores']} core(s) of {about['processor']}, commit {about['commit']} ({where})."
