@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from tests.command_line import Outcome
 from typer.testing import CliRunner
 
+from kronsae.architectures import jumprelu
 from kronsae.cli import app
 from kronsae.errors import UserError
-from kronsae.measures.material import REVISIONS, held_out_tokens, keep_result, kept_results, known_result
+from kronsae.measures.material import REVISIONS, Material, held_out_tokens, keep_result, kept_results, known_result
 from kronsae.measures.tables import rich_table
 from kronsae.measures.verbs import VERBS
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.sections import BUILDERS, sections
-from kronsae.run import Run
+from kronsae.run import Run, execute
+from kronsae.run_config import RunConfig
 from kronsae.run_evaluation import write_report
 
 
@@ -118,6 +121,19 @@ def test_weights_that_are_no_numbers_are_no_result(
     told = kronsae("eval", verb, folder, *options)
     assert told.status == 2
     assert told.sentence.startswith("'kron' cannot be measured: encoder.bias holds NaN or infinity")
+
+
+def test_a_threshold_of_zero_is_a_sound_weight(config: RunConfig, tmp_path: Path) -> None:
+    """Its logarithm is -infinity, and it is what a BatchTopK or JumpReLU has that never saw an active latent."""
+    run = execute(replace(config, saes=(jumprelu(d_sae=32, k=4),)), tmp_path / "run", show_progress=False)
+    [path] = (run.folder / "saes" / "jumprelu").glob("*.safetensors")
+    weights = load_file(path)
+    [name] = [name for name in weights if "threshold" in name]
+    save_file(weights | {name: torch.full_like(weights[name], -torch.inf)}, path)
+    assert list(Material(run).saes) == ["jumprelu"]
+    save_file(weights | {name: torch.full_like(weights[name], torch.inf)}, path)
+    with pytest.raises(UserError, match="threshold holds NaN or infinity"):
+        Material(run).saes  # noqa: B018
 
 
 def test_every_section_belongs_to_a_verb() -> None:

@@ -274,6 +274,19 @@ class SAE(nn.Module):
         """Architecture and sizes, which ``print`` shows above the parts."""
         return in_words(self.config)
 
+    def unsound_weight(self) -> str | None:
+        """The name of a weight that holds NaN or infinity; None where all are sound.
+
+        In a sparsifier -infinity is sound: the logarithm of a threshold of 0.
+        """
+        for name, weight in self.state_dict().items():
+            sound = weight.isfinite()
+            if name.startswith("sparsifier."):
+                sound |= weight == -torch.inf
+            if not bool(sound.all()):
+                return name
+        return None
+
     def num_parameters(self) -> int:
         """Weights and biases in all; `count_parameters` counts those of a part, such as ``sae.encoder``."""
         return count_parameters(self)

@@ -55,12 +55,11 @@ class Material:
             UserError: weights of one are not finite: its figures would mean nothing.
         """
         for name, sae in (saes := self.run.saes()).items():
-            for weight, tensor in sae.state_dict().items():
-                if not bool(tensor.isfinite().all()):
-                    raise UserError(
-                        f"'{name}' cannot be measured: {weight} holds NaN or infinity. If its training diverged, lower "
-                        "its learning rate; measure a run without it."
-                    )
+            if (weight := sae.unsound_weight()) is not None:
+                raise UserError(
+                    f"'{name}' cannot be measured: {weight} holds NaN or infinity. If its training diverged, lower its "
+                    "learning rate; measure a run without it."
+                )
         return {name: sae.to(self.language_model.device).eval() for name, sae in saes.items()}
 
     @cached_property

@@ -207,16 +207,10 @@ class Member:
         Raises:
             Diverged: naming a weight.
         """
-        for name, parameter in self.sae.named_parameters():
-            sound = parameter.isfinite()
-            if name.startswith("sparsifier."):
-                sound |= parameter == -math.inf  # the logarithm of a threshold of 0
-            if not bool(sound.all()):
-                lr = learning_rate(self.config.optimizer, min(steps, self.steps) - 1, self.steps)
-                about = (
-                    f"the weights {name} are not finite after {steps} steps. Lower its learning rate (now {lr:.2g})."
-                )
-                raise Diverged(self.name, about)
+        if (name := self.sae.unsound_weight()) is not None:
+            lr = learning_rate(self.config.optimizer, min(steps, self.steps) - 1, self.steps)
+            about = f"the weights {name} are not finite after {steps} steps. Lower its learning rate (now {lr:.2g})."
+            raise Diverged(self.name, about)
 
     def _metrics(self, target_BO: Tensor, result: Objective, lr: float, norm: float) -> StepMetrics:
         alive_F = self.dead.tokens_since_active_F < self.config.aux_k.dead_after_tokens
