@@ -184,7 +184,7 @@ def test_retry_after_as_a_date_is_kept_to(tmp_path: Path) -> None:
     assert 25 < max(outcome.slept.seconds) < 31
 
 
-@pytest.mark.parametrize("value", ["soon", "nan", "-5", ""])
+@pytest.mark.parametrize("value", ["soon", "nan", "-5", "", f"Mon, 1 Jan {10**20} 00:00:00 GMT"])
 def test_a_retry_after_of_no_sense_is_no_wait(value: str, tmp_path: Path) -> None:
     with serving(first(failure(429, Retry_After=value))) as stub:
         outcome = ask(stub, tmp_path)

@@ -237,7 +237,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):  # a year beyond a C long is the latter
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
