@@ -34,8 +34,8 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
         tables=(("dictionary", table(result)),),
         notes=(
             f"Mean ± standard deviation over {len(result['setups']) - 1} covariances and {seeds} seeds, without the "
-            "independent features; a difference counts when a paired t-test at "
-            f"{LEVEL:g} says so.",
+            "independent features; a difference counts when a t-test at "
+            f"{LEVEL:g}, paired by covariance, says so.",
         ),
     )
 
@@ -87,7 +87,8 @@ def verdict(result: Mapping[str, Any]) -> Iterator[str]:
     """What the figures say of the claim and of each doubt, one sentence each.
 
     KronSAEs are taken together (the mean over their shapes) and compared with TopK, or with themselves, pair by pair:
-    one pair is one setup and seed. "Above chance" is RV minus its mean over all orders of the truth.
+    one pair is one setup, the mean over its seeds, because seeds of one setup are no independent evidence about
+    others. "Above chance" is RV minus its mean over all orders of the truth.
     """
     for ask in (_claim, _shape_alone, _any_truth):
         for how, key in _MATCHINGS.items():
@@ -107,7 +108,7 @@ def _claim(result: Mapping[str, Any], how: str, key: str) -> str:
         0: "no difference between KronSAEs and TopK shows",
         -1: "TopK recovers the correlation better than KronSAEs",
     }[gain.sign]
-    return f"RV, matched {how}: {says} ({gain} over {gain.pairs} pairs)."
+    return f"RV, matched {how}: {says} ({gain} over {gain.pairs} setups)."
 
 
 def _shape_alone(result: Mapping[str, Any], how: str, key: str) -> str:
@@ -147,8 +148,7 @@ def _independent(result: Mapping[str, Any]) -> str:
     name = result["setups"][-1]["name"]
     parts = []
     for what, figure in (("RV", _trained("rv")), ("mean cosine with the true directions", _trained("mean_cosine"))):
-        kron = [statistics.mean(figure(row) for row in rows) for rows in _by_pair(result, KRON, only=name)]
-        topk = [figure(row) for rows in _by_pair(result, TOPK, only=name) for row in rows]
+        kron, topk = (_means(_by(result, names, "seed", [name]), figure) for names in (_krons(result), [TOPK]))
         if len(kron) < 2:
             return f"Independent features: {len(kron)} seed is too few to compare."
         gain = paired_difference(topk, kron)
@@ -165,30 +165,27 @@ def _fit(result: Mapping[str, Any]) -> str:
         if setup["inner"] is None and setup["across"] == 0 and setup["within"] == result["setups"][0]["within"]
     }
     fitting, others = [], []
-    for name in dictionaries(result):
-        if not name.startswith(KRON):
-            continue
+    for name in _krons(result):
         size = int(name.split("-m")[1].split("-n")[0]) * int(name.split("-n")[1])
         fits = [setup for setup, blocks in plain.items() if blocks == {size}]
         misfits = [setup for setup, blocks in plain.items() if size not in blocks]
-        for seed in sorted({row["seed"] for row in result["rows"]}):
-            if fits and misfits:
-                fitting.append(statistics.mean(_gain(result, name, setup, seed) for setup in fits))
-                others.append(statistics.mean(_gain(result, name, setup, seed) for setup in misfits))
+        if fits and misfits:
+            fitting.append(_gain(result, name, fits))
+            others.append(_gain(result, name, misfits))
     if len(fitting) < 2:
         return ""
     more = paired_difference(fitting, others)
     says = {1: "is larger than", 0: "does not differ visibly from", -1: "is smaller than"}[more.sign]
-    return f"Where the true blocks have a head's size the gain in RV over TopK {says} where none has ({more})."
+    return (
+        f"Where the true blocks have a head's size the gain in RV over TopK {says} where none has ({more} over "
+        f"{more.pairs} shapes)."
+    )
 
 
-def _gain(result: Mapping[str, Any], name: str, setup: str, seed: int) -> float:
-    found = {
-        row["dictionary"]: row["trained"]["rv"]
-        for row in result["rows"]
-        if row["setup"] == setup and row["seed"] == seed
-    }
-    return float(found[name] - found[TOPK])
+def _gain(result: Mapping[str, Any], name: str, setups: Sequence[str]) -> float:
+    """A dictionary's mean RV over setups and seeds less that of TopK."""
+    own, topk = (_means(_by(result, [one], "setup", setups), _trained("rv")) for one in (name, TOPK))
+    return statistics.mean(own) - statistics.mean(topk)
 
 
 def _trained(key: str) -> Figure:
@@ -200,21 +197,32 @@ def _above(kind: str, key: str) -> Figure:
 
 
 def _kron(result: Mapping[str, Any], figure: Figure) -> list[float]:
-    return [statistics.mean(figure(row) for row in rows) for rows in _by_pair(result, KRON)]
+    return _means(_by(result, _krons(result), "setup", _correlated(result)), figure)
 
 
 def _topk(result: Mapping[str, Any], figure: Figure) -> list[float]:
-    return [figure(row) for rows in _by_pair(result, TOPK) for row in rows]
+    return _means(_by(result, [TOPK], "setup", _correlated(result)), figure)
 
 
-def _by_pair(result: Mapping[str, Any], start: str, only: str | None = None) -> list[list[Row]]:
-    """The rows of dictionaries whose names begin so, by setup and seed; the correlated setups, or one."""
-    found: dict[tuple[str, int], list[Row]] = {}
+def _krons(result: Mapping[str, Any]) -> list[str]:
+    return [name for name in dictionaries(result) if name.startswith(KRON)]
+
+
+def _correlated(result: Mapping[str, Any]) -> list[str]:
+    return [setup["name"] for setup in result["setups"][:-1]]
+
+
+def _by(result: Mapping[str, Any], names: Sequence[str], key: str, setups: Sequence[str]) -> list[list[Row]]:
+    """The rows of some dictionaries in some setups, put together by ``key``."""
+    found: dict[Any, list[Row]] = {}
     for row in result["rows"]:
-        wanted = row["mismatched"] is not None if only is None else row["setup"] == only
-        if wanted and row["dictionary"].startswith(start):
-            found.setdefault((row["setup"], row["seed"]), []).append(row)
-    return [found[pair] for pair in sorted(found)]
+        if row["setup"] in setups and row["dictionary"] in names:
+            found.setdefault(row[key], []).append(row)
+    return [found[one] for one in sorted(found)]
+
+
+def _means(groups: Sequence[Sequence[Row]], figure: Figure) -> list[float]:
+    return [statistics.fmean(figure(row) for row in rows) for rows in groups]
 
 
 def _rows(result: Mapping[str, Any], name: str) -> Iterator[Row]:
