@@ -10,7 +10,7 @@ import torch
 
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
-from kronsae.core.sparsifiers import TopKConfig
+from kronsae.core.sparsifiers import JumpReLUConfig, TopKConfig
 from kronsae.errors import UserError
 from kronsae.eval.absorption import Absorption, AbsorptionConfig, Examples, ProbeTraining, absorption, probe_classes
 
@@ -81,6 +81,15 @@ def test_a_split_class_is_not_absorbed() -> None:
     of_class = {one.name: one for one in measured(dictionary(absorbing=True)).classes}
     assert set(of_class["a"].latents) == {0, SPECIAL}
     assert of_class["a"].full == 0.0
+
+
+def test_a_dictionary_that_is_never_active_absorbs_nothing() -> None:
+    """Nor does SAEBench's: what absorbs must carry 0.4 of the projection, and here nothing carries any."""
+    sae = SAEConfig(d_in=D, encoder=DenseEncoderConfig(d_sae=D), sparsifier=JumpReLUConfig(k=3)).build()
+    with torch.no_grad():
+        sae.encoder.bias.fill_(-1000.0)
+    found = measured(sae)
+    assert found.mean_absorption_fraction == found.mean_full_absorption == found.mean_f1 == 0.0
 
 
 def test_equal_seeds_give_equal_digits() -> None:
