@@ -32,6 +32,7 @@ from kronsae.architectures import matryoshka
 from kronsae.eval.token_rule import TokenRuleConfig
 from kronsae.files import write_json, write_marked
 from kronsae.measures import interaction, latents, probing, token_rule
+from kronsae.measures.latents import LatentsConfig
 from kronsae.provenance import provenance
 from kronsae.run import Run
 from kronsae.run_config import RunConfig
@@ -43,6 +44,7 @@ SIZES = (1024, 4096, 16_384)
 FORMS = {"topk": "TopK", "kron": "KronSAE", "matryoshka": "Matryoshka"}
 K, TOKENS = 32, 400_000
 BARS = ("0.5", "0.7")
+WEAK = "0.1"  # of the mean of a parent's positive activations
 
 SAE = dict[str, Any]
 Figure = Callable[[SAE], float | None]
@@ -190,7 +192,7 @@ RULES = (
     Column("latents that could be drawn", at("token_rule", "eligible"), "{:,.0f}"),
 )
 PROFILE = (
-    ("frequency", "frequency", "{:.2%}"),
+    ("frequency", "frequency", "{:.3%}"),
     ("mean activation", "mean_activation", "{:.2f}"),
     ("token entropy", "token_entropy", "{:.2f}"),
     ("multitoken ratio", "multitoken_ratio", "{:.4f}"),
@@ -198,7 +200,7 @@ PROFILE = (
 HEADS = (
     Column("meanings of a base", at("interaction", "meanings_of_a_base"), "{:.2f}"),
     Column("of an extension", at("interaction", "meanings_of_an_extension"), "{:.2f}"),
-    Column("mass with a weak parent", at("interaction", "false_positive_mass", "0.1"), "{:.1%}"),
+    Column(f"mass with a parent up to {WEAK} of its mean", at("interaction", "false_positive_mass", WEAK), "{:.2%}"),
     Column("frequency, r with a·b", at("interaction", "inheritance", "frequency", "product")),
     Column("token entropy, r with a·b", at("interaction", "inheritance", "token_entropy", "product")),
     Column("heads all alive", at("interaction", "all_alive"), "{:.1%}"),
@@ -239,9 +241,11 @@ def against_topk(runs: list[dict[str, Any]], column: Column, what: str) -> list[
 
 def closing(kept: dict[str, Any], more: str) -> str:
     """The last paragraph of every page."""
+    seeds = len(kept["runs"])
     return (
-        f"Mean over {len(kept['runs'])} seeds, range in brackets; k = {K}, {kept['settings']['tokens']:,} training "
-        f"tokens, M = 2 and N = 4. {more} {made_with(kept['provenance'], RESULT)}"
+        f"Mean over {seeds} seeds, range in brackets; k = {K}, {kept['settings']['tokens']:,} training "
+        f"tokens for every size, M = 2 and N = 4. Where nothing differs, {seeds} seeds are all on one side one time in "
+        f"{2 ** (seeds - 1)}. {more} {made_with(kept['provenance'], RESULT)}"
     )
 
 
@@ -286,7 +290,10 @@ def latents_page(kept: dict[str, Any]) -> str:
     verdicts = []
     for heading, key, text in PROFILE[2:]:
         verdicts += against_topk(runs, Column(heading, at("latents", "latents", key), text), f"median {heading}")
-    more = f"Medians over what lives on {runs[0]['about']['latents']['tokens']:,} held-out tokens."
+    more = (
+        f"Medians over what lives: latents on {runs[0]['about']['latents']['tokens']:,} held-out tokens, bases and "
+        f"extensions on the first {LatentsConfig().pre_latent_tokens:,} of them (whole windows)."
+    )
     return "\n".join([*table, "", *verdicts, "", closing(kept, more)])
 
 
@@ -339,7 +346,10 @@ def interaction_page(kept: dict[str, Any]) -> str:
         ["latents", *(column.heading for column in HEADS)],
         [[f"{d_sae:,}", *(column.cell(of(runs, "kron", d_sae)) for column in HEADS)] for d_sae in SIZES],
     )
-    more = f"{runs[0]['about']['interaction']['tokens']:,} held-out tokens."
+    more = (
+        f"{runs[0]['about']['interaction']['tokens']:,} held-out tokens. Latents that are dead on these have no r as "
+        "kept; in r before the sparsifier and in the cosines they count."
+    )
     return "\n".join([*pairs, "", *heads, "", *verdicts, "", closing(kept, more)])
 
 
