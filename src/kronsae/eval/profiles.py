@@ -31,7 +31,7 @@ Optionals = tuple[float | None, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSummary:
-    """A profile in one line: medians over the living units; None where none lives.
+    """A profile in one line: medians over the living units (of two in the middle the upper); None where none lives.
 
     Args:
         units: how many there are.

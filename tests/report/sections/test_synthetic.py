@@ -53,6 +53,24 @@ def test_one_seed_is_not_every_seed() -> None:
     assert not any("every seed" in sentence for sentence in verdict(found))
 
 
+def test_seeds_of_one_pair_are_no_further_pairs_where_there_are_several() -> None:
+    """Three kinds disagree, and their seeds agree: that is three figures, however many the seeds are."""
+    gains = {"topk": 0.2, "jumprelu": 0.01, "switch": 0.09}
+    told = []
+    for seeds in (2, 50):
+        rows = [
+            row(name, seed, mcc, family=family)
+            for family, gain in gains.items()
+            for seed in range(seeds)
+            for name, mcc in ((family, 0.5), (f"kron-{family}", 0.5 + gain))
+        ]
+        told.append(list(verdict({"about": [], "rows": rows})))
+    assert told[0] == told[1]
+    assert told[0][0].startswith(
+        "Over 3 pairs, Kronecker encoders neither win nor lose visibly in MCC (+0.100 ± 0.055)"
+    )
+
+
 def test_winning_and_neither() -> None:
     better = list(verdict(result((0.7, 0.72, 0.73))))
     assert "win in MCC" in better[0]

@@ -108,15 +108,16 @@ def table(result: Mapping[str, Any], names: Sequence[str] = ()) -> Table:
 def verdict(result: Mapping[str, Any]) -> Iterator[str]:
     """Where Kronecker encoders lose, win, or neither; none where there is nothing to compare.
 
-    One pair is one Kronecker SAE and the dense one of the same sparsifier, loss and experts, with the same seed.
+    One pair is one Kronecker SAE and the dense one of the same sparsifier, loss and experts, the mean over seeds: seeds
+    of one pair are no independent evidence about others. With a single such pair, each seed is one.
     """
-    pairs = list(_pairs(result))
+    by_seed = list(_pairs(result))
+    pairs = _grouped(by_seed)
     if len(pairs) < 2:
         return
     told: dict[int, list[str]] = {-1: [], 1: [], 0: []}
     for figure in (one for one in _FIGURES if one.better):
-        both = [(figure.value(kron), figure.value(dense)) for kron, dense in pairs]
-        known = [(kron, dense) for kron, dense in both if kron is not None and dense is not None]
+        known = [means for pair in pairs if (means := _means(figure, pair)) is not None]
         if len(known) < 2:
             continue
         gain = paired_difference([kron for kron, _ in known], [dense for _, dense in known])
@@ -125,7 +126,24 @@ def verdict(result: Mapping[str, Any]) -> Iterator[str]:
     for sign, found in told.items():
         if found:
             yield f"Over {len(pairs)} pairs, Kronecker encoders {says[sign]} in {', '.join(found)}."
-    yield from _by_family(pairs)
+    yield from _by_family(by_seed)
+
+
+def _grouped(pairs: Sequence[tuple[Row, Row]]) -> list[list[tuple[Row, Row]]]:
+    """The seeds of each Kronecker SAE together; of a single one, each alone."""
+    found: dict[str, list[tuple[Row, Row]]] = {}
+    for kron, dense in pairs:
+        found.setdefault(kron["sae"], []).append((kron, dense))
+    return list(found.values()) if len(found) > 1 else [[pair] for pair in pairs]
+
+
+def _means(figure: _Figure, seeds: Sequence[tuple[Row, Row]]) -> tuple[float, float] | None:
+    """Of the Kronecker SAE and of the dense one, over the seeds in which both have the figure; None without any."""
+    both = [(figure.value(kron), figure.value(dense)) for kron, dense in seeds]
+    known = [(kron, dense) for kron, dense in both if kron is not None and dense is not None]
+    if not known:
+        return None
+    return statistics.fmean(kron for kron, _ in known), statistics.fmean(dense for _, dense in known)
 
 
 def _by_family(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
