@@ -19,6 +19,7 @@ from study_parts import (
     END,
     MEASUREMENTS,
     RESULTS,
+    chance,
     made_with,
     markdown_rows,
     mean_and_range,
@@ -145,6 +146,7 @@ def markdown(kept: dict[str, Any]) -> str:
             f"Mean over {len(runs)} seeds, range in brackets; {asked['d_sae']:,} latents, {asked['tokens']:,} training "
             f"tokens. {told} of {len(runs[0]['probe_f1'])} roles have a probe with F1 > 0.6; "
             f"{runs[0]['examples']['scored_on']:,} held-out examples. {minutes:.0f} minutes. "
+            f"{chance(len(runs))} "
             f"{made_with(kept['provenance'], RESULT)}",
         ]
     )

@@ -19,6 +19,7 @@ from study_parts import (
     END,
     MEASUREMENTS,
     RESULTS,
+    chance,
     made_with,
     markdown_rows,
     mean_and_range,
@@ -33,6 +34,7 @@ from kronsae.eval.token_rule import TokenRuleConfig
 from kronsae.files import write_json, write_marked
 from kronsae.measures import interaction, latents, probing, token_rule
 from kronsae.measures.latents import LatentsConfig
+from kronsae.measures.material import kept_results
 from kronsae.provenance import provenance
 from kronsae.run import Run
 from kronsae.run_config import RunConfig
@@ -77,10 +79,17 @@ def run_seed(seed: int, out: Path, tokens: int) -> dict[str, Any]:
     about = {}
     for measure in (_probing, _latents, _token_rule, _interaction):
         name = measure.__name__.removeprefix("_")
-        about[name], found = measure(run)
+        common, found = measure(run)
+        about[name] = common | {"commit": _commit(run, name)}
         for sae, figures in found.items():
             saes[sae][name] = figures
     return {"seed": seed, "about": about, "saes": list(saes.values())}
+
+
+def _commit(run: Run, name: str) -> str:
+    """What a measurement was made with: one that is kept is not made again."""
+    kept, _ = kept_results(run)
+    return str(kept[name.replace("_", "-")]["provenance"]["commit"])
 
 
 Measured = tuple[dict[str, Any], dict[str, dict[str, Any]]]
@@ -239,13 +248,14 @@ def against_topk(runs: list[dict[str, Any]], column: Column, what: str) -> list[
     return found
 
 
-def closing(kept: dict[str, Any], more: str) -> str:
+def closing(kept: dict[str, Any], measure: str, more: str) -> str:
     """The last paragraph of every page."""
-    seeds = len(kept["runs"])
+    runs = kept["runs"]
+    commits = ", ".join(sorted({run["about"][measure]["commit"] for run in runs}))
     return (
-        f"Mean over {seeds} seeds, range in brackets; k = {K}, {kept['settings']['tokens']:,} training "
-        f"tokens for every size, M = 2 and N = 4. Where nothing differs, {seeds} seeds are all on one side one time in "
-        f"{2 ** (seeds - 1)}. {more} {made_with(kept['provenance'], RESULT)}"
+        f"Mean over {len(runs)} seeds, range in brackets; k = {K}, {kept['settings']['tokens']:,} training tokens for "
+        f"every size, M = 2 and N = 4. {chance(len(runs))} {more} "
+        f"{made_with(kept['provenance'] | {'commit': commits}, RESULT)}"
     )
 
 
@@ -273,7 +283,7 @@ def probing_page(kept: dict[str, Any]) -> str:
         *against_topk(runs, PROBING[1], "F1 of the best pair"),
         *growth,
     ]
-    return "\n".join([*by_form_and_size(runs, PROBING), "", *verdicts, "", closing(kept, more)])
+    return "\n".join([*by_form_and_size(runs, PROBING), "", *verdicts, "", closing(kept, "probing", more)])
 
 
 def latents_page(kept: dict[str, Any]) -> str:
@@ -294,7 +304,7 @@ def latents_page(kept: dict[str, Any]) -> str:
         f"Medians over what lives: latents on {runs[0]['about']['latents']['tokens']:,} held-out tokens, bases and "
         f"extensions on the first {LatentsConfig().pre_latent_tokens:,} of them (whole windows)."
     )
-    return "\n".join([*table, "", *verdicts, "", closing(kept, more)])
+    return "\n".join([*table, "", *verdicts, "", closing(kept, "latents", more)])
 
 
 def token_rule_page(kept: dict[str, Any]) -> str:
@@ -303,7 +313,7 @@ def token_rule_page(kept: dict[str, Any]) -> str:
     least = runs[0]["about"]["token_rule"]["min_active_tokens"]
     more = f"100 latents per SAE and seed, of those active on at least {least} tokens of both texts."
     verdicts = against_topk(runs, RULES[1], "AUC")
-    return "\n".join([*by_form_and_size(runs, RULES), "", *verdicts, "", closing(kept, more)])
+    return "\n".join([*by_form_and_size(runs, RULES), "", *verdicts, "", closing(kept, "token_rule", more)])
 
 
 KINDS = {
@@ -348,9 +358,9 @@ def interaction_page(kept: dict[str, Any]) -> str:
     )
     more = (
         f"{runs[0]['about']['interaction']['tokens']:,} held-out tokens. Latents that are dead on these have no r as "
-        "kept; in r before the sparsifier and in the cosines they count."
+        "kept and no cosine; in r before the sparsifier they count."
     )
-    return "\n".join([*pairs, "", *heads, "", *verdicts, "", closing(kept, more)])
+    return "\n".join([*pairs, "", *heads, "", *verdicts, "", closing(kept, "interaction", more)])
 
 
 def _claims(which: str) -> dict[tuple[Column, Column], str]:

@@ -41,6 +41,11 @@ def side(values: Sequence[float], centre: float, less: str, more: str) -> str:
     return f"{more} in every seed" if min(values) > centre else "no clear side"
 
 
+def chance(seeds: int) -> str:
+    """What agreement of all seeds, as `side` says it, is worth."""
+    return f"Where nothing differs, {seeds} seeds are all on one side one time in {2 ** (seeds - 1)}."
+
+
 def markdown_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]

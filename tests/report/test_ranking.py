@@ -31,14 +31,14 @@ WIDE = (0.50, 0.10, 0.50, 0.06)  # a larger mean than LOW's, but not in every pa
         (
             {"b": HIGH, "a": LOW, "c": LOW},
             True,
-            "a and c share the least mean x, 0.250, and a paired t-test over the 4 parts at 0.05 tells them from every "
-            "other." + SEED,
+            "a and c share the least mean x, 0.250, and a paired t-test over the 4 parts at 0.05, corrected for 2 "
+            "comparisons, tells them from every other." + SEED,
         ),
         (
             {"a": LOW, "b": HIGH, "w": WIDE},
             True,
-            "a has the least mean x, 0.250, but not by more than chance: a paired t-test over the 4 parts at 0.05 does "
-            "not tell w from a." + SEED,
+            "a has the least mean x, 0.250, but not by more than chance: a paired t-test over the 4 parts at 0.05, "
+            "corrected for 2 comparisons, does not tell w from a." + SEED,
         ),
         (
             {"a": (0.2,), "b": (0.3,)},

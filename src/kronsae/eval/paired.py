@@ -22,13 +22,17 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 where a is larger, -1 where b is, 0 where a paired t-test at `LEVEL` finds neither.
+        """1 where a is larger, -1 where b is, 0 where a paired t-test at `LEVEL` finds neither."""
+        return self.sign_of_several(1)
+
+    def sign_of_several(self, tests: int) -> int:
+        """The sign where this is one of several tests: each at ``LEVEL / tests``, so that all together err at `LEVEL`.
 
         With few pairs the standard error is itself uncertain: Student's factor is 4.3 for 3 pairs, 2.0 for 60.
         """
         from scipy.stats import t
 
-        if abs(self.mean) <= float(t.ppf(1 - LEVEL / 2, self.pairs - 1)) * self.standard_error:
+        if abs(self.mean) <= float(t.ppf(1 - LEVEL / (2 * tests), self.pairs - 1)) * self.standard_error:
             return 0
         return 1 if self.mean > 0 else -1
 

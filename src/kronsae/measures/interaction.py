@@ -88,7 +88,7 @@ class Pairs:
     Args:
         kept: Pearson's r over tokens of the activations that the sparsifier keeps.
         composed: of those that the gate composes, before the sparsifier.
-        directions: cosine of the rows of ``W_dec``.
+        directions: cosine of the rows of ``W_dec``, of latents whose kept activations vary: not of the dead.
     """
 
     kept: ByKind
@@ -254,11 +254,12 @@ class _PairMeter:
         return codes, values
 
     def value(self) -> Pairs:
-        directions_CC = cosines(self._sae.W_dec[self._sample.latents_C.to(self._sae.W_dec.device)].cpu())
+        rows_CD = self._sae.W_dec[self._sample.latents_C.to(self._sae.W_dec.device)].cpu()
+        dead_CC = self._kept.matrix().isnan()
         return Pairs(
             kept=self._kept.value(),
             composed=self._composed.value(),
-            directions=ByKind.of(directions_CC, self._sample.grid),
+            directions=ByKind.of(cosines(rows_CD).masked_fill(dead_CC, torch.nan), self._sample.grid),
         )
 
 

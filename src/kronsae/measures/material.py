@@ -116,7 +116,7 @@ class Material:
 
 REVISIONS = {
     "latents": 1,
-    "interaction": 2,
+    "interaction": 3,
     "autointerp": 1,
     "token-rule": 1,
     "synthetic": 1,

@@ -13,8 +13,8 @@ def who_leads(values: Mapping[str, Sequence[float]], *, figure: str, over: str, 
     """A sentence on the best mean; ``""`` for a single SAE.
 
     SAEs whose means are equal as shown share the lead. Any other is behind only if a paired t-test over the parts
-    (classes, concepts) says so at `LEVEL`; where it does not, the sentence does. That test knows nothing of what
-    another training would have given, and the sentence says that too.
+    (classes, concepts) says so, at `LEVEL` divided by the number of such tests; where it does not, the sentence does.
+    That test knows nothing of what another training would have given, and the sentence says that too.
 
     Args:
         values: by SAE, its figure in each part; the same parts in the same order.
@@ -38,12 +38,14 @@ def who_leads(values: Mapping[str, Sequence[float]], *, figure: str, over: str, 
     )
     if number < 2:
         return f"{start}; with one of the {over} alone, nothing says whether by more than chance."
+    tests = len(leaders) * len(others)
     near = [
         other
         for other in others
-        if any(paired_difference(values[leader], values[other]).sign != sign for leader in leaders)
+        if any(paired_difference(values[leader], values[other]).sign_of_several(tests) != sign for leader in leaders)
     ]
-    test = f"a paired t-test over the {number} {over} at {LEVEL:g}"
+    corrected = "" if tests == 1 else f", corrected for {tests} comparisons,"
+    test = f"a paired t-test over the {number} {over} at {LEVEL:g}{corrected}"
     if not near:
         told = f", and {test} tells {'it' if len(leaders) == 1 else 'them'} from every other"
     else:

@@ -50,14 +50,14 @@ def result(seeds: int = 2, **changes: float) -> dict[str, Any]:
             # noise that differs between the kinds, so that differences have a spread
             own += extra + (noise if kind == "kron" else 0.0)
             mismatched = None if alone else recovery(rv[f"{kind}_mismatched"] + 0.5 * noise)
-            row = {"setup": setup["name"], "seed": seed, "dictionary": name, "explained_variance": 0.9}
+            row: dict[str, Any] = {"setup": setup["name"], "seed": seed, "dictionary": name, "explained_variance": 0.9}
             trained = {"trained": recovery(own, cosine=own), "untrained": recovery(rv[f"{kind}_untrained"] - noise)}
             rows.append(row | trained | {"mismatched": mismatched})
     return {"setups": setups, "rows": rows}
 
 
-def sentences(**changes: float) -> str:
-    return "\n".join(verdict(result(**changes)))
+def sentences(seeds: int = 2, **changes: float) -> str:
+    return "\n".join(verdict(result(seeds, **changes)))
 
 
 @pytest.mark.parametrize(
