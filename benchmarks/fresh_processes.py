@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kronsae.files import write_csv
-from kronsae.provenance import provenance_columns
+from kronsae.support.files import write_csv
+from kronsae.support.provenance import provenance_columns
 
 ROOT = Path(__file__).parents[1]
 CODE = """

@@ -25,14 +25,14 @@ from kronsae.data.harvest import ActivationStream
 from kronsae.data.model import ModelConfig
 from kronsae.data.stream import State
 from kronsae.data.text import TextConfig
-from kronsae.files import write_csv
-from kronsae.pipeline import Source
-from kronsae.provenance import provenance_columns
-from kronsae.run_config import RunConfig
+from kronsae.runs.config import RunConfig
+from kronsae.runs.parsing import parse_sae
+from kronsae.runs.pipeline import Source
+from kronsae.support.files import write_csv
+from kronsae.support.provenance import provenance_columns
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Member
 from kronsae.training.trainer import fit
-from kronsae.words import parse_sae
 
 LIMIT = 1.25
 CONTEXT = 256  # tokens of a window

@@ -23,9 +23,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from kronsae.files import write_csv
 from kronsae.kernels import kronecker_topk
-from kronsae.provenance import provenance_columns
+from kronsae.support.files import write_csv
+from kronsae.support.provenance import provenance_columns
 
 D, H, M, N, K, B = 768, 1024, 4, 8, 32, 1024
 

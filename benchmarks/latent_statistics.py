@@ -27,11 +27,11 @@ from kronsae.data.model import ModelConfig, resolve_hook
 from kronsae.data.text import TextConfig
 from kronsae.eval.hooked import Windows, hidden_states, kept, vocabulary_size
 from kronsae.eval.profiles import PreLatentMeter, ProfileMeter, pre_latent_rows
-from kronsae.files import read_json, write_json
-from kronsae.pipeline import Source
-from kronsae.provenance import provenance
-from kronsae.recipes import kron
-from kronsae.run_config import RunConfig
+from kronsae.runs.config import RunConfig
+from kronsae.runs.pipeline import Source
+from kronsae.runs.recipes import kron
+from kronsae.support.files import read_json, write_json
+from kronsae.support.provenance import provenance
 from kronsae.training.config import LoopConfig
 
 RESULT = Path(__file__).parent / "results" / "latent_statistics.json"

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kronsae.files import write_json
-from kronsae.provenance import provenance
+from kronsae.support.files import write_json
+from kronsae.support.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "quickstart_paths.json"
 PATHS = ("portable", "cpu")

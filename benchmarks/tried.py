@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from kronsae.bench.measure import interleaved
-from kronsae.files import write_csv
 from kronsae.kernels import _compiled_selection
 from kronsae.kernels.cpu import _even, _run
-from kronsae.provenance import provenance_columns
+from kronsae.support.files import write_csv
+from kronsae.support.provenance import provenance_columns
 
 D, H, M, N, K, B = 768, 1024, 4, 8, 32, 1024
 

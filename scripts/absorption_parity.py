@@ -351,8 +351,8 @@ def main() -> None:
         return
     if arguments.peer is None:
         parser.error("give --peer, the python of an environment with sae-bench")
-    from kronsae.files import write_json
-    from kronsae.provenance import provenance
+    from kronsae.support.files import write_json
+    from kronsae.support.provenance import provenance
 
     result = compare(arguments.peer)
     write_json(arguments.out, {"provenance": provenance(), "result": result})

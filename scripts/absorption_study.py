@@ -28,13 +28,13 @@ from study_parts import (
     trained,
 )
 
-from kronsae import recipes
-from kronsae.architectures import matryoshka
-from kronsae.files import write_json, write_marked
 from kronsae.measures.absorption import AbsorptionSettings, measure
-from kronsae.provenance import provenance
-from kronsae.run_config import RunConfig
-from kronsae.terminal import say
+from kronsae.runs import recipes
+from kronsae.runs.architectures import matryoshka
+from kronsae.runs.config import RunConfig
+from kronsae.support.files import write_json, write_marked
+from kronsae.support.provenance import provenance
+from kronsae.support.terminal import say
 from kronsae.training.config import MemberConfig
 
 RESULT = RESULTS / "absorption.json"

@@ -28,17 +28,17 @@ from study_parts import (
     trained,
 )
 
-from kronsae import recipes
-from kronsae.architectures import matryoshka
 from kronsae.eval.token_rule import TokenRuleConfig
-from kronsae.files import write_json, write_marked
 from kronsae.measures import interaction, latents, probing, token_rule
 from kronsae.measures.latents import LatentsConfig
 from kronsae.measures.material import kept_results
-from kronsae.provenance import provenance
-from kronsae.run import Run
-from kronsae.run_config import RunConfig
-from kronsae.terminal import say
+from kronsae.runs import recipes
+from kronsae.runs.architectures import matryoshka
+from kronsae.runs.config import RunConfig
+from kronsae.runs.run import Run
+from kronsae.support.files import write_json, write_marked
+from kronsae.support.provenance import provenance
+from kronsae.support.terminal import say
 from kronsae.training.config import MemberConfig
 
 RESULT = RESULTS / "dictionaries.json"

@@ -15,8 +15,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from kronsae.files import write_json, write_marked
-from kronsae.provenance import provenance
+from kronsae.support.files import write_json, write_marked
+from kronsae.support.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "quickstart.json"

@@ -32,9 +32,9 @@ from kronsae.data.harvest import ActivationStream
 from kronsae.data.model import ModelConfig, load_model
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.data.tokens import TokenStream
-from kronsae.files import atomic_path, write_json, write_marked
-from kronsae.provenance import provenance
-from kronsae.recipes import kron, topk
+from kronsae.runs.recipes import kron, topk
+from kronsae.support.files import atomic_path, write_json, write_marked
+from kronsae.support.provenance import provenance
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member
 

@@ -18,13 +18,13 @@ import torch
 from study_parts import END, EV_TOKENS, RESULTS, ROOT, made_with, markdown_rows, mean_and_range, trained
 
 from kronsae.data.tokens import special_frame
-from kronsae.files import read_json, write_json, write_marked
-from kronsae.intervention import Intervention, steer
+from kronsae.interventions.intervene import Intervention, steer
+from kronsae.interventions.steering import STRENGTH, continuations, mean_activation_norm
 from kronsae.measures.material import Material
-from kronsae.provenance import provenance
-from kronsae.run import Run
-from kronsae.steering import STRENGTH, continuations, mean_activation_norm
-from kronsae.terminal import say
+from kronsae.runs.run import Run
+from kronsae.support.files import read_json, write_json, write_marked
+from kronsae.support.provenance import provenance
+from kronsae.support.terminal import say
 
 RESULT = RESULTS / "steering.json"
 PAGE = ROOT / "docs" / "intervention.md"

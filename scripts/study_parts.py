@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kronsae.run import Run, execute
-from kronsae.run_config import RunConfig
-from kronsae.terminal import say
+from kronsae.runs.config import RunConfig
+from kronsae.runs.run import Run, execute
+from kronsae.support.terminal import say
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from kronsae.files import write_csv, write_marked
-from kronsae.grid import points, sweep_config
 from kronsae.measures.material import Material
 from kronsae.report.sweeps import divergences, mean_table, summaries
-from kronsae.run import open_run
-from kronsae.sweeping import execute_sweep
+from kronsae.runs.run import open_run
+from kronsae.support.files import write_csv, write_marked
+from kronsae.sweeps.grid import points, sweep_config
+from kronsae.sweeps.sweep import execute_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = tuple(sorted(path.stem for path in (ROOT / "studies").glob("*.json")))

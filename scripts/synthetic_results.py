@@ -14,17 +14,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from kronsae.architectures import ARCHITECTURES
-from kronsae.config import to_dict
-from kronsae.files import write_json, write_marked
 from kronsae.measures.synthetic import SyntheticStudyConfig, measure
-from kronsae.measures.tables import markdown_table
-from kronsae.planning import in_time
-from kronsae.progress_bar import progress_bar
-from kronsae.provenance import provenance
 from kronsae.report.sections.synthetic import table, verdict
+from kronsae.report.tables import markdown_table
+from kronsae.runs.architectures import ARCHITECTURES
+from kronsae.runs.parsing import parse_sae
+from kronsae.runs.planning import in_time
+from kronsae.support.config import to_dict
+from kronsae.support.files import write_json, write_marked
+from kronsae.support.progress import progress_bar
+from kronsae.support.provenance import provenance
 from kronsae.training.config import MemberConfig
-from kronsae.words import parse_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "synthetic.json"

@@ -11,14 +11,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from kronsae.config import to_dict
-from kronsae.files import write_json, write_marked
-from kronsae.measures.tables import markdown_table
 from kronsae.measures.toy import ToyConfig, measure
-from kronsae.planning import in_time
-from kronsae.progress_bar import progress_bar
-from kronsae.provenance import provenance
 from kronsae.report.sections.toy import setup_table, table, verdict
+from kronsae.report.tables import markdown_table
+from kronsae.runs.planning import in_time
+from kronsae.support.config import to_dict
+from kronsae.support.files import write_json, write_marked
+from kronsae.support.progress import progress_bar
+from kronsae.support.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "toy.json"

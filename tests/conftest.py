@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 # Shape annotations of the core are checked while tests run; before the first import of it. An int passes for a float.
 install_import_hook("kronsae.core", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-from kronsae.vector_math import warm_up  # noqa: E402
+from kronsae.support.vector_math import warm_up  # noqa: E402
 
 warm_up()
 
@@ -33,8 +33,8 @@ from tests.tiny_models import KINDS, make_tiny_model  # noqa: E402
 if TYPE_CHECKING:
     from tests.command_line import Outcome
 
-    from kronsae.run import Run
-    from kronsae.run_config import RunConfig
+    from kronsae.runs.config import RunConfig
+    from kronsae.runs.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def finished_run(
     """A finished run of `tests.tiny_runs.tiny_config`, never interrupted; tests only read it."""
     from tests.tiny_runs import tiny_config
 
-    from kronsae.run import execute
+    from kronsae.runs.run import execute
 
     config = tiny_config(tiny_model_folder("gpt_neox"), text_file)
     return execute(config, tmp_path_factory.mktemp("runs") / "whole", show_progress=False)
@@ -95,7 +95,7 @@ def kronsae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Runs the entry point as the ``kronsae`` script does; numbers and paths are turned to words."""
     from tests.command_line import Outcome
 
-    from kronsae.cli import main
+    from kronsae.cli.main import main
 
     def run(*words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["kronsae", *map(str, words)])

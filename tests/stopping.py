@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from kronsae.run import Run, execute
-from kronsae.run_config import RunConfig
+from kronsae.runs.config import RunConfig
+from kronsae.runs.run import Run, execute
 from kronsae.training.member import Member
 
 

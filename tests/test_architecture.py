@@ -18,8 +18,8 @@ import kronsae
 SRC = Path(__file__).parents[1] / "src" / "kronsae"
 MAX_LINES = 500
 
-LEAVES = {"errors", "config", "files", "provenance", "resources", "vector_math"}
-"""Small modules without a room's knowledge: everyone may import them."""
+LEAVES = {"support"}
+"""Small modules without a room's knowledge: every room may import them."""
 
 ARROWS: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -36,9 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "bundled scripts": {"bundled", "data"},
     "data": {"bundled"},
 }
-TOP = {path.stem for path in SRC.glob("*.py")} - LEAVES - {"__init__"} | {"measures"}
-"""What puts the rooms together (``run``, ``cli``, ..., and the folder ``measures``): it imports any room and each
-other, and no room imports it."""
+TOP = {"runs", "sweeps", "measures", "interventions", "cli", "__main__"}
+"""What puts the rooms together: it imports any room and each other, and no room imports it."""
 
 ROOT = "(root)"
 """``kronsae/__init__.py``: it gathers the public names, so a room that imported it would import every room."""
@@ -51,7 +50,7 @@ FORBIDDEN_PACKAGES: dict[str, set[str]] = {
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 """Reading one of these runs code chosen by whoever wrote the file; weights are safetensors, the rest is JSON."""
 
-SCRIPTS = {"cli.py", "terminal.py"}
+SCRIPTS = {"cli/main.py", "cli/bench.py", "support/terminal.py"}
 """Where ``print`` is the job."""
 
 
@@ -202,7 +201,7 @@ def test_the_arrows_hold_no_circle() -> None:
         ("kronsae.core.sae", "from .. import data"),
         ("kronsae.core.sae", "from ..eval.reconstruction import x"),
         ("kronsae.core.sae", "def f():\n    from kronsae import interop"),
-        ("kronsae.core.sae", "if TYPE_CHECKING:\n    from kronsae.run import Run"),
+        ("kronsae.core.sae", "if TYPE_CHECKING:\n    from kronsae.runs.run import Run"),
         ("kronsae.core.sae", "import importlib\nimportlib.import_module('kronsae.report')"),
         ("kronsae.core.sae", "import kronsae"),
         ("kronsae.core.sae", "from kronsae import load"),
@@ -218,7 +217,7 @@ def test_the_arrows_hold_no_circle() -> None:
         ("kronsae.eval.latents", "from kronsae.training.member import Member"),
         ("kronsae.training.member", "from kronsae.bench import measure"),
         ("kronsae.report.html", "from kronsae.training.member import Member"),
-        ("kronsae.errors", "from kronsae.core import sae"),
+        ("kronsae.support.errors", "from kronsae.core import sae"),
         ("kronsae.attic.box", "import math"),
     ],
 )
@@ -227,11 +226,11 @@ def test_a_wrong_arrow_is_found(module: str, source: str) -> None:
 
 
 def test_a_right_arrow_is_let_through() -> None:
-    source = "import torch\nfrom kronsae import kernels\nfrom kronsae.errors import UserError"
+    source = "import torch\nfrom kronsae import kernels\nfrom kronsae.support.errors import UserError"
     assert wrong_arrows(source, "kronsae.core.sae") == []
     assert wrong_arrows("from .codes import SparseCodes", "kronsae.core.sae") == []
     assert wrong_arrows("from .codes import SparseCodes", "kronsae.core", package=True) == []
-    assert wrong_arrows("from kronsae.data.text import TextStream", "kronsae.pipeline") == []
+    assert wrong_arrows("from kronsae.data.text import TextStream", "kronsae.runs.pipeline") == []
     assert wrong_arrows("from ..core.sae import SAE", "kronsae.eval.latents") == []
 
 

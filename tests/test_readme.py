@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from kronsae.cli import app
-from kronsae.grid import points, sweep_config
+from kronsae.cli.main import app
 from kronsae.measures.verbs import VERBS
+from kronsae.sweeps.grid import points, sweep_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from kronsae.architectures import ARCHITECTURES
 from kronsae.core.gates import GATES
-from kronsae.grid import points, sweep_config
-from kronsae.sweep_results import as_csv
-from kronsae.words import parse_sae
+from kronsae.runs.architectures import ARCHITECTURES
+from kronsae.runs.parsing import parse_sae
+from kronsae.sweeps.grid import points, sweep_config
+from kronsae.sweeps.results import as_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "studies").glob("*.json"))

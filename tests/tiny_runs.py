@@ -13,9 +13,9 @@ from torch import Tensor
 from kronsae.core import checkpoint
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
-from kronsae.recipes import kron, topk
-from kronsae.run import Run
-from kronsae.run_config import RunConfig
+from kronsae.runs.config import RunConfig
+from kronsae.runs.recipes import kron, topk
+from kronsae.runs.run import Run
 from kronsae.training.config import LoopConfig
 
 STEPS = 20

@@ -10,10 +10,9 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from kronsae.vector_math import warm_up as _warm_up
+from kronsae.support.vector_math import warm_up as _warm_up
 
 if TYPE_CHECKING:
-    from kronsae.architectures import batch_topk, jumprelu, kron, matryoshka, switch, topk
     from kronsae.core.checkpoint import save
     from kronsae.core.codes import SparseCodes
     from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
@@ -22,12 +21,13 @@ if TYPE_CHECKING:
     from kronsae.core.objective import AuxKConfig
     from kronsae.core.sae import SAE, SAEConfig
     from kronsae.core.sparsifiers import TopKConfig
-    from kronsae.errors import UserError
-    from kronsae.intervention import intervene
-    from kronsae.loading import load
-    from kronsae.run import Run, open_run, train
-    from kronsae.run_config import RunConfig
-    from kronsae.sweeping import sweep
+    from kronsae.interventions.intervene import intervene
+    from kronsae.runs.architectures import batch_topk, jumprelu, kron, matryoshka, switch, topk
+    from kronsae.runs.config import RunConfig
+    from kronsae.runs.loading import load
+    from kronsae.runs.run import Run, open_run, train
+    from kronsae.support.errors import UserError
+    from kronsae.sweeps.sweep import sweep
     from kronsae.training.config import MemberConfig, OptimizerConfig
 
 __version__ = _version("kronsae")
@@ -38,27 +38,27 @@ _HOMES = {
     "KroneckerEncoderConfig": "core.encoders",
     "MemberConfig": "training.config",
     "OptimizerConfig": "training.config",
-    "Run": "run",
-    "RunConfig": "run_config",
+    "Run": "runs.run",
+    "RunConfig": "runs.config",
     "SAE": "core.sae",
     "SAEConfig": "core.sae",
     "SparseCodes": "core.codes",
     "TopKConfig": "core.sparsifiers",
-    "UserError": "errors",
-    "batch_topk": "architectures",
+    "UserError": "support.errors",
+    "batch_topk": "runs.architectures",
     "explained_variance": "core.metrics",
-    "intervene": "intervention",
-    "jumprelu": "architectures",
-    "kron": "architectures",
-    "load": "loading",
+    "intervene": "interventions.intervene",
+    "jumprelu": "runs.architectures",
+    "kron": "runs.architectures",
+    "load": "runs.loading",
     "mand": "core.gates",
-    "matryoshka": "architectures",
-    "open_run": "run",
+    "matryoshka": "runs.architectures",
+    "open_run": "runs.run",
     "save": "core.checkpoint",
-    "sweep": "sweeping",
-    "switch": "architectures",
-    "topk": "architectures",
-    "train": "run",
+    "sweep": "sweeps.sweep",
+    "switch": "runs.architectures",
+    "topk": "runs.architectures",
+    "train": "runs.run",
 }
 
 __all__ = [

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from kronsae import kernels
 from kronsae.bench import checks, measure, runs, subjects
-from kronsae.bench.commands import app
 from kronsae.bench.machine import peak_bytes
 from kronsae.bench.measure import Timing
 from kronsae.bench.plot import plot_grid
 from kronsae.bench.subjects import Entry, Shape
-from kronsae.errors import UserError
-from kronsae.provenance import provenance_columns
+from kronsae.cli.bench import app
+from kronsae.support.errors import UserError
+from kronsae.support.provenance import provenance_columns
 
 SMALL = Shape(d_in=16, num_heads=8, d_base=2, d_extension=3, k=4, batch=32)
 OWN = ["--only", "kronsae", "--only", "encoder_product", "--only", "paper_listing", "--only", "topk"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kronsae import bundled
 from kronsae.bundled import evaluate, train
 from kronsae.data.corpus import Document, is_held_out, standard_library_documents
-from kronsae.files import read_json
+from kronsae.support.files import read_json
 
 MEGABYTE = 1_000_000
 

@@ -14,7 +14,7 @@ from tests.chat.stub import KEY, Answering, Reply, Stub, completion, failure, se
 
 from kronsae.chat import AnswerMemory, Asker, AskReport, Bounds, Pace, Persistence, Usage
 from kronsae.chat.endpoint import Endpoint, EndpointModel, endpoint_from_environment
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 PERSISTENCE = Persistence(concurrency=4, attempts=3, backoff_seconds=0.001)
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from kronsae.chat.limits import Bounds, Pace, Purse, Usage
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 class Time:

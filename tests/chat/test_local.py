@@ -10,7 +10,7 @@ import torch
 from kronsae.chat.local import LocalModel, fingerprint
 from kronsae.chat.question import Answer, Question
 from kronsae.data.model import ModelConfig, load_model
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 QUESTION = Question(instructions="Be brief.", content="How are you?")
 

@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kronsae.config import to_dict
 from kronsae.core import checkpoint
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.gates import GateName
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.errors import UserError
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 
 
 def build(gate: GateName = "mand", num_heads: int = 3, seed: int = 0) -> SAE:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.config import from_dict, to_dict
 from kronsae.core import checkpoint
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import Encoder, Latents
@@ -17,7 +16,8 @@ from kronsae.core.experts import SwitchEncoderConfig
 from kronsae.core.objective import objective
 from kronsae.core.sae import SAE, SAEConfig, count_parameters
 from kronsae.core.sparsifiers import Sparsifier
-from kronsae.errors import UserError
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 

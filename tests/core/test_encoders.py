@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kronsae import kernels
-from kronsae.config import from_dict, to_dict
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoder, KroneckerEncoderConfig
 from kronsae.core.gates import GATES, GateName
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.errors import UserError
 from kronsae.kernels import Choice
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
 
 # float64 throughout: with fp32 roots, the rounding decides which of two neighbours is the larger
 assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)

@@ -8,7 +8,7 @@ import torch
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.losses import MatryoshkaConfig, matryoshka_groups, within
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 KRON = KroneckerEncoderConfig(num_heads=4, d_base=2, d_extension=3)
 

@@ -13,7 +13,7 @@ from kronsae.core.gates import GATES
 from kronsae.core.normalization import Normalization, check_foldable
 from kronsae.core.sae import SAEConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 def test_mean_zero_and_norm_root_d() -> None:

@@ -16,7 +16,7 @@ from kronsae.core.losses import squared_error
 from kronsae.core.objective import AuxKConfig, DeadLatents, objective
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 ENCODERS = [KroneckerEncoderConfig(num_heads=6, d_base=2, d_extension=2), DenseEncoderConfig(d_sae=24)]
 

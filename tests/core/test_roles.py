@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.config import from_dict, to_dict
 from kronsae.core import checkpoint
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
@@ -26,7 +25,8 @@ from kronsae.core.normalization import Normalization
 from kronsae.core.objective import AuxKConfig, objective
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLU, JumpReLUConfig, SparsifierConfig, TopKConfig
-from kronsae.errors import UserError
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
 
 K, F, TOKENS = 3, 24, 30
 DEAD_C = torch.tensor([1, 7, 8, 23])

@@ -19,7 +19,7 @@ from kronsae.data.model import ModelConfig, load_model
 from kronsae.data.stream import State
 from kronsae.data.text import TextStream
 from kronsae.data.tokens import TokenStream
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 SIZES = (7, 1, 12, 5, 9, 3, 11)
 

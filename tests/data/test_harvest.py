@@ -18,7 +18,7 @@ from kronsae.data.model import LanguageModel, ModelConfig, load_model, resolve_h
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
 from kronsae.data.tokens import TokenBatch, TokenStream
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 TEXTS = [TEXT[number % 4] * (1 + number % 3) for number in range(9)]
 FolderOf = Callable[[str], Path]

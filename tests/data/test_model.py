@@ -20,7 +20,7 @@ from kronsae.data import hub
 from kronsae.data.harvest import forward
 from kronsae.data.model import HookPoint, LanguageModel, ModelConfig, load_model, resolve_hook, tap
 from kronsae.data.tokens import TokenBatch
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 FolderOf = Callable[[str], Path]
 

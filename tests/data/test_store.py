@@ -12,7 +12,7 @@ import torch
 from kronsae.data.buffer import Activations
 from kronsae.data.store import MANIFEST, StoredActivations, read_manifest, write_activations
 from kronsae.data.stream import State
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 Change = Callable[[Path], object]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kronsae.data.synthetic import ACTIVATIONS, SyntheticActivations, SyntheticConfig, mean_l0
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 SMALL = SyntheticConfig(
     d_in=10, independent=24, group_size=4, roots=5, branching=3, conjunctions=9, p_max=0.3, p_min=0.1

@@ -16,7 +16,7 @@ from kronsae.data import sources
 from kronsae.data.corpus import is_held_out
 from kronsae.data.sources import MAX_CUT_CHARACTERS, MIN_CUT_CHARACTERS, HubSource, cut
 from kronsae.data.text import TextConfig, TextStream
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 TEXTS = [f"Document number {number} says {number * number}." for number in range(23)]
 

@@ -14,7 +14,7 @@ from kronsae.data import tokens as tokens_module
 from kronsae.data.stream import State
 from kronsae.data.text import TextStream
 from kronsae.data.tokens import TokenBatch, TokenStream
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 TEXTS = [TEXT[number % 4] * (1 + number % 3) + str(number) for number in range(11)]
 

@@ -19,7 +19,7 @@ from kronsae.data.toy import (
     HiddenStates,
     ToyAutoencoder,
 )
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 def test_a_covariance_by_hand() -> None:

@@ -11,13 +11,13 @@ from tests.eval import toys
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoder
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.errors import UserError
 from kronsae.eval import Gallery, GalleryConfig
 from kronsae.eval import contexts as contexts_module
 from kronsae.eval.contexts import GalleryMeter
 from kronsae.eval.display import TokenText
 from kronsae.eval.hooked import hidden_states, kept, read_windows
 from kronsae.eval.latents import LatentMeter
+from kronsae.support.errors import UserError
 
 
 def gallery(

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.errors import UserError
 from kronsae.eval import GalleryConfig, Skipped, SplicedModel, evaluate, latent_statistics, reconstruction
 from kronsae.eval.hooked import hidden_states, kept, read_windows
+from kronsae.support.errors import UserError
 
 
 def test_the_parts_agree_with_the_functions_that_stand_alone() -> None:

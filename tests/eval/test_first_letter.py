@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tests.tiny_models import make_tokenizer
 
-from kronsae.errors import UserError
 from kronsae.eval.first_letter import first_letter_prompts, vocabulary_words
+from kronsae.support.errors import UserError
 
 TOKENIZER = make_tokenizer("gpt2")
 

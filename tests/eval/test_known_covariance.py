@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from kronsae.errors import UserError
 from kronsae.eval.known_covariance import (
     effective_rank,
     gram,
@@ -19,6 +18,7 @@ from kronsae.eval.known_covariance import (
     recovery,
     rv_coefficient,
 )
+from kronsae.support.errors import UserError
 
 ONES = torch.ones(2, 2)
 

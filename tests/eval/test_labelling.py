@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.tiny_models import make_tokenizer
 
-from kronsae.errors import UserError
 from kronsae.eval.labelling import Frame, Passage, Sizes, Span, Task, encode, make_task
+from kronsae.support.errors import UserError
 
 TOKENIZER = make_tokenizer("gpt2")
 FRAME: Frame = ([5], [])

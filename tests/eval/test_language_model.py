@@ -7,10 +7,10 @@ import pytest
 import torch
 from tests.eval import toys
 
-from kronsae.errors import UserError
 from kronsae.eval import Skipped, SplicedModel, spliced_models
 from kronsae.eval import hooked as hooked_module
 from kronsae.eval.hooked import hidden_states, read_windows
+from kronsae.support.errors import UserError
 
 
 def measured(found: object) -> SplicedModel:

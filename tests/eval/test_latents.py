@@ -6,9 +6,9 @@ from tests.eval.toys import kron_sae
 
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoder
-from kronsae.errors import UserError
 from kronsae.eval import GalleryConfig, latent_statistics
 from kronsae.eval.latents import LatentMeter, choose_heads, choose_latents, rounded
+from kronsae.support.errors import UserError
 
 
 def test_by_hand() -> None:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from kronsae.errors import UserError
 from kronsae.eval.paired import Difference, paired_difference
+from kronsae.support.errors import UserError
 
 
 def test_by_hand() -> None:

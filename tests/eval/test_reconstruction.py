@@ -5,9 +5,9 @@ import torch
 from tests.eval.toys import kron_sae, perfect_sae, zero_sae
 
 from kronsae.core.metrics import explained_variance
-from kronsae.errors import UserError
 from kronsae.eval import Reconstruction, reconstruction
 from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
+from kronsae.support.errors import UserError
 
 
 def test_by_hand() -> None:

@@ -21,9 +21,9 @@ from kronsae.core.sparsifiers import TopKConfig
 from kronsae.data.model import LanguageModel, ModelConfig, load_model, resolve_hook
 from kronsae.data.text import TextStream
 from kronsae.data.tokens import TokenStream
-from kronsae.errors import UserError
 from kronsae.eval import Hooks, SplicedModel, evaluate, reconstruction, spliced_models
 from kronsae.eval.hooked import MakeTokens, all_hidden_states, hidden_states, kept, logits_with, read_windows, splice
+from kronsae.support.errors import UserError
 
 MLP_IN, MLP_OUT = "layers.1.mlp:input", "layers.1.mlp"
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kronsae.errors import UserError
 from kronsae.eval.firings import Firings, FlatText
 from kronsae.eval.token_rule import TokenRule, TokenRuleConfig, _features, summarise_rules, token_rule
+from kronsae.support.errors import UserError
 
 ROWS, LENGTH, VOCABULARY = 150, 40, 60
 CONFIG = TokenRuleConfig(examples=200, radius=6)

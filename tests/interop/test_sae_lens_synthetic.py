@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kronsae.errors import UserError
 from kronsae.interop.sae_lens_synthetic import SaeLensConfig
+from kronsae.support.errors import UserError
 
 HERE = importlib.util.find_spec("sae_lens") is not None
 needs_sae_lens = pytest.mark.skipif(not HERE, reason="sae-lens is not installed")
@@ -53,7 +53,7 @@ def test_its_features_are_what_it_says() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_an_sae_of_the_same_seed_does_not_start_at_the_truth(seed: int) -> None:
     from kronsae.eval.known_features import absolute_cosines
-    from kronsae.recipes import topk
+    from kronsae.runs.recipes import topk
 
     features = replace(SMALL, seed=seed).build()
     untrained = topk(d_sae=256, k=4).shape(24).build(seed)
@@ -66,7 +66,7 @@ def test_an_sae_is_measured_as_sae_lens_measures_it() -> None:
     from sae_lens.synthetic.evals import compute_classification_metrics
 
     from kronsae.eval.known_features import KnownFeaturesMeter
-    from kronsae.recipes import kron
+    from kronsae.runs.recipes import kron
 
     features = SMALL.build()
     sae = kron(num_heads=16, d_base=2, d_extension=4, k=8).shape(24).build(0)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kronsae import kernels
-from kronsae.errors import UserError
 from kronsae.kernels import dispatch, portable, reference
 from kronsae.kernels.dispatch import OPERATIONS, PATHS, choose, refuse
+from kronsae.support.errors import UserError
 
 
 def test_every_path_but_the_gpus_knows_every_operation() -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kronsae import kernels
-from kronsae.errors import UserError
 from kronsae.kernels import AdamW, RowAdamW, reference
 from kronsae.kernels.rows import RowGradient, Term
+from kronsae.support.errors import UserError
 
 
 def entries(height: int, width: int, dtype: torch.dtype, step: int) -> Term:

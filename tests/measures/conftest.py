@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kronsae.run import Run
+from kronsae.runs.run import Run
 
 
 @pytest.fixture(scope="module")

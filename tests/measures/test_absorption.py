@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from kronsae.cli import app
+from kronsae.cli.main import app
 from kronsae.data.corpus import Document
-from kronsae.errors import UserError
 from kronsae.measures import tasks
 from kronsae.measures.absorption import AbsorptionSettings, measure
 from kronsae.measures.material import Material, kept_results
 from kronsae.measures.tasks import read_labelled
 from kronsae.report.sections import sections
-from kronsae.run import Run
+from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 
 KINDS = {"fox": "animal", "dog": "animal", "jumps": "act", "writes": "act", "quick": "how", "lazy": "how"}
 

@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 
 from kronsae.chat import Bounds, Persistence
 from kronsae.chat.endpoint import EndpointModel, endpoint_from_environment
-from kronsae.cli import app
-from kronsae.errors import UserError
+from kronsae.cli.main import app
 from kronsae.eval.autointerp import AutointerpConfig
 from kronsae.measures.autointerp import Asking, AutointerpResult, Unanswered, measure
 from kronsae.measures.latent_sample import count_activations, draw_latents, find_firings, pick_saes
 from kronsae.measures.material import Material, kept_results
 from kronsae.report.section import Section
 from kronsae.report.sections import sections
-from kronsae.run import Run
-from kronsae.run_evaluation import write_report
+from kronsae.runs.evaluation import write_report
+from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 
 CONFIG = AutointerpConfig(
     latents=3, tokens=2000, radius=2, explained=4, tested=8, per_prompt=4, min_active_tokens=20, seed=1

@@ -8,14 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kronsae.architectures import switch
-from kronsae.cli import app
-from kronsae.errors import UserError
+from kronsae.cli.main import app
 from kronsae.measures.interaction import InteractionConfig, measure, not_applicable, random_twin
 from kronsae.measures.material import kept_results, result_path
-from kronsae.recipes import kron, topk
 from kronsae.report.sections import sections
-from kronsae.run import Run
+from kronsae.runs.architectures import switch
+from kronsae.runs.recipes import kron, topk
+from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 
 CONFIG = InteractionConfig(tokens=300, max_cells=20, least_active=2)
 

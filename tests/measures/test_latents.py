@@ -5,13 +5,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from kronsae.cli import app
-from kronsae.errors import UserError
+from kronsae.cli.main import app
 from kronsae.eval import latent_statistics
 from kronsae.measures.latents import LatentsConfig, measure
 from kronsae.measures.material import kept_results, result_path
 from kronsae.report.sections import sections
-from kronsae.run import Run
+from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 
 CONFIG = LatentsConfig(tokens=300, pre_latent_tokens=100, example_tokens=200, num_latents=4, num_heads=1)
 

@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from tests.command_line import Outcome
 from typer.testing import CliRunner
 
-from kronsae.architectures import jumprelu
-from kronsae.cli import app
-from kronsae.errors import UserError
+from kronsae.cli.main import app
 from kronsae.measures.material import REVISIONS, Material, held_out_tokens, keep_result, kept_results, known_result
-from kronsae.measures.tables import rich_table
 from kronsae.measures.verbs import VERBS
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.sections import BUILDERS, sections
-from kronsae.run import Run, execute
-from kronsae.run_config import RunConfig
-from kronsae.run_evaluation import write_report
+from kronsae.report.tables import rich_table
+from kronsae.runs.architectures import jumprelu
+from kronsae.runs.config import RunConfig
+from kronsae.runs.evaluation import write_report
+from kronsae.runs.run import Run, execute
+from kronsae.support.errors import UserError
 
 
 def test_the_group_lists_the_table_and_every_verb() -> None:

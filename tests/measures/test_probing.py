@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kronsae.cli import app
-from kronsae.errors import UserError
+from kronsae.cli.main import app
 from kronsae.measures.material import kept_results
 from kronsae.measures.probing import ProbingSettings, measure
 from kronsae.report.sections import sections
-from kronsae.run import Run
+from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kronsae.architectures import ARCHITECTURES
-from kronsae.cli import app
+from kronsae.cli.main import app
 from kronsae.core.encoders import KroneckerEncoderConfig
 from kronsae.core.experts import SwitchEncoderConfig
 from kronsae.core.losses import MatryoshkaConfig
 from kronsae.data.synthetic import SyntheticConfig, mean_l0
-from kronsae.errors import UserError
 from kronsae.eval.known_features import absolute_cosines, mean_correlation_coefficient
 from kronsae.measures import synthetic
 from kronsae.measures.synthetic import SyntheticStudyConfig, encoder_kind, family, fit_to, measure
-from kronsae.recipes import kron, topk
-from kronsae.run import Run
+from kronsae.runs.architectures import ARCHITECTURES
+from kronsae.runs.parsing import parse_sae
+from kronsae.runs.recipes import kron, topk
+from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 from kronsae.training.config import MemberConfig
-from kronsae.words import parse_sae
 
 OWN = SyntheticConfig(d_in=8, independent=16, group_size=4, roots=4, branching=2, conjunctions=4, p_max=0.3, p_min=0.1)
 TINY = SyntheticStudyConfig(own=OWN, seeds=2, steps=6, batch=32, held_out_tokens=2000)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kronsae.cli import app
-from kronsae.errors import UserError
+from kronsae.cli.main import app
 from kronsae.eval.token_rule import TokenRuleConfig
 from kronsae.measures.material import kept_results
 from kronsae.measures.token_rule import measure
 from kronsae.report.sections import sections
-from kronsae.run import Run
+from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 
 CONFIG = TokenRuleConfig(latents=4, tokens=1500, examples=40, min_active_tokens=20)
 

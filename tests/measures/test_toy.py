@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kronsae.cli import app
+from kronsae.cli.main import app
 from kronsae.data.toy import BlockSetup
-from kronsae.errors import UserError
 from kronsae.eval.known_covariance import effective_rank, recovery
 from kronsae.measures import toy
 from kronsae.measures.toy import ToyConfig, measure, train_cell
-from kronsae.run import Run
+from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 
 TINY = ToyConfig(
     setups=(BlockSetup(name="even", blocks=(8, 8), within=0.9), BlockSetup(name="odd", blocks=(5, 11), within=0.9)),

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.architectures import ARCHITECTURES, SAE_KINDS, batch_topk, jumprelu, matryoshka, switch
-from kronsae.cli import architecture
+from kronsae.cli.main import architecture
 from kronsae.core import checkpoint
 from kronsae.core.losses import MatryoshkaConfig
 from kronsae.core.metrics import explained_variance
 from kronsae.core.objective import AuxKConfig
-from kronsae.errors import UserError
+from kronsae.runs.architectures import ARCHITECTURES, SAE_KINDS, batch_topk, jumprelu, matryoshka, switch
+from kronsae.runs.parsing import parse_sae
+from kronsae.support.errors import UserError
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member, side_by_side
 from kronsae.training.sparsity import SparsityConfig, SparsityController
-from kronsae.words import parse_sae
 
 D_IN, BATCH, STEPS = 16, 128, 40
 CELLS = pytest.mark.parametrize("name", ARCHITECTURES)

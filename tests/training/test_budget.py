@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.architectures import kron, topk
 from kronsae.core.flops import training_flops
 from kronsae.core.sae import SAEConfig
-from kronsae.errors import UserError
+from kronsae.runs.architectures import kron, topk
+from kronsae.support.errors import UserError
 from kronsae.training.budget import member_steps
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Member

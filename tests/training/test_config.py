@@ -10,7 +10,7 @@ import pytest
 
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
 from kronsae.training.member import learning_rate
 from kronsae.training.sparsity import SparsityConfig

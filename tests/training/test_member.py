@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.normalization import Normalization
-from kronsae.errors import UserError
-from kronsae.recipes import kron, topk
+from kronsae.runs.recipes import kron, topk
+from kronsae.support.errors import UserError
 from kronsae.training.config import LoopConfig, MemberConfig, OptimizerConfig
 from kronsae.training.member import Diverged, Member, learning_rate
 from kronsae.training.trainer import fit

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.architectures import jumprelu, kron, switch, topk
 from kronsae.core.sparsifiers import JumpReLU
-from kronsae.errors import UserError
+from kronsae.runs.architectures import jumprelu, kron, switch, topk
+from kronsae.support.errors import UserError
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member
 from kronsae.training.revival import SCALE, revive

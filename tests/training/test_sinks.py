@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 from kronsae.training.sinks import JsonlSink, TensorBoardSink, WandbSink, read_metrics, require
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kronsae.errors import UserError
-from kronsae.recipes import topk
+from kronsae.runs.recipes import topk
+from kronsae.support.errors import UserError
 from kronsae.training import state
 from kronsae.training.member import Member
 from kronsae.training.state import Progress, load_members, load_progress, save_state

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.architectures import jumprelu
-from kronsae.errors import UserError
-from kronsae.recipes import kron, topk
+from kronsae.runs.architectures import jumprelu
+from kronsae.runs.recipes import kron, topk
+from kronsae.support.errors import UserError
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Diverged, Member
 from kronsae.training.state import Progress, load_members, load_progress

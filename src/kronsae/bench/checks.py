@@ -9,8 +9,8 @@ from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.objective import objective
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import BatchTopK, BatchTopKConfig, JumpReLU, JumpReLUConfig, TopKConfig, jump
-from kronsae.errors import UserError
 from kronsae.kernels import collect_row_gradients, kronecker_topk, reference
+from kronsae.support.errors import UserError
 
 
 def check_operations(seed: int = 0) -> None:

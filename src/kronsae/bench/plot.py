@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kronsae.bench.runs import GridPoint
-from kronsae.errors import UserError
-from kronsae.files import atomic_path
+from kronsae.support.errors import UserError
+from kronsae.support.files import atomic_path
 
 NAMES = {"kronsae": "KronSAE", "topk": "TopK"}
 STYLES = {"kronsae": "-", "topk": "--"}

@@ -18,9 +18,9 @@ from kronsae.bench.measure import Timing, interleaved, interleaved_times, make_b
 from kronsae.bench.subjects import REGISTRY, EncoderProduct, OwnTrainer, Shape, encoders, kronsae, topk
 from kronsae.core.objective import objective
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, TopKConfig
-from kronsae.errors import UserError, nearest
 from kronsae.kernels import collect_row_gradients
-from kronsae.resources import available_memory_bytes
+from kronsae.support.errors import UserError, nearest
+from kronsae.support.resources import available_memory_bytes
 
 R = TypeVar("R")
 CELLS = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
 from kronsae.core.sparsifiers import SparsifierConfig, TopKConfig
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.member import Member
 

@@ -31,8 +31,8 @@ from kronsae.bundled.train import (
     training_documents,
 )
 from kronsae.data.corpus import Document, is_held_out, standard_library_documents
-from kronsae.files import read_json, write_json, write_text
-from kronsae.provenance import processor
+from kronsae.support.files import read_json, write_json, write_text
+from kronsae.support.provenance import processor
 
 EVALUATION_FILE = "evaluation.json"
 CARD_FILE = "README.md"

@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from kronsae.data.corpus import Document, is_held_out, standard_library_documents
-from kronsae.files import atomic_path, write_json
-from kronsae.provenance import processor
+from kronsae.support.files import atomic_path, write_json
+from kronsae.support.provenance import processor
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from kronsae.chat.limits import Bounds, Pace, Purse, Usage
 from kronsae.chat.memory import AnswerMemory
 from kronsae.chat.question import Answer, ChatModel, Question, RefusedError, TryAgainError
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kronsae.chat.question import Answer, Question, RefusedError, TryAgainError
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 URL, MODEL, KEY = "KRONSAE_CHAT_URL", "KRONSAE_CHAT_MODEL", "KRONSAE_CHAT_KEY"
 """Names of our own, and not OPENAI_...: text is sent only where somebody said so, and a key only where it belongs."""

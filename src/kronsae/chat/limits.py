@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 MINUTE = 60.0
 

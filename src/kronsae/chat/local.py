@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from kronsae.chat.question import Answer, Question
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 class Loaded(Protocol):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kronsae.chat.question import Answer, Question
-from kronsae.errors import UserError
-from kronsae.files import read_json, write_json
+from kronsae.support.errors import UserError
+from kronsae.support.files import read_json, write_json
 
 
 class AnswerMemory:

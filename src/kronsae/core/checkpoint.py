@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kronsae.config import from_dict, to_dict
 from kronsae.core.sae import SAE, SAEConfig
-from kronsae.errors import UserError
-from kronsae.files import atomic_path, read_json, write_json
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
+from kronsae.support.files import atomic_path, read_json, write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 FORMAT = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 LARGEST_COUNT = 10**12
 """More latents, tokens or steps nobody has; far beyond it tensors cannot be described, let alone made."""

@@ -18,8 +18,8 @@ from kronsae import kernels
 from kronsae.core.checks import check_count, check_positive
 from kronsae.core.codes import SparseCodes
 from kronsae.core.gates import GATES, Gate, GateName
-from kronsae.errors import UserError
 from kronsae.kernels import Above, BatchChoice, Composition, Request
+from kronsae.support.errors import UserError
 
 
 @runtime_checkable

@@ -21,8 +21,8 @@ from kronsae.core.encoders import (
     KroneckerLatents,
 )
 from kronsae.core.gates import GateName
-from kronsae.errors import UserError
 from kronsae.kernels import Choice, Request
+from kronsae.support.errors import UserError
 
 MAX_EXPERTS = 4096
 """Each expert is a module with weights and a product of its own; Mudide et al. use at most 128."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from torch import Tensor
 from kronsae.core.experts import AnyEncoderConfig, gate_of
 from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 NormalizationName = Literal["none", "center_and_scale"]
 

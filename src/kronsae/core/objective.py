@@ -13,8 +13,8 @@ from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.losses import LossConfig, SquaredErrorConfig, squared_error
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
 from kronsae.kernels import Choice
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder, SwitchEncoderConfig
 from kronsae.core.heads import head_grid
 from kronsae.core.sparsifiers import BatchTopK, JumpReLU, SparsifierConfig, TopK
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import Latents
-from kronsae.errors import UserError
 from kronsae.kernels import Above, BatchChoice, Choice
+from kronsae.support.errors import UserError
 
 
 class Chosen(NamedTuple):

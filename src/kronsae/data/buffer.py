@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kronsae.data.stream import MakeStream, State
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 Activations: TypeAlias = dict[str, Float[Tensor, "N D"]]
 """Activations by hook; row n of every tensor belongs to the same token."""

@@ -14,7 +14,7 @@ from kronsae.data.buffer import Activations
 from kronsae.data.model import HookPoint, LanguageModel, resolve_hook, tap
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.tokens import TokenBatch, Tokens
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 Hooks = str | int | Sequence[str | int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kronsae.data.hub import check_model, looks_like_path, one_line
-from kronsae.errors import UserError, nearest
+from kronsae.support.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

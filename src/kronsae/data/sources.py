@@ -19,7 +19,7 @@ from kronsae.data.corpus import Document, standard_library_documents
 from kronsae.data.hub import check_dataset, looks_like_path, one_line
 from kronsae.data.model import BUNDLED
 from kronsae.data.stream import State
-from kronsae.errors import UserError, nearest
+from kronsae.support.errors import UserError, nearest
 
 _T = TypeVar("_T")
 

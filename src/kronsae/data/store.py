@@ -22,8 +22,8 @@ from torch import Tensor
 from kronsae.data.buffer import Activations, RowReader, ShuffleBuffer, permutation
 from kronsae.data.model import DTYPES
 from kronsae.data.stream import State
-from kronsae.errors import UserError, nearest
-from kronsae.files import atomic_path, check_folder_place, read_json, write_json
+from kronsae.support.errors import UserError, nearest
+from kronsae.support.files import atomic_path, check_folder_place, read_json, write_json
 
 FORMAT = "kronsae-activations-1"
 MANIFEST = "manifest.json"

@@ -9,7 +9,7 @@ from kronsae.data.corpus import Document, is_held_out
 from kronsae.data.model import BUNDLED
 from kronsae.data.sources import ListedSource, Source, document_of, open_named
 from kronsae.data.stream import State
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

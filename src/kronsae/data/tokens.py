@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kronsae.data.corpus import Document
 from kronsae.data.stream import MakeStream, State
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kronsae.data.random import generator_for
 from kronsae.data.stream import State
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 HIDDEN = "hidden"
 """The name of the stream: where a language model has its hook."""

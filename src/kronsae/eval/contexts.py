@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kronsae import kernels
-from kronsae.config import to_dict
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
 from kronsae.eval.display import NOT_A_TOKEN, TokenText
 from kronsae.eval.hooked import Windows
 from kronsae.eval.latents import GalleryConfig, LatentStatistics, choose_heads, choose_latents, rounded
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 
 MAX_SIGNALS = 2**24  # activations held densely at once: 64 MiB
 POOL = 64  # contexts drawn at random per latent, of which the bands are made

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kronsae.core.checks import check_positive
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
 from kronsae.eval.contexts import Gallery, GalleryMeter
 from kronsae.eval.display import TokenText
 from kronsae.eval.hooked import (
@@ -28,6 +27,7 @@ from kronsae.eval.hooked import (
 from kronsae.eval.language_model import Skipped, Spliced, SplicingMeter
 from kronsae.eval.latents import GalleryConfig, LatentMeter, LatentStatistics
 from kronsae.eval.reconstruction import Reconstruction, ReconstructionMeter, encode_decode
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kronsae.errors import UserError
 from kronsae.eval.labelling import Passage, Span
+from kronsae.support.errors import UserError
 
 TEMPLATE = "{word} has the first letter:"
 EXAMPLES = 10

@@ -15,7 +15,7 @@ from torch import Tensor
 from kronsae.data.harvest import forward, read_points, read_points_and_output
 from kronsae.data.model import HookPoint, LanguageModel, tap
 from kronsae.data.tokens import Tokens as TokenBatch
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 __all__ = [
     "HookPoint",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 def gram(rows_FD: Float[Tensor, "F D"]) -> Float[Tensor, "F F"]:

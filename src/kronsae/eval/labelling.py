@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kronsae.errors import UserError
 from kronsae.eval.hooked import Windows
+from kronsae.support.errors import UserError
 
 WINDOWS_PER_BATCH = 32
 

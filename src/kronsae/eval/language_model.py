@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
 from kronsae.eval.hooked import (
     HookPoint,
     LanguageModel,
@@ -27,6 +25,8 @@ from kronsae.eval.hooked import (
     windows_per_pass,
 )
 from kronsae.eval.reconstruction import encode_decode
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

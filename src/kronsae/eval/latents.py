@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_positive
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 LEVEL = 0.05  # of the two-sided t-test: how often no difference at all would be called one
 

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.eval.hooked import Windows
 from kronsae.eval.latents import LatentMeter, LatentStatistics, rounded
 from kronsae.eval.token_entropy import MAX_PAIRS, PairSums, dense_entropies
+from kronsae.support.config import to_dict
 
 DENSE_TOKENS, DENSE_UNITS = 512, 512  # bases or extensions looked at together: 1 MiB, which stays in the cache
 MAX_TABLE = 2**26  # sums of the dense token entropy, by token and pre-latent: 512 MiB

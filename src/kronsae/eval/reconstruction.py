@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from kronsae.config import to_dict
 from kronsae.core.codes import SparseCodes
 from kronsae.core.metrics import ExplainedVariance, explained_variance_per_token
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from kronsae.core.checks import check_count, check_positive, check_seed
-from kronsae.errors import UserError
 from kronsae.eval.firings import Firings, FlatText
 from kronsae.eval.scores import Mean, balanced_accuracy, mean_of
+from kronsae.support.errors import UserError
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

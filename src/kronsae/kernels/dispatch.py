@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kronsae.errors import UserError, nearest
+from kronsae.support.errors import UserError, nearest
 
 OPERATIONS: Final = (
     "kronecker_topk",

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.errors import UserError
 from kronsae.kernels.autograd import RowGradients, adamw
 from kronsae.kernels.rows import AdamW
+from kronsae.support.errors import UserError
 
 
 class RowAdamW(torch.optim.Optimizer):

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_count, check_seed
-from kronsae.errors import UserError, nearest
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError, nearest
+from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
-    from kronsae.run import Run
+    from kronsae.runs.run import Run
 
 NAME = "absorption"
 WINDOWS = {"roles": 500, "first-letter": 10_000, "labels": 2000}
@@ -210,10 +210,10 @@ def absorption(
     quiet: Quiet = False,
 ) -> None:
     """Measure absorption and show it."""
-    from kronsae.measures.tables import rich_table
-    from kronsae.progress_bar import progress_bar
     from kronsae.report.sections.absorption import table
-    from kronsae.run import open_run
+    from kronsae.report.tables import rich_table
+    from kronsae.runs.run import open_run
+    from kronsae.support.progress import progress_bar
 
     run = open_run(run_folder)
     settings = AbsorptionSettings(

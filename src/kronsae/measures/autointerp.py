@@ -14,8 +14,6 @@ import typer
 from kronsae.chat import Asker, AskReport, Bounds, Estimator, Pace, Persistence
 from kronsae.chat.memory import AnswerMemory
 from kronsae.chat.question import ChatModel
-from kronsae.config import from_dict, to_dict
-from kronsae.errors import UserError
 from kronsae.eval.autointerp import (
     PLACEHOLDER,
     Ask,
@@ -30,9 +28,11 @@ from kronsae.eval.autointerp import (
 from kronsae.eval.display import TokenText, visible
 from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
 from kronsae.measures.material import Material, beyond, held_out_tokens, keep_result, known_result
-from kronsae.progress_bar import progress_bar
-from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+from kronsae.runs.run import Run, open_run
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
+from kronsae.support.progress import progress_bar
+from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,14 +11,12 @@ import torch
 import typer
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_count, check_seed
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.heads import head_grid
 from kronsae.core.normalization import Normalization
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.errors import UserError
 from kronsae.eval.hooked import Windows, vocabulary_size
 from kronsae.eval.interaction import (
     ByKind,
@@ -43,11 +41,13 @@ from kronsae.eval.interaction.sample import TOKENS
 from kronsae.eval.latents import LatentMeter
 from kronsae.eval.profiles import PreLatentMeter, ProfileMeter
 from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
-from kronsae.measures.tables import rich_table
-from kronsae.progress_bar import progress_bar
 from kronsae.report.sections.interaction import summary_table
-from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+from kronsae.report.tables import rich_table
+from kronsae.runs.run import Run, open_run
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
+from kronsae.support.progress import progress_bar
+from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 from kronsae.training.config import MemberConfig
 
 NAME = "interaction"

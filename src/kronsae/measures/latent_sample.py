@@ -9,10 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError, nearest
 from kronsae.eval.firings import FiringMeter, Firings, FlatText, flat_text
 from kronsae.eval.hooked import Windows
 from kronsae.measures.material import Material, Report
+from kronsae.support.errors import UserError, nearest
 
 
 def pick_saes(material: Material, names: Sequence[str]) -> dict[str, SAE]:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_count, check_seed
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.heads import DeadShares, dead_shares
@@ -22,11 +21,12 @@ from kronsae.eval.latents import GalleryConfig, LatentStatistics
 from kronsae.eval.profiles import PreLatentMeter, Profile, ProfileMeter, ProfileSummary, pre_latent_rows
 from kronsae.eval.token_entropy import MAX_PAIRS
 from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
-from kronsae.measures.tables import rich_table
-from kronsae.progress_bar import progress_bar
 from kronsae.report.sections.latents import summary_table
-from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+from kronsae.report.tables import rich_table
+from kronsae.runs.run import Run, open_run
+from kronsae.support.config import to_dict
+from kronsae.support.progress import progress_bar
+from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 NAME = "latents"
 

@@ -11,16 +11,16 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from kronsae.config import differences
 from kronsae.core.sae import SAE
 from kronsae.data.model import HookPoint, LanguageModel, resolve_hook
-from kronsae.errors import UserError
 from kronsae.eval.evaluation import Hooks
 from kronsae.eval.hooked import MakeTokens, Windows, hidden_states, kept, read_windows
-from kronsae.files import read_json, write_json
-from kronsae.pipeline import Source
-from kronsae.provenance import provenance
-from kronsae.run import Run
+from kronsae.runs.pipeline import Source
+from kronsae.runs.run import Run
+from kronsae.support.config import differences
+from kronsae.support.errors import UserError
+from kronsae.support.files import read_json, write_json
+from kronsae.support.provenance import provenance
 
 Report = Callable[[int, int], None]
 """Told ``(done, total)``."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_count, check_seed
-from kronsae.errors import UserError
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
+from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
     from kronsae.eval.labelling import Passage
     from kronsae.measures.material import Material
-    from kronsae.run import Run
+    from kronsae.runs.run import Run
 
 NAME = "probing"
 
@@ -143,10 +143,10 @@ def probing(
     quiet: Quiet = False,
 ) -> None:
     """Probe a run's SAEs and show the figures."""
-    from kronsae.measures.tables import rich_table
-    from kronsae.progress_bar import progress_bar
     from kronsae.report.sections.probing import table
-    from kronsae.run import open_run
+    from kronsae.report.tables import rich_table
+    from kronsae.runs.run import open_run
+    from kronsae.support.progress import progress_bar
 
     run = open_run(run_folder)
     settings = ProbingSettings(labels=labels, windows=windows, seed=seed)

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
@@ -23,16 +22,17 @@ from kronsae.core.losses import LossConfig, MatryoshkaConfig
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sae import SAE
 from kronsae.data.synthetic import ACTIVATIONS, KnownFeatures, SyntheticActivations, SyntheticConfig, mean_l0
-from kronsae.errors import UserError
 from kronsae.eval.known_features import KnownFeaturesMeter, absolute_cosines, mean_correlation_coefficient
 from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
 from kronsae.interop.sae_lens_synthetic import SaeLensConfig
 from kronsae.measures.material import Report, keep_result, known_result, part_of
-from kronsae.measures.tables import rich_table
 from kronsae.measures.training import train_on
 from kronsae.report.sections.synthetic import table, verdict
-from kronsae.run import open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+from kronsae.report.tables import rich_table
+from kronsae.runs.run import open_run
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
+from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 from kronsae.training.config import MemberConfig, OptimizerConfig
 
 NAME = "synthetic"
@@ -223,7 +223,7 @@ def command(
 
     The run's own weights are not used; its SAEs' forms are, each at the size of the synthetic data.
     """
-    from kronsae.progress_bar import progress_bar
+    from kronsae.support.progress import progress_bar
 
     config = SyntheticStudyConfig(source=_source(source), seeds=seeds, steps=steps, seed=seed)
     run = open_run(run_folder)

@@ -20,12 +20,12 @@ from kronsae.data.model import BUNDLED
 from kronsae.data.sources import document_of
 from kronsae.data.text import TextStream
 from kronsae.data.tokens import special_frame
-from kronsae.errors import UserError
 from kronsae.eval.first_letter import first_letter_prompts
 from kronsae.eval.labelling import Frame, Passage, Place, Sizes, Span, Task, make_task
 from kronsae.eval.python_code import ROLES, name_roles
-from kronsae.files import atomic_path, check_folder_place
 from kronsae.measures.material import Material
+from kronsae.support.errors import UserError
+from kronsae.support.files import atomic_path, check_folder_place
 
 TaskName = Literal["roles", "first-letter", "labels"]
 HELD_OUT_SHARE = 0.2  # of a user's labelled texts

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
-from kronsae.config import from_dict, to_dict
-from kronsae.errors import UserError
 from kronsae.eval.display import visible
 from kronsae.eval.token_rule import TokenRuleConfig, TokenRules, summarise_rules, token_rule
 from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
 from kronsae.measures.material import Material, beyond, held_out_tokens, keep_result, known_result
-from kronsae.progress_bar import progress_bar
-from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
+from kronsae.runs.run import Run, open_run
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
+from kronsae.support.progress import progress_bar
+from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,21 +16,21 @@ import typer
 from jaxtyping import Float
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.metrics import explained_variance
 from kronsae.data.random import generator_for
 from kronsae.data.toy import HIDDEN, INDEPENDENT, SETUPS, BlockSetup, CorrelatedFeatures, HiddenStates, ToyAutoencoder
-from kronsae.errors import UserError
 from kronsae.eval.known_covariance import effective_rank, recovery
 from kronsae.eval.reconstruction import reconstruction
 from kronsae.measures.material import Report, keep_result, known_result
-from kronsae.measures.tables import rich_table
 from kronsae.measures.training import train_on
-from kronsae.recipes import kron, topk
 from kronsae.report.sections.toy import AUTOENCODER, table, verdict
-from kronsae.run import Run, open_run
-from kronsae.terminal import Json, Quiet, Seed, print_json, print_table, say, what_now
+from kronsae.report.tables import rich_table
+from kronsae.runs.recipes import kron, topk
+from kronsae.runs.run import Run, open_run
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
+from kronsae.support.terminal import Json, Quiet, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
     from kronsae.training.config import MemberConfig
@@ -230,7 +230,7 @@ def command(
 
 
 def _result(run: Run | None, config: ToyConfig, quiet: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    from kronsae.progress_bar import progress_bar
+    from kronsae.support.progress import progress_bar
 
     settings = to_dict(config)
     known = None if run is None else known_result(run, NAME, settings)

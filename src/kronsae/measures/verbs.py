@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kronsae.errors import UserError, nearest
+from kronsae.support.errors import UserError, nearest
 
 VERBS: tuple[str, ...] = (
     "latents",

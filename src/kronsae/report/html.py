@@ -19,9 +19,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kronsae.eval.display import visible
-from kronsae.files import write_text
 from kronsae.report.analysis import ReportData
 from kronsae.report.sweeps import SweepPage
+from kronsae.support.files import write_text
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 

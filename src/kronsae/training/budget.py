@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kronsae.core.flops import training_flops
 from kronsae.core.sae import SAEConfig
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 from kronsae.training.config import LoopConfig
 
 

@@ -14,7 +14,7 @@ from kronsae.core.normalization import NormalizationName, check_foldable
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sae import SAEConfig
 from kronsae.core.sparsifiers import SparsifierConfig
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 from kronsae.training.sparsity import SparsityConfig
 
 

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from kronsae.support.progress import PLAIN_SECONDS
+
 COLUMNS = {"explained_variance": "EV", "l0": "l0", "dead_share": "dead", "loss": "loss", "lr": "lr"}
 FORMATS = {"explained_variance": "{:.4f}", "l0": "{:.1f}", "dead_share": "{:.1%}", "loss": "{:.4g}", "lr": "{:.1e}"}
-PLAIN_SECONDS = 10.0  # between lines where the output is no terminal
 
 
 class _Rate(ProgressColumn):

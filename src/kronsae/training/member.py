@@ -18,8 +18,8 @@ from kronsae.core.metrics import explained_variance
 from kronsae.core.normalization import Normalization
 from kronsae.core.objective import DeadLatents, Objective, objective
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
 from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients, grad_norm
+from kronsae.support.errors import UserError
 from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.revival import revive
 from kronsae.training.sparsity import THRESHOLD_LR_FLOOR, SparsityController

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from kronsae.errors import UserError
-from kronsae.files import write_text
+from kronsae.support.errors import UserError
+from kronsae.support.files import write_text
 
 AXES = ("step", "tokens", "seconds", "sae")
 WANDB_ID = "wandb-id.txt"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 THRESHOLD_LR_FLOOR = 0.1  # of the peak rate: thresholds that stop with the weights cannot bring l0 to its target
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kronsae.errors import UserError
-from kronsae.files import atomic_path, read_json, write_json
+from kronsae.support.errors import UserError
+from kronsae.support.files import atomic_path, read_json, write_json
 from kronsae.training.member import Member
 
 

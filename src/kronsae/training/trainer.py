@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Member
 from kronsae.training.sinks import Sink

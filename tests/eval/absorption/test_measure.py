@@ -11,8 +11,8 @@ import torch
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import JumpReLUConfig, TopKConfig
-from kronsae.errors import UserError
 from kronsae.eval.absorption import Absorption, AbsorptionConfig, Examples, ProbeTraining, absorption, probe_classes
+from kronsae.support.errors import UserError
 
 D = 12
 SPECIAL = 8  # the direction of the special words of class 0

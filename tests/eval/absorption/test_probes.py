@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from kronsae.core.codes import SparseCodes
-from kronsae.errors import UserError
 from kronsae.eval.absorption.probes import ON_LATENTS, ProbeTraining, f1, train_latent_probe, train_probe
 from kronsae.eval.absorption.sparse_probes import logistic_regression, num_split, sparse_probes
+from kronsae.support.errors import UserError
 
 TRAINING = ProbeTraining(batch=1000, epochs=30, l1=0.01)
 

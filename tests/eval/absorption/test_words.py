@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kronsae.core.codes import SparseCodes
-from kronsae.errors import UserError
 from kronsae.eval.absorption.words import AbsorptionRule, probe_cosines, word_absorption
+from kronsae.support.errors import UserError
 
 COSINE = torch.tensor([0.5, 0.8, 0.05, -0.4, 0.25], dtype=torch.float64)
 

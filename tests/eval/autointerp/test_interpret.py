@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tests.eval.toys import ToyTokenizer
 
-from kronsae.errors import UserError
 from kronsae.eval.autointerp.examples import Example, LatentExamples, draw_examples
 from kronsae.eval.autointerp.interpret import (
     PLACEHOLDER,
@@ -25,6 +24,7 @@ from kronsae.eval.autointerp.interpret import (
 )
 from kronsae.eval.display import TokenText
 from kronsae.eval.firings import Firings, FlatText
+from kronsae.support.errors import UserError
 
 ROWS, LENGTH = 400, 20
 CONFIG = AutointerpConfig(explained=4, tested=8, per_prompt=4, radius=2)

@@ -11,11 +11,11 @@ from tests.tiny_models import make_tokenizer
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
-from kronsae.errors import UserError
 from kronsae.eval.absorption import ProbeTraining
 from kronsae.eval.hooked import Windows
 from kronsae.eval.labelling import Passage, Span
 from kronsae.eval.probing import ConceptText, Probing, ProbingConfig, concept_text, probing
+from kronsae.support.errors import UserError
 
 D, N = 8, 600
 CONFIG = ProbingConfig(ks=(1, 2), ablated=(1,), sample=60, draws=3, probe=ProbeTraining(batch=16, epochs=60))

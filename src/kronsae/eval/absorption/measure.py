@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
 from kronsae.eval.absorption.probes import ON_LATENTS, LinearProbe, ProbeTraining, f1, train_latent_probe, train_probe
 from kronsae.eval.absorption.sparse_probes import sparse_probes
 from kronsae.eval.absorption.words import AbsorptionRule, probe_cosines, word_absorption
 from kronsae.eval.display import visible
 from kronsae.eval.example_codes import encode_rows, root_mean_square, rows_of, scaled
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 
 CLASSES_TO_PASS, CLASSES_OF = 20, 26
 """SAEBench's gate: so many of the 26 letters must be told by their probes; the same share of as many classes as there

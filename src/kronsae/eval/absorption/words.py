@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from kronsae.core.codes import SparseCodes
-from kronsae.errors import UserError
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

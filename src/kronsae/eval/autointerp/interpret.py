@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 
 from kronsae.core.checks import check_count, check_seed
-from kronsae.errors import UserError
 from kronsae.eval.autointerp.examples import Example, LatentExamples
 from kronsae.eval.autointerp.prompts import (
     DETECT,
@@ -23,6 +22,7 @@ from kronsae.eval.autointerp.prompts import (
     read_judgements,
 )
 from kronsae.eval.scores import Mean, balanced_accuracy, mean_of
+from kronsae.support.errors import UserError
 
 PLACEHOLDER = json.dumps({"explanation": "x" * 240})
 """An answer for whoever only counts what would be asked: an explanation of common length, and no judgement."""

@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kronsae.config import to_dict
 from kronsae.core.codes import SparseCodes
 from kronsae.core.sae import SAE
-from kronsae.errors import UserError
 from kronsae.eval.absorption.probes import LinearProbe, ProbeTraining, train_probe
 from kronsae.eval.absorption.sparse_probes import logistic_regression
 from kronsae.eval.example_codes import columns, concatenated, encode_rows, root_mean_square, rows_of, scaled
@@ -23,6 +21,8 @@ from kronsae.eval.probing.entries import Entries, Thresholds, best_thresholds, m
 from kronsae.eval.probing.pairs import Pair, best_pair, recall_by_size
 from kronsae.eval.probing.perturbation import Perturbation, balanced_samples, important_latents, perturbations
 from kronsae.eval.probing.text import ConceptText
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kronsae.errors import UserError
 from kronsae.eval.hooked import Windows
 from kronsae.eval.labelling import (
     WINDOWS_PER_BATCH,
@@ -24,6 +23,7 @@ from kronsae.eval.labelling import (
     encode,
     to_windows,
 )
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

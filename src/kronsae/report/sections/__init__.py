@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kronsae.errors import UserError
 from kronsae.report.section import Section
 from kronsae.report.sections import absorption, autointerp, interaction, latents, probing, synthetic, token_rule, toy
+from kronsae.support.errors import UserError
 
 Builder = Callable[[Mapping[str, Any], Sequence[str]], Section]
 

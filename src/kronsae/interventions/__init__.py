@@ -1,0 +1,1 @@
+"""Change latents in a running language model, and attribute its output to them."""

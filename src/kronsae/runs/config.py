@@ -1,0 +1,81 @@
+"""The whole of a run in one config: what is read, what is trained, for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kronsae.core.checks import check_count
+from kronsae.data.model import ModelConfig
+from kronsae.data.text import TextConfig
+from kronsae.support.errors import UserError
+from kronsae.training.budget import check_reference
+from kronsae.training.config import LoopConfig, MemberConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: SAEs trained on the activations of one model over one text, each at its own hooks.
+
+    Args:
+        model: the language model.
+        text: where its text comes from.
+        hook: what SAEs that name no hooks of their own read and reconstruct: a module path or layer, such as
+            ``layers.6``; ``layers.6.mlp:input`` is what a module is given in place of what it gives.
+        saes: the SAEs, trained side by side on the same tokens.
+        loop: budget, batch size, logging and checkpoints.
+        activations: folder of harvested activations to train on instead of running the model; None runs it.
+        context_length: T, tokens of text the model sees at once.
+        model_batch: S, sequences per forward pass of the model.
+        buffer_tokens: tokens shuffled together; memory is ``buffer_tokens * 4`` bytes times the widths of all `hooks`.
+        eval_tokens: held-out tokens to evaluate on.
+        held_out_share: share of documents kept for evaluation.
+        seed: of the order of the activations.
+    """
+
+    model: ModelConfig
+    text: TextConfig
+    hook: str
+    saes: tuple[MemberConfig, ...]
+    loop: LoopConfig
+    activations: str | None = None
+    context_length: int = 256
+    model_batch: int = 32
+    buffer_tokens: int = 2**18
+    eval_tokens: int = 262_144
+    held_out_share: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("context_length", "model_batch", "buffer_tokens", "eval_tokens"):
+            check_count(name, getattr(self, name))
+        if not self.saes:
+            raise UserError("saes must name at least one SAE; got none. Add kronsae.topk(...) or kronsae.kron(...).")
+        names = [member.name for member in self.saes]
+        if len(set(names)) < len(names):
+            raise UserError(f"saes must have different names; got {', '.join(names)}. Give name= to each.")
+        check_reference(self.loop.same_flops_as, names)
+        if self.buffer_tokens < self.loop.batch_tokens:
+            raise UserError(
+                f"buffer_tokens must be at least batch_tokens; got {self.buffer_tokens} with "
+                f"batch_tokens={self.loop.batch_tokens}. Enlarge the buffer or shrink the batch."
+            )
+        check_held_out_share(self.held_out_share)
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Every hook that some SAE reads or writes, each once."""
+        needed = (hook for member in self.saes for hook in (*member.reads(self.hook), *member.writes(self.hook)))
+        return tuple(dict.fromkeys(needed))
+
+
+def own_hook(saes: Sequence[MemberConfig]) -> str | None:
+    """The hook of a run for which none is given: the first that its SAEs read, if each names hooks of its own."""
+    reads = [member.read for member in saes if member.read is not None]
+    return reads[0][0] if reads and len(reads) == len(saes) else None
+
+
+def check_held_out_share(share: float) -> None:
+    """Refuse a share that leaves nothing to train on or nothing to evaluate on."""
+    if not 0 < share < 1:
+        raise UserError(f"held_out_share must be between 0 and 1; got {share!r}.")

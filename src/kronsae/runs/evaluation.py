@@ -1,0 +1,198 @@
+"""Evaluating a run: its SAEs on held-out text of its own, kept beside them, shown as a table and as a page."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kronsae.core.flops import training_flops
+from kronsae.core.sae import SAE, count_parameters
+from kronsae.eval.evaluation import Evaluation, evaluate
+from kronsae.support.files import read_json, write_json
+from kronsae.measures.material import Material, held_out_tokens, kept_results
+from kronsae.report import report_data, write
+from kronsae.report.comparison import architecture, differ_in_hooks, hooks
+from kronsae.runs.run import Run
+from kronsae.runs.config import RunConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REVISION = 1
+"""Of ``evaluation.json`` and ``latents.json``: rises when their shape changes, or what a figure in them means."""
+
+SUMMARY_KEYS = (
+    "name",
+    "architecture",
+    "parameters",
+    "encoder_parameters",
+    "training_flops",
+    "tokens",
+    "explained_variance",
+    "l0",
+    "dead_share",
+    "ce_recovered",
+    "seconds",
+)
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    tokens: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate all SAEs of a run on the same held-out tokens; write what was found into the run folder.
+
+    Args:
+        run: a finished run.
+        tokens: how many held-out tokens; None: those of the last evaluation, or else the run's ``eval_tokens``. What
+            is known is not computed again.
+        say: told what is being done.
+        progress: called with (tokens done, tokens to do); there are two passes.
+
+    Returns:
+        One row per SAE: size, cost, and every figure of `kronsae.eval.Evaluation`.
+    """
+    run.require_finished()
+    config = run.config
+    path = run.folder / "evaluation.json"
+    known = _known_evaluation(path)
+    if known is not None and tokens in (None, known["requested_tokens"]):
+        counted = known["saes"][0]["evaluation_tokens"]
+        say(f"Already evaluated on {held_out_tokens(counted, known['requested_tokens'])}: {path}.")
+        return list(known["saes"])
+    wanted = config.eval_tokens if tokens is None else tokens
+    say(f"Evaluating on whole windows of held-out text, until they hold {wanted:,} tokens.")
+    material = Material(run)
+    saes = material.saes
+    found = evaluate(
+        saes,
+        material.language_model,
+        material.places,
+        material.make_tokens(),
+        tokens=wanted,
+        progress=progress,
+    )
+    training = read_json(run.folder / "training.json", "the training's summary")
+    rows = [_row(config, name, sae, found[name], training) for name, sae in saes.items()]
+    say(f"Evaluated on {held_out_tokens(rows[0]['evaluation_tokens'], wanted)}.")
+    path.unlink(missing_ok=True)  # written last: while it is there, all three files belong together
+    write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
+    write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
+    write_json(path, {"revision": REVISION, "requested_tokens": wanted, "saes": rows})
+    return rows
+
+
+def _known_evaluation(path: Path) -> dict[str, Any] | None:
+    """What is on disk, if it is what this version's `evaluate_run` writes."""
+    if not path.exists():
+        return None
+    known = read_json(path, "the evaluation")
+    return known if isinstance(known, dict) and known.get("revision") == REVISION else None
+
+
+def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Write ``report.html`` from what was measured last, measuring first where nothing was."""
+    measures, outdated = kept_results(run)
+    for name in outdated:
+        say(
+            f"Left out, since another version measured it: {name}. Again: kronsae eval {name} "
+            f"{shlex.quote(str(run.folder))}"
+        )
+    data = report_data(
+        run=read_json(run.folder / "run.json", "the run folder"),
+        rows=evaluate_run(run, say=say),
+        metrics=run.metrics(),
+        latents=read_json(run.folder / "latents.json", "the evaluation's latents"),
+        measures=measures,
+    )
+    return write(data, run.folder / "report.html")
+
+
+def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]) -> dict[str, Any]:
+    member = next(member for member in config.saes if member.name == name)
+    figures = evaluation.figures()
+    reconstruction, spliced = figures["reconstruction"], figures["language_model"]
+    tokens = training.get("sae_tokens", {}).get(name, training["tokens"])
+    return {
+        "name": name,
+        "architecture": member.shape(1, config.hook).architecture,
+        "saved_as": None if (saved := sae.config.sparsifier.kind) == member.sparsifier.kind else saved,
+        "hooks_read": list(member.reads(config.hook)),
+        "hooks_written": list(member.writes(config.hook)),
+        "d_in": sae.d_in,
+        "d_out": sae.d_out,
+        "d_sae": sae.d_sae,
+        "parameters": sae.num_parameters(),
+        "encoder_parameters": count_parameters(sae.encoder),
+        "training_flops": training_flops(sae.config, tokens),
+        "tokens": tokens,
+        "explained_variance": reconstruction["explained_variance"],
+        "explained_variance_per_token": reconstruction["explained_variance_per_token"],
+        "explained_variance_by_hook": reconstruction.get("explained_variance_by_hook", []),
+        "mean_squared_error": reconstruction["mean_squared_error"],
+        "cosine_similarity": reconstruction["cosine_similarity"],
+        "l0": reconstruction["l0"],
+        "dead_share": reconstruction["dead_share"],
+        "ce_recovered": spliced.get("ce_recovered"),
+        "kl_recovered": spliced.get("kl_recovered"),
+        "language_model": spliced,
+        "seconds": training["sae_seconds"][name],
+        "evaluation_tokens": reconstruction["tokens"],
+    }
+
+
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "name": ("SAE", "{}"),
+    "architecture": ("architecture", "{}"),
+    "d_sae": ("latents", "{:,}"),
+    "encoder_parameters": ("encoder params", "{:,}"),
+    "parameters": ("all params", "{:,}"),
+    "training_flops": ("FLOPs", "{:.2e}"),
+    "tokens": ("tokens", "{:,}"),
+    "explained_variance": ("EV", "{:.4f}"),
+    "l0": ("l0", "{:.1f}"),
+    "dead_share": ("dead", "{:.1%}"),
+    "ce_recovered": ("CE recovered", "{:.4f}"),
+    "kl_recovered": ("KL recovered", "{:.4f}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of `evaluate_run`, shown as a table by ``print``."""
+
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=200, file=io.StringIO(), highlight=False)
+        console.print(as_table(self.rows))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+
+def as_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table for a terminal."""
+    from rich.table import Table
+
+    columns = _COLUMNS
+    rows = [row | {"architecture": architecture(row), "hooks": hooks(row)} for row in rows]
+    if differ_in_hooks(rows):
+        columns = {"name": _COLUMNS["name"], "hooks": ("hooks", "{}")} | _COLUMNS
+    table = Table(*(heading for heading, _ in columns.values()), box=None)
+    for row in rows:
+        cells = [("-" if row[key] is None else form.format(row[key])) for key, (_, form) in columns.items()]
+        table.add_row(*cells)
+    reasons = {row["language_model"].get("reason") for row in rows if row["ce_recovered"] is None}
+    if reasons := {reason for reason in reasons if reason}:
+        table.caption = f"CE and KL recovered were not measured: {'; '.join(sorted(reasons))}."
+    return table

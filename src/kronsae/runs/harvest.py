@@ -1,0 +1,131 @@
+"""Harvesting as a verb: activations of a text at some hooks, on disk, with all that a later training must know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from kronsae.support.config import from_dict, to_dict
+from kronsae.core.checks import check_count
+from kronsae.data.buffer import Activations
+from kronsae.data.harvest import ActivationStream, widths
+from kronsae.data.model import DTYPES, ModelConfig, check_hooks, load_model
+from kronsae.data.store import check_target, read_manifest, write_activations
+from kronsae.data.stream import State
+from kronsae.data.text import TextConfig, TextStream
+from kronsae.data.tokens import TokenStream
+from kronsae.support.errors import UserError
+from kronsae.support.resources import check_disk
+from kronsae.runs.config import RunConfig, check_held_out_share
+
+
+def harvest(
+    *,
+    model: str | ModelConfig,
+    text: str | TextConfig,
+    hook: str | int | Sequence[str | int],
+    tokens: int,
+    out: Path | str,
+    dtype: str = "float32",
+    context_length: int = 256,
+    model_batch: int = 32,
+    held_out_share: float = 0.05,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write the activations of the training part of a text into ``out``; return what was written.
+
+    Held-out documents are left out, so that SAEs trained on the folder can be evaluated on them.
+
+    Args:
+        model: Hub name, local folder, ``"bundled"``, or a config.
+        text: Hub data set, local file or folder, ``"bundled"``, or a config.
+        hook: module path or layer whose output is read, such as ``"layers.6"`` or ``6``; or several, read in the same
+            pass. The first is that of SAEs which name no hooks of their own.
+        tokens: tokens to harvest.
+        out: a new or empty folder.
+        dtype: precision on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        context_length: T, tokens of text the model sees at once.
+        model_batch: S, sequences per forward pass of the model.
+        held_out_share: share of documents kept for evaluation.
+        progress: called with the tokens done and those asked for.
+
+    Raises:
+        UserError: anything given that cannot work; what can be known beforehand, before the model is loaded.
+    """
+    for name, value in (("tokens", tokens), ("context_length", context_length), ("model_batch", model_batch)):
+        check_count(name, value)
+    check_held_out_share(held_out_share)
+    out = Path(out)
+    hooks = [str(one) for one in ([hook] if isinstance(hook, str | int) else hook)]
+    if not hooks or len(set(hooks)) < len(hooks):
+        raise UserError(f"hook must name different hooks, at least one; got {', '.join(hooks) or 'none'}.")
+    check_target(out, dtype)
+    model_config = ModelConfig(name=model) if isinstance(model, str) else model
+    text_config = TextConfig(source=text) if isinstance(text, str) else text
+    about = {
+        # Read back as a later training will: what that would refuse must not be written.
+        "model": to_dict(from_dict(ModelConfig, to_dict(model_config), where="model")),
+        "text": to_dict(from_dict(TextConfig, to_dict(text_config), where="text")),
+        "hook": hooks[0],
+        "context_length": context_length,
+        "held_out_share": held_out_share,
+    }
+    language_model = load_model(model_config)
+    check_hooks(language_model.model, hooks)
+    language_model.check_context_length(context_length)
+    documents = partial(TextStream, text_config, held_out_share=held_out_share)
+    windows = partial(
+        TokenStream,
+        documents,
+        language_model.tokenizer,
+        context_length=context_length,
+        batch_sequences=model_batch,
+    )
+    needed_bytes = tokens * sum(widths(language_model, hooks).values()) * DTYPES[dtype].itemsize
+    check_disk(out, needed_bytes, "the activations", "Harvest fewer tokens, or in dtype bfloat16.")
+    started = perf_counter()
+    stream = ActivationStream(language_model, hooks, windows)
+    manifest = write_activations(
+        _told(stream, hooks[0], tokens, progress), out, tokens=tokens, dtype=dtype, metadata=about
+    )
+    seconds = perf_counter() - started
+    return {
+        "out": str(out),
+        "model": model_config.name,
+        "hooks": manifest.d_in,
+        "tokens": manifest.tokens,
+        "dtype": dtype,
+        "shards": len(manifest.shards),
+        "seconds": seconds,
+        "tokens_per_second": manifest.tokens / seconds,
+    }
+
+
+def _told(
+    stream: ActivationStream, hook: str, tokens: int, progress: Callable[[int, int], None]
+) -> Iterator[tuple[Activations, State]]:
+    done = 0
+    for values, state in stream:
+        yield values, state
+        done += len(values[hook])
+        progress(min(done, tokens), tokens)
+
+
+def with_activations(config: RunConfig, folder: Path) -> RunConfig:
+    """``config`` reading harvested activations; model and text are those of the harvest, the hook its first."""
+    about = read_manifest(folder).metadata
+    if not {"model", "text", "hook", "context_length", "held_out_share"} <= about.keys():
+        raise UserError(f"{folder} does not say which model and hook it holds. Harvest it with `kronsae harvest`.")
+    return replace(
+        config,
+        activations=str(folder),
+        model=from_dict(ModelConfig, about["model"], where="the manifest's model"),
+        text=from_dict(TextConfig, about["text"], where="the manifest's text"),
+        hook=about["hook"],
+        context_length=about["context_length"],
+        held_out_share=about["held_out_share"],
+    )

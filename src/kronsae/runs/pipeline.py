@@ -1,0 +1,106 @@
+"""From a run's config to a stream of activations: what is needed is loaded once, the stages are put in a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+
+from kronsae.data.buffer import ShuffleBuffer
+from kronsae.data.harvest import ActivationStream, widths
+from kronsae.data.model import LanguageModel, check_hooks, find_device, load_model
+from kronsae.data.store import StoredActivations, read_manifest
+from kronsae.data.stream import MakeStream, State
+from kronsae.data.text import TextStream
+from kronsae.data.tokens import TokenBatch, TokenStream
+from kronsae.support.errors import UserError
+from kronsae.runs.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where activations come from: a model with its hooks, or a folder of harvested ones.
+
+    The model is loaded when it is first needed, so training on harvested activations never loads it.
+    """
+
+    config: RunConfig
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The model; it has the hooks, each under one name, and the text's windows fit."""
+        language_model = load_model(self.config.model)
+        check_hooks(language_model.model, self.config.hooks)
+        language_model.check_context_length(self.config.context_length)
+        return language_model
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the activations are, and the SAEs with them."""
+        return find_device(self.config.model.device)
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Width of the activations of each hook that some SAE reads or writes."""
+        config = self.config
+        if config.activations is None:
+            return widths(self.language_model, config.hooks)
+        harvested = read_manifest(config.activations).d_in
+        for hook in config.hooks:
+            if hook not in harvested:
+                raise UserError(
+                    f"hook must be one that was harvested into {config.activations}: {', '.join(harvested)}; "
+                    f"got '{hook}'. Leave hook out, or harvest it."
+                )
+        return {hook: harvested[hook] for hook in config.hooks}
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations of all these hooks together: what is kept of a token."""
+        return sum(self.widths.values())
+
+    def tokens(self, *, held_out: bool, repeat: bool = True) -> MakeStream[TokenBatch]:
+        """Makes the stream of token batches of the training or of the held-out documents."""
+        config = self.config
+        text = partial(
+            TextStream,
+            config.text,
+            held_out=held_out,
+            held_out_share=config.held_out_share,
+            repeat=repeat,
+        )
+        return partial(
+            TokenStream,
+            text,
+            self.language_model.tokenizer,
+            context_length=config.context_length,
+            batch_sequences=config.model_batch,
+        )
+
+    def activations(self, *, held_out: bool, repeat: bool = True, hook: str | None = None) -> ActivationStream:
+        """Activations of one hook, the run's if none is named, in the order of the text; one item per forward pass."""
+        hook = self.config.hook if hook is None else hook
+        return ActivationStream(self.language_model, hook, self.tokens(held_out=held_out, repeat=repeat))
+
+    def batches(self, state: State | None) -> ShuffleBuffer | StoredActivations:
+        """Shuffled batches of activations for training, carrying on after ``state``."""
+        config, batch_tokens = self.config, self.config.loop.batch_tokens
+        if config.activations is not None:
+            return StoredActivations(
+                config.activations,
+                batch_size=batch_tokens,
+                buffer_tokens=config.buffer_tokens,
+                seed=config.seed,
+                device=self.device,
+                hooks=config.hooks,
+                state=state,
+            )
+        activations = partial(ActivationStream, self.language_model, config.hooks, self.tokens(held_out=False))
+        return ShuffleBuffer(
+            activations,
+            batch_size=batch_tokens,
+            buffer_tokens=config.buffer_tokens,
+            seed=config.seed,
+            state=state,
+        )

@@ -1,0 +1,463 @@
+"""A run: a folder with its config, its metrics, its SAEs and what was measured of them.
+
+``train`` makes one or carries one on; `Run` opens a finished one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kronsae.support.config import differences, from_dict, to_dict
+from kronsae.core import checkpoint
+from kronsae.core.checks import check_count
+from kronsae.core.sae import SAE, in_words
+from kronsae.data.model import ModelConfig
+from kronsae.data.text import TextConfig, TextStream
+from kronsae.support.errors import UserError, nearest
+from kronsae.support.files import check_folder_place, only_writer, read_json, write_json
+from kronsae.runs.pipeline import Source
+from kronsae.runs.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
+from kronsae.runs.config import RunConfig, own_hook
+from kronsae.training.config import LoopConfig, MemberConfig
+from kronsae.training.display import DisplaySink
+from kronsae.training.member import Member
+from kronsae.training.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, read_metrics, require
+from kronsae.training.state import Progress, load_members, load_progress
+from kronsae.training.trainer import fit
+
+if TYPE_CHECKING:
+    from kronsae.runs.evaluation import Comparison
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: ``run.json``, ``metrics.jsonl``, ``saes/<name>/`` and, once made, evaluation and report."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The config it was made with."""
+        return from_dict(RunConfig, self._about["config"], where=f"{self.folder / 'run.json'}: config")
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        if not (self.folder / "run.json").exists():
+            raise UserError(
+                f"{self.folder} holds no run yet (it has no run.json). Give the `kronsae train` command that "
+                "was to fill it again; of a sweep, give one of its groups/."
+            )
+        about = read_json(self.folder / "run.json", "the run folder")
+        if not isinstance(about, dict) or "config" not in about:
+            raise UserError(f"{self.folder / 'run.json'} was not written by kronsae: it has no 'config' entry.")
+        return about
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its SAEs."""
+        return [member.name for member in self.config.saes]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training came to its end."""
+        return (self.folder / "training.json").exists()
+
+    def __repr__(self) -> str:
+        """What was trained: a line per SAE, with its sizes as far as they are known."""
+        if not (self.folder / "run.json").exists():
+            return f"Run('{self.folder}'): nothing is trained yet"
+        state, config = "finished" if self.finished else "not finished", self.config
+        lines = [f"Run('{self.folder}'): {state}, {config.model.name} at {', '.join(config.hooks)}"]
+        for member in config.saes:
+            shape = member.shape(1, config.hook)
+            if self.finished:
+                saved = checkpoint.read_shape(self.sae_folder(member.name))
+                lines.append(f"  {member.name}: {in_words(replace(saved, sparsifier=member.sparsifier))}")
+            else:  # the model's width is in no file
+                lines.append(f"  {member.name}: {shape.architecture}, d_sae={shape.d_sae}, k={shape.sparsifier.k}")
+        return "\n".join(lines)
+
+    def sae_folder(self, name: str) -> Path:
+        """Where the SAE of that name is saved."""
+        if name not in self.names:
+            raise UserError(
+                f"name must be an SAE of {self.folder}: {', '.join(self.names)}; got '{name}'."
+                f"{nearest(name, self.names)}"
+            )
+        return self.folder / "saes" / name
+
+    def load(self, name: str) -> SAE:
+        """One of its SAEs."""
+        self.require_finished()
+        return checkpoint.load(self.sae_folder(name))
+
+    def saes(self) -> dict[str, SAE]:
+        """All of its SAEs, by name."""
+        return {name: self.load(name) for name in self.names}
+
+    def compare(self, tokens: int | None = None) -> Comparison:
+        """Its SAEs side by side on held-out text; ``print`` shows a table, ``.rows`` has all figures."""
+        from kronsae.runs.evaluation import Comparison, evaluate_run
+
+        return Comparison(evaluate_run(self, tokens=tokens))
+
+    def report(self) -> Path:
+        """Write ``report.html``, evaluating first where that was not done."""
+        from kronsae.runs.evaluation import write_report
+
+        return write_report(self)
+
+    def activations(self, tokens: int, hook: str | None = None) -> Float[Tensor, "B D"]:
+        """Activations of held-out text at one hook: ``[tokens, width]``, float32, in the text's order.
+
+        Args:
+            tokens: how many; row n belongs to the same token whatever the hook.
+            hook: None: the run's.
+
+        Raises:
+            UserError: the held-out text has fewer tokens; none is given twice.
+        """
+        check_count("tokens", tokens)
+        hook = self.config.hook if hook is None else hook
+        parts, count = [], 0
+        for values, _ in Source(self.config).activations(held_out=True, repeat=False, hook=hook):
+            parts.append(values[hook].cpu())
+            count += len(parts[-1])
+            if count >= tokens:
+                return torch.cat(parts)[:tokens]
+        raise UserError(
+            f"tokens must not exceed what the held-out text gives; got {tokens}, and it ended after {count}. "
+            "Ask for fewer, or train on a longer text."
+        )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def require_finished(self) -> None:
+        """Raise a UserError if there is training left to do."""
+        if not self.finished:
+            raise UserError(
+                f"the run in {self.folder} is not finished. Give the command that started it again: it carries on."
+            )
+
+
+def open_run(folder: Path | str) -> Run:
+    """Open the run in ``folder``.
+
+    Raises:
+        UserError: there is no run, or its config cannot be read.
+    """
+    run = Run(Path(folder))
+    if not run.folder.is_dir():
+        raise UserError(f"there is no run folder {folder}. Give the --out of an earlier `kronsae train`.")
+    _ = run.config
+    return run
+
+
+def train(
+    *,
+    model: str | ModelConfig,
+    text: str | TextConfig,
+    hook: str | int | None = None,
+    saes: Sequence[MemberConfig | str],
+    out: Path | str,
+    tokens: int | None = None,
+    flops: float | None = None,
+    same_flops_as: str | None = None,
+    batch_tokens: int = 8192,
+    log_every: int = 10,
+    checkpoint_every: int = 500,
+    show_progress: bool = True,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+    **options: Any,
+) -> Run:
+    """Train SAEs side by side on the activations of a language model, in one pass over the text.
+
+    The same call on an unfinished run carries it on (on a CPU with the same bits); on a finished one it returns it.
+
+    Args:
+        model: Hub name, local folder, ``"bundled"``, or a config.
+        text: Hub data set, local file or folder, ``"bundled"``, or a config.
+        hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own;
+            may be left out where all do.
+        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.runs.architectures`, or the same in words:
+            ``"batch_topk d_sae=4096 k=32"``.
+        out: the run folder.
+        tokens: the budget: tokens to train on.
+        flops: or what each SAE's training may cost (`kronsae.core.flops.training_flops`), in place of ``tokens``.
+        same_flops_as: name of the SAE that trains on ``tokens``; each other one on as many as cost the same.
+        batch_tokens: tokens per optimiser step.
+        log_every: steps between metrics.
+        checkpoint_every: steps between checkpoints.
+        show_progress: show a live display on stderr.
+        tensorboard: also write TensorBoard events into the run folder.
+        wandb: also log to this Weights & Biases project.
+        **options: the remaining fields of `kronsae.RunConfig` (context_length, buffer_tokens, seed, ...).
+
+    Raises:
+        UserError: anything given that cannot work, before anything is written.
+    """
+    from kronsae.runs.parsing import parse_sae
+
+    members = tuple(parse_sae(one) if isinstance(one, str) else one for one in saes)
+    if hook is None and (hook := own_hook(members)) is None:
+        raise UserError("give hook, such as 'layers.6', or to each SAE a read= of its own; got neither.")
+    config = RunConfig(
+        model=ModelConfig(name=model) if isinstance(model, str) else model,
+        text=TextConfig(source=text) if isinstance(text, str) else text,
+        hook=str(hook),
+        saes=members,
+        loop=LoopConfig(
+            tokens=tokens,
+            flops=flops,
+            same_flops_as=same_flops_as,
+            batch_tokens=batch_tokens,
+            log_every=log_every,
+            checkpoint_every=checkpoint_every,
+        ),
+        **_known_options(options),
+    )
+    return execute(config, out, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb)
+
+
+def execute(
+    config: RunConfig,
+    out: Path | str,
+    *,
+    show_progress: bool = True,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """Carry out a whole run config: what `train` does once its arguments are in one piece."""
+    run = Run(Path(out))
+    config = from_dict(RunConfig, to_dict(config))  # what could not be read back must not be written
+    check_folder(run, config)
+    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
+        if wanted:
+            require(package)
+    with nullcontext() if run.finished else only_writer(run.folder):
+        check_folder(run, config)  # again: before this one was alone there, another one may have begun or ended
+        if run.finished:
+            say(f"The run in {run.folder} is finished; nothing is left to train, or to log.")
+        else:
+            _carry_out(run, config, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb, say=say)
+    return run
+
+
+def _carry_out(
+    run: Run,
+    config: RunConfig,
+    *,
+    show_progress: bool,
+    tensorboard: bool,
+    wandb: str | None,
+    say: Callable[[str], None],
+) -> None:
+    source = Source(config)
+    progress = load_progress(run.folder / "checkpoint") or Progress()
+    plan = make_plan(source, run.folder, progress.step)
+    if progress.step < plan.steps:
+        plan.check()
+        if plan.steps - progress.step >= TIMED_FROM_STEPS:
+            plan = with_times(plan, source)
+        say(str(plan))
+    steps = {member.name: member.steps for member in plan.members}
+    members = [Member(member, source.widths, config.hook, steps[member.name], source.device) for member in config.saes]
+    if progress.step:
+        load_members(run.folder / "checkpoint", members)
+        say(f"Carrying on after {progress.tokens:,} of {plan.tokens:,} tokens.")
+    if progress.step == plan.steps:  # stopped between the last step and the saving of what was trained
+        _finish(run, members, progress)
+        return
+    if config.activations is None:
+        say(f"Filling the shuffle buffer with the activations of {config.buffer_tokens:,} tokens.")
+    filling = perf_counter()
+    stream = iter(source.batches(progress.stream))
+    first = next(stream)  # text, model and activations are known to work before anything is written
+    progress = replace(progress, seconds=progress.seconds + perf_counter() - filling)
+    if problem := _nothing_held_out(config):
+        say(f"Note: `kronsae eval` will find no text of its own: {problem}")
+    write_json(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
+    with (
+        _sinks(run, plan, progress, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb) as sinks,
+        _stop_on_interrupt() as should_stop,
+    ):
+        batches = itertools.chain([first], stream)
+        progress = fit(members, batches, config.loop, sinks, run.folder / "checkpoint", progress, should_stop)
+    if progress.step < plan.steps:
+        raise Interrupted(
+            f"stopped after {progress.tokens:,} of {plan.tokens:,} tokens; the state is saved in {run.folder}. "
+            "Give the same command again to carry on."
+        )
+    _finish(run, members, progress)
+    say(
+        f"Trained on {progress.tokens:,} tokens in {progress.seconds:.0f} s: "
+        f"{progress.tokens / progress.seconds:,.0f} tokens/s for {len(members)} SAE(s)."
+    )
+
+
+class Interrupted(UserError):
+    """The person stopped the training; nothing is lost."""
+
+    exit_status = 130  # what a shell reports of a process ended by Ctrl-C
+
+
+def check_folder(run: Run, config: RunConfig) -> None:
+    """Refuse a folder that holds something else than this very run."""
+    if not run.finished:  # a finished one is only read
+        check_folder_place(run.folder)
+    if not run.folder.exists():
+        return
+    if not (run.folder / "run.json").exists():
+        if any(not path.name.startswith(".") for path in run.folder.iterdir()):
+            raise UserError(f"out must be a new or empty folder or a run; {run.folder} holds other files.")
+        return
+    changed = differences(run._about["config"], to_dict(config))
+    if changed:
+        raise UserError(
+            f"{run.folder} already holds a different run ({'; '.join(changed[:3])}"
+            f"{f'; and {len(changed) - 3} more' if len(changed) > 3 else ''}). Choose another --out, or remove it."
+        )
+
+
+def _finish(run: Run, members: Sequence[Member], progress: Progress) -> None:
+    tokens = {member.name: member.steps * run.config.loop.batch_tokens for member in members}
+    for member in members:
+        scales = {what: of.scale_H.tolist() for what, of in member.normalizations.items()}
+        about = sae_metadata(run.config, member.config, tokens[member.name]) | {"training_scales": scales}
+        checkpoint.save(member.finished_sae(), run.folder / "saes" / member.name, about)
+    seconds = {member.name: member.seconds for member in members}
+    learned = {member.name: getattr(member.sae.encoder, "gate_exponent", None) for member in members}
+    exponents = {name: exponent for name, exponent in learned.items() if exponent is not None}
+    write_json(
+        run.folder / "training.json",
+        {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds}
+        | {"sae_tokens": tokens, "sae_seconds": seconds}
+        | ({"gate_exponents": exponents} if exponents else {}),
+    )
+    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
+
+
+def _nothing_held_out(config: RunConfig) -> str:
+    """Why the text leaves nothing to evaluate on, or ``""``; of harvested activations the text is not asked."""
+    if config.activations is not None:
+        return ""
+    held_out = TextStream(config.text, held_out=True, held_out_share=config.held_out_share, repeat=False)
+    try:
+        next(iter(held_out))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[str, Any]:
+    """Where an SAE belongs and on how many tokens it was trained: kept in its ``cfg.json``."""
+    return {
+        "model_name": config.model.name,
+        "model_revision": config.model.revision,
+        "hook_name": member.reads(config.hook)[0],
+        "hooks_read": list(member.reads(config.hook)),
+        "hooks_written": list(member.writes(config.hook)),
+        "context_length": config.context_length,
+        "text": to_dict(config.text),
+        "tokens": tokens,
+        "trained_as": member.shape(1, config.hook).architecture,  # BatchTopK, say, where JumpReLU is saved
+        "training": to_dict(member),
+    }
+
+
+def _known_options(options: dict[str, Any]) -> dict[str, Any]:
+    known = {"activations", "context_length", "model_batch", "buffer_tokens", "eval_tokens", "held_out_share", "seed"}
+    for name in options:
+        if name not in known:
+            raise UserError(f"'{name}' is not an argument of train.{nearest(name, known)}")
+    return options
+
+
+@contextmanager
+def _sinks(
+    run: Run, plan: Plan, progress: Progress, *, show_progress: bool, tensorboard: bool, wandb: str | None
+) -> Iterator[list[Sink]]:
+    sinks: list[Sink] = [JsonlSink(run.folder / "metrics.jsonl", after_step=progress.step)]
+    try:
+        if tensorboard:
+            sinks.append(TensorBoardSink(run.folder / "tensorboard", after_tokens=progress.tokens))
+        if wandb is not None:
+            sinks.append(WandbSink(wandb, run.folder, to_dict(run.config)))
+        if show_progress:
+            sinks.append(DisplaySink(plan.tokens, progress.tokens))
+        yield sinks
+    finally:
+        for sink in reversed(sinks):
+            sink.close()
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """While inside, a first Ctrl-C asks the loop to stop after its step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def with_overrides(
+    config: RunConfig,
+    *,
+    model: str | None = None,
+    text: str | None = None,
+    hook: str | None = None,
+    tokens: int | None = None,
+    flops: float | None = None,
+    same_flops_as: str | None = None,
+    seed: int | None = None,
+    saes: Sequence[MemberConfig] = (),
+) -> RunConfig:
+    """A recipe with some of its parts replaced; None and no SAEs leave the recipe's.
+
+    Tokens replace a budget in FLOPs, and the other way round.
+    """
+    if model is not None:
+        config = replace(config, model=replace(config.model, name=model, revision=None))
+    if text is not None:
+        config = replace(config, text=TextConfig(source=text))
+    if hook is not None:
+        config = replace(config, hook=hook)
+    if seed is not None:
+        members = tuple(replace(member, seed=seed) for member in config.saes)
+        config = replace(config, seed=seed, saes=members)
+    loop = config.loop
+    if tokens is not None or flops is not None:
+        loop = replace(loop, tokens=tokens, flops=flops, same_flops_as=None if tokens is None else loop.same_flops_as)
+    if same_flops_as is not None:
+        loop = replace(loop, same_flops_as=same_flops_as)
+    return replace(config, loop=loop, saes=tuple(saes) or config.saes)

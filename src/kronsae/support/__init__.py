@@ -1,0 +1,1 @@
+"""Small modules without a room's knowledge, which every room may import."""

@@ -1,0 +1,131 @@
+"""Configs are frozen dataclasses; this module turns them into JSON and back, strictly.
+
+A dataclass that stands in a union carries a ``kind: ClassVar[str]``, written beside its fields, so that reading
+knows which one is meant. An unknown key, a missing key or a value of the wrong type raises `UserError` and
+names the key, its place and the nearest known one: nothing given is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from kronsae.support.errors import UserError, nearest
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any, *, derived: bool = True) -> dict[str, Any]:
+    """Return ``config`` (a dataclass, nested ones included) as plain JSON values.
+
+    Args:
+        config: the dataclass.
+        derived: also what follows from the other fields (``field(init=False)``, such as a Kronecker encoder's d_sae).
+            It is there for readers; without it the others can be changed one by one.
+    """
+    tag = {"kind": config.kind} if hasattr(config, "kind") else {}
+    fields = [field.name for field in dataclasses.fields(config) if derived or field.init]
+    return tag | {name: _plain(getattr(config, name), derived) for name in fields}
+
+
+def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
+    """Build ``cls`` from what `to_dict` wrote; ``where`` names the place in messages.
+
+    Raises:
+        UserError: not a mapping, unknown or missing key, wrong type, or whatever ``cls`` itself refuses.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} must be a mapping of {cls.__name__} fields; got {data!r}.")
+    values = dict(data)
+    kind = values.pop("kind", None)
+    if kind != getattr(cls, "kind", None):
+        raise UserError(f"{where}.kind must be {getattr(cls, 'kind', None)!r}; got {kind!r}.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
+    for name in values:
+        if name not in fields:
+            raise UserError(
+                f"{where}.{name} is not a known key of {cls.__name__}.{nearest(str(name), fields)} "
+                f"Known keys: {', '.join(fields)}."
+            )
+    for name, field in fields.items():
+        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in values and no_default:
+            raise UserError(f"{where}.{name} is missing; {cls.__name__} needs it.")
+    return cls(**{name: checked(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Return ``"place: old -> new"`` for each leaf in which two results of `to_dict` differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    both_lists = isinstance(old, list) and isinstance(new, list)
+    if both_lists and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{where}[{i}]")]
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+
+
+def _plain(value: Any, derived: bool) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value, derived=derived)
+    if isinstance(value, tuple | list):
+        return [_plain(item, derived) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, derived) for key, item in value.items()}
+    return value
+
+
+def checked(hint: Any, value: Any, where: str) -> Any:
+    """Return ``value``, read from JSON, as the type ``hint`` asks for; ``where`` names the place in messages.
+
+    Raises:
+        UserError: it is of another type, or nested in it is something that `from_dict` refuses.
+    """
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _union_value(get_args(hint), value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value, where)
+    if origin is tuple and len(get_args(hint)) == 2 and get_args(hint)[1] is Ellipsis:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise UserError(f"{where} must be a list; got {value!r}.")
+        return tuple(checked(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is typing.Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{where} must be one of {', '.join(map(repr, get_args(hint)))}; got {value!r}.")
+        return value
+    return _scalar(hint, value, where)
+
+
+def _union_value(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    tagged = {option.kind: option for option in options if hasattr(option, "kind")}
+    if tagged:
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        if not isinstance(kind, str) or kind not in tagged:
+            known = ", ".join(map(repr, tagged))
+            raise UserError(f"{where}.kind must be one of {known}; got {kind!r}.{nearest(str(kind), tagged)}")
+        return from_dict(tagged[kind], value, where)
+    problems = []
+    for option in options:
+        try:
+            return checked(option, value, where)
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError(problems[0])
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    right = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not right:
+        raise UserError(f"{where} must be {hint.__name__}; got {value!r}.")
+    return value

@@ -1,0 +1,153 @@
+"""Writing files so that a reader sees either the old one or the new one, and so that no two write to one folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kronsae.support.errors import UserError
+
+LOCK_FILE = ".lock"
+
+
+def check_folder_place(folder: Path, argument: str = "out") -> None:
+    """Refuse a path at which no folder can be made or written to; what the folder holds is not looked at."""
+    if folder.is_dir():
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{argument} must be a folder that can be written to; {folder} can not. Name another one.")
+    elif folder.exists():
+        raise UserError(f"{argument} must be a folder; {folder} is a file. Name another one.")
+    else:
+        above = next(path for path in folder.absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(
+                f"{argument} must be a folder that can be made; {folder} can not, in {above}. Name another."
+            )
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is flushed to disk and takes ``path``'s place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` atomically as UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_marked(path: Path, start: str, end: str, text: str) -> None:
+    """Put ``text`` in the place of what stands between two marks of a text file; all else stays.
+
+    Raises:
+        UserError: a mark is missing.
+    """
+    before, found_start, rest = path.read_text(encoding="utf-8").partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise UserError(f"{path} must hold the marks '{start}' and '{end}', one after the other. Put them back.")
+    write_text(path, f"{before}{start}\n{text}\n{end}{after}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` atomically as indented JSON; NaN and Inf are refused, since JSON has neither."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows that share their keys atomically, under a heading of these keys."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read JSON; a missing or damaged file is a `UserError` that says ``what`` the file was for."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what}: {path} does not exist.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{what}: {path} cannot be read as JSON ({error}).") from None
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and be the only one inside this for it until the end.
+
+    The end of a process, however it comes, ends its hold. What was made and holds nothing at the end is removed. Where
+    the system has no locks (Windows, some network drives), nobody is kept out.
+
+    Raises:
+        UserError: another one is inside.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    handle = _lock(folder / LOCK_FILE)
+    try:
+        yield
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+
+
+def _lock(path: Path) -> int | None:
+    """An open file with the lock; None where there are no locks."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            return None
+        import fcntl
+
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the folder was removed again by the one who was inside
+            continue
+        except PermissionError:  # left behind by another person
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"out must be a folder that nobody else writes to; another kronsae is at work in {path.parent}. "
+                "Wait for its end, or name another one."
+            ) from None
+        except OSError:
+            os.close(handle)
+            return None
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+        os.close(handle)  # of a file that was removed between opening and locking
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

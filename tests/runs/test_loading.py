@@ -1,0 +1,127 @@
+"""A saved SAE is found wherever it lies, and where there is none that is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tests.tiny_models import WIDTH
+
+import kronsae as ks
+from kronsae.core.sae import SAE
+from kronsae.support.errors import UserError
+from kronsae.runs.run import Run
+
+
+def same(one: SAE, other: SAE) -> bool:
+    """Equal weights, hence equal outputs."""
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == other_name and torch.equal(value, mine) for (name, value), (other_name, mine) in pairs)
+
+
+def test_from_a_run(finished_run: Run) -> None:
+    for name in ("topk", "kron"):
+        sae = ks.load(finished_run.folder, name)
+        assert same(sae, finished_run.load(name))
+        assert same(sae, ks.load(str(finished_run.folder), name))
+    assert ks.load(finished_run.folder, "kron").config.architecture == "kronecker-topk"
+    assert ks.load(finished_run.folder, "topk").d_in == WIDTH
+
+
+def test_from_a_folder_of_its_own(finished_run: Run) -> None:
+    folder = finished_run.folder / "saes" / "kron"
+    assert same(ks.load(folder), finished_run.load("kron"))
+    assert same(ks.load(folder, "kron"), finished_run.load("kron"))
+    with pytest.raises(UserError) as caught:
+        ks.load(folder, "topk")
+    assert str(caught.value) == f"{folder} holds one SAE, not a run; leave name out (got 'topk')."
+
+
+def test_what_was_saved_alone(tmp_path: Path) -> None:
+    sae = ks.kron(num_heads=2, d_base=2, d_extension=2, k=2).shape(4).build(seed=3)
+    ks.save(sae, tmp_path / "mine")
+    assert same(ks.load(tmp_path / "mine"), sae)
+
+
+def test_the_name_may_be_left_out_where_there_is_one(finished_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished_run.folder / "saes" / "kron", tmp_path / "saes" / "kron")
+    assert same(ks.load(tmp_path), finished_run.load("kron"))
+
+
+@pytest.mark.parametrize(
+    ("name", "got"), [(None, "None."), ("korn", "'korn'. Did you mean 'kron'?"), ("../kron", "'../kron'. Did you mean")]
+)
+def test_a_name_that_is_none(name: str | None, got: str, finished_run: Run) -> None:
+    with pytest.raises(UserError) as caught:
+        ks.load(finished_run.folder, name)
+    assert str(caught.value).startswith(f"name must be one of kron, topk for {finished_run.folder}; got {got}")
+
+
+def test_a_folder_without_an_sae(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        ks.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path} holds no SAE: neither cfg.json nor a finished run's saes/ folder."
+
+
+@pytest.mark.parametrize("source", ["/no/such/run", "./run", "run", "a/b/c", "~/run"])
+def test_no_folder(source: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ks.load(source)
+    assert str(caught.value) == (
+        f"there is no folder {source}, and it is no Hub name (user/repo) either. Check the path."
+    )
+
+
+def test_a_damaged_sae(finished_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished_run.folder / "saes", tmp_path / "saes")
+    (tmp_path / "saes" / "kron" / "sae_weights.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"is damaged .*\. Save or download it again\.$"):
+        ks.load(tmp_path, "kron")
+    config = tmp_path / "saes" / "topk" / "cfg.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match=r"has format 99; this version reads format 1\."):
+        ks.load(tmp_path, "topk")
+
+
+class TestHub:
+    def test_both_layouts(self, finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[str, Any]] = []
+        layouts = {"user/run": finished_run.folder, "user/one": finished_run.folder / "saes" / "topk"}
+
+        def download(repository: str, allow_patterns: Any) -> str:
+            asked.append((repository, allow_patterns))
+            return str(layouts[repository])
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        assert same(ks.load("user/run", "kron"), finished_run.load("kron"))
+        assert same(ks.load("user/one"), finished_run.load("topk"))
+        assert asked == [(name, ["*.json", "*.safetensors"]) for name in ("user/run", "user/one")]
+
+    def test_a_local_folder_comes_first(
+        self, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(finished_run.folder, tmp_path / "runs" / "whole")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+        assert same(ks.load("runs/whole", "kron"), finished_run.load("kron"))
+
+    def test_no_network(self) -> None:
+        with pytest.raises(UserError) as caught:
+            ks.load("user/repo")
+        assert str(caught.value) == (
+            "'user/repo' is no local folder and could not be had from the Hugging Face Hub (LocalEntryNotFoundError). "
+            "Check the name, the network and your access."
+        )
+        assert isinstance(caught.value.__context__, LocalEntryNotFoundError)
+
+    def test_a_name_that_the_hub_cannot_have(self) -> None:
+        with pytest.raises(
+            UserError, match=r"^'us er/repo' is no local folder and could not be had .*HFValidationError"
+        ):
+            ks.load("us er/repo")

@@ -1,0 +1,188 @@
+"""A run that is stopped, killed or broken off, and carried on with the same bits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.stopping import ctrl_c, go, interrupt_at
+from tests.tiny_runs import STEPS, assert_same_run, listing
+
+from kronsae.runs import run as run_module
+from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
+from kronsae.runs.run import Interrupted, Run, open_run
+from kronsae.runs.config import RunConfig
+
+
+class TestResume:
+    def test_stopped_after_every_step(
+        self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ctrl-C in each of the 20 steps: 19 stops, 20 beginnings, the same bits."""
+        for step in range(STEPS - 1):
+            with monkeypatch.context() as patch:
+                interrupt_at(patch, step, ctrl_c)
+                with pytest.raises(Interrupted) as caught:
+                    go(config, tmp_path / "r")
+            assert str(caught.value) == (
+                f"stopped after {64 * (step + 1):,} of {64 * STEPS:,} tokens; the state is saved in {tmp_path / 'r'}. "
+                "Give the same command again to carry on."
+            )
+            assert listing(tmp_path / "r" / "checkpoint") == [
+                f"step-{step + 1:08d}",
+                f"step-{step + 1:08d}/progress.json",
+                f"step-{step + 1:08d}/state.safetensors",
+            ]
+        assert_same_run(finished_run, go(config, tmp_path / "r"))
+        assert not (tmp_path / "r" / "checkpoint").exists()
+
+    @pytest.mark.parametrize("step", [2, 11])
+    def test_broken_off_between_checkpoints(
+        self, step: int, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was done since the last checkpoint (or the beginning) is done again."""
+
+        def fail() -> None:
+            raise RuntimeError("the lights went out")
+
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step, fail)
+            with pytest.raises(RuntimeError):
+                go(config, tmp_path / "r")
+        said: list[str] = []
+        resumed = go(config, tmp_path / "r", say=said.append)
+        expected = ["Carrying on after 640 of 1,280 tokens."] if step == 11 else []
+        assert [line for line in said if line.startswith("Carrying on")] == expected
+        assert_same_run(finished_run, resumed)
+
+    def test_ctrl_c_twice_stops_at_once(
+        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        outside = signal.getsignal(signal.SIGINT)  # ignored where the tests themselves run in the background
+        handler = signal.default_int_handler
+        signal.signal(signal.SIGINT, handler)
+
+        def twice() -> None:
+            ctrl_c()
+            while signal.getsignal(signal.SIGINT) is not handler:  # the first is dealt with: two at once are but one
+                pass
+            ctrl_c()
+
+        interrupt_at(monkeypatch, 3, twice)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                go(config, tmp_path / "r")
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, outside)
+
+    def test_stopped_after_the_last_step_before_the_saes_are_saved(
+        self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "write_json", fail_at("training.json"))
+            with pytest.raises(KeyboardInterrupt):
+                go(config, tmp_path / "r")
+        with pytest.raises(
+            UserError, match=r"is not finished. Give the command that started it again: it carries on.$"
+        ):
+            open_run(tmp_path / "r").load("kron")
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "fit", fail)  # nothing is left to train
+            finished = go(config, tmp_path / "r")
+        assert_same_run(finished_run, finished)
+        assert not (tmp_path / "r" / "checkpoint").exists()
+
+    def test_killed_in_training_and_again_while_it_saves(
+        self, finished_run: Run, config: RunConfig, tmp_path: Path
+    ) -> None:
+        """SIGKILL in step 9, then another one in the middle of writing the checkpoint of step 15."""
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+        script = tmp_path / "killed.py"
+        script.write_text(KILLED, encoding="utf-8")
+        command = [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path / "r")]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        inside = listing(tmp_path / "r" / "checkpoint")
+        assert [name for name in inside if name.startswith("step-") and "/" not in name] == ["step-00000010"]
+        assert any(name.startswith(".partial-00000015") for name in inside)
+        assert_same_run(finished_run, go(config, tmp_path / "r"))
+
+    def test_the_seconds_add_up(self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 9, ctrl_c)
+            with pytest.raises(Interrupted):
+                go(config, tmp_path / "r")
+        seconds = [row["seconds"] for row in go(config, tmp_path / "r").metrics()]
+        assert seconds == sorted(seconds)
+
+    def test_a_damaged_checkpoint_is_told(
+        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 6, ctrl_c)
+            with pytest.raises(Interrupted):
+                go(config, tmp_path / "r")
+        (path,) = (tmp_path / "r" / "checkpoint").glob("*/state.safetensors")
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(
+            UserError, match=r"^the checkpoint .* is damaged .* Remove the run folder and start again.$"
+        ):
+            go(config, tmp_path / "r")
+
+
+def fail_at(name: str) -> Callable[[Path, Any], None]:
+    """A ``write_json`` that stops before it writes the file of that name."""
+    from kronsae.support.files import write_json
+
+    def write(path: Path, value: Any) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    return write
+
+
+# One process start for both kills: the first one befalls a child, forked before a thread was started.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from kronsae.support.config import from_dict
+from kronsae.runs.run import execute
+from kronsae.runs.config import RunConfig
+from kronsae.training import state
+from kronsae.training.member import Member
+
+config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
+out = Path(sys.argv[2])
+if os.fork() == 0:
+    step = Member.step
+    def killed(self, x, number, want):
+        if number == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, x, number, want)
+    Member.step = killed
+    execute(config, out, show_progress=False)
+_, status = os.wait()
+assert os.WTERMSIG(status) == signal.SIGKILL
+assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-00000005"]
+
+write_json = state.write_json
+def killed_while_writing(path, value):
+    if value["step"] == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_json(path, value)
+state.write_json = killed_while_writing
+execute(config, out, show_progress=False)
+"""
