@@ -31,7 +31,7 @@ from study_parts import (
 from kronsae.eval.token_rule import TokenRuleConfig
 from kronsae.measures import interaction, latents, probing, token_rule
 from kronsae.measures.latents import LatentsConfig
-from kronsae.measures.material import kept_results
+from kronsae.report.measurements import kept_results
 from kronsae.runs import recipes
 from kronsae.runs.architectures import matryoshka
 from kronsae.runs.config import RunConfig
@@ -88,7 +88,7 @@ def run_seed(seed: int, out: Path, tokens: int) -> dict[str, Any]:
 
 def _commit(run: Run, name: str) -> str:
     """What a measurement was made with: one that is kept is not made again."""
-    kept, _ = kept_results(run)
+    kept, _ = kept_results(run.folder)
     return str(kept[name.replace("_", "-")]["provenance"]["commit"])
 
 

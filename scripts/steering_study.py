@@ -20,7 +20,7 @@ from study_parts import END, EV_TOKENS, RESULTS, ROOT, made_with, markdown_rows,
 from kronsae.data.tokens import special_frame
 from kronsae.interventions.intervene import Intervention, steer
 from kronsae.interventions.steering import STRENGTH, continuations, mean_activation_norm
-from kronsae.measures.material import Material
+from kronsae.runs.loaded import LoadedRun
 from kronsae.runs.run import Run
 from kronsae.support.files import read_json, write_json, write_marked
 from kronsae.support.provenance import provenance
@@ -39,29 +39,29 @@ def run_seed(seed: int, out: Path) -> list[dict[str, Any]]:
     """Every SAE at every strength."""
     run = trained(dictionary_study.config(seed, dictionary_study.TOKENS), out / f"seed-{seed}")
     run.compare(EV_TOKENS)  # says which latents live
-    material = Material(run)
-    norm = mean_activation_norm(material.source, run.config.hook)
+    loaded = LoadedRun(run)
+    norm = mean_activation_norm(loaded.source, run.config.hook)
     return [
         {
             "seed": seed,
             "sae": name,
             "strength": strength,
             "norm": norm,
-            **steered(material, name, strength * norm, seed),
+            **steered(loaded, name, strength * norm, seed),
         }
         for name in SAES
         for strength in STRENGTHS
     ]
 
 
-def steered(material: Material, name: str, amount: float, seed: int) -> dict[str, float]:
+def steered(loaded: LoadedRun, name: str, amount: float, seed: int) -> dict[str, float]:
     """The share of texts that change, and the share of different tokens in them, steered and as they are."""
-    model, sae = material.language_model, material.saes[name]
+    model, sae = loaded.language_model, loaded.saes[name]
     after_prefix = slice(len(special_frame(model.tokenizer)[0]), None)
     changed, different, plain = [], [], []
-    for latent in living(material.run, name, seed):
+    for latent in living(loaded.run, name, seed):
         change = steer(latent, amount / float(sae.W_dec[latent].detach().norm()))
-        site = Intervention(sae=sae, hook=material.run.config.hook, changes=[change], positions=after_prefix)
+        site = Intervention(sae=sae, hook=loaded.run.config.hook, changes=[change], positions=after_prefix)
         for one in continuations(model, PROMPTS, site, new_tokens=NEW_TOKENS):
             changed.append(one.plain != one.changed)
             different.append(share_of_different(model.tokenizer, one.changed))

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from kronsae.measures.material import Material
 from kronsae.report.sweeps import divergences, mean_table, summaries
+from kronsae.runs.loaded import LoadedRun
 from kronsae.runs.run import open_run
 from kronsae.support.files import write_csv, write_marked
 from kronsae.sweeps.grid import points, sweep_config
@@ -53,12 +53,10 @@ def run(study: str) -> None:
 @torch.no_grad()
 def l0_on_training_text(folder: Path) -> dict[str, float]:
     """Of the SAEs of a run that choose by thresholds, which training sets; TopK keeps k on any text."""
-    material = Material(open_run(folder))
-    free = {name: sae for name, sae in material.saes.items() if sae.config.sparsifier.kind != "topk"}
+    loaded = LoadedRun(open_run(folder))
+    free = {name: sae for name, sae in loaded.saes.items() if sae.config.sparsifier.kind != "topk"}
     active, tokens = dict.fromkeys(free, 0), 0
-    for _, x_ND in material.activations(
-        material.windows(material.run.config.eval_tokens, held_out=False) if free else []
-    ):
+    for _, x_ND in loaded.activations(loaded.windows(loaded.run.config.eval_tokens, held_out=False) if free else []):
         tokens += len(x_ND)
         for name, sae in free.items():
             active[name] += int(sae.encode(x_ND).active.sum())

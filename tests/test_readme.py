@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from kronsae.cli.main import app
-from kronsae.measures.verbs import VERBS
+from kronsae.report.measurements import MEASUREMENTS
 from kronsae.sweeps.grid import points, sweep_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_the_commands_are_those_there_are() -> None:
 
 def test_the_measurements_are_those_there_are() -> None:
     named = re.findall(r"^\| \[`([\w-]+)`\]\(docs/measurements/", README, flags=re.MULTILINE)
-    assert sorted(named) == sorted(VERBS)
+    assert sorted(named) == sorted(MEASUREMENTS)
 
 
 def test_the_grid_file_can_be_read(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from tests.interventions.test_intervene import make_sae
 from tests.tiny_runs import tiny_config
 from typer.testing import CliRunner
 
+from kronsae.cli.steer import app
 from kronsae.data.model import LanguageModel, ModelConfig, load_model
 from kronsae.interventions.intervene import Intervention, ablate, clamp, scale, steer
 from kronsae.interventions.steering import (
     STRENGTH,
     Continuation,
-    app,
     changes_of,
     continuations,
     generate,
@@ -166,7 +166,7 @@ def test_each_sae_is_steered_at_its_own_hook(
         used.extend(found)
         return []
 
-    monkeypatch.setattr("kronsae.interventions.steering.continuations", spy)
+    monkeypatch.setattr("kronsae.cli.steer.continuations", spy)
     told = json.loads(CliRunner().invoke(app, [*words, "--sae", "deep", "--json"]).stdout)
     assert told["hook"] == used[0].hook == "layers.1"
     assert config.hook == "layers.2"

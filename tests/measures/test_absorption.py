@@ -19,9 +19,10 @@ from kronsae.cli.main import app
 from kronsae.data.corpus import Document
 from kronsae.measures import tasks
 from kronsae.measures.absorption import AbsorptionSettings, measure
-from kronsae.measures.material import Material, kept_results
 from kronsae.measures.tasks import read_labelled
+from kronsae.report.measurements import kept_results
 from kronsae.report.sections import sections
+from kronsae.runs.loaded import LoadedRun
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
 
@@ -58,7 +59,7 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     again = measure(finished_run, AbsorptionSettings(labels=labels), say=said.append)
     assert again == result
     assert said == ["Already measured with these settings."]
-    kept = {"absorption": kept_results(finished_run)[0]["absorption"]}
+    kept = {"absorption": kept_results(finished_run.folder)[0]["absorption"]}
     [section] = sections(kept, finished_run.names)
     assert [row.name for row in section.tables[0][1].rows] == finished_run.names
     assert [row.name for row in section.tables[1][1].rows] == ["act", "animal", "how"]
@@ -99,9 +100,9 @@ def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_p
 def test_a_damaged_cache_is_told_and_computed_anew(
     finished_run: Run, labels: Path, tmp_path: Path, damage: str
 ) -> None:
-    material = Material(finished_run)
-    task = tasks.build_task(material, "labels", labels=labels, windows=2000, place="last", seed=0)
-    x_ED, was_known = tasks.example_activations(material, task, tmp_path)
+    loaded = LoadedRun(finished_run)
+    task = tasks.build_task(loaded, "labels", labels=labels, windows=2000, place="last", seed=0)
+    x_ED, was_known = tasks.example_activations(loaded, task, tmp_path)
     assert not was_known
     [path] = tmp_path.iterdir()
     if damage in ("cut", "empty"):
@@ -110,11 +111,11 @@ def test_a_damaged_cache_is_told_and_computed_anew(
         wrong = {"other": {"y": x_ED}, "shape": {"x_ED": x_ED[1:]}, "nan": {"x_ED": x_ED * torch.nan}}[damage]
         save_file({name: tensor.contiguous() for name, tensor in wrong.items()}, path)
     said: list[str] = []
-    again, was_known = tasks.example_activations(material, task, tmp_path, say=said.append)
+    again, was_known = tasks.example_activations(loaded, task, tmp_path, say=said.append)
     assert not was_known
     assert torch.equal(again, x_ED)
     assert said == [f"The kept activations in {path} are damaged; they are computed anew."]
-    again, was_known = tasks.example_activations(material, task, tmp_path)
+    again, was_known = tasks.example_activations(loaded, task, tmp_path)
     assert was_known
     assert torch.equal(again, x_ED)
 
@@ -218,13 +219,13 @@ def test_the_task_labels_needs_a_file(finished_run: Run) -> None:
 def test_names_in_code_are_a_task(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Learnt from training documents, scored on held-out ones; each name at its last token."""
 
-    def of_library(material: Material, *, held_out: bool, number: int) -> list[Document]:
+    def of_library(loaded: LoadedRun, *, held_out: bool, number: int) -> list[Document]:
         modules = (json.decoder, argparse) if held_out else (json.encoder, textwrap, ast, dataclasses)
         return [Document(id=module.__name__, text=inspect.getsource(module)) for module in modules]
 
     monkeypatch.setattr(tasks, "documents", of_library)
-    material = Material(finished_run)
-    task = tasks.build_task(material, "roles", labels=None, windows=4000, place="last", seed=0)
+    loaded = LoadedRun(finished_run)
+    task = tasks.build_task(loaded, "roles", labels=None, windows=4000, place="last", seed=0)
     assert {"keyword", "function name", "parameter", "attribute", "docstring word"} <= set(task.classes)
     words: dict[str, set[str]] = {name: set() for name in task.classes}
     for label, word in zip(task.labels_E.tolist(), task.words, strict=True):
@@ -233,7 +234,7 @@ def test_names_in_code_are_a_task(finished_run: Run, monkeypatch: pytest.MonkeyP
     assert "JSONEncoder" not in words["function name"]
     assert "self" in words["parameter"]
     assert 0 < int(task.held_out_E.sum()) < len(task.words)
-    assert tasks.default_task(material) == "first-letter"
+    assert tasks.default_task(loaded) == "first-letter"
 
 
 def test_the_kept_comparison_with_saebench_agrees() -> None:

@@ -20,10 +20,11 @@ from kronsae.cli.main import app
 from kronsae.eval.autointerp import AutointerpConfig
 from kronsae.measures.autointerp import Asking, AutointerpResult, Unanswered, measure
 from kronsae.measures.latent_sample import count_activations, draw_latents, find_firings, pick_saes
-from kronsae.measures.material import Material, kept_results
+from kronsae.report.measurements import kept_results
 from kronsae.report.section import Section
 from kronsae.report.sections import sections
 from kronsae.runs.evaluation import write_report
+from kronsae.runs.loaded import LoadedRun
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
 
@@ -87,13 +88,13 @@ def test_the_same_again_is_known_and_the_same_elsewhere_is_the_same(run: Run, tm
 
 def test_the_examples_are_where_the_latent_is_active(run: Run) -> None:
     """Against activations written out densely."""
-    material = Material(run)
-    saes, windows = pick_saes(material, ()), material.windows(2000)
-    counts = count_activations(material, saes, windows)
+    loaded = LoadedRun(run)
+    saes, windows = pick_saes(loaded, ()), loaded.windows(2000)
+    counts = count_activations(loaded, saes, windows)
     chosen = {name: draw_latents(counts[name], 3, at_least=20, seed=1) for name in saes}
-    text, firings = find_firings(material, saes, windows, chosen)
+    text, firings = find_firings(loaded, saes, windows, chosen)
     for name, sae in saes.items():
-        dense = torch.cat([sae.encode(x).to_dense() for _, x in material.activations(windows)])
+        dense = torch.cat([sae.encode(x).to_dense() for _, x in loaded.activations(windows)])
         assert counts[name].tolist() == (dense > 0).sum(0).tolist()
         for latent in chosen[name]:
             where = dense[:, latent] > 0
@@ -128,7 +129,7 @@ def test_stopped_at_a_bound_it_goes_on_without_paying_twice(run: Run) -> None:
         assert len(stub.requests) == total
         answered = len(files(run))
         assert 0 < answered < total
-        assert "autointerp" not in kept_results(run)[0]
+        assert "autointerp" not in kept_results(run.folder)[0]
         interpreted(run, stub, asking=first)
         assert len(stub.requests) == total + (total - answered)
     assert len(files(run)) == total
@@ -193,7 +194,7 @@ def test_failures_are_told_kept_and_made_good_later(run: Run) -> None:
 
 
 def section_of(run: Run) -> Section:
-    return next(one for one in sections(kept_results(run)[0], run.names) if one.key == "autointerp")
+    return next(one for one in sections(kept_results(run.folder)[0], run.names) if one.key == "autointerp")
 
 
 def test_the_page_escapes_what_the_language_model_says(run: Run) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from kronsae.cli.main import app
 from kronsae.measures.interaction import InteractionConfig, measure, not_applicable, random_twin
-from kronsae.measures.material import kept_results, result_path
+from kronsae.report.measurements import kept_results, result_path
 from kronsae.report.sections import sections
 from kronsae.runs.architectures import switch
 from kronsae.runs.recipes import kron, topk
@@ -44,7 +44,7 @@ def test_a_run_is_measured_kept_and_known(run: Run) -> None:
     told: list[str] = []
     assert measure(run, CONFIG, say=told.append) == result
     assert told[0].startswith("Already measured")
-    result_path(run, "interaction").unlink()
+    result_path(run.folder, "interaction").unlink()
     assert measure(run, CONFIG) == result
     other = measure(run, replace(CONFIG, seed=1))["saes"]["kron"]
     assert other["sampled_heads"] != found["sampled_heads"]
@@ -53,7 +53,7 @@ def test_a_run_is_measured_kept_and_known(run: Run) -> None:
 
 def test_the_page_has_a_section_of_it(run: Run) -> None:
     measure(run, CONFIG)
-    (section,) = sections(kept_results(run)[0], run.names)
+    (section,) = sections(kept_results(run.folder)[0], run.names)
     assert section.key == "interaction"
     assert "topk: It does not apply to a dense encoder" in section.paragraphs[1]
     (_, table) = section.tables[0]

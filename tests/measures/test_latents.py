@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from kronsae.cli.main import app
 from kronsae.eval import latent_statistics
 from kronsae.measures.latents import LatentsConfig, measure
-from kronsae.measures.material import kept_results, result_path
+from kronsae.report.measurements import kept_results, result_path
 from kronsae.report.sections import sections
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
@@ -37,15 +37,15 @@ def test_a_run_is_measured_kept_and_known(run: Run) -> None:
     told: list[str] = []
     assert measure(run, CONFIG, say=told.append) == result
     assert told[0].startswith("Already measured")
-    before = result_path(run, "latents").read_bytes()
-    result_path(run, "latents").unlink()
+    before = result_path(run.folder, "latents").read_bytes()
+    result_path(run.folder, "latents").unlink()
     assert measure(run, CONFIG) == result  # the same seed, the same digits
     assert json.loads(before)["result"] == result
 
 
 def test_the_page_has_a_section_of_it(run: Run) -> None:
     measure(run, CONFIG)
-    (section,) = sections(kept_results(run)[0], run.names)
+    (section,) = sections(kept_results(run.folder)[0], run.names)
     assert section.key == "latents"
     assert len(section.paragraphs) == 3
     (_, table) = section.tables[0]

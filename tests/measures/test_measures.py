@@ -19,15 +19,23 @@ from safetensors.torch import load_file, save_file
 from tests.command_line import Outcome
 from typer.testing import CliRunner
 
+from kronsae import report
 from kronsae.cli.main import app
-from kronsae.measures.material import REVISIONS, Material, held_out_tokens, keep_result, kept_results, known_result
-from kronsae.measures.verbs import VERBS
 from kronsae.report.comparison import Cell, Table, TableRow
-from kronsae.report.sections import BUILDERS, sections
+from kronsae.report.measurements import (
+    MEASUREMENTS,
+    keep_result,
+    kept_results,
+    known_result,
+    module_name,
+    section_module,
+)
+from kronsae.report.sections import sections
 from kronsae.report.tables import rich_table
 from kronsae.runs.architectures import jumprelu
 from kronsae.runs.config import RunConfig
 from kronsae.runs.evaluation import write_report
+from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.runs.run import Run, execute
 from kronsae.support.errors import UserError
 
@@ -35,11 +43,11 @@ from kronsae.support.errors import UserError
 def test_the_group_lists_the_table_and_every_verb() -> None:
     told = CliRunner().invoke(app, ["eval", "--help"])
     assert told.exit_code == 0
-    for verb in ("table", *VERBS):
+    for verb in ("table", *MEASUREMENTS):
         assert f" {verb} " in told.output
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", MEASUREMENTS)
 def test_every_verb_is_a_command_with_json(verb: str) -> None:
     module = import_module(f"kronsae.measures.{verb.replace('-', '_')}")
     assert isinstance(module.app, typer.Typer)
@@ -58,7 +66,7 @@ def test_every_verb_is_a_command_with_json(verb: str) -> None:
     ],
 )
 def test_what_is_told_of_tokens_is_what_was_counted(counted: int, wanted: int, expected: str) -> None:
-    assert held_out_tokens(counted, wanted) == expected
+    assert describe_tokens(counted, wanted) == expected
 
 
 @pytest.mark.parametrize("verb", ["latents", "interaction"])
@@ -66,11 +74,11 @@ def test_what_is_told_of_tokens_is_what_was_counted(counted: int, wanted: int, e
 def test_the_tokens_told_are_those_of_the_result(run: Run, verb: str, wanted: int) -> None:
     told = CliRunner().invoke(app, ["eval", verb, str(run.folder), "--tokens", str(wanted), "--json"])
     assert told.exit_code == 0, told.output
-    assert held_out_tokens(json.loads(told.stdout)["tokens"], wanted) in told.stderr
+    assert describe_tokens(json.loads(told.stdout)["tokens"], wanted) in told.stderr
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("toy", "autointerp")])
+@pytest.mark.parametrize("verb", [verb for verb in MEASUREMENTS if verb not in ("toy", "autointerp")])
 def test_a_seed_no_generator_takes_is_refused(kronsae: Callable[..., Outcome], run: Run, verb: str, seed: int) -> None:
     told = kronsae("eval", verb, run.folder, "--seed", seed)
     assert told.status == 2
@@ -79,14 +87,14 @@ def test_a_seed_no_generator_takes_is_refused(kronsae: Callable[..., Outcome], r
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "1" * 5000])
 def test_a_damaged_result_is_told_with_a_remedy(run: Run, text: str) -> None:
-    path = keep_result(run, "latents", {"seed": 1}, {"value": 0.5})
+    path = keep_result(run.folder, "latents", {"seed": 1}, {"value": 0.5})
     path.write_text(text, encoding="utf-8")
-    for read in (lambda: known_result(run, "latents", {"seed": 1}), lambda: kept_results(run)):
+    for read in (lambda: known_result(run.folder, "latents", {"seed": 1}), lambda: kept_results(run.folder)):
         with pytest.raises(UserError, match=r"latents.json cannot be read as JSON .* Delete it, and measure again\."):
             read()
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", MEASUREMENTS)
 @pytest.mark.parametrize("kept", [{"settings": {}, "result": {}}, [1], {"settings": None, "result": {"saes": 3}}])
 def test_a_result_of_another_make_is_no_page(name: str, kept: Any) -> None:
     with pytest.raises(UserError, match=f"the kept result of '{name}' is not what this version writes") as refused:
@@ -130,14 +138,24 @@ def test_a_threshold_of_zero_is_a_sound_weight(config: RunConfig, tmp_path: Path
     weights = load_file(path)
     [name] = [name for name in weights if "threshold" in name]
     save_file(weights | {name: torch.full_like(weights[name], -torch.inf)}, path)
-    assert list(Material(run).saes) == ["jumprelu"]
+    assert list(LoadedRun(run).saes) == ["jumprelu"]
     save_file(weights | {name: torch.full_like(weights[name], torch.inf)}, path)
     with pytest.raises(UserError, match="threshold holds NaN or infinity"):
-        Material(run).saes  # noqa: B018
+        LoadedRun(run).saes  # noqa: B018
 
 
-def test_every_section_belongs_to_a_verb() -> None:
-    assert set(BUILDERS) <= set(VERBS)
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_every_measurement_has_a_verb_and_a_section_with_a_revision(name: str) -> None:
+    verb = import_module(f"kronsae.measures.{module_name(name)}")
+    assert name == verb.NAME
+    assert len(verb.app.registered_commands) == 1
+    assert section_module(name).REVISION >= 1
+    assert callable(section_module(name).section)
+
+
+def test_no_measurement_is_left_out_of_the_registry() -> None:
+    sections_there = {path.stem for path in Path(report.sections.__file__).parent.glob("*.py")} - {"__init__"}
+    assert sections_there == set(map(module_name, MEASUREMENTS))
 
 
 def test_a_misspelt_verb_is_told_from_a_folder() -> None:
@@ -145,27 +163,23 @@ def test_a_misspelt_verb_is_told_from_a_folder() -> None:
         CliRunner().invoke(app, ["eval", "tabel", "runs/x"], catch_exceptions=False, standalone_mode=False)
 
 
-def test_every_verb_has_a_revision() -> None:
-    assert set(REVISIONS) == set(VERBS)
-
-
 def test_a_result_of_another_revision_is_measured_anew_and_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(tmp_path)
-    keep_result(run, "toy", {"seed": 1}, {"value": 0.5})
-    assert kept_results(run)[1] == ()
-    monkeypatch.setitem(REVISIONS, "toy", 999)
-    assert known_result(run, "toy", {"seed": 1}) is None
-    assert kept_results(run) == ({}, ("toy",))
-    keep_result(run, "toy", {"seed": 1}, {"value": 0.6})
-    assert known_result(run, "toy", {"seed": 1}) == {"value": 0.6}
-    assert kept_results(run)[1] == ()
+    keep_result(run.folder, "toy", {"seed": 1}, {"value": 0.5})
+    assert kept_results(run.folder)[1] == ()
+    monkeypatch.setattr(section_module("toy"), "REVISION", 999)
+    assert known_result(run.folder, "toy", {"seed": 1}) is None
+    assert kept_results(run.folder) == ({}, ("toy",))
+    keep_result(run.folder, "toy", {"seed": 1}, {"value": 0.6})
+    assert known_result(run.folder, "toy", {"seed": 1}) == {"value": 0.6}
+    assert kept_results(run.folder)[1] == ()
 
 
 def test_the_report_says_what_it_leaves_out(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_result(finished_run, "toy", {}, {"nothing": "that a section could be made of"})
-    monkeypatch.setitem(REVISIONS, "toy", 999)
+    keep_result(finished_run.folder, "toy", {}, {"nothing": "that a section could be made of"})
+    monkeypatch.setattr(section_module("toy"), "REVISION", 999)
     told: list[str] = []
     page = write_report(finished_run, say=told.append).read_text("utf-8")
     assert [line for line in told if "toy" in line] == [
@@ -176,11 +190,11 @@ def test_the_report_says_what_it_leaves_out(finished_run: Run, monkeypatch: pyte
 
 def test_a_result_is_known_by_its_settings(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    assert known_result(run, "toy", {"seed": 1}) is None
-    keep_result(run, "toy", {"seed": 1}, {"value": 0.5})
-    assert known_result(run, "toy", {"seed": 1}) == {"value": 0.5}
-    assert known_result(run, "toy", {"seed": 2}) is None
-    [kept] = kept_results(run)[0].values()
+    assert known_result(run.folder, "toy", {"seed": 1}) is None
+    keep_result(run.folder, "toy", {"seed": 1}, {"value": 0.5})
+    assert known_result(run.folder, "toy", {"seed": 1}) == {"value": 0.5}
+    assert known_result(run.folder, "toy", {"seed": 2}) is None
+    [kept] = kept_results(run.folder)[0].values()
     assert kept["measure"] == "toy"
     assert kept["result"] == {"value": 0.5}
     assert kept["provenance"]["python"]

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kronsae.cli.main import app
-from kronsae.measures.material import kept_results
 from kronsae.measures.probing import ProbingSettings, measure
+from kronsae.report.measurements import kept_results
 from kronsae.report.sections import sections
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
@@ -47,7 +47,7 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     said: list[str] = []
     assert measure(finished_run, ProbingSettings(labels=labels), say=said.append) == result
     assert said == ["Already measured with these settings."]
-    [section] = sections({"probing": kept_results(finished_run)[0]["probing"]}, finished_run.names)
+    [section] = sections({"probing": kept_results(finished_run.folder)[0]["probing"]}, finished_run.names)
     first, recall, concepts = (table for _, table in section.tables)
     assert [row.name for row in first.rows] == finished_run.names
     assert len(recall.rows) == 5 * len(finished_run.names)

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from kronsae.cli.main import app
 from kronsae.eval.token_rule import TokenRuleConfig
-from kronsae.measures.material import kept_results
 from kronsae.measures.token_rule import measure
+from kronsae.report.measurements import kept_results
 from kronsae.report.sections import sections
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
@@ -54,7 +54,7 @@ def test_the_verb_and_the_section(run: Run) -> None:
     [figures] = json.loads(told.stdout)["saes"]
     table = CliRunner().invoke(app, [*words, "--sae", run.names[1]])
     assert f"{figures['auc']['mean']:.3f} ± {figures['auc']['std']:.3f}" in table.stdout
-    [section] = sections(kept_results(run)[0], run.names)
+    [section] = sections(kept_results(run.folder)[0], run.names)
     [(_, shown)] = section.tables
     assert shown.rows[0].name == run.names[1]
     assert shown.rows[0].series == 1

@@ -28,7 +28,8 @@ from kronsae.data.text import TextConfig
 from kronsae.support.errors import UserError
 from kronsae.support.files import only_writer
 from kronsae.runs.harvest import harvest, with_activations
-from kronsae.runs.run import Interrupted, Run, open_run, with_overrides
+from kronsae.runs.config import with_overrides
+from kronsae.runs.run import Interrupted, Run, open_run
 from kronsae.runs.config import RunConfig
 from kronsae.training.config import LoopConfig
 

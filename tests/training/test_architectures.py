@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae.cli.main import architecture
+from kronsae.cli.lists import architecture
 from kronsae.core import checkpoint
 from kronsae.core.losses import MatryoshkaConfig
 from kronsae.core.metrics import explained_variance

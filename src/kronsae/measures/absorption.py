@@ -95,15 +95,17 @@ def measure(
     from kronsae.eval.absorption import AbsorptionConfig, Examples, absorption, probe_classes
     from kronsae.eval.absorption.probes import ON_LATENTS
     from kronsae.eval.display import visible
-    from kronsae.measures.material import Material, keep_result, kept_per_token, known_result, part_of
     from kronsae.measures.tasks import TaskName, build_task, default_task, example_activations
+    from kronsae.report.measurements import keep_result, known_result
+    from kronsae.runs.loaded import LoadedRun, expected_l0
+    from kronsae.support.progress import progress_of_part
 
-    material = Material(run)
-    hook = material.hook
-    task_name = settings.task or ("labels" if settings.labels is not None else default_task(material))
+    loaded = LoadedRun(run)
+    hook = loaded.hook
+    task_name = settings.task or ("labels" if settings.labels is not None else default_task(loaded))
     assert task_name in get_args(TaskName)
     task = build_task(
-        material,
+        loaded,
         task_name,  # type: ignore[arg-type]
         labels=settings.labels,
         windows=WINDOWS[task_name] if settings.windows is None else settings.windows,
@@ -120,29 +122,29 @@ def measure(
         scaled=not as_saebench,
     )
     about = {"task": task_name, "place": settings.place, "content": task.digest(), "config": to_dict(config)}
-    if (known := known_result(run, NAME, about)) is not None:
+    if (known := known_result(run.folder, NAME, about)) is not None:
         say("Already measured with these settings.")
         return known
     needed = config.needed(len(task.classes))  # before the model runs
     tokens = sum(int(windows.attention_mask_ST.sum()) for windows in task.windows)
     left_out = f" ({', '.join(map(visible, task.left_out))} left out: too few examples)" if task.left_out else ""
     learnt = int((~task.held_out_E).sum())
-    memory = sum(len(task.words) * kept_per_token(sae) * 12 for sae in material.saes.values()) / len(material.saes)
+    memory = sum(len(task.words) * expected_l0(sae) * 12 for sae in loaded.saes.values()) / len(loaded.saes)
     say(
         f"Task '{visible(task.name)}': {len(task.words):,} examples of {len(task.classes)} classes{left_out} in "
         f"{tokens:,} tokens, which the model reads up to {hook.name}; then {config.probe.epochs} passes over "
         f"{learnt:,} of them for the probes, and as many for each of {len(run.names)} SAE(s), whose codes take about "
         f"{memory / 2**20:,.0f} MB at a time."
     )
-    x_ED, was_known = example_activations(material, task, cache or run.folder / "measures" / "cache", progress, say=say)
+    x_ED, was_known = example_activations(loaded, task, cache or run.folder / "measures" / "cache", progress, say=say)
     if was_known:
         say("The activations of these examples were known.")
     examples = Examples(x_ED=x_ED, labels_E=task.labels_E, held_out_E=task.held_out_E, classes=task.classes)
     probed = probe_classes(examples, config, progress)
     found = {}
-    count = len(material.saes)
-    for number, (name, sae) in enumerate(material.saes.items(), 1):
-        found[name] = absorption(sae, examples, probed, config, part_of(progress, number - 1, count)).to_dict()
+    count = len(loaded.saes)
+    for number, (name, sae) in enumerate(loaded.saes.items(), 1):
+        found[name] = absorption(sae, examples, probed, config, progress_of_part(progress, number - 1, count)).to_dict()
         say(f"{name}: absorption fraction {found[name]['mean_absorption_fraction']:.3f} ({number}/{count})")
     result = {
         "task": task.name,
@@ -154,7 +156,7 @@ def measure(
         "min_f1": config.min_f1,
         "saes": found,
     }
-    keep_result(run, NAME, about, result)
+    keep_result(run.folder, NAME, about, result)
     return result
 
 

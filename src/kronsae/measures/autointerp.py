@@ -27,11 +27,12 @@ from kronsae.eval.autointerp import (
 )
 from kronsae.eval.display import TokenText, visible
 from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
-from kronsae.measures.material import Material, beyond, held_out_tokens, keep_result, known_result
+from kronsae.report.measurements import keep_result, known_result
+from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.runs.run import Run, open_run
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError
-from kronsae.support.progress import progress_bar
+from kronsae.support.progress import progress_after, progress_bar
 from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
@@ -110,37 +111,37 @@ def measure(
         UserError: a bound does not allow it, or is reached; or the model does not answer.
     """
     asking = Asking() if asking is None else asking
-    material = Material(run)
-    picked = pick_saes(material, saes)
+    loaded = LoadedRun(run)
+    picked = pick_saes(loaded, saes)
     check_chosen(picked, config.chosen)
     settings = {"config": to_dict(config), "saes": list(picked), "model": dict(model.identity)}
-    known = known_result(run, NAME, settings)
+    known = known_result(run.folder, NAME, settings)
     if known is not None and not known.get("unanswered"):
         say("Already measured with these settings.")
         return from_dict(AutointerpResult, known, NAME)
-    samples = draw_samples(material, list(picked), config, say, progress)
+    samples = draw_samples(loaded, list(picked), config, say, progress)
     memory = AnswerMemory(run.folder / "measures" / "answers")
     estimate = _estimated(samples, config, model, memory, asking, say)
     if only_estimate:
         return None
     found = asyncio.run(_interpreted(samples, config, model, memory, asking, estimate, say, progress))
-    keep_result(run, NAME, settings, to_dict(found))
+    keep_result(run.folder, NAME, settings, to_dict(found))
     return found
 
 
 def draw_samples(
-    material: Material,
+    loaded: LoadedRun,
     names: Sequence[str],
     config: AutointerpConfig,
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Sample]:
     """The latents of each SAE, with their examples, from held-out text."""
-    saes = {name: material.saes[name] for name in names}
-    windows = material.windows(config.tokens)
+    saes = {name: loaded.saes[name] for name in names}
+    windows = loaded.windows(config.tokens)
     tokens = sum(one.num_kept for one in windows)
-    say(f"Seeking examples in {held_out_tokens(tokens, config.tokens)}, in two passes.")
-    counts = count_activations(material, saes, windows, beyond(progress, 0, 2 * tokens))
+    say(f"Seeking examples in {describe_tokens(tokens, config.tokens)}, in two passes.")
+    counts = count_activations(loaded, saes, windows, progress_after(progress, 0, 2 * tokens))
     chosen = {
         name: list(config.chosen)
         or draw_latents(counts_F, config.latents, at_least=config.min_active_tokens, seed=config.seed)
@@ -152,8 +153,8 @@ def draw_samples(
                 f"min_active_tokens={config.min_active_tokens} leaves no latent of '{name}' to draw from in this "
                 "text; lower --min-active, or give more --tokens."
             )
-    text, firings = find_firings(material, saes, windows, chosen, beyond(progress, tokens, 2 * tokens))
-    token_text = TokenText(material.language_model.tokenizer)
+    text, firings = find_firings(loaded, saes, windows, chosen, progress_after(progress, tokens, 2 * tokens))
+    token_text = TokenText(loaded.language_model.tokenizer)
     return {
         name: Sample(
             examples=tuple(

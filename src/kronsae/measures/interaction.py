@@ -40,9 +40,10 @@ from kronsae.eval.interaction import (
 from kronsae.eval.interaction.sample import TOKENS
 from kronsae.eval.latents import LatentMeter
 from kronsae.eval.profiles import PreLatentMeter, ProfileMeter
-from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
+from kronsae.report.measurements import keep_result, known_result, result_path
 from kronsae.report.sections.interaction import summary_table
 from kronsae.report.tables import rich_table
+from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.runs.run import Run, open_run
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
@@ -165,12 +166,12 @@ def measure(
             "interaction is measured of Kronecker encoders, which have heads; the run in "
             f"{run.folder} has none ({', '.join(reasons)}). Train one: kronsae train --sae 'kron ...'."
         )
-    known = known_result(run, NAME, settings)
+    known = known_result(run.folder, NAME, settings)
     if known is not None:
-        say(f"Already measured with these settings: {result_path(run, NAME)}.")
+        say(f"Already measured with these settings: {result_path(run.folder, NAME)}.")
         return known
-    result = measure_saes(Material(run), config, reasons, say, progress).to_dict()
-    keep_result(run, NAME, settings, result)
+    result = measure_saes(LoadedRun(run), config, reasons, say, progress).to_dict()
+    keep_result(run.folder, NAME, settings, result)
     return result
 
 
@@ -185,7 +186,7 @@ def not_applicable(member: MemberConfig) -> str:
 
 @torch.no_grad()
 def measure_saes(
-    material: Material,
+    loaded: LoadedRun,
     config: InteractionConfig,
     reasons: dict[str, str],
     say: Callable[[str], None] = lambda line: None,
@@ -193,20 +194,20 @@ def measure_saes(
 ) -> InteractionResult:
     """The measurement itself: one pass for all but the fidelity, which needs to know what is large for each parent."""
     assert config.tokens is not None
-    windows = material.windows(config.tokens)
+    windows = loaded.windows(config.tokens)
     tokens = sum(one.num_kept for one in windows)
     say(
-        f"Two passes over {held_out_tokens(tokens, config.tokens)} for {len(material.run.config.saes) - len(reasons)} "
+        f"Two passes over {describe_tokens(tokens, config.tokens)} for {len(loaded.run.config.saes) - len(reasons)} "
         "SAE(s) and a twin of each with fresh weights."
     )
-    members = [member for member in material.run.config.saes if member.name not in reasons]
-    vocabulary = vocabulary_size(material.language_model)
+    members = [member for member in loaded.run.config.saes if member.name not in reasons]
+    vocabulary = vocabulary_size(loaded.language_model)
     first: dict[str, _FirstPass] = {}
     done = 0
-    for part, x_ND in material.activations(windows):
+    for part, x_ND in loaded.activations(windows):
         if not first:
             first = {
-                member.name: _FirstPass(member, material.saes[member.name], x_ND, tokens, vocabulary, config)
+                member.name: _FirstPass(member, loaded.saes[member.name], x_ND, tokens, vocabulary, config)
                 for member in members
             }
         for meters in first.values():
@@ -215,7 +216,7 @@ def measure_saes(
         if progress is not None:
             progress(done, 2 * tokens)
     second = {name: FidelityMeter(meters.sample, meters.scale) for name, meters in first.items()}
-    for _, x_ND in material.activations(windows):
+    for _, x_ND in loaded.activations(windows):
         for name, meter in second.items():
             for part_ND in x_ND.split(TOKENS):
                 codes = first[name].sae.encode(part_ND.to(first[name].sae.W_dec))
@@ -348,5 +349,5 @@ def interaction(
         print_table(rich_table(summary_table(result), "figure"))
         for name, reason in result["not_applicable"].items():
             say(f"{name}: {reason}")
-        say(f"All figures: {result_path(run, NAME)}")
+        say(f"All figures: {result_path(run.folder, NAME)}")
     what_now(f"kronsae report {shlex.quote(str(run_folder))}")

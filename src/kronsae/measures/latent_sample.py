@@ -11,21 +11,22 @@ from torch import Tensor
 from kronsae.core.sae import SAE
 from kronsae.eval.firings import FiringMeter, Firings, FlatText, flat_text
 from kronsae.eval.hooked import Windows
-from kronsae.measures.material import Material, Report
+from kronsae.runs.loaded import LoadedRun
 from kronsae.support.errors import UserError, nearest
+from kronsae.support.progress import Progress
 
 
-def pick_saes(material: Material, names: Sequence[str]) -> dict[str, SAE]:
+def pick_saes(loaded: LoadedRun, names: Sequence[str]) -> dict[str, SAE]:
     """The run's SAEs of these names; all of them if none is given.
 
     Raises:
         UserError: the run has no such SAE.
     """
     for name in names:
-        if name not in material.saes:
-            known = ", ".join(material.saes)
-            raise UserError(f"--sae must name an SAE of the run ({known}); got '{name}'.{nearest(name, material.saes)}")
-    return {name: sae for name, sae in material.saes.items() if not names or name in names}
+        if name not in loaded.saes:
+            known = ", ".join(loaded.saes)
+            raise UserError(f"--sae must name an SAE of the run ({known}); got '{name}'.{nearest(name, loaded.saes)}")
+    return {name: sae for name, sae in loaded.saes.items() if not names or name in names}
 
 
 def check_chosen(saes: Mapping[str, SAE], chosen: Sequence[int]) -> None:
@@ -37,11 +38,11 @@ def check_chosen(saes: Mapping[str, SAE], chosen: Sequence[int]) -> None:
 
 @torch.no_grad()
 def count_activations(
-    material: Material, saes: Mapping[str, SAE], windows: list[Windows], progress: Report | None = None
+    loaded: LoadedRun, saes: Mapping[str, SAE], windows: list[Windows], progress: Progress | None = None
 ) -> dict[str, Int[Tensor, " F"]]:
     """On how many tokens of the windows each latent is active, by SAE."""
     counts = {name: torch.zeros(sae.d_sae, dtype=torch.int64) for name, sae in saes.items()}
-    for _, x_ND in material.activations(windows, progress):
+    for _, x_ND in loaded.activations(windows, progress):
         for name, sae in saes.items():
             counts[name] += sae.encode(x_ND.to(sae.W_dec)).counts().cpu()
     return counts
@@ -57,15 +58,15 @@ def draw_latents(counts_F: Int[Tensor, " F"], number: int, *, at_least: int, see
 
 @torch.no_grad()
 def find_firings(
-    material: Material,
+    loaded: LoadedRun,
     saes: Mapping[str, SAE],
     windows: list[Windows],
     latents: Mapping[str, Sequence[int]],
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> tuple[FlatText, dict[str, dict[int, Firings]]]:
     """The windows as one text, and where each of the latents is active in it, by SAE."""
     meters = {name: FiringMeter(sae.d_sae, latents[name]) for name, sae in saes.items()}
-    for _, x_ND in material.activations(windows, progress):
+    for _, x_ND in loaded.activations(windows, progress):
         for name, sae in saes.items():
             meters[name].update(sae.encode(x_ND.to(sae.W_dec)))
     text = flat_text(windows)

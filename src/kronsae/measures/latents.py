@@ -20,9 +20,10 @@ from kronsae.eval.hooked import Windows, vocabulary_size
 from kronsae.eval.latents import GalleryConfig, LatentStatistics
 from kronsae.eval.profiles import PreLatentMeter, Profile, ProfileMeter, ProfileSummary, pre_latent_rows
 from kronsae.eval.token_entropy import MAX_PAIRS
-from kronsae.measures.material import Material, held_out_tokens, keep_result, known_result, result_path
+from kronsae.report.measurements import keep_result, known_result, result_path
 from kronsae.report.sections.latents import summary_table
 from kronsae.report.tables import rich_table
+from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.runs.run import Run, open_run
 from kronsae.support.config import to_dict
 from kronsae.support.progress import progress_bar
@@ -134,37 +135,37 @@ def measure(
     config = config or LatentsConfig()
     config = replace(config, tokens=run.config.eval_tokens if config.tokens is None else config.tokens)
     settings = to_dict(config)
-    known = known_result(run, NAME, settings)
+    known = known_result(run.folder, NAME, settings)
     if known is not None:
-        say(f"Already measured with these settings: {result_path(run, NAME)}.")
+        say(f"Already measured with these settings: {result_path(run.folder, NAME)}.")
         return known
-    material = Material(run)
+    loaded = LoadedRun(run)
     assert config.tokens is not None
-    result = measure_saes(material, config, say, progress).to_dict()
-    keep_result(run, NAME, settings, result)
+    result = measure_saes(loaded, config, say, progress).to_dict()
+    keep_result(run.folder, NAME, settings, result)
     return result
 
 
 @torch.no_grad()
 def measure_saes(
-    material: Material,
+    loaded: LoadedRun,
     config: LatentsConfig,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentsResult:
     """The measurement itself."""
     assert config.tokens is not None
-    windows = material.windows(config.tokens)
+    windows = loaded.windows(config.tokens)
     again = list(first_windows(windows, config.example_tokens))
     tokens = sum(one.num_kept for one in windows)
     total = tokens + sum(one.num_kept for one in again)
     say(
-        f"Statistics of the latents of {len(material.saes)} SAE(s) on {held_out_tokens(tokens, config.tokens)}; "
+        f"Statistics of the latents of {len(loaded.saes)} SAE(s) on {describe_tokens(tokens, config.tokens)}; "
         f"examples from the first {total - tokens:,}."
     )
-    meters = {name: _Meters(sae, material, config) for name, sae in material.saes.items()}
+    meters = {name: _Meters(sae, loaded, config) for name, sae in loaded.saes.items()}
     done = 0
-    for part, x_ND in material.activations(windows):
+    for part, x_ND in loaded.activations(windows):
         for meter in meters.values():
             meter.update(part, x_ND, done)
         done += len(x_ND)
@@ -172,13 +173,13 @@ def measure_saes(
             progress(done, total)
     for meter in meters.values():
         meter.finish_statistics()
-    for part, x_ND in material.activations(again):
+    for part, x_ND in loaded.activations(again):
         for meter in meters.values():
             meter.update_examples(part, x_ND)
         done += len(x_ND)
         if progress is not None:
             progress(done, total)
-    token_text = TokenText(material.language_model.tokenizer)
+    token_text = TokenText(loaded.language_model.tokenizer)
     return LatentsResult(
         tokens=tokens,
         pre_latent_tokens=max((meter.pre_latent_tokens for meter in meters.values()), default=0),
@@ -200,9 +201,9 @@ def first_windows(windows: Iterable[Windows], tokens: int) -> Iterable[Windows]:
 class _Meters:
     """All that is measured of one SAE."""
 
-    def __init__(self, sae: SAE, material: Material, config: LatentsConfig) -> None:
+    def __init__(self, sae: SAE, loaded: LoadedRun, config: LatentsConfig) -> None:
         self._sae, self._config = sae, config
-        vocabulary = vocabulary_size(material.language_model)
+        vocabulary = vocabulary_size(loaded.language_model)
         self._latents = ProfileMeter(sae.d_sae, vocabulary, config.max_pairs)
         self._pre: list[PreLatentMeter] = []
         self.pre_latent_tokens = 0
@@ -286,5 +287,5 @@ def latents(
         print_json(result)
     else:
         print_table(rich_table(summary_table(result), "SAE"))
-        say(f"Every latent and the examples: {result_path(run, NAME)}")
+        say(f"Every latent and the examples: {result_path(run.folder, NAME)}")
     what_now(f"kronsae report {shlex.quote(str(run_folder))}")

@@ -17,7 +17,7 @@ from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json,
 
 if TYPE_CHECKING:
     from kronsae.eval.labelling import Passage
-    from kronsae.measures.material import Material
+    from kronsae.runs.loaded import LoadedRun
     from kronsae.runs.run import Run
 
 NAME = "probing"
@@ -60,15 +60,16 @@ def measure(
     """
     from kronsae.eval.probing import ProbingConfig, concept_text, probing
     from kronsae.eval.python_code import CONCEPTS
-    from kronsae.measures.material import Material, keep_result, kept_per_token, known_result
     from kronsae.measures.tasks import frame_of
+    from kronsae.report.measurements import keep_result, known_result
+    from kronsae.runs.loaded import LoadedRun, expected_l0
 
-    material = Material(run)
-    hook = material.hook
+    loaded = LoadedRun(run)
+    hook = loaded.hook
     text = concept_text(
-        _passages(material, settings.labels),
-        material.source.language_model.tokenizer,
-        frame=frame_of(material),
+        _passages(loaded, settings.labels),
+        loaded.source.language_model.tokenizer,
+        frame=frame_of(loaded),
         context_length=run.config.context_length,
         concepts=CONCEPTS if settings.labels is None else None,
         windows=settings.windows,
@@ -76,17 +77,17 @@ def measure(
     )
     config = ProbingConfig(seed=settings.seed)
     about = {"content": text.digest(), "config": to_dict(config)}
-    if (known := known_result(run, NAME, about)) is not None:
+    if (known := known_result(run.folder, NAME, about)) is not None:
         say("Already measured with these settings.")
         return known
-    saes = material.saes
+    saes = loaded.saes
     tokens = len(text.held_out_N)
-    memory = sum(tokens * kept_per_token(sae) * 12 for sae in saes.values())
+    memory = sum(tokens * expected_l0(sae) * 12 for sae in saes.values())
     say(
         f"{len(text.concepts)} concept(s) in {tokens:,} tokens, which the model reads once up to {hook.name}; "
         f"the codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
     )
-    found, accuracy = probing(saes, text, material.activations(list(text.windows), progress), config, say)
+    found, accuracy = probing(saes, text, loaded.activations(list(text.windows), progress), config, say)
     result = {
         "task": "python" if settings.labels is None else settings.labels.name,
         "tokens": {"learnt_from": int((~text.held_out_N).sum()), "scored_on": int(text.held_out_N.sum())},
@@ -96,11 +97,11 @@ def measure(
         "d_sae": {name: sae.d_sae for name, sae in saes.items()},
         "saes": {name: one.to_dict() for name, one in found.items()},
     }
-    keep_result(run, NAME, about, result)
+    keep_result(run.folder, NAME, about, result)
     return result
 
 
-def _passages(material: Material, labels: Path | None) -> Iterator[Passage]:
+def _passages(loaded: LoadedRun, labels: Path | None) -> Iterator[Passage]:
     from kronsae.data.model import BUNDLED
     from kronsae.eval.labelling import Passage
     from kronsae.eval.python_code import python_spans
@@ -109,12 +110,12 @@ def _passages(material: Material, labels: Path | None) -> Iterator[Passage]:
     if labels is not None:
         yield from read_labelled(labels)
         return
-    if material.run.config.text.source != BUNDLED:
+    if loaded.run.config.text.source != BUNDLED:
         raise UserError(
             "labels are needed for a text that is not Python's library; give --labels FILE.jsonl with your own."
         )
     for held_out, number in ((False, DOCUMENTS // 2), (True, DOCUMENTS // 4)):
-        for document in documents(material, held_out=held_out, number=number):
+        for document in documents(loaded, held_out=held_out, number=number):
             spans = tuple(python_spans(document.text))
             if spans:  # what cannot be parsed would count as text without any concept
                 yield Passage(text=document.text, spans=spans, held_out=held_out)

@@ -25,13 +25,14 @@ from kronsae.data.synthetic import ACTIVATIONS, KnownFeatures, SyntheticActivati
 from kronsae.eval.known_features import KnownFeaturesMeter, absolute_cosines, mean_correlation_coefficient
 from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
 from kronsae.interop.sae_lens_synthetic import SaeLensConfig
-from kronsae.measures.material import Report, keep_result, known_result, part_of
 from kronsae.measures.training import train_on
+from kronsae.report.measurements import keep_result, known_result
 from kronsae.report.sections.synthetic import table, verdict
 from kronsae.report.tables import rich_table
 from kronsae.runs.run import open_run
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
+from kronsae.support.progress import Progress, progress_of_part
 from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 from kronsae.training.config import MemberConfig, OptimizerConfig
 
@@ -81,7 +82,7 @@ class SyntheticStudyConfig:
 
 
 def measure(
-    members: Sequence[MemberConfig], config: SyntheticStudyConfig, *, progress: Report | None = None
+    members: Sequence[MemberConfig], config: SyntheticStudyConfig, *, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train SAEs of the members' forms on known features and compare them with these: ``{"about", "rows"}``.
 
@@ -106,7 +107,7 @@ def measure(
             d_in=d_in,
             steps=config.steps,
             batch_tokens=config.batch,
-            progress=part_of(progress, number, config.seeds),
+            progress=progress_of_part(progress, number, config.seeds),
         )
         for member in fitted:
             start = absolute_cosines(member.shape(d_in).build(member.seed).W_dec, features.directions_GD)
@@ -228,13 +229,13 @@ def command(
     config = SyntheticStudyConfig(source=_source(source), seeds=seeds, steps=steps, seed=seed)
     run = open_run(run_folder)
     settings = to_dict(config)
-    result = known_result(run, NAME, settings)
+    result = known_result(run.folder, NAME, settings)
     if result is None:
         members = run.config.saes
         say(f"Training {seeds} x {len(members)} SAEs on {steps * config.batch:,} synthetic tokens each.")
         with progress_bar("training", quiet=quiet) as progress:
             result = measure(members, config, progress=progress)
-        say(f"Kept: {keep_result(run, NAME, settings, result)}")
+        say(f"Kept: {keep_result(run.folder, NAME, settings, result)}")
     else:
         say("Already measured with these settings.")
     if as_json:

@@ -23,7 +23,7 @@ from kronsae.data.tokens import special_frame
 from kronsae.eval.first_letter import first_letter_prompts
 from kronsae.eval.labelling import Frame, Passage, Place, Sizes, Span, Task, make_task
 from kronsae.eval.python_code import ROLES, name_roles
-from kronsae.measures.material import Material
+from kronsae.runs.loaded import LoadedRun
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path, check_folder_place
 
@@ -32,32 +32,32 @@ HELD_OUT_SHARE = 0.2  # of a user's labelled texts
 DOCUMENTS = 120  # of code to learn from; a quarter as many are scored on
 
 
-def default_task(material: Material) -> TaskName:
+def default_task(loaded: LoadedRun) -> TaskName:
     """``roles`` for a run on Python's library, ``first-letter`` for any other text."""
-    return "roles" if material.run.config.text.source == BUNDLED else "first-letter"
+    return "roles" if loaded.run.config.text.source == BUNDLED else "first-letter"
 
 
-def frame_of(material: Material) -> Frame:
+def frame_of(loaded: LoadedRun) -> Frame:
     """The special tokens that the run puts around every window."""
-    return special_frame(material.source.language_model.tokenizer)
+    return special_frame(loaded.source.language_model.tokenizer)
 
 
-def documents(material: Material, *, held_out: bool, number: int) -> Iterator[Document]:
+def documents(loaded: LoadedRun, *, held_out: bool, number: int) -> Iterator[Document]:
     """The first documents of one side of the run's text."""
-    config = material.run.config
+    config = loaded.run.config
     stream = TextStream(config.text, held_out=held_out, held_out_share=config.held_out_share, repeat=False)
     return (document for document, _ in itertools.islice(stream, number))
 
 
 def build_task(
-    material: Material, name: TaskName, *, labels: Path | None, windows: int, place: Place, seed: int
+    loaded: LoadedRun, name: TaskName, *, labels: Path | None, windows: int, place: Place, seed: int
 ) -> Task:
     """The examples of a task, tokenised for the run's model.
 
     Raises:
         UserError: the text does not give enough labelled examples.
     """
-    tokenizer, frame = material.source.language_model.tokenizer, frame_of(material)
+    tokenizer, frame = loaded.source.language_model.tokenizer, frame_of(loaded)
     passages: Iterator[Passage]
     classes = None
     if name == "labels":
@@ -68,13 +68,13 @@ def build_task(
         passages = first_letter_prompts(tokenizer, max_words=windows * 5 // 4, seed=seed)
         sizes = Sizes(windows=windows, per_class=windows, at_least=2)
     else:
-        passages, classes, sizes = _roles(material), ROLES, Sizes(windows=windows, per_class=400)
+        passages, classes, sizes = _roles(loaded), ROLES, Sizes(windows=windows, per_class=400)
     return make_task(
         name if labels is None else labels.name,
         passages,
         tokenizer,
         frame=frame,
-        context_length=material.run.config.context_length,
+        context_length=loaded.run.config.context_length,
         classes=classes,
         sizes=sizes,
         place=place,
@@ -83,9 +83,9 @@ def build_task(
     )
 
 
-def _roles(material: Material) -> Iterator[Passage]:
+def _roles(loaded: LoadedRun) -> Iterator[Passage]:
     for held_out, number in ((False, DOCUMENTS), (True, DOCUMENTS // 4)):
-        for document in documents(material, held_out=held_out, number=number):
+        for document in documents(loaded, held_out=held_out, number=number):
             yield Passage(text=document.text, spans=tuple(name_roles(document.text)), held_out=held_out)
 
 
@@ -144,7 +144,7 @@ def _span(span: Any, text: str, where: str) -> Span:
 
 
 def example_activations(
-    material: Material,
+    loaded: LoadedRun,
     task: Task,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
@@ -160,13 +160,13 @@ def example_activations(
         UserError: ``cache`` can be no folder to write to.
     """
     check_folder_place(cache, "cache")
-    path = cache / f"{_digest(material, task)}.safetensors"
+    path = cache / f"{_digest(loaded, task)}.safetensors"
     if path.exists():
         known_ED = _kept_activations(path, len(task.words))
         if known_ED is not None:
             return known_ED, True
         say(f"The kept activations in {path} are damaged; they are computed anew.")
-    x_ED = torch.cat([x_ND.cpu() for _, x_ND in material.activations(list(task.windows), progress)])
+    x_ED = torch.cat([x_ND.cpu() for _, x_ND in loaded.activations(list(task.windows), progress)])
     with atomic_path(path) as temporary:
         save_file({"x_ED": x_ED}, temporary)
     return x_ED, False
@@ -183,9 +183,9 @@ def _kept_activations(path: Path, examples: int) -> Tensor | None:
     return x_ED if whole and bool(x_ED.isfinite().all()) else None  # type: ignore[union-attr]
 
 
-def _digest(material: Material, task: Task) -> str:
-    content = hashlib.blake2b(f"{material.hook.name} {task.digest()}".encode(), digest_size=16)
-    for name, tensor in material.source.language_model.model.state_dict().items():
+def _digest(loaded: LoadedRun, task: Task) -> str:
+    content = hashlib.blake2b(f"{loaded.hook.name} {task.digest()}".encode(), digest_size=16)
+    for name, tensor in loaded.source.language_model.model.state_dict().items():
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
     return content.hexdigest()

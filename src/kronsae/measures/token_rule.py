@@ -13,11 +13,12 @@ import typer
 from kronsae.eval.display import visible
 from kronsae.eval.token_rule import TokenRuleConfig, TokenRules, summarise_rules, token_rule
 from kronsae.measures.latent_sample import check_chosen, count_activations, draw_latents, find_firings, pick_saes
-from kronsae.measures.material import Material, beyond, held_out_tokens, keep_result, known_result
+from kronsae.report.measurements import keep_result, known_result
+from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.runs.run import Run, open_run
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError
-from kronsae.support.progress import progress_bar
+from kronsae.support.progress import progress_after, progress_bar
 from kronsae.support.terminal import Json, Quiet, RunArgument, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
@@ -51,23 +52,23 @@ def measure(
         progress: called with (done, to do), from the beginning in each of two stages: tokens that the model reads, then
             latents.
     """
-    material = Material(run)
-    picked = pick_saes(material, saes)
+    loaded = LoadedRun(run)
+    picked = pick_saes(loaded, saes)
     check_chosen(picked, config.chosen)
     settings = {"config": to_dict(config), "saes": list(picked)}
-    if (known := known_result(run, NAME, settings)) is not None:
+    if (known := known_result(run.folder, NAME, settings)) is not None:
         say("Already measured with these settings.")
         return from_dict(TokenRuleResult, known, NAME)
-    texts = [material.windows(config.tokens, held_out=held_out) for held_out in (False, True)]
+    texts = [loaded.windows(config.tokens, held_out=held_out) for held_out in (False, True)]
     sizes = [sum(one.num_kept for one in windows) for windows in texts]
     say(
         f"Learning from {sizes[0]:,} tokens of training documents, testing on "
-        f"{held_out_tokens(sizes[1], config.tokens)}; the model reads both twice. Then a rule for each of up to "
+        f"{describe_tokens(sizes[1], config.tokens)}; the model reads both twice. Then a rule for each of up to "
         f"{len(config.chosen) or config.latents:,} latents of {len(picked)} SAE(s)."
     )
     work = 2 * sum(sizes)
     counts = [
-        count_activations(material, picked, windows, beyond(progress, before, work))
+        count_activations(loaded, picked, windows, progress_after(progress, before, work))
         for windows, before in zip(texts, (0, sizes[0]), strict=True)
     ]
     rarer = {name: torch.minimum(counts[0][name], counts[1][name]) for name in picked}
@@ -82,8 +83,8 @@ def measure(
                 f"min_active_tokens={config.min_active_tokens} leaves no latent of '{name}' to draw from in these "
                 "texts; lower --min-active, or give more --tokens."
             )
-    train_text, train = find_firings(material, picked, texts[0], chosen, beyond(progress, sum(sizes), work))
-    test_text, test = find_firings(material, picked, texts[1], chosen, beyond(progress, work - sizes[1], work))
+    train_text, train = find_firings(loaded, picked, texts[0], chosen, progress_after(progress, sum(sizes), work))
+    test_text, test = find_firings(loaded, picked, texts[1], chosen, progress_after(progress, work - sizes[1], work))
     total, done = sum(map(len, chosen.values())), 0
     found = []
     for name, latents in chosen.items():
@@ -96,7 +97,7 @@ def measure(
         eligible, living = (int((rarer[name] >= least).sum()) for least in (config.min_active_tokens, 1))
         found.append(summarise_rules(name, rules, living=living, eligible=eligible))
     result = TokenRuleResult(saes=tuple(found))
-    keep_result(run, NAME, settings, to_dict(result))
+    keep_result(run.folder, NAME, settings, to_dict(result))
     return result
 
 

@@ -22,14 +22,15 @@ from kronsae.data.random import generator_for
 from kronsae.data.toy import HIDDEN, INDEPENDENT, SETUPS, BlockSetup, CorrelatedFeatures, HiddenStates, ToyAutoencoder
 from kronsae.eval.known_covariance import effective_rank, recovery
 from kronsae.eval.reconstruction import reconstruction
-from kronsae.measures.material import Report, keep_result, known_result
 from kronsae.measures.training import train_on
+from kronsae.report.measurements import keep_result, known_result
 from kronsae.report.sections.toy import AUTOENCODER, table, verdict
 from kronsae.report.tables import rich_table
 from kronsae.runs.recipes import kron, topk
 from kronsae.runs.run import Run, open_run
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
+from kronsae.support.progress import Progress
 from kronsae.support.terminal import Json, Quiet, Seed, print_json, print_table, say, what_now
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class _Cell:
     explained_variance: Mapping[str, float | None]
 
 
-def measure(config: ToyConfig, *, progress: Report | None = None) -> dict[str, Any]:
+def measure(config: ToyConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Train and compare everything; return ``{"setups": [...], "rows": [...]}``, JSON values.
 
     Each row is one dictionary, setup and seed, with a `Recovery` of three kinds: ``trained``; ``untrained``, the
@@ -233,7 +234,7 @@ def _result(run: Run | None, config: ToyConfig, quiet: bool, say: Callable[[str]
     from kronsae.support.progress import progress_bar
 
     settings = to_dict(config)
-    known = None if run is None else known_result(run, NAME, settings)
+    known = None if run is None else known_result(run.folder, NAME, settings)
     if known is not None:
         say("Already measured with these settings.")
         return known
@@ -242,5 +243,5 @@ def _result(run: Run | None, config: ToyConfig, quiet: bool, say: Callable[[str]
     with progress_bar("training", quiet=quiet) as progress:
         result = measure(config, progress=progress)
     if run is not None:
-        say(f"Kept: {keep_result(run, NAME, settings, result)}")
+        say(f"Kept: {keep_result(run.folder, NAME, settings, result)}")
     return result

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kronsae.core.sae import SAE
-from kronsae.measures.material import Report
+from kronsae.support.progress import Progress
 from kronsae.training.config import LoopConfig, MemberConfig
 from kronsae.training.member import Member
 from kronsae.training.trainer import Stream, fit
@@ -20,7 +20,7 @@ def train_on(
     d_in: int,
     steps: int,
     batch_tokens: int,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, SAE]:
     """Train every SAE on the same batches; return them by name, for raw activations, as they would be saved.
 
@@ -42,7 +42,7 @@ def train_on(
 class _ProgressSink:
     """Hands the step number of the trainer's metrics on to a progress bar."""
 
-    def __init__(self, progress: Report, steps: int) -> None:
+    def __init__(self, progress: Progress, steps: int) -> None:
         self.progress, self.steps = progress, steps
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kronsae.core.checks import check_count
 from kronsae.data.model import ModelConfig
@@ -79,3 +79,36 @@ def check_held_out_share(share: float) -> None:
     """Refuse a share that leaves nothing to train on or nothing to evaluate on."""
     if not 0 < share < 1:
         raise UserError(f"held_out_share must be between 0 and 1; got {share!r}.")
+
+
+def with_overrides(
+    config: RunConfig,
+    *,
+    model: str | None = None,
+    text: str | None = None,
+    hook: str | None = None,
+    tokens: int | None = None,
+    flops: float | None = None,
+    same_flops_as: str | None = None,
+    seed: int | None = None,
+    saes: Sequence[MemberConfig] = (),
+) -> RunConfig:
+    """A recipe with some of its parts replaced; None and no SAEs leave the recipe's.
+
+    Tokens replace a budget in FLOPs, and the other way round.
+    """
+    if model is not None:
+        config = replace(config, model=replace(config.model, name=model, revision=None))
+    if text is not None:
+        config = replace(config, text=TextConfig(source=text))
+    if hook is not None:
+        config = replace(config, hook=hook)
+    if seed is not None:
+        members = tuple(replace(member, seed=seed) for member in config.saes)
+        config = replace(config, seed=seed, saes=members)
+    loop = config.loop
+    if tokens is not None or flops is not None:
+        loop = replace(loop, tokens=tokens, flops=flops, same_flops_as=None if tokens is None else loop.same_flops_as)
+    if same_flops_as is not None:
+        loop = replace(loop, same_flops_as=same_flops_as)
+    return replace(config, loop=loop, saes=tuple(saes) or config.saes)

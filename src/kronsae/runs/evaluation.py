@@ -13,10 +13,11 @@ from kronsae.core.flops import training_flops
 from kronsae.core.sae import SAE, count_parameters
 from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.support.files import read_json, write_json
-from kronsae.measures.material import Material, held_out_tokens, kept_results
+from kronsae.report.measurements import kept_results
+from kronsae.runs.folder import RunFolder
+from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.report import report_data, write
 from kronsae.report.comparison import architecture, differ_in_hooks, hooks
-from kronsae.runs.run import Run
 from kronsae.runs.config import RunConfig
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ SUMMARY_KEYS = (
 
 
 def evaluate_run(
-    run: Run,
+    run: RunFolder,
     *,
     tokens: int | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -65,23 +66,23 @@ def evaluate_run(
     known = _known_evaluation(path)
     if known is not None and tokens in (None, known["requested_tokens"]):
         counted = known["saes"][0]["evaluation_tokens"]
-        say(f"Already evaluated on {held_out_tokens(counted, known['requested_tokens'])}: {path}.")
+        say(f"Already evaluated on {describe_tokens(counted, known['requested_tokens'])}: {path}.")
         return list(known["saes"])
     wanted = config.eval_tokens if tokens is None else tokens
     say(f"Evaluating on whole windows of held-out text, until they hold {wanted:,} tokens.")
-    material = Material(run)
-    saes = material.saes
+    loaded = LoadedRun(run)
+    saes = loaded.saes
     found = evaluate(
         saes,
-        material.language_model,
-        material.places,
-        material.make_tokens(),
+        loaded.language_model,
+        loaded.places,
+        loaded.make_tokens(),
         tokens=wanted,
         progress=progress,
     )
     training = read_json(run.folder / "training.json", "the training's summary")
     rows = [_row(config, name, sae, found[name], training) for name, sae in saes.items()]
-    say(f"Evaluated on {held_out_tokens(rows[0]['evaluation_tokens'], wanted)}.")
+    say(f"Evaluated on {describe_tokens(rows[0]['evaluation_tokens'], wanted)}.")
     path.unlink(missing_ok=True)  # written last: while it is there, all three files belong together
     write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
     write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
@@ -97,9 +98,9 @@ def _known_evaluation(path: Path) -> dict[str, Any] | None:
     return known if isinstance(known, dict) and known.get("revision") == REVISION else None
 
 
-def write_report(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Path:
+def write_report(run: RunFolder, *, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write ``report.html`` from what was measured last, measuring first where nothing was."""
-    measures, outdated = kept_results(run)
+    measures, outdated = kept_results(run.folder)
     for name in outdated:
         say(
             f"Left out, since another version measured it: {name}. Again: kronsae eval {name} "

@@ -1,4 +1,4 @@
-"""Words into configs: what ``--sae``, ``--set``, ``--recipe`` and ``--config`` mean."""
+"""Parse ``--sae``, ``--set``, ``--recipe`` and ``--config`` into configs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import read_json
 from kronsae.runs.harvest import with_activations
 from kronsae.runs.recipes import RECIPES
-from kronsae.runs.run import with_overrides
-from kronsae.runs.config import RunConfig, own_hook
+from kronsae.runs.config import RunConfig, own_hook, with_overrides
 from kronsae.training.config import LoopConfig, MemberConfig
 
 
@@ -38,7 +37,7 @@ def config_file(path: Path) -> RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunWords:
+class RunOptions:
     """What a run starts from: a recipe, a config file, or a model (or harvested activations), a text and a hook."""
 
     recipe: str | None = None
@@ -66,9 +65,9 @@ class RunWords:
         Raises:
             UserError: something is missing, contradicts or is not known.
         """
-        words = self.placed(members)
-        if words is not self:
-            return words.run_config(members, budget, seed, options)
+        options_with_hook = self.with_own_hook(members)
+        if options_with_hook is not self:
+            return options_with_hook.run_config(members, budget, seed, options)
         if self.recipe is not None and self.config is not None:
             raise UserError("give --recipe or --config, not both.")
         named = {"--model": self.model, "--text": self.text}
@@ -87,8 +86,8 @@ class RunWords:
         )
         return with_options(whole, options)
 
-    def placed(self, members: Sequence[MemberConfig]) -> RunWords:
-        """The same with a hook, where none is given and none is needed: every SAE reads hooks of its own."""
+    def with_own_hook(self, members: Sequence[MemberConfig]) -> RunOptions:
+        """Return these options with the first hook of the SAEs, if no hook is given and every SAE names its own."""
         given = (self.recipe, self.config, self.activations, self.hook)
         hook = own_hook(members) if all(value is None for value in given) else None
         return self if hook is None else replace(self, hook=hook)

@@ -30,6 +30,9 @@ from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import check_folder_place, only_writer, read_json, write_json
+from kronsae.runs.evaluation import Comparison, evaluate_run, write_report
+from kronsae.runs.folder import RunFolder
+from kronsae.runs.parsing import parse_sae
 from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
 from kronsae.runs.config import RunConfig, own_hook
@@ -40,121 +43,17 @@ from kronsae.training.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, 
 from kronsae.training.state import Progress, load_members, load_progress
 from kronsae.training.trainer import fit
 
-if TYPE_CHECKING:
-    from kronsae.runs.evaluation import Comparison
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder: ``run.json``, ``metrics.jsonl``, ``saes/<name>/`` and, once made, evaluation and report."""
-
-    folder: Path
-
-    @cached_property
-    def config(self) -> RunConfig:
-        """The config it was made with."""
-        return from_dict(RunConfig, self._about["config"], where=f"{self.folder / 'run.json'}: config")
-
-    @property
-    def _about(self) -> dict[str, Any]:
-        if not (self.folder / "run.json").exists():
-            raise UserError(
-                f"{self.folder} holds no run yet (it has no run.json). Give the `kronsae train` command that "
-                "was to fill it again; of a sweep, give one of its groups/."
-            )
-        about = read_json(self.folder / "run.json", "the run folder")
-        if not isinstance(about, dict) or "config" not in about:
-            raise UserError(f"{self.folder / 'run.json'} was not written by kronsae: it has no 'config' entry.")
-        return about
-
-    @property
-    def names(self) -> list[str]:
-        """The names of its SAEs."""
-        return [member.name for member in self.config.saes]
-
-    @property
-    def finished(self) -> bool:
-        """Whether the training came to its end."""
-        return (self.folder / "training.json").exists()
-
-    def __repr__(self) -> str:
-        """What was trained: a line per SAE, with its sizes as far as they are known."""
-        if not (self.folder / "run.json").exists():
-            return f"Run('{self.folder}'): nothing is trained yet"
-        state, config = "finished" if self.finished else "not finished", self.config
-        lines = [f"Run('{self.folder}'): {state}, {config.model.name} at {', '.join(config.hooks)}"]
-        for member in config.saes:
-            shape = member.shape(1, config.hook)
-            if self.finished:
-                saved = checkpoint.read_shape(self.sae_folder(member.name))
-                lines.append(f"  {member.name}: {in_words(replace(saved, sparsifier=member.sparsifier))}")
-            else:  # the model's width is in no file
-                lines.append(f"  {member.name}: {shape.architecture}, d_sae={shape.d_sae}, k={shape.sparsifier.k}")
-        return "\n".join(lines)
-
-    def sae_folder(self, name: str) -> Path:
-        """Where the SAE of that name is saved."""
-        if name not in self.names:
-            raise UserError(
-                f"name must be an SAE of {self.folder}: {', '.join(self.names)}; got '{name}'."
-                f"{nearest(name, self.names)}"
-            )
-        return self.folder / "saes" / name
-
-    def load(self, name: str) -> SAE:
-        """One of its SAEs."""
-        self.require_finished()
-        return checkpoint.load(self.sae_folder(name))
-
-    def saes(self) -> dict[str, SAE]:
-        """All of its SAEs, by name."""
-        return {name: self.load(name) for name in self.names}
+class Run(RunFolder):
+    """A run: its folder, and what can be measured of it."""
 
     def compare(self, tokens: int | None = None) -> Comparison:
         """Its SAEs side by side on held-out text; ``print`` shows a table, ``.rows`` has all figures."""
-        from kronsae.runs.evaluation import Comparison, evaluate_run
-
         return Comparison(evaluate_run(self, tokens=tokens))
 
     def report(self) -> Path:
         """Write ``report.html``, evaluating first where that was not done."""
-        from kronsae.runs.evaluation import write_report
-
         return write_report(self)
-
-    def activations(self, tokens: int, hook: str | None = None) -> Float[Tensor, "B D"]:
-        """Activations of held-out text at one hook: ``[tokens, width]``, float32, in the text's order.
-
-        Args:
-            tokens: how many; row n belongs to the same token whatever the hook.
-            hook: None: the run's.
-
-        Raises:
-            UserError: the held-out text has fewer tokens; none is given twice.
-        """
-        check_count("tokens", tokens)
-        hook = self.config.hook if hook is None else hook
-        parts, count = [], 0
-        for values, _ in Source(self.config).activations(held_out=True, repeat=False, hook=hook):
-            parts.append(values[hook].cpu())
-            count += len(parts[-1])
-            if count >= tokens:
-                return torch.cat(parts)[:tokens]
-        raise UserError(
-            f"tokens must not exceed what the held-out text gives; got {tokens}, and it ended after {count}. "
-            "Ask for fewer, or train on a longer text."
-        )
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of ``metrics.jsonl``."""
-        return read_metrics(self.folder / "metrics.jsonl")
-
-    def require_finished(self) -> None:
-        """Raise a UserError if there is training left to do."""
-        if not self.finished:
-            raise UserError(
-                f"the run in {self.folder} is not finished. Give the command that started it again: it carries on."
-            )
 
 
 def open_run(folder: Path | str) -> Run:
@@ -214,8 +113,6 @@ def train(
     Raises:
         UserError: anything given that cannot work, before anything is written.
     """
-    from kronsae.runs.parsing import parse_sae
-
     members = tuple(parse_sae(one) if isinstance(one, str) else one for one in saes)
     if hook is None and (hook := own_hook(members)) is None:
         raise UserError("give hook, such as 'layers.6', or to each SAE a read= of its own; got neither.")
@@ -428,36 +325,3 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def with_overrides(
-    config: RunConfig,
-    *,
-    model: str | None = None,
-    text: str | None = None,
-    hook: str | None = None,
-    tokens: int | None = None,
-    flops: float | None = None,
-    same_flops_as: str | None = None,
-    seed: int | None = None,
-    saes: Sequence[MemberConfig] = (),
-) -> RunConfig:
-    """A recipe with some of its parts replaced; None and no SAEs leave the recipe's.
-
-    Tokens replace a budget in FLOPs, and the other way round.
-    """
-    if model is not None:
-        config = replace(config, model=replace(config.model, name=model, revision=None))
-    if text is not None:
-        config = replace(config, text=TextConfig(source=text))
-    if hook is not None:
-        config = replace(config, hook=hook)
-    if seed is not None:
-        members = tuple(replace(member, seed=seed) for member in config.saes)
-        config = replace(config, seed=seed, saes=members)
-    loop = config.loop
-    if tokens is not None or flops is not None:
-        loop = replace(loop, tokens=tokens, flops=flops, same_flops_as=None if tokens is None else loop.same_flops_as)
-    if same_flops_as is not None:
-        loop = replace(loop, same_flops_as=same_flops_as)
-    return replace(config, loop=loop, saes=tuple(saes) or config.saes)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
+Progress = Callable[[int, int], None]
+"""Called with ``(done, total)``."""
+
 PLAIN_SECONDS = 10.0
 """Between lines where the output is no terminal."""
 
@@ -33,6 +36,16 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, i
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def progress_of_part(progress: Progress | None, number: int, parts: int) -> Progress | None:
+    """Return the progress of part ``number`` (from 0) of so many equal parts, reported as progress of the whole."""
+    return None if progress is None else lambda done, total: progress(number * total + done, parts * total)
+
+
+def progress_after(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return the progress of a stage that starts when ``before`` of ``total`` is done."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def _nothing(done: int, total: int) -> None:

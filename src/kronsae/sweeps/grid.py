@@ -15,7 +15,7 @@ from typing import Any
 
 from kronsae.core.checks import check_count
 from kronsae.runs.config import RunConfig
-from kronsae.runs.parsing import RunWords, json_value, parse_sae
+from kronsae.runs.parsing import RunOptions, json_value, parse_sae
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError
 from kronsae.support.files import read_json
@@ -63,10 +63,10 @@ class SweepConfig:
             if twice := sorted({str(value) for value in values if values.count(value) > 1}):
                 raise UserError(f"{name} must differ; {', '.join(twice)} stands there twice.")
 
-    def words(self) -> RunWords:
-        """What the runs start from."""
+    def run_options(self) -> RunOptions:
+        """Return what the runs start from."""
         config, activations = (None if path is None else Path(path) for path in (self.config, self.activations))
-        return RunWords(
+        return RunOptions(
             recipe=self.recipe,
             config=config,
             activations=activations,
@@ -136,12 +136,14 @@ def points(sweep: SweepConfig) -> list[Point]:
         if re.match(r"(saes\.\*\.)?(seed|name)\s*=", option):
             raise UserError(f"a sweep has its seeds from --seeds and its names from --sae; leave --set {option} out.")
     found = []
-    words = sweep.words().placed([member for member, _ in members])  # one hook, or one stream for each SAE
+    run_options = sweep.run_options().with_own_hook(
+        [member for member, _ in members]
+    )  # one hook, or one stream for each SAE
     for seed, budget, chosen in itertools.product(sweep.seeds, budgets or [{}], itertools.product(*options)):
         around = budget | {place: json_value(value) for place, _, value in (one.partition("=") for one in chosen)}
         for member, settings in members:
             empty = {"tokens": None, "flops": None, "same_flops_as": None}
-            run = words.run_config([replace(member, seed=seed)], empty | budget, seed, chosen)
+            run = run_options.run_config([replace(member, seed=seed)], empty | budget, seed, chosen)
             found.append(Point(name=member.name, kind=member.name, settings=settings | around, seed=seed, run=run))
     return _named(found)
 

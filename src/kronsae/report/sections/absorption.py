@@ -10,6 +10,9 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.ranking import who_leads
 from kronsae.report.section import Section, series_of
 
+REVISION = 2
+"""Of the kept result; see `kronsae.report.measurements`."""
+
 _HEADINGS = (
     ("absorption fraction", "share of a class that other latents carry, mean over words and classes; less is better"),
     ("full absorption", "share of the words that one other latent carries alone; less is better"),

@@ -9,6 +9,9 @@ from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section, mean_text, series_of
 
+REVISION = 1
+"""Of the kept result; see `kronsae.report.measurements`."""
+
 _SUMMARY = (
     (
         "detection",

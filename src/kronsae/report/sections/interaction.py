@@ -9,6 +9,9 @@ from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
+REVISION = 3
+"""Of the kept result; see `kronsae.report.measurements`."""
+
 Figure = Callable[[Mapping[str, Any]], float | None]
 
 

@@ -9,6 +9,9 @@ from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
+REVISION = 1
+"""Of the kept result; see `kronsae.report.measurements`."""
+
 _HEADINGS = (
     ("number", "how many there are"),
     ("dead", "share that was active on none of the tokens; a base is dead if all latents it is a parent of are"),

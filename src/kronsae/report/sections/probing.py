@@ -11,6 +11,9 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.ranking import who_leads
 from kronsae.report.section import Section, series_of
 
+REVISION = 1
+"""Of the kept result; see `kronsae.report.measurements`."""
+
 
 def table(result: Mapping[str, Any], names: Sequence[str] = ()) -> Table:
     """One row per SAE; ``names`` are those of a page, whose colours they take."""

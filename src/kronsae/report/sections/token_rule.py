@@ -9,6 +9,9 @@ from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section, mean_text, series_of
 
+REVISION = 1
+"""Of the kept result; see `kronsae.report.measurements`."""
+
 _HEADINGS = (
     ("balanced accuracy", "of calling a place active or not; mean over latents ± standard deviation; 0.5 is guessing"),
     ("AUC", "how often the rule ranks an active place above another; mean over latents ± standard deviation"),

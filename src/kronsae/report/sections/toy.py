@@ -11,6 +11,9 @@ from kronsae.eval.paired import LEVEL, paired_difference
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
+REVISION = 1
+"""Of the kept result; see `kronsae.report.measurements`."""
+
 AUTOENCODER, TOPK, KRON = "autoencoder", "topk", "kron"
 """Names of dictionaries; a KronSAE's begins with the last."""
 

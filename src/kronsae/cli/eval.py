@@ -1,0 +1,73 @@
+"""``kronsae eval``: the table of a run, and the measurements as verbs, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from kronsae.cli.options import OptionalOut, RunFolder, Tokens, evaluate_with_progress, one_folder, show_rows
+from kronsae.report.measurements import MEASUREMENTS, module_name
+from kronsae.support.errors import UserError, nearest
+from kronsae.support.terminal import Json, Quiet, what_now
+
+DEFAULT = "table"
+
+
+class MeasureGroup(TyperGroup):
+    """A group whose verbs are `MEASUREMENTS`, and whose first argument may be left out: then it is `DEFAULT`.
+
+    Contexts and commands are of Click, or of the copy of it that newer releases of Typer bring along.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *MEASUREMENTS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in MEASUREMENTS:
+            app: typer.Typer = import_module(f"kronsae.measures.{module_name(cmd_name)}").app
+            command = typer.main.get_command(app)
+            command.name = cmd_name
+            return command
+        return super().get_command(ctx, cmd_name)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        verbs = self.list_commands(ctx)
+        if not args or (args[0] not in verbs and args[0] not in ctx.help_option_names):
+            _refuse_misspelt(args, verbs)
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+def _refuse_misspelt(args: list[str], verbs: list[str]) -> None:
+    """``kronsae eval absorbtion RUN`` names no run folder: say so, and the verb that was meant."""
+    words = [word for word in args if not word.startswith("-")]
+    if len(words) > 1 and args[0] == words[0] and args[1] == words[1]:
+        raise UserError(f"'{args[0]}' is no measurement; there are {', '.join(verbs)}.{nearest(args[0], verbs)}")
+
+
+app = typer.Typer(
+    cls=MeasureGroup,
+    no_args_is_help=True,
+    help="Measure a finished run: `kronsae eval RUN` is the table (explained variance, l0, dead share, CE and KL "
+    "recovered on held-out text); the verbs measure more.",
+)
+
+
+@app.command(DEFAULT)
+def evaluate(
+    run_folder: RunFolder = None,
+    out: OptionalOut = None,
+    tokens: Tokens = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a run's SAEs on held-out text: explained variance, l0, dead share, CE and KL recovered."""
+    from kronsae.runs.run import open_run
+
+    run = open_run(one_folder(run_folder, out))
+    show_rows(evaluate_with_progress(run, tokens, quiet), as_json)
+    what_now(f"kronsae report {shlex.quote(str(run.folder))}")

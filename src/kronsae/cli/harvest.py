@@ -1,0 +1,62 @@
+"""``kronsae harvest``."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from kronsae.cli.options import Out
+from kronsae.support.terminal import Json, Quiet, print_json, what_now
+
+
+def harvest(
+    out: Out,
+    hook: Annotated[
+        list[str],
+        typer.Option(help="Where to read, repeatable: module path or layer, such as layers.6 or layers.6.mlp:input."),
+    ],
+    tokens: Annotated[int, typer.Option(help="Tokens to harvest.")],
+    model: Annotated[str, typer.Option(help="Hugging Face model: Hub name or local folder.")] = "bundled",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    model_dtype: Annotated[
+        str, typer.Option(help="Precision of the model's weights: float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda or cuda:1.")] = "auto",
+    text: Annotated[str, typer.Option(help="Text: Hub data set, local file or folder.")] = "bundled",
+    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a Hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    column: Annotated[str, typer.Option(help="Column that holds the text, in files with columns.")] = "text",
+    dtype: Annotated[str, typer.Option(help="Precision on disk: float32, bfloat16 or float16.")] = "float32",
+    context_length: Annotated[int, typer.Option(help="Tokens of text the model sees at once.")] = 256,
+    model_batch: Annotated[int, typer.Option(help="Sequences per forward pass of the model.")] = 32,
+    held_out_share: Annotated[float, typer.Option(help="Share of documents kept for evaluation.")] = 0.05,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a model over text and keep the activations of some hooks on disk, as safetensors."""
+    from kronsae.data.model import ModelConfig
+    from kronsae.data.text import TextConfig
+    from kronsae.runs.harvest import harvest as harvest_to
+    from kronsae.support.progress import progress_bar
+
+    with progress_bar("harvesting", quiet=quiet) as progress:
+        summary = harvest_to(
+            model=ModelConfig(name=model, revision=revision, dtype=model_dtype, device=device),
+            text=TextConfig(source=text, subset=subset, split=split, column=column),
+            hook=hook,
+            tokens=tokens,
+            out=out,
+            dtype=dtype,
+            context_length=context_length,
+            model_batch=model_batch,
+            held_out_share=held_out_share,
+            progress=progress,
+        )
+    if as_json:
+        print_json(summary)
+    else:
+        for key, value in summary.items():
+            print(f"{key}: {value:.1f}" if isinstance(value, float) else f"{key}: {value}")
+    what_now(f"kronsae train --activations {shlex.quote(str(out))} --sae '...' --tokens ... --out runs/...")

@@ -1,0 +1,1 @@
+"""A run: its config, its training, its evaluation, its folder."""
