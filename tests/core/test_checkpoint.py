@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tests.saved_saes import replace_weights
 
 from kronsae.core import checkpoint
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
@@ -17,6 +19,7 @@ from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
+from kronsae.support.files import sha256
 
 
 def build(gate: GateName = "mand", num_heads: int = 3, seed: int = 0) -> SAE:
@@ -45,7 +48,8 @@ def refusal(folder: Path) -> str:
 def test_a_saved_sae_is_two_files(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     config = json.loads((saved / "cfg.json").read_text())
-    assert list(config) == ["format", "kronsae_version", "architecture", "sae", "metadata"]
+    assert list(config) == ["format", "kronsae_version", "architecture", "weights_sha256", "sae", "metadata"]
+    assert config["weights_sha256"] == hashlib.sha256((saved / "sae_weights.safetensors").read_bytes()).hexdigest()
     assert config["metadata"] == {"hook": "layers.3"}
     assert config["architecture"] == "kronecker-topk"
     assert config["sae"] == {
@@ -106,14 +110,45 @@ def test_damaged_weights(saved: Path, kept: int) -> None:
     path = saved / "sae_weights.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     message = refusal(saved)
+    assert message.startswith("the saved SAE: SAE/sae_weights.safetensors is damaged: its SHA-256 is ")
+    assert message.endswith("Save or download it again.")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_damaged_weights_whose_checksum_fits(saved: Path, kept: int) -> None:
+    path = saved / "sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    edit(saved, weights_sha256=sha256(path))
+    message = refusal(saved)
     assert message.startswith("the saved SAE: SAE/sae_weights.safetensors is damaged (")
     assert message.endswith("Save or download it again.")
+
+
+def test_a_flipped_bit_is_noticed(saved: Path) -> None:
+    path = saved / "sae_weights.safetensors"
+    whole = path.read_bytes()
+    for place in (3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert refusal(saved) == (
+            f"the saved SAE: SAE/sae_weights.safetensors is damaged: its SHA-256 is {sha256(path)}, and cfg.json names "
+            f"{hashlib.sha256(whole).hexdigest()}. Save or download it again."
+        )
+
+
+def test_a_folder_without_a_checksum_loads_with_a_note(saved: Path) -> None:
+    path = saved / "cfg.json"
+    config = json.loads(path.read_text())
+    del config["weights_sha256"]
+    path.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"cfg\.json names no weights_sha256, so sae_weights\.safetensors cannot be"):
+        loaded = checkpoint.load(saved)
+    assert torch.equal(loaded.W_dec, build().W_dec)
 
 
 def test_a_folder_in_place_of_the_weights(saved: Path) -> None:
     (saved / "sae_weights.safetensors").unlink()
     (saved / "sae_weights.safetensors").mkdir()
-    assert "SAE/sae_weights.safetensors is damaged" in refusal(saved)
+    assert "SAE/sae_weights.safetensors cannot be read" in refusal(saved)
 
 
 class Bomb:
@@ -149,7 +184,7 @@ def test_missing_and_surplus_weights_are_named(saved: Path) -> None:
     path = saved / "sae_weights.safetensors"
     weights = load_file(path)
     weights["threshold"] = weights.pop("decoder.b_dec").clone()
-    save_file(weights, path)
+    replace_weights(saved, weights)
     assert refusal(saved) == (
         "SAE/sae_weights.safetensors does not fit cfg.json (decoder.b_dec: expected (6,), found None; "
         "threshold: expected None, found (6,)). Save the SAE again."
@@ -158,7 +193,7 @@ def test_missing_and_surplus_weights_are_named(saved: Path) -> None:
 
 def test_weights_that_are_no_floating_point_numbers_are_refused(saved: Path) -> None:
     path = saved / "sae_weights.safetensors"
-    save_file({name: tensor.long() for name, tensor in load_file(path).items()}, path)
+    replace_weights(saved, {name: tensor.long() for name, tensor in load_file(path).items()})
     assert "must all have one floating-point dtype" in refusal(saved)
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 import typer
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tests.command_line import Outcome
+from tests.saved_saes import replace_weights
 from typer.testing import CliRunner
 
 from kronsae import report
@@ -121,7 +122,7 @@ def test_weights_that_are_no_numbers_are_no_result(
     [path] = (folder / "saes" / "kron").glob("*.safetensors")
     weights = load_file(path)
     weights["encoder.bias"][0, 0] = torch.nan
-    save_file(weights, path)
+    replace_weights(path.parent, weights)
     labels = tmp_path / "labels.jsonl"
     rows = [{"text": f"the {word} {i}", "label": word} for i in range(100) for word in ("fox", "dog")]
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -137,9 +138,9 @@ def test_a_threshold_of_zero_is_a_sound_weight(config: RunConfig, tmp_path: Path
     [path] = (run.folder / "saes" / "jumprelu").glob("*.safetensors")
     weights = load_file(path)
     [name] = [name for name in weights if "threshold" in name]
-    save_file(weights | {name: torch.full_like(weights[name], -torch.inf)}, path)
+    replace_weights(path.parent, weights | {name: torch.full_like(weights[name], -torch.inf)})
     assert list(LoadedRun(run).saes) == ["jumprelu"]
-    save_file(weights | {name: torch.full_like(weights[name], torch.inf)}, path)
+    replace_weights(path.parent, weights | {name: torch.full_like(weights[name], torch.inf)})
     with pytest.raises(UserError, match="threshold holds NaN or infinity"):
         LoadedRun(run).saes  # noqa: B018
 

@@ -81,7 +81,7 @@ def test_no_folder(source: str) -> None:
 def test_a_damaged_sae(finished_run: Run, tmp_path: Path) -> None:
     shutil.copytree(finished_run.folder / "saes", tmp_path / "saes")
     (tmp_path / "saes" / "kron" / "sae_weights.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"is damaged .*\. Save or download it again\.$"):
+    with pytest.raises(UserError, match=r"is damaged: .*\. Save or download it again\.$"):
         ks.load(tmp_path, "kron")
     config = tmp_path / "saes" / "topk" / "cfg.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"format": 99}))

@@ -1,7 +1,11 @@
-"""A saved SAE is a folder: ``cfg.json`` and ``sae_weights.safetensors``. Nothing in it is ever executed."""
+"""A saved SAE is a folder: ``cfg.json`` and ``sae_weights.safetensors``. Nothing in it is ever executed.
+
+``cfg.json`` holds the SHA-256 of the weights file, which `load` checks.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -9,12 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError
-from kronsae.support.files import atomic_path, read_json, write_json
+from kronsae.support.files import atomic_path, read_json, sha256, write_json
+from kronsae.support.tensors import read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 FORMAT = 1
@@ -29,8 +34,10 @@ def save(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in sae.state_dict().items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
+        digest = sha256(temporary)
         (folder / CONFIG_FILE).unlink(missing_ok=True)  # stopped here, a reader finds no SAE and not a mixed one
     about = {"format": FORMAT, "kronsae_version": version("kronsae"), "architecture": sae.config.architecture}
+    about |= {"weights_sha256": digest}
     write_json(folder / CONFIG_FILE, about | {"sae": to_dict(sae.config), "metadata": dict(metadata or {})})
     return folder
 
@@ -38,11 +45,16 @@ def save(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None
 def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
     """Read an SAE that `save` wrote: same weights, same dtype, same outputs.
 
+    The weights are copied into memory: the files may change or vanish afterwards. A folder that names no checksum, as
+    older versions wrote it, is loaded with a warning.
+
     Raises:
-        UserError: no SAE there, an unknown key, a damaged file, or weights that do not fit the config.
+        UserError: no SAE there, an unknown key, a damaged file (wrong checksum), or weights that do not fit the config.
     """
     folder = Path(folder)
-    config = read_shape(folder)
+    about = read_config(folder)
+    config = _shape(folder, about)
+    _check_digest(folder / WEIGHTS_FILE, about.get("weights_sha256"))
     weights = _read_weights(folder / WEIGHTS_FILE, device)
     with torch.device("meta"):
         sae = config.build_empty()
@@ -63,8 +75,8 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
 
 
 def read_shape(folder: Path) -> SAEConfig:
-    """The saved SAE's config; the weights stay where they are."""
-    return from_dict(SAEConfig, read_config(folder)["sae"], where=f"{folder / CONFIG_FILE}: sae")
+    """Return the saved SAE's config without reading its weights."""
+    return _shape(folder, read_config(folder))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -77,15 +89,41 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG_FILE} has format {config.get('format')!r}; this version reads format {FORMAT}. "
             f"It was written by kronsae {config.get('kronsae_version')}: install that version."
         )
-    known = {"format", "kronsae_version", "architecture", "sae", "metadata"}
+    known = {"format", "kronsae_version", "architecture", "weights_sha256", "sae", "metadata"}
     if unknown := sorted(config.keys() - known):
         raise UserError(f"{folder / CONFIG_FILE} has unknown keys {', '.join(unknown)}; remove them.")
     return config
 
 
+def _shape(folder: Path, about: Mapping[str, Any]) -> SAEConfig:
+    return from_dict(SAEConfig, about["sae"], where=f"{folder / CONFIG_FILE}: sae")
+
+
+def _check_digest(path: Path, expected: object) -> None:
+    """Refuse a weights file whose SHA-256 is not the one that ``cfg.json`` names."""
+    if expected is None:
+        warnings.warn(
+            f"{path.parent / CONFIG_FILE} names no weights_sha256, so {path.name} cannot be checked. "
+            "Save the SAE again to add one.",
+            stacklevel=3,
+        )
+        return
+    try:
+        found = sha256(path)
+    except FileNotFoundError:
+        raise UserError(f"the saved SAE: {path} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"the saved SAE: {path} cannot be read ({error}).") from None
+    if found != expected:
+        raise UserError(
+            f"the saved SAE: {path} is damaged: its SHA-256 is {found}, and {CONFIG_FILE} names {expected}. "
+            "Save or download it again."
+        )
+
+
 def _read_weights(path: Path, device: torch.device | str) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path, device=str(device))
+        return read_tensors(path, device)
     except FileNotFoundError:
         raise UserError(f"the saved SAE: {path} does not exist.") from None
     except (SafetensorError, OSError) as error:

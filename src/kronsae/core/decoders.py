@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kronsae import kernels
 from kronsae.core.codes import SparseCodes
+from kronsae.support.tensors import aligned
 
 
 class Decoder(nn.Module):
@@ -56,7 +57,7 @@ class Skip(nn.Module):
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
-        return x @ self.W_skip.T
+        return aligned(x) @ self.W_skip.T
 
     @torch.no_grad()
     def initialize(self) -> None:

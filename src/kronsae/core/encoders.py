@@ -20,6 +20,7 @@ from kronsae.core.codes import SparseCodes
 from kronsae.core.gates import GATES, Gate, GateName
 from kronsae.kernels import Above, BatchChoice, Composition, Request
 from kronsae.support.errors import UserError
+from kronsae.support.tensors import aligned
 
 
 @runtime_checkable
@@ -181,7 +182,7 @@ class DenseEncoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.d_sae))
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> DenseLatents:
-        return DenseLatents(x_BD, self.weight, self.bias)
+        return DenseLatents(aligned(x_BD), self.weight, self.bias)
 
     @torch.no_grad()
     def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
@@ -288,12 +289,12 @@ class KroneckerEncoder(nn.Module):
 
     def pre_latents(self, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B H M"], Float[Tensor, "B H N"]]:
         """``u`` and ``v`` of every head, before ReLU; differentiable."""
-        pre_BP = torch.addmm(self.bias.flatten(), x_BD, self.weight.flatten(0, 1).T)
+        pre_BP = torch.addmm(self.bias.flatten(), aligned(x_BD), self.weight.flatten(0, 1).T)
         pre_BHP = pre_BP.view(len(x_BD), *self.bias.shape)
         return pre_BHP[..., : self.d_base], pre_BHP[..., self.d_base :]
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> KroneckerLatents:
-        return KroneckerLatents(x_BD, self)
+        return KroneckerLatents(aligned(x_BD), self)
 
     @torch.no_grad()
     def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:

@@ -23,6 +23,7 @@ from kronsae.core.encoders import (
 from kronsae.core.gates import GateName
 from kronsae.kernels import Choice, Request
 from kronsae.support.errors import UserError
+from kronsae.support.tensors import aligned
 
 MAX_EXPERTS = 4096
 """Each expert is a module with weights and a product of its own; Mudide et al. use at most 128."""
@@ -111,7 +112,7 @@ class SwitchEncoder(nn.Module):
         return torch.cat([expert.get_parameter("bias") for expert in self.experts])
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> SwitchLatents:
-        return SwitchLatents(x_BD, self)
+        return SwitchLatents(aligned(x_BD), self)
 
     @torch.no_grad()
     def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:

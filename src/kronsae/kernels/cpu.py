@@ -7,6 +7,7 @@ definite answer. A pre-latent that is NaN ranks with the zeros, which only fill 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from kronsae.kernels import _compiled_rows, _compiled_selection, portable
 from kronsae.kernels.portable import PRODUCT_ELEMENTS, join_inputs, pad_selection
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Composition, KroneckerSelection
+from kronsae.support.tensors import ALIGNMENT_BYTES
 
 Array = np.ndarray[Any, Any]
 PARTS_PER_THREAD = 4  # parts are taken as threads come free: rows with many entries do not hold the others up
@@ -95,8 +97,13 @@ def _scalars(dtype: torch.dtype, *values: float) -> list[Any]:
 
 
 def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory from NumPy, which asks Linux for huge pages: a fresh 100 MB costs half the time."""
-    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+    """Uninitialised memory from NumPy, which asks Linux for huge pages: a fresh 100 MB costs half the time.
+
+    NumPy aligns to 16 bytes only; what is returned starts at a multiple of 64, as PyTorch's own memory does.
+    """
+    raw = torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT_BYTES, np.uint8))
+    start = -raw.data_ptr() % ALIGNMENT_BYTES
+    return raw[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kronsae.data.corpus import Document, is_held_out
@@ -26,6 +26,7 @@ from kronsae.eval.python_code import ROLES, name_roles
 from kronsae.runs.loaded import LoadedRun
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path, check_folder_place
+from kronsae.support.tensors import read_tensors
 
 TaskName = Literal["roles", "first-letter", "labels"]
 HELD_OUT_SHARE = 0.2  # of a user's labelled texts
@@ -175,7 +176,7 @@ def example_activations(
 def _kept_activations(path: Path, examples: int) -> Tensor | None:
     """What `example_activations` wrote; None where the file holds something else."""
     try:
-        found = load_file(path)
+        found = read_tensors(path)
     except (OSError, ValueError, SafetensorError):
         return None
     x_ED = found.get("x_ED")

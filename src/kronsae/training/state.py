@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path, read_json, write_json
+from kronsae.support.tensors import read_tensors
 from kronsae.training.member import Member
 
 
@@ -67,7 +68,7 @@ def load_members(folder: Path, members: Sequence[Member]) -> None:
         raise UserError(f"{folder} holds no checkpoint.")
     path = newest / "state.safetensors"
     try:
-        tensors = load_file(path)
+        tensors = read_tensors(path)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from None
     for member in members:

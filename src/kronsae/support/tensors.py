@@ -1,0 +1,39 @@
+"""Tensors that own their memory, at addresses that give the same bits everywhere.
+
+MKL's matrix products sum in another order when an operand does not start at a multiple of 16 bytes (AVX2) or 64 bytes
+(AVX-512), so the last bits of a result depend on where its inputs lie. PyTorch's own allocations start at multiples of
+64 bytes. Memory from elsewhere does not: safetensors maps files into memory at any multiple of 8 bytes (and such
+tensors change or crash when the file does), and a slice ``x[1:]`` starts wherever a row ends.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ALIGNMENT_BYTES = 64
+"""The largest alignment that a vector unit of x86 asks for, and that of PyTorch's CPU allocator."""
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor itself if its memory starts at a multiple of 64 bytes, else a copy that does.
+
+    The copy is differentiable. Tensors of other devices are returned as they are.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.data_ptr() % ALIGNMENT_BYTES == 0:
+        return tensor
+    return tensor.clone()
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, copied out of the file: owned and aligned.
+
+    Raises:
+        SafetensorError, OSError: the file is damaged or cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    found = load_file(path, device=str(device))
+    return {name: tensor.clone() if tensor.device.type == "cpu" else tensor for name, tensor in found.items()}

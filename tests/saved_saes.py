@@ -1,0 +1,20 @@
+"""Changing a saved SAE's weights on disk, as somebody who knows the format would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kronsae.support.files import sha256
+
+
+def replace_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write other weights into a saved SAE, and their checksum into its ``cfg.json``."""
+    save_file(dict(weights), folder / "sae_weights.safetensors")
+    path = folder / "cfg.json"
+    config = json.loads(path.read_text()) | {"weights_sha256": sha256(folder / "sae_weights.safetensors")}
+    path.write_text(json.dumps(config))
