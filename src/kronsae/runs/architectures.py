@@ -1,16 +1,16 @@
 """The SAEs of the comparison: each function describes one.
 
 Encoder, sparsifier, loss and experts combine freely; a function here is only a name for one combination, and
-`SAE_KINDS` gives each the word that ``--sae`` begins with. All of them take ``read`` and ``write``, the hooks read and
-written where these are not the run's: one name or several (``"layers.2,layers.3"``), which makes a transcoder or a
-crosscoder of any of them, and ``skip`` for a transcoder's linear path. `ARCHITECTURES` holds the cells of the
-comparison, each as the ``--sae`` words that train it small.
+`SAE_KINDS` gives each the name that ``--sae`` begins with. All of them take the keyword arguments of
+`TrainingOptions`; those with a choice of encoder take `EncoderOptions` besides. `ARCHITECTURES` holds the cells of the
+comparison, each as the ``--sae`` text that trains it small.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, TypedDict, Unpack, cast, get_args, get_type_hints
 
 from kronsae.core.checks import check_count
 from kronsae.core.encoders import DenseEncoderConfig, EncoderConfig, KroneckerEncoderConfig
@@ -20,7 +20,7 @@ from kronsae.core.losses import LossConfig, MatryoshkaConfig, SquaredErrorConfig
 from kronsae.core.normalization import NormalizationName, is_foldable
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
-from kronsae.support.errors import UserError
+from kronsae.support.errors import UserError, nearest
 from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.sparsity import SparsityConfig
 
@@ -45,26 +45,74 @@ ARCHITECTURES: dict[str, str] = {
 }
 
 
-def topk(
-    *,
-    d_sae: int,
-    k: int,
-    name: str = "topk",
-    lr: float = 8e-4,
-    seed: int = 0,
-    init_norm: float | None = None,
-    unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName | None = None,
-    dead_after_tokens: int = 1_000_000,
-    aux_weight: float = 1 / 32,
-    read: str | tuple[str, ...] | None = None,
-    write: str | tuple[str, ...] | None = None,
-    skip: bool = False,
-) -> MemberConfig:
+class TrainingOptions(TypedDict, total=False):
+    """Keyword arguments that every function here takes; `TRAINING_DEFAULTS` has their defaults.
+
+    Args:
+        name: of the SAE within its run; default: the name of its kind.
+        lr: peak learning rate.
+        seed: of the initial weights.
+        unit_norm_decoder: keep decoder rows at norm 1.
+        normalize_activations: None centres and scales where the gate allows folding that away, so not for `mand_eps`.
+        dead_after_tokens: a latent is dead after so many tokens without an activation.
+        aux_weight: weight of the AuxK loss.
+        read: hooks read, where they are not the run's: one name or several (``"layers.2,layers.3"``).
+        write: hooks written, where they are not those read: this makes a transcoder; several make a crosscoder.
+        skip: add a transcoder's linear path ``W_skip x``.
+    """
+
+    name: str
+    lr: float
+    seed: int
+    unit_norm_decoder: bool
+    normalize_activations: NormalizationName | None
+    dead_after_tokens: int
+    aux_weight: float
+    read: str | tuple[str, ...] | None
+    write: str | tuple[str, ...] | None
+    skip: bool
+
+
+TRAINING_DEFAULTS: TrainingOptions = {
+    "lr": 8e-4,
+    "seed": 0,
+    "unit_norm_decoder": True,
+    "normalize_activations": None,
+    "dead_after_tokens": 1_000_000,
+    "aux_weight": 1 / 32,
+    "read": None,
+    "write": None,
+    "skip": False,
+}
+
+
+class EncoderShape(TypedDict, total=False):
+    """The shape of an encoder: ``d_sae`` alone is a dense one, with heads it is a Kronecker one. Defaults: None.
+
+    Args:
+        d_sae: latents, of a dense encoder; of a Kronecker encoder it may replace ``num_heads``.
+        num_heads: H.
+        d_base: M.
+        d_extension: N.
+        gate: how a base and an extension compose; default `mand`.
+        init_norm: expected norm of an encoder row at the start.
+    """
+
+    d_sae: int | None
+    num_heads: int | None
+    d_base: int | None
+    d_extension: int | None
+    gate: GateName
+    init_norm: float | None
+
+
+class EncoderOptions(EncoderShape, TrainingOptions, total=False):
+    """`EncoderShape` and `TrainingOptions` together."""
+
+
+def topk(*, d_sae: int, k: int, init_norm: float | None = None, **options: Unpack[TrainingOptions]) -> MemberConfig:
     """A TopK SAE with a dense encoder (Gao et al. 2025): the baseline."""
-    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    places = _Places(read, write, skip)
-    return _member(DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm), TopKConfig(k=k), training, places)
+    return _member("topk", DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm), TopKConfig(k=k), options)
 
 
 def kron(
@@ -75,17 +123,8 @@ def kron(
     num_heads: int | None = None,
     d_sae: int | None = None,
     gate: GateName = "mand",
-    name: str = "kron",
-    lr: float = 8e-4,
-    seed: int = 0,
     init_norm: float | None = None,
-    unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName | None = None,
-    dead_after_tokens: int = 1_000_000,
-    aux_weight: float = 1 / 32,
-    read: str | tuple[str, ...] | None = None,
-    write: str | tuple[str, ...] | None = None,
-    skip: bool = False,
+    **options: Unpack[TrainingOptions],
 ) -> MemberConfig:
     """A KronSAE: ``num_heads`` heads, each composing ``d_base`` bases with ``d_extension`` extensions.
 
@@ -96,69 +135,26 @@ def kron(
         num_heads: H; left out, as many as make ``d_sae`` latents.
         d_sae: latents; left out, ``num_heads * d_base * d_extension``.
         gate: how a base and an extension compose.
-        normalize_activations: here and in the other functions None centres and scales where the gate allows it to be
-            folded away, so not for `mand_eps`.
+        init_norm: expected norm of an encoder row at the start.
+        **options: see `TrainingOptions`.
     """
     encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
-    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    places = _Places(read, write, skip)
-    return _member(encoder, TopKConfig(k=k), training, places)
+    return _member("kron", encoder, TopKConfig(k=k), options)
 
 
-def batch_topk(
-    *,
-    k: int,
-    d_sae: int | None = None,
-    num_heads: int | None = None,
-    d_base: int | None = None,
-    d_extension: int | None = None,
-    gate: GateName = "mand",
-    name: str = "batch_topk",
-    lr: float = 8e-4,
-    seed: int = 0,
-    init_norm: float | None = None,
-    unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName | None = None,
-    dead_after_tokens: int = 1_000_000,
-    aux_weight: float = 1 / 32,
-    read: str | tuple[str, ...] | None = None,
-    write: str | tuple[str, ...] | None = None,
-    skip: bool = False,
-) -> MemberConfig:
+def batch_topk(*, k: int, **options: Unpack[EncoderOptions]) -> MemberConfig:
     """The B * k largest latents of each batch; saved as JumpReLU with a learned threshold (Bussmann et al. 2024).
 
     Args:
         k: latents per token, on average.
-        d_sae: latents, for a dense encoder.
-        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead; ``d_sae`` may stand for ``num_heads``.
+        **options: see `EncoderShape` and `TrainingOptions`.
     """
-    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
-    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    places = _Places(read, write, skip)
-    return _member(encoder, BatchTopKConfig(k=k), training, places)
+    shape, rest = _split(options)
+    return _member("batch_topk", _encoder_of(shape), BatchTopKConfig(k=k), rest)
 
 
 def jumprelu(
-    *,
-    k: int,
-    coefficient: float | None = None,
-    bandwidth: float = 0.5,
-    d_sae: int | None = None,
-    num_heads: int | None = None,
-    d_base: int | None = None,
-    d_extension: int | None = None,
-    gate: GateName = "mand",
-    name: str = "jumprelu",
-    lr: float = 8e-4,
-    seed: int = 0,
-    init_norm: float | None = None,
-    unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName | None = None,
-    dead_after_tokens: int = 1_000_000,
-    aux_weight: float = 1 / 32,
-    read: str | tuple[str, ...] | None = None,
-    write: str | tuple[str, ...] | None = None,
-    skip: bool = False,
+    *, k: int, coefficient: float | None = None, bandwidth: float = 0.5, **options: Unpack[EncoderOptions]
 ) -> MemberConfig:
     """A learned threshold per latent, under an l0 penalty (Rajamanoharan et al. 2024b).
 
@@ -166,14 +162,11 @@ def jumprelu(
         k: l0 to start with and, without ``coefficient``, to end with: the penalty is steered towards it.
         coefficient: fixed weight of the l0 penalty.
         bandwidth: of the straight-through estimator, as a share of the threshold.
-        d_sae: latents, for a dense encoder.
-        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead; ``d_sae`` may stand for ``num_heads``.
+        **options: see `EncoderShape` and `TrainingOptions`.
     """
-    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
+    shape, rest = _split(options)
     sparsifier, sparsity = JumpReLUConfig(k=k, bandwidth=bandwidth), SparsityConfig(coefficient=coefficient)
-    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    places = _Places(read, write, skip)
-    return _member(encoder, sparsifier, training, places, sparsity=sparsity)
+    return _member("jumprelu", _encoder_of(shape), sparsifier, rest, sparsity=sparsity)
 
 
 def matryoshka(
@@ -182,22 +175,7 @@ def matryoshka(
     smallest: int | None = None,
     groups: tuple[int, ...] | None = None,
     across_batch: bool = False,
-    d_sae: int | None = None,
-    num_heads: int | None = None,
-    d_base: int | None = None,
-    d_extension: int | None = None,
-    gate: GateName = "mand",
-    name: str = "matryoshka",
-    lr: float = 8e-4,
-    seed: int = 0,
-    init_norm: float | None = None,
-    unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName | None = None,
-    dead_after_tokens: int = 1_000_000,
-    aux_weight: float = 1 / 32,
-    read: str | tuple[str, ...] | None = None,
-    write: str | tuple[str, ...] | None = None,
-    skip: bool = False,
+    **options: Unpack[EncoderOptions],
 ) -> MemberConfig:
     """Nested prefixes of the dictionary that each reconstruct on their own (Bussmann et al. 2025).
 
@@ -206,41 +184,20 @@ def matryoshka(
         smallest: size of the first group, of ``2^k, 2^k, 2^(k+1), ...``; None: ``d_sae // 8``.
         groups: any other group sizes, in place of ``smallest``.
         across_batch: BatchTopK in place of TopK.
-        d_sae: latents, for a dense encoder.
-        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead; ``d_sae`` may stand for ``num_heads``.
+        **options: see `EncoderShape` and `TrainingOptions`.
     """
-    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
+    shape, rest = _split(options)
+    encoder = _encoder_of(shape)
     if groups is None:
         groups = matryoshka_groups(encoder.d_sae, max(1, encoder.d_sae // 8) if smallest is None else smallest)
     elif smallest is not None:
         raise UserError("give smallest or groups, not both.")
     sparsifier = BatchTopKConfig(k=k) if across_batch else TopKConfig(k=k)
-    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    places = _Places(read, write, skip)
-    return _member(encoder, sparsifier, training, places, loss=MatryoshkaConfig(groups=groups))
+    return _member("matryoshka", encoder, sparsifier, rest, loss=MatryoshkaConfig(groups=groups))
 
 
 def switch(
-    *,
-    k: int,
-    num_experts: int = 8,
-    balance_weight: float = 3.0,
-    d_sae: int | None = None,
-    num_heads: int | None = None,
-    d_base: int | None = None,
-    d_extension: int | None = None,
-    gate: GateName = "mand",
-    name: str = "switch",
-    lr: float = 8e-4,
-    seed: int = 0,
-    init_norm: float | None = None,
-    unit_norm_decoder: bool = True,
-    normalize_activations: NormalizationName | None = None,
-    dead_after_tokens: int = 1_000_000,
-    aux_weight: float = 1 / 32,
-    read: str | tuple[str, ...] | None = None,
-    write: str | tuple[str, ...] | None = None,
-    skip: bool = False,
+    *, k: int, num_experts: int = 8, balance_weight: float = 3.0, **options: Unpack[EncoderOptions]
 ) -> MemberConfig:
     """Experts of equal size, of which a router picks one per token (Mudide et al. 2025).
 
@@ -248,18 +205,18 @@ def switch(
         k: latents per token.
         num_experts: E; they share the latents, or the heads, evenly.
         balance_weight: coefficient of the load-balancing loss.
-        d_sae: latents, for a dense encoder.
-        num_heads, d_base, d_extension, gate: for a Kronecker encoder instead; ``d_sae`` may stand for ``num_heads``.
+        **options: see `EncoderShape` (of all experts together) and `TrainingOptions`.
     """
-    for what, whole in (("d_sae", d_sae), ("num_heads", num_heads)):
-        if whole is not None and (num_experts < 1 or whole % num_experts):
+    shape, rest = _split(options)
+    for what in ("d_sae", "num_heads"):
+        whole = shape.get(what)
+        if not isinstance(whole, int):
+            continue
+        if num_experts < 1 or whole % num_experts:
             raise UserError(f"{what} must be a multiple of num_experts; got {whole} with num_experts={num_experts}.")
-    own_latents, own_heads = (None if whole is None else whole // num_experts for whole in (d_sae, num_heads))
-    expert = _encoder(own_latents, own_heads, d_base, d_extension, gate, init_norm)
-    encoder = SwitchEncoderConfig(num_experts=num_experts, expert=expert, balance_weight=balance_weight)
-    training = _Training(name, lr, seed, unit_norm_decoder, normalize_activations, dead_after_tokens, aux_weight)
-    places = _Places(read, write, skip)
-    return _member(encoder, TopKConfig(k=k), training, places)
+        shape[what] = whole // num_experts
+    encoder = SwitchEncoderConfig(num_experts=num_experts, expert=_encoder_of(shape), balance_weight=balance_weight)
+    return _member("switch", encoder, TopKConfig(k=k), rest)
 
 
 SAE_KINDS: dict[str, Callable[..., MemberConfig]] = {
@@ -272,57 +229,70 @@ SAE_KINDS: dict[str, Callable[..., MemberConfig]] = {
 }
 
 
-class _Training(NamedTuple):
-    """The words that mean the same for every SAE."""
+def keyword_arguments(kind: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the keyword arguments of an SAE's function with their types, and the names of those it requires."""
+    function = SAE_KINDS[kind]
+    parameters = inspect.signature(function).parameters
+    hints = get_type_hints(function)
+    named = {name: hints[name] for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD}
+    required = tuple(name for name in named if parameters[name].default is inspect.Parameter.empty)
+    (options,) = get_args(hints["options"])
+    return named | get_type_hints(options), required
 
-    name: str
-    lr: float
-    seed: int
-    unit_norm_decoder: bool
-    normalize_activations: NormalizationName | None
-    dead_after_tokens: int
-    aux_weight: float
 
-
-class _Places(NamedTuple):
-    """Where an SAE belongs, as it may be written: one hook, several with commas between them, or a tuple."""
-
-    read: str | tuple[str, ...] | None
-    write: str | tuple[str, ...] | None
-    skip: bool
-
-    @staticmethod
-    def hooks(given: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
-        """As a config keeps them."""
-        return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
+def _split(options: EncoderOptions) -> tuple[EncoderShape, TrainingOptions]:
+    shape = {name: value for name, value in options.items() if name in EncoderShape.__annotations__}
+    rest = {name: value for name, value in options.items() if name not in shape}
+    return cast(EncoderShape, shape), cast(TrainingOptions, rest)
 
 
 def _member(
+    kind: str,
     encoder: AnyEncoderConfig,
     sparsifier: SparsifierConfig,
-    training: _Training,
-    places: _Places,
+    options: TrainingOptions,
     *,
     loss: LossConfig | None = None,
     sparsity: SparsityConfig | None = None,
 ) -> MemberConfig:
-    normalization = training.normalize_activations
+    for name in options:
+        if name not in TrainingOptions.__annotations__:
+            known, _ = keyword_arguments(kind)
+            raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, known)}")
+    given = TRAINING_DEFAULTS | options
+    normalization = given["normalize_activations"]
     if normalization is None:
         normalization = "center_and_scale" if is_foldable(encoder) else "none"
     return MemberConfig(
-        name=training.name,
+        name=given.get("name", kind),
         encoder=encoder,
         sparsifier=sparsifier,
-        optimizer=OptimizerConfig(lr=training.lr),
-        aux_k=AuxKConfig(weight=training.aux_weight, dead_after_tokens=training.dead_after_tokens),
+        optimizer=OptimizerConfig(lr=given["lr"]),
+        aux_k=AuxKConfig(weight=given["aux_weight"], dead_after_tokens=given["dead_after_tokens"]),
         loss=SquaredErrorConfig() if loss is None else loss,
         sparsity=SparsityConfig() if sparsity is None else sparsity,
-        unit_norm_decoder=training.unit_norm_decoder,
+        unit_norm_decoder=given["unit_norm_decoder"],
         normalize_activations=normalization,
-        seed=training.seed,
-        read=places.hooks(places.read),
-        write=places.hooks(places.write),
-        skip=places.skip,
+        seed=given["seed"],
+        read=_hooks(given["read"]),
+        write=_hooks(given["write"]),
+        skip=given["skip"],
+    )
+
+
+def _hooks(given: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return hooks as a config keeps them: a text names one, or several with commas between them."""
+    return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
+
+
+def _encoder_of(shape: EncoderShape) -> EncoderConfig:
+    return _encoder(
+        shape.get("d_sae"),
+        shape.get("num_heads"),
+        shape.get("d_base"),
+        shape.get("d_extension"),
+        shape.get("gate", "mand"),
+        shape.get("init_norm"),
     )
 
 
@@ -334,7 +304,7 @@ def _encoder(
     gate: GateName,
     init_norm: float | None,
 ) -> EncoderConfig:
-    """The encoder that the words given describe: Kronecker if they name heads, else dense."""
+    """Return the encoder of this shape: a Kronecker one if heads are named, else a dense one."""
     heads = (num_heads, d_base, d_extension)
     if all(value is None for value in heads):
         if d_sae is None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
-from kronsae.runs.architectures import SAE_KINDS
+from kronsae.runs.architectures import SAE_KINDS, keyword_arguments
 from kronsae.support.config import checked, from_dict, to_dict
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
@@ -126,22 +125,19 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
         raise UserError(f"--sae must have its quotes in pairs; got '{spec}' ({error}).") from None
     if kind not in SAE_KINDS:
         raise UserError(f"--sae must begin with one of {', '.join(SAE_KINDS)}; got '{spec}'.{nearest(kind, SAE_KINDS)}")
-    parameters, hints = inspect.signature(SAE_KINDS[kind]).parameters, get_type_hints(SAE_KINDS[kind])
+    hints, required = keyword_arguments(kind)
     values: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--sae takes name=value pairs after its kind; got '{word}' in '{spec}'.")
-        if name not in parameters:
-            raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, parameters)} In '{spec}'.")
+        if name not in hints:
+            raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, hints)} In '{spec}'.")
         if name in values:
             raise UserError(f"--sae must say each thing once; '{name}' is there twice in '{spec}'.")
         hint = hints[name]
         values[name] = checked(hint, value if str in (hint, *get_args(hint)) else json_value(value), name)
-    missing = [
-        name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name not in values
-    ]
-    if missing:
+    if missing := [name for name in required if name not in values]:
         raise UserError(f"--sae {kind} needs {', '.join(missing)}; got '{spec}'.")
     return SAE_KINDS[kind](**({} if seed is None else {"seed": seed}) | values)
 
