@@ -16,17 +16,17 @@ from tests.tiny_runs import assert_same_run, tiny_config, weights
 from torch import Tensor
 
 import kronsae as ks
-from kronsae.runs.architectures import batch_topk, jumprelu, kron, matryoshka, switch, topk
 from kronsae.cli.main import app
 from kronsae.core import checkpoint
 from kronsae.core.metrics import explained_variance
 from kronsae.data.store import StoredActivations, read_manifest
-from kronsae.support.errors import UserError
+from kronsae.runs.architectures import batch_topk, jumprelu, kron, matryoshka, switch, topk
+from kronsae.runs.config import RunConfig
+from kronsae.runs.evaluation import as_table, evaluate_run, write_report
 from kronsae.runs.harvest import harvest, with_activations
 from kronsae.runs.pipeline import Source
 from kronsae.runs.run import Interrupted, Run, execute
-from kronsae.runs.config import RunConfig
-from kronsae.runs.evaluation import as_table, evaluate_run, write_report
+from kronsae.support.errors import UserError
 from kronsae.training import trainer
 from kronsae.training.config import MemberConfig
 

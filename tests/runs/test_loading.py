@@ -15,8 +15,8 @@ from tests.tiny_models import WIDTH
 
 import kronsae as ks
 from kronsae.core.sae import SAE
-from kronsae.support.errors import UserError
 from kronsae.runs.run import Run
+from kronsae.support.errors import UserError
 
 
 def same(one: SAE, other: SAE) -> bool:

@@ -12,16 +12,16 @@ import torch
 from tests.tiny_models import WIDTH
 from tests.tiny_runs import STEPS, assert_same_run, tiny_config, weights
 
-from kronsae.runs import planning
-from kronsae.support import resources
-from kronsae.runs.architectures import kron
 from kronsae.core.flops import training_flops
-from kronsae.support.errors import UserError
+from kronsae.runs import planning
+from kronsae.runs.architectures import kron
+from kronsae.runs.config import RunConfig
 from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import Plan, in_time, make_plan, plan_run
-from kronsae.support.resources import available_memory_bytes, check_disk, free_disk_bytes, in_bytes
 from kronsae.runs.run import Run, execute, open_run
-from kronsae.runs.config import RunConfig
+from kronsae.support import resources
+from kronsae.support.errors import UserError
+from kronsae.support.resources import available_memory_bytes, check_disk, free_disk_bytes, in_bytes
 from kronsae.training.config import LoopConfig
 
 FolderOf = Callable[[str], Path]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kronsae.support.config import from_dict, to_dict
 from kronsae.core.encoders import DenseEncoderConfig
-from kronsae.support.errors import UserError
+from kronsae.runs.config import RunConfig
 from kronsae.runs.recipes import RECIPES, SAE_KINDS, describe, kron, quickstart, short_run_lr, shortened, topk
 from kronsae.runs.run import execute
-from kronsae.runs.config import RunConfig
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
 from kronsae.training.config import OptimizerConfig
 
 

@@ -15,10 +15,10 @@ from tests.stopping import ctrl_c, go, interrupt_at
 from tests.tiny_runs import STEPS, assert_same_run, listing
 
 from kronsae.runs import run as run_module
+from kronsae.runs.config import RunConfig
+from kronsae.runs.run import Interrupted, Run, open_run
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
-from kronsae.runs.run import Interrupted, Run, open_run
-from kronsae.runs.config import RunConfig
 
 
 class TestResume:

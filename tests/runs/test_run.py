@@ -22,15 +22,14 @@ from tests.tiny_models import WIDTH, make_model, make_tokenizer
 from tests.tiny_runs import STEPS, assert_same_run, listing, rows, texts, weights, write_jsonl
 
 import kronsae as ks
-from kronsae.runs import run as run_module
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
+from kronsae.runs import run as run_module
+from kronsae.runs.config import RunConfig, with_overrides
+from kronsae.runs.harvest import harvest, with_activations
+from kronsae.runs.run import Interrupted, Run, open_run
 from kronsae.support.errors import UserError
 from kronsae.support.files import only_writer
-from kronsae.runs.harvest import harvest, with_activations
-from kronsae.runs.config import with_overrides
-from kronsae.runs.run import Interrupted, Run, open_run
-from kronsae.runs.config import RunConfig
 from kronsae.training.config import LoopConfig
 
 FolderOf = Callable[[str], Path]

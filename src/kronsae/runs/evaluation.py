@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from kronsae.core.flops import training_flops
 from kronsae.core.sae import SAE, count_parameters
 from kronsae.eval.evaluation import Evaluation, evaluate
-from kronsae.support.files import read_json, write_json
-from kronsae.report.measurements import kept_results
-from kronsae.runs.folder import RunFolder
-from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.report import report_data, write
 from kronsae.report.comparison import architecture, differ_in_hooks, hooks
+from kronsae.report.measurements import kept_results
 from kronsae.runs.config import RunConfig
+from kronsae.runs.folder import RunFolder
+from kronsae.runs.loaded import LoadedRun, describe_tokens
+from kronsae.support.files import read_json, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table

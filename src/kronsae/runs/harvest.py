@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from kronsae.support.config import from_dict, to_dict
 from kronsae.core.checks import check_count
 from kronsae.data.buffer import Activations
 from kronsae.data.harvest import ActivationStream, widths
@@ -18,9 +17,10 @@ from kronsae.data.store import check_target, read_manifest, write_activations
 from kronsae.data.stream import State
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.data.tokens import TokenStream
+from kronsae.runs.config import RunConfig, check_held_out_share
+from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError
 from kronsae.support.resources import check_disk
-from kronsae.runs.config import RunConfig, check_held_out_share
 
 
 def harvest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property, partial
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,11 +12,10 @@ from kronsae.core.sae import SAE
 from kronsae.data.model import HookPoint, LanguageModel, resolve_hook
 from kronsae.eval.evaluation import Hooks
 from kronsae.eval.hooked import MakeTokens, Windows, hidden_states, kept, read_windows
-from kronsae.runs.pipeline import Source
 from kronsae.runs.folder import RunFolder
+from kronsae.runs.pipeline import Source
 from kronsae.support.errors import UserError
 from kronsae.support.progress import Progress
-
 
 
 class LoadedRun:

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from kronsae.runs.architectures import SAE_KINDS, keyword_arguments
-from kronsae.support.config import checked, from_dict, to_dict
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
-from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import read_json
+from kronsae.runs.architectures import SAE_KINDS, keyword_arguments
+from kronsae.runs.config import RunConfig, own_hook, with_overrides
 from kronsae.runs.harvest import with_activations
 from kronsae.runs.recipes import RECIPES
-from kronsae.runs.config import RunConfig, own_hook, with_overrides
+from kronsae.support.config import checked, from_dict, to_dict
+from kronsae.support.errors import UserError, nearest
+from kronsae.support.files import read_json
 from kronsae.training.config import LoopConfig, MemberConfig
 
 

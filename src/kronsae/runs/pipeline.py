@@ -14,8 +14,8 @@ from kronsae.data.store import StoredActivations, read_manifest
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
 from kronsae.data.tokens import TokenBatch, TokenStream
-from kronsae.support.errors import UserError
 from kronsae.runs.config import RunConfig
+from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True)

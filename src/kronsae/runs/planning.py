@@ -17,11 +17,11 @@ from kronsae.core.gates import GATES
 from kronsae.core.sae import SAEConfig, count_parameters
 from kronsae.data.harvest import ActivationStream
 from kronsae.data.store import read_manifest
-from kronsae.support.errors import UserError
 from kronsae.kernels.portable import PRODUCT_ELEMENTS
-from kronsae.runs.pipeline import Source
-from kronsae.support.resources import available_memory_bytes, free_disk_bytes, in_bytes, size_bytes
 from kronsae.runs.config import RunConfig
+from kronsae.runs.pipeline import Source
+from kronsae.support.errors import UserError
+from kronsae.support.resources import available_memory_bytes, free_disk_bytes, in_bytes, size_bytes
 from kronsae.training.budget import member_steps
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member

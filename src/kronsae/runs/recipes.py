@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from kronsae.runs.architectures import SAE_KINDS, kron, topk
 from kronsae.core.checks import check_count
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
+from kronsae.runs.architectures import SAE_KINDS, kron, topk
 from kronsae.runs.config import RunConfig
 from kronsae.training.config import LoopConfig
 

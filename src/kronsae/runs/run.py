@@ -11,35 +11,28 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from kronsae.support.config import differences, from_dict, to_dict
 from kronsae.core import checkpoint
-from kronsae.core.checks import check_count
-from kronsae.core.sae import SAE, in_words
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
-from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import check_folder_place, only_writer, read_json, write_json
+from kronsae.runs.config import RunConfig, own_hook
 from kronsae.runs.evaluation import Comparison, evaluate_run, write_report
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.parsing import parse_sae
 from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
-from kronsae.runs.config import RunConfig, own_hook
+from kronsae.support.config import differences, from_dict, to_dict
+from kronsae.support.errors import UserError, nearest
+from kronsae.support.files import check_folder_place, only_writer, write_json
 from kronsae.training.config import LoopConfig, MemberConfig
 from kronsae.training.display import DisplaySink
 from kronsae.training.member import Member
-from kronsae.training.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, read_metrics, require
+from kronsae.training.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, require
 from kronsae.training.state import Progress, load_members, load_progress
 from kronsae.training.trainer import fit
 
@@ -96,7 +89,7 @@ def train(
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
         hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own;
             may be left out where all do.
-        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.runs.architectures`, or the same in words:
+        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.runs.architectures`, or as text:
             ``"batch_topk d_sae=4096 k=32"``.
         out: the run folder.
         tokens: the budget: tokens to train on.
