@@ -221,7 +221,7 @@ def test_a_token_meets_its_own_expert_only() -> None:
     [
         (
             lambda: SAEConfig(d_in=4, encoder=ENCODERS["switch"], sparsifier=BatchTopKConfig(k=2)),
-            "a switch encoder goes with sparsifier 'topk' only; got 'batch_topk'.",
+            "sparsifier must be 'topk' with a switch encoder; got 'batch_topk'.",
         ),
         (
             lambda: SAEConfig(d_in=4, encoder=ENCODERS["switch"], sparsifier=TopKConfig(k=13)),

@@ -210,7 +210,7 @@ def test_wrong_width_is_named(config: SAEConfig, shape: tuple[int, ...]) -> None
 
 
 def test_wrong_dtype_is_named(config: SAEConfig) -> None:
-    with pytest.raises(UserError, match=r"x must be torch\.float32, as the SAE is; got torch\.bfloat16"):
+    with pytest.raises(UserError, match=r"x must have the SAE's dtype, torch\.float32; got torch\.bfloat16"):
         config.build().encode(torch.zeros(2, 6, dtype=torch.bfloat16))
 
 
@@ -218,4 +218,4 @@ def test_codes_of_another_dictionary_are_refused(config: SAEConfig) -> None:
     codes = SparseCodes(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), d_sae=1000)
     with pytest.raises(UserError) as error:
         config.build().decode(codes)
-    assert str(error.value) == f"codes must be of d_sae={config.d_sae} latents; got codes of 1000."
+    assert str(error.value) == f"codes must have d_sae={config.d_sae} latents; got 1000."

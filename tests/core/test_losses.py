@@ -39,8 +39,8 @@ def test_groups_must_cover_the_dictionary_and_part_no_head() -> None:
     with pytest.raises(UserError) as error:
         MatryoshkaConfig(groups=(8, 16)).check(KRON)
     assert str(error.value) == (
-        "groups must end at the end of a head, at multiples of d_base * d_extension = 6; "
-        "got 8 + 16, which ends one at 8."
+        "groups must end at head boundaries, multiples of d_base * d_extension = 6; "
+        "got 8 + 16, where a group ends at 8."
     )
     with pytest.raises(UserError, match=r"^groups must be a whole number above 0; got 0\.$"):
         MatryoshkaConfig(groups=(24, 0))

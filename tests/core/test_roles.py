@@ -234,12 +234,12 @@ def test_the_cost_is_counted_by_what_is_multiplied(role: str) -> None:
         ),
         (
             lambda: SAEConfig(encoder=ENCODERS["kron"], sparsifier=TopKConfig(k=2), d_in=5, skip=True),
-            "skip needs another hook to write than the one read: past the dictionary an SAE would copy its input. "
-            "Name the hooks written, or leave skip out.",
+            "skip must be used with an output hook that differs from the input hook; with the same hook the skip "
+            "connection would copy the input. Set the hooks to write, or leave skip out.",
         ),
         (
             lambda: (sae := config("skip_transcoder").build()).decode(sae.encode(torch.zeros(2, 5))),
-            "decode needs x where there is a skip connection, W_skip x; give decode(codes, x).",
+            "x must be given to decode an SAE with a skip connection. Call decode(codes, x).",
         ),
     ],
 )

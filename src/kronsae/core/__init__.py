@@ -1,1 +1,1 @@
-"""The mathematics of SAEs: encoders, gates, sparsifiers, decoders, the objective, metrics, FLOPs, saving."""
+"""SAE mathematics: encoders, gates, sparsifiers, decoders, objective, metrics, FLOPs and checkpoints."""

@@ -1,4 +1,4 @@
-"""A saved SAE is a folder: ``cfg.json`` and ``sae_weights.safetensors``. Nothing in it is ever executed.
+"""Saving and loading an SAE as a folder of ``cfg.json`` and ``sae_weights.safetensors``; loading executes no code.
 
 ``cfg.json`` holds the SHA-256 of the weights file, which `load` checks.
 """
@@ -26,16 +26,16 @@ FORMAT = 1
 
 
 def save(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write ``sae`` into ``folder``, each file atomically; ``metadata`` is JSON kept beside the config.
+    """Write ``sae`` into ``folder``, each file atomically. ``metadata`` is JSON stored in the config file.
 
-    What only training needs is left out (`SAE.trained`): a BatchTopK SAE is saved as JumpReLU.
+    Parts that only training needs are left out (`SAE.trained`): a BatchTopK SAE is saved as JumpReLU.
     """
     folder, sae = Path(folder), sae.trained()
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in sae.state_dict().items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
         digest = sha256(temporary)
-        (folder / CONFIG_FILE).unlink(missing_ok=True)  # stopped here, a reader finds no SAE and not a mixed one
+        (folder / CONFIG_FILE).unlink(missing_ok=True)  # after an interruption here there is no SAE, not a mixed one
     about = {"format": FORMAT, "kronsae_version": version("kronsae"), "architecture": sae.config.architecture}
     about |= {"weights_sha256": digest}
     write_json(folder / CONFIG_FILE, about | {"sae": to_dict(sae.config), "metadata": dict(metadata or {})})
@@ -43,13 +43,14 @@ def save(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
-    """Read an SAE that `save` wrote: same weights, same dtype, same outputs.
+    """Read an SAE that `save` wrote: same weights, dtype and outputs.
 
     The weights are copied into memory: the files may change or vanish afterwards. A folder that names no checksum, as
     older versions wrote it, is loaded with a warning.
 
     Raises:
-        UserError: no SAE there, an unknown key, a damaged file (wrong checksum), or weights that do not fit the config.
+        UserError: no SAE in the folder, an unknown key, a damaged file (wrong checksum), or weights that do not fit
+            the config.
     """
     folder = Path(folder)
     about = read_config(folder)
@@ -75,12 +76,12 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
 
 
 def read_shape(folder: Path) -> SAEConfig:
-    """Return the saved SAE's config without reading its weights."""
+    """Return the config of a saved SAE without reading its weights."""
     return _shape(folder, read_config(folder))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of ``cfg.json``, checked to be this library's."""
+    """Return the contents of ``cfg.json``, after checking that kronsae wrote it."""
     config = read_json(folder / CONFIG_FILE, "the saved SAE")
     if not isinstance(config, dict) or "sae" not in config:
         raise UserError(f"{folder / CONFIG_FILE} is not a config written by kronsae: it has no 'sae' entry.")

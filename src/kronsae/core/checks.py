@@ -1,4 +1,4 @@
-"""Checks that several configs share."""
+"""Argument checks shared by several configs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from kronsae.support.errors import UserError
 
 LARGEST_COUNT = 10**12
-"""More latents, tokens or steps nobody has; far beyond it tensors cannot be described, let alone made."""
+"""Upper limit for every count of latents, tokens or steps; far above it tensor shapes overflow."""
 
 
 def check_positive(name: str, value: float | None) -> None:
-    """Refuse a number that is not above 0 or infinite; None passes, meaning "not given"."""
+    """Raise unless the number is finite and above 0. None means "not given" and passes."""
     if value is not None and not value > 0:
         raise UserError(f"{name} must be above 0; got {value!r}.")
     if value == math.inf:
@@ -19,13 +19,13 @@ def check_positive(name: str, value: float | None) -> None:
 
 
 def check_seed(value: int) -> None:
-    """Refuse a seed that torch's and NumPy's generators do not both take."""
+    """Raise unless the seed is an integer that both torch's and NumPy's generators accept."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise UserError(f"seed must be from 0 to 2**63 - 1; got {value!r}.")
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is not a whole number from 1 to `LARGEST_COUNT`."""
+    """Raise unless the value is a whole number from 1 to `LARGEST_COUNT`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name} must be a whole number above 0; got {value!r}.")
     if value > LARGEST_COUNT:

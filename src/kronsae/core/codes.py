@@ -1,4 +1,4 @@
-"""Sparse codes: what an encoder and a sparsifier give, and a decoder reads.
+"""Sparse codes: the output of encoder and sparsifier, and the input of the decoder.
 
 Shape letters, used as suffixes of local names throughout the library:
 
@@ -8,7 +8,7 @@ D     width of the model, ``d_in``                M     bases per head (``d_base
 F     latents in the dictionary, ``d_sae``        N     extensions per head (``d_extension``)
 K     latents kept per token, ``k``               P     pre-latents, ``H * (M + N)``
 S, T  sequences, positions in a sequence          C     a chosen subset of the latents
-O     width written, ``d_out``; D for an SAE
+O     output width, ``d_out``; D for an SAE
 ====  ==========================================  ====  =====================================
 """
 
@@ -23,15 +23,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparseCodes:
-    """At most K active latents per token, as values and the indices of the latents they belong to.
+    """At most K active latents per token, stored as values and latent indices.
 
-    A value of exactly 0 is padding: the latent at that place is not active. Where the number of active latents varies
-    from token to token, K is the largest number any token has. Indices of active latents within one token are
-    distinct, those of padding need not be; their order means nothing.
+    A value of exactly 0 is padding: that entry holds no active latent. If the number of active latents varies between
+    tokens, K is the largest number over the tokens. The indices of active latents within one token are distinct; the
+    indices of padding may repeat. The order within a token has no meaning.
 
     Args:
         values: ``[..., K]`` activations, >= 0.
-        indices: ``[..., K]`` latent numbers in ``[0, d_sae)``, int64.
+        indices: ``[..., K]`` latent indices in ``[0, d_sae)``, int64.
         d_sae: F, the number of latents in the dictionary.
 
     Example:
@@ -46,23 +46,23 @@ class SparseCodes:
 
     @property
     def active(self) -> Bool[Tensor, "... K"]:
-        """Which places hold an active latent: ``values != 0``."""
+        """Mask of the entries that hold an active latent: ``values != 0``."""
         return self.values != 0
 
     def l0(self) -> Float[Tensor, ""]:
-        """Active latents per token, mean over tokens."""
+        """Number of active latents per token, mean over tokens."""
         return self.active.sum(-1).double().mean()
 
     def to_dense(self) -> Float[Tensor, "... F"]:
-        """The codes as ``[..., d_sae]`` with zeros; differentiable in the values. Large: for small batches."""
+        """Dense ``[..., d_sae]`` tensor with zeros; differentiable in the values. Large: use it on small batches."""
         dense = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
         return dense.scatter_add(-1, self.indices, self.values)
 
     def reshape(self, *leading: int) -> SparseCodes:
-        """The same codes with other leading dimensions."""
+        """Same codes with other leading dimensions."""
         k = self.values.shape[-1]
         return SparseCodes(self.values.reshape(*leading, k), self.indices.reshape(*leading, k), self.d_sae)
 
     def counts(self) -> Int[Tensor, " F"]:
-        """On how many tokens each latent is active."""
+        """Number of tokens on which each latent is active."""
         return torch.bincount(self.indices[self.active], minlength=self.d_sae)

@@ -1,4 +1,4 @@
-"""What is written: a full dictionary, of which each token reads K rows, and perhaps a linear path beside it."""
+"""Decoder, which sums K rows of the dictionary per token, and the optional linear skip connection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kronsae.support.tensors import aligned
 
 
 class Decoder(nn.Module):
-    """``x_hat = sum_k f_k W_dec[k] + b_dec``, with ``W_dec [d_sae, d_out]``; never a dense B x F product."""
+    """``x_hat = sum_k f_k W_dec[k] + b_dec`` with ``W_dec [d_sae, d_out]``; no dense B x F product."""
 
     def __init__(self, d_sae: int, d_out: int) -> None:
         super().__init__()
@@ -20,16 +20,16 @@ class Decoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
 
     def forward(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
-        """The reconstruction."""
+        """Return the reconstruction."""
         return kernels.decode(codes.values, codes.indices, self.W_dec, self.b_dec)
 
     def combine(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
-        """The reconstruction without ``b_dec``: what AuxK adds to the residual."""
+        """Return the reconstruction without ``b_dec``, as used for AuxK and for parts of a sum."""
         return kernels.decode(codes.values, codes.indices, self.W_dec, torch.zeros_like(self.b_dec))
 
     @torch.no_grad()
     def initialize(self, rows_FO: Float[Tensor, "F O"]) -> None:
-        """Take these rows as directions; ``b_dec = 0``."""
+        """Set the rows of ``W_dec`` to these directions at unit norm, and ``b_dec`` to 0."""
         self.W_dec.copy_(rows_FO)
         self.normalize()
         self.b_dec.zero_()
@@ -41,15 +41,15 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def fold(self, mean_O: Float[Tensor, " O"], scale_O: Float[Tensor, " O"], latent_scale: Float[Tensor, ""]) -> None:
-        """Give raw y where ``(y - mean) / scale`` was given, of latents ``latent_scale`` times as large."""
+        """Rewrite weights to give raw y instead of ``(y - mean) / scale``, from latents scaled by ``latent_scale``."""
         self.W_dec.mul_(scale_O / latent_scale)
         self.b_dec.mul_(scale_O).add_(mean_O)
 
 
 class Skip(nn.Module):
-    """``W_skip x``, added to what the decoder gives; ``W_skip [d_out, d_in]``, no bias (Paulo et al. 2025).
+    """``W_skip x``, added to the decoder's output; ``W_skip [d_out, d_in]``, no bias (Paulo et al. 2025).
 
-    The linear part of what a transcoder imitates goes past the dictionary. It starts at 0.
+    It models the linear part of what a transcoder imitates, bypassing the dictionary. It starts at 0.
     """
 
     def __init__(self, d_in: int, d_out: int) -> None:
@@ -61,13 +61,13 @@ class Skip(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """``W_skip = 0``."""
+        """Set ``W_skip`` to 0."""
         self.W_skip.zero_()
 
     @torch.no_grad()
     def fold(
         self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], scale_O: Float[Tensor, " O"]
     ) -> Float[Tensor, " O"]:
-        """Take raw x and give raw y; returns ``W_skip mean``, which the decoder's bias has to lose."""
+        """Rewrite weights for raw x and y; return ``W_skip mean``, to be subtracted from the decoder's bias."""
         self.W_skip.mul_(scale_O.unsqueeze(1)).div_(scale_D)
         return self.W_skip @ mean_D

@@ -1,7 +1,7 @@
-"""Encoders turn x into latents. Latents are lazy: a sparsifier asks them for its choice, and only that is computed.
+"""Encoders turn x into lazy latents: only the latents that a sparsifier selects are computed with a gradient.
 
-The product ``x W^T`` is computed without a graph and in chunks of tokens; only the few pre-latents that a choice
-touches are kept and get a gradient. So a step remembers O(K) numbers per token, and backward costs O(K) rows.
+The product ``x W^T`` is computed in chunks of tokens, without a graph. Only the pre-latents of the selected latents are
+kept and receive a gradient. One step therefore stores O(K) numbers per token, and the backward pass reads O(K) rows.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from kronsae.support.tensors import aligned
 
 @runtime_checkable
 class Latents(Protocol):
-    """The activations of all F latents on a batch, before sparsification, without holding them."""
+    """Lazy activations of all F latents on a batch, before sparsification."""
 
     @property
     def num_tokens(self) -> int:
-        """B."""
+        """Number of tokens, B."""
         ...
 
     def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
-        """The codes that meet each request; differentiable.
+        """Sparse codes for each request; differentiable.
 
-        The k largest latents of each token, of all or of some (AuxK asks for the dead ones); the largest of the whole
-        batch; or all above a threshold. Several requests share one product.
+        A request asks for the k largest latents per token (of all latents, or of a subset: AuxK asks for the dead
+        ones), for the largest of the whole batch, or for all above a threshold. Several requests share one product.
         """
         ...
 
     def materialize(self) -> Float[Tensor, "B F"]:
-        """All F activations, by the definition and with plain autograd: the oracle the choices are tested by."""
+        """All F activations by their definition, with plain autograd: the reference for tests of `choose`."""
         ...
 
     def penalty(self) -> Float[Tensor, ""] | None:
-        """What the encoder itself adds to the training loss on this batch, weighted; None: nothing."""
+        """Weighted loss term of the encoder itself on this batch; None: no such term."""
         ...
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What an `SAE` needs of its encoder."""
+    """Interface that `SAE` requires of its encoder."""
 
     d_in: int
     d_sae: int
@@ -63,17 +63,18 @@ class Encoder(Protocol):
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]: ...
 
     def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        """Rewrite weights for raw x instead of ``(x - mean) / scale``, with latents scaled by ``latent_scale``."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseEncoderConfig:
-    """One row of weights per latent.
+    """Config of a dense encoder: one row of weights per latent.
 
     Args:
         d_sae: F, latents in the dictionary.
-        init_norm: expected norm of an encoder row at the start; None: ``sqrt(d_in / (2 * d_sae))``, the paper's.
+        init_norm: expected norm of an encoder row at initialisation; None: ``sqrt(d_in / (2 * d_sae))``, as in the
+            paper.
     """
 
     kind: ClassVar[str] = "dense"
@@ -85,17 +86,17 @@ class DenseEncoderConfig:
         check_positive("init_norm", self.init_norm)
 
     def build(self, d_in: int) -> DenseEncoder:
-        """The encoder for inputs of width ``d_in``, not yet initialised."""
+        """Return the encoder for inputs of width ``d_in``, not yet initialised."""
         return DenseEncoder(self, d_in)
 
     @property
     def block(self) -> int:
-        """Latents that cannot be parted by the border of a group: 1."""
+        """Smallest number of latents that a group boundary may not split: 1."""
         return 1
 
     @property
     def latents_per_token(self) -> int:
-        """How many latents one token can have."""
+        """Largest number of latents that one token can activate."""
         return self.d_sae
 
     def multiply_adds(self, d_in: int) -> int:
@@ -105,15 +106,15 @@ class DenseEncoderConfig:
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class KroneckerEncoderConfig:
-    """H heads, each the Kronecker product of M bases and N extensions; ``d_sae = H * M * N``.
+    """Config of H heads, each the Kronecker product of M bases and N extensions; ``d_sae = H * M * N``.
 
     Args:
         num_heads: H.
         d_base: M, bases per head.
         d_extension: N, extensions per head.
-        d_sae: follows from the three, so ``dataclasses.replace`` computes it anew; where given it must agree with them.
-        gate: how a base and an extension compose, a name in `kronsae.core.gates.GATES`.
-        init_norm: expected norm of a pre-latent's row at the start; None: ``sqrt(d_in / (2 * d_sae))``.
+        d_sae: computed from the three sizes, also by ``dataclasses.replace``; if given, it must agree with them.
+        gate: how a base and an extension compose: a name in `kronsae.core.gates.GATES`.
+        init_norm: expected norm of a pre-latent's row at initialisation; None: ``sqrt(d_in / (2 * d_sae))``.
     """
 
     kind: ClassVar[str] = "kronecker"
@@ -151,17 +152,17 @@ class KroneckerEncoderConfig:
             object.__setattr__(self, name, value)
 
     def build(self, d_in: int) -> KroneckerEncoder:
-        """The encoder for inputs of width ``d_in``, not yet initialised."""
+        """Return the encoder for inputs of width ``d_in``, not yet initialised."""
         return KroneckerEncoder(self, d_in)
 
     @property
     def block(self) -> int:
-        """Latents that cannot be parted by the border of a group: a head's, ``M * N``."""
+        """Smallest number of latents that a group boundary may not split: one head, ``M * N``."""
         return self.d_base * self.d_extension
 
     @property
     def latents_per_token(self) -> int:
-        """How many latents one token can have."""
+        """Largest number of latents that one token can activate."""
         return self.d_sae
 
     def multiply_adds(self, d_in: int) -> int:
@@ -186,25 +187,25 @@ class DenseEncoder(nn.Module):
 
     @torch.no_grad()
     def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        """Rewrite weights for raw x instead of ``(x - mean) / scale``, with latents scaled by ``latent_scale``."""
         self.weight.mul_(latent_scale / scale_D)
         self.bias.mul_(latent_scale).sub_(self.weight @ mean_D)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Rows ~ Normal(0, 1) scaled to `init_norm` in expectation, bias 0."""
+        """Draw rows from Normal(0, 1) scaled to an expected norm of `init_norm`; set the bias to 0."""
         _normal_rows(self.weight, self.config.init_norm, self.d_sae, generator)
         self.bias.zero_()
 
     @torch.no_grad()
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]:
-        """``W_dec = W_enc^T`` (the decoder scales the rows to unit norm)."""
+        """Return ``W_enc`` as rows for the decoder, which scales them to unit norm."""
         return self.weight.clone()
 
 
 @dataclass(frozen=True)
 class DenseLatents:
-    """The latents of a `DenseEncoder`; the B x F outputs are computed in chunks of tokens and let go."""
+    """Latents of a `DenseEncoder`; the B x F outputs are computed in chunks of tokens and not kept."""
 
     x_BD: Tensor
     weight_FD: Tensor
@@ -225,7 +226,7 @@ class DenseLatents:
 
     @torch.no_grad()
     def _select(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Outputs before ReLU and the latents they belong to; what is not chosen is not positive."""
+        """Select outputs before ReLU and their latent indices; an entry that is not selected is not positive."""
         layer = self.x_BD, self.weight_FD, self.bias_F
         if isinstance(request, BatchChoice):
             return kernels.linear_batch_topk(*layer, request.total)
@@ -247,10 +248,10 @@ class KroneckerEncoder(nn.Module):
     """H heads; head h composes its M bases and N extensions pairwise (arXiv 2505.22255).
 
     - pre-latents ``u = P x + b_P`` (M per head) and ``v = Q x + b_Q`` (N per head);
-    - post-latent ``z[h, i, j] = gate(u[h, i], v[h, j])``;
-    - latent number ``h*M*N + i*N + j``, so within a head ``vec(z) = gate(p kron q)``.
+    - post-latents ``z[h, i, j] = gate(u[h, i], v[h, j])``;
+    - latent index ``h*M*N + i*N + j``, so within a head ``vec(z) = gate(p kron q)``.
 
-    ``weight [H, M + N, d_in]`` holds each head's bases, then its extensions: one product serves both.
+    ``weight [H, M + N, d_in]`` holds the bases and then the extensions of each head, so one product computes both.
     """
 
     def __init__(self, config: KroneckerEncoderConfig, d_in: int) -> None:
@@ -265,30 +266,30 @@ class KroneckerEncoder(nn.Module):
 
     @property
     def gate(self) -> Gate:
-        """The gate's function and order."""
+        """The gate: its function and properties."""
         return GATES[self.config.gate]
 
     @property
     def gate_exponent(self) -> float | None:
-        """p of the learned `power_mean`; None for a gate that learns nothing."""
+        """Exponent p of the learned `power_mean`; None for a gate without a learned parameter."""
         return None if self.gate_parameter is None else -math.exp(float(self.gate_parameter.detach()))
 
     def compose(self, u: Tensor, v: Tensor) -> Tensor:
-        """The post-latents of two parents, elementwise."""
+        """Return the post-latents of two parents, elementwise."""
         return self.gate(u, v) if self.gate_parameter is None else self.gate(u, v, self.gate_parameter)
 
     @property
     def W_base(self) -> Float[Tensor, "H M D"]:
-        """The composition base P of each head, a view of `weight`."""
+        """Composition base P of each head, a view of `weight`."""
         return self.weight[:, : self.d_base]
 
     @property
     def W_extension(self) -> Float[Tensor, "H N D"]:
-        """The composition extension Q of each head, a view of `weight`."""
+        """Composition extension Q of each head, a view of `weight`."""
         return self.weight[:, self.d_base :]
 
     def pre_latents(self, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B H M"], Float[Tensor, "B H N"]]:
-        """``u`` and ``v`` of every head, before ReLU; differentiable."""
+        """Return ``u`` and ``v`` of every head, before ReLU; differentiable."""
         pre_BP = torch.addmm(self.bias.flatten(), aligned(x_BD), self.weight.flatten(0, 1).T)
         pre_BHP = pre_BP.view(len(x_BD), *self.bias.shape)
         return pre_BHP[..., : self.d_base], pre_BHP[..., self.d_base :]
@@ -298,13 +299,13 @@ class KroneckerEncoder(nn.Module):
 
     @torch.no_grad()
     def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        """Rewrite weights for raw x instead of ``(x - mean) / scale``, with latents scaled by ``latent_scale``."""
         self.weight.mul_(latent_scale / scale_D)
         self.bias.mul_(latent_scale).sub_(self.weight @ mean_D)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Rows ~ Normal(0, 1) scaled to `init_norm` in expectation, biases 0."""
+        """Draw rows from Normal(0, 1) scaled to an expected norm of `init_norm`; set the biases to 0."""
         _normal_rows(self.weight, self.config.init_norm, self.d_sae, generator)
         self.bias.zero_()
         if self.gate_parameter is not None and self.gate.start is not None:
@@ -312,13 +313,13 @@ class KroneckerEncoder(nn.Module):
 
     @torch.no_grad()
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]:
-        """``P[h, i] + Q[h, j]`` for latent (h, i, j) (the decoder scales the rows to unit norm)."""
+        """Return ``P[h, i] + Q[h, j]`` for latent (h, i, j); the decoder scales the rows to unit norm."""
         return (self.W_base.unsqueeze(2) + self.W_extension.unsqueeze(1)).reshape(self.d_sae, self.d_in)
 
 
 @dataclass(frozen=True)
 class KroneckerLatents:
-    """The latents of a `KroneckerEncoder`; even its pre-latents are computed in chunks of tokens and let go."""
+    """Latents of a `KroneckerEncoder`; even the pre-latents are computed in chunks of tokens and not kept."""
 
     x_BD: Tensor
     encoder: KroneckerEncoder
@@ -351,6 +352,6 @@ class KroneckerLatents:
 
 
 def _normal_rows(weight: Tensor, norm: float | None, d_sae: int, generator: torch.Generator) -> None:
-    """Fill rows with Normal(0, 1) / sqrt(2F), the paper's start, or scaled to an expected norm instead."""
+    """Fill rows with Normal(0, 1) / sqrt(2F), as in the paper, or scale them to the expected norm if one is given."""
     scale = (2 * d_sae) ** -0.5 if norm is None else norm / math.sqrt(weight.shape[-1])
     weight.copy_(torch.randn(weight.shape, generator=generator) * scale)

@@ -1,4 +1,4 @@
-"""A switch encoder: each token is encoded by one of E smaller encoders, which a router picks (Mudide et al. 2025)."""
+"""Switch encoder: a router sends each token to one of E smaller encoders, the experts (Mudide et al. 2025)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from kronsae.support.errors import UserError
 from kronsae.support.tensors import aligned
 
 MAX_EXPERTS = 4096
-"""Each expert is a module with weights and a product of its own; Mudide et al. use at most 128."""
+"""Upper limit of experts: each is a module with its own weights and product. Mudide et al. use at most 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchEncoderConfig:
-    """E experts of equal shape; the dictionary is theirs, one after another.
+    """Config of E experts of equal shape; the dictionary holds their latents expert by expert.
 
     Args:
         num_experts: E, at most `MAX_EXPERTS`.
-        expert: the shape of one expert; ``d_sae`` of the whole is ``num_experts * expert.d_sae``.
-        balance_weight: coefficient of the load-balancing loss, as a multiple of it (Mudide et al.: 3).
+        expert: config of one expert; the total ``d_sae`` is ``num_experts * expert.d_sae``.
+        balance_weight: coefficient of the load-balancing loss (Mudide et al.: 3).
     """
 
     kind: ClassVar[str] = "switch"
@@ -57,25 +57,25 @@ class SwitchEncoderConfig:
 
     @property
     def d_sae(self) -> int:
-        """F, latents of all experts."""
+        """F, the number of latents of all experts."""
         return self.num_experts * self.expert.d_sae
 
     @property
     def block(self) -> int:
-        """Latents that cannot be parted by the border of a group: an expert's."""
+        """Smallest number of latents that a group boundary may not split: one expert's."""
         return self.expert.d_sae
 
     @property
     def latents_per_token(self) -> int:
-        """How many latents one token can have: an expert's."""
+        """Largest number of latents that one token can activate: those of one expert."""
         return self.expert.d_sae
 
     def build(self, d_in: int) -> SwitchEncoder:
-        """The encoder for inputs of width ``d_in``, not yet initialised."""
+        """Return the encoder for inputs of width ``d_in``, not yet initialised."""
         return SwitchEncoder(self, d_in)
 
     def multiply_adds(self, d_in: int) -> int:
-        """Multiply-adds per token of one forward pass: the router's ``D * E`` and one expert's."""
+        """Multiply-adds per token of one forward pass: ``D * E`` for the router, plus those of one expert."""
         return d_in * self.num_experts + self.expert.multiply_adds(d_in)
 
 
@@ -83,15 +83,15 @@ AnyEncoderConfig = EncoderConfig | SwitchEncoderConfig
 
 
 def gate_of(encoder: AnyEncoderConfig) -> GateName | None:
-    """The gate of an encoder, or of a switch's experts; None where latents are not composed."""
+    """Return the gate of an encoder or of a switch encoder's experts; None if latents are not composed."""
     shape = encoder.expert if isinstance(encoder, SwitchEncoderConfig) else encoder
     return shape.gate if isinstance(shape, KroneckerEncoderConfig) else None
 
 
 class SwitchEncoder(nn.Module):
-    """``z = p_e(x) * expert_e(x)`` with ``p(x) = softmax(W_router x + b_router)`` and e the largest of p.
+    """``z = p_e(x) * expert_e(x)`` with ``p(x) = softmax(W_router x + b_router)`` and ``e = argmax p(x)``.
 
-    The factor p_e gives the router its gradient. Latent ``f`` of expert e is latent ``e * F/E + f`` of the whole.
+    The factor p_e passes a gradient to the router. Latent ``f`` of expert e has index ``e * F/E + f``.
     """
 
     def __init__(self, config: SwitchEncoderConfig, d_in: int) -> None:
@@ -103,12 +103,12 @@ class SwitchEncoder(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "... D"]:
-        """The experts' weights, one expert after another: a copy."""
+        """Weights of the experts, concatenated expert by expert: a copy."""
         return torch.cat([expert.get_parameter("weight") for expert in self.experts])
 
     @property
     def bias(self) -> Float[Tensor, "..."]:
-        """The experts' biases, one expert after another: a copy."""
+        """Biases of the experts, concatenated expert by expert: a copy."""
         return torch.cat([expert.get_parameter("bias") for expert in self.experts])
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> SwitchLatents:
@@ -116,7 +116,7 @@ class SwitchEncoder(nn.Module):
 
     @torch.no_grad()
     def fold(self, mean_D: Float[Tensor, " D"], scale_D: Float[Tensor, " D"], latent_scale: Float[Tensor, ""]) -> None:
-        """Take raw x where ``(x - mean) / scale`` was taken, and give latents ``latent_scale`` times as large."""
+        """Rewrite weights for raw x instead of ``(x - mean) / scale``, with latents scaled by ``latent_scale``."""
         for expert in self.experts:
             expert.fold(mean_D, scale_D, latent_scale)  # type: ignore[operator]
         self.W_router.div_(scale_D)
@@ -124,7 +124,7 @@ class SwitchEncoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Each expert as it starts alone, but scaled for the whole dictionary; the router ~ Normal(0, 1) / sqrt(D)."""
+        """Initialise each expert with the scale of the whole dictionary, and the router with Normal(0, 1) / sqrt(D)."""
         for expert in self.experts:
             expert.initialize(generator)  # type: ignore[operator]
         if self.config.expert.init_norm is None:
@@ -135,13 +135,13 @@ class SwitchEncoder(nn.Module):
 
     @torch.no_grad()
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]:
-        """The experts' rows, one expert after another."""
+        """Return the experts' decoder rows, concatenated expert by expert."""
         return torch.cat([expert.initial_decoder_rows() for expert in self.experts])  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class SwitchLatents:
-    """The latents of a `SwitchEncoder`: tokens are grouped by expert, and each expert sees its own only."""
+    """Latents of a `SwitchEncoder`: tokens are grouped by expert, and each expert sees only its own tokens."""
 
     x_BD: Tensor
     encoder: SwitchEncoder
@@ -151,20 +151,20 @@ class SwitchLatents:
         return len(self.x_BD)
 
     def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
-        """As the experts choose, for requests per token; the codes are scaled by the router's probability."""
+        """Return the experts' codes, scaled by the router's probability; only requests per token are supported."""
         choices = [request for request in requests if isinstance(request, Choice)]
         if len(choices) < len(requests):
-            raise UserError("a switch encoder chooses per token only; use sparsifier 'topk'.")
+            raise UserError("sparsifier must select per token with a switch encoder. Use sparsifier 'topk'.")
         size = self.encoder.config.expert.d_sae
         order_B = self.expert_B.argsort(stable=True)
         groups = self.x_BD[order_B].split(self.tokens_E.tolist())
         parts: list[list[SparseCodes]] = [[] for _ in choices]
         for number, (expert, x_ND) in enumerate(zip(self.encoder.experts, groups, strict=True)):
             latents: DenseLatents | KroneckerLatents = expert(x_ND)
-            own = [_own(choice, number * size, size) for choice in choices]
+            own = [_restrict(choice, number * size, size) for choice in choices]
             found = iter(latents.choose(*(choice for choice in own if choice.k)))
             for choice, wanted, part in zip(own, choices, parts, strict=True):
-                codes = next(found) if choice.k else _nothing(x_ND, size)
+                codes = next(found) if choice.k else _empty_codes(x_ND, size)
                 part.append(_widen(codes, wanted.k, number * size, self.encoder.d_sae))
         back_B = order_B.argsort()
         probability_B1 = self.probability_BE.gather(1, self.expert_B.unsqueeze(1))
@@ -183,9 +183,10 @@ class SwitchLatents:
         return torch.einsum("ebf,be->bef", all_EBF, self.probability_BE * picked_BE).flatten(1)
 
     def penalty(self) -> Float[Tensor, ""] | None:
-        """``weight * E * sum_e share_e * mean_b p_e(x_b)``, share_e being the part of the tokens sent to expert e.
+        """Load-balancing loss ``weight * E * sum_e share_e * mean_b p_e(x_b)``.
 
-        1 times the weight where both are even (Fedus et al. 2022; Mudide et al. 2025).
+        share_e is the share of tokens sent to expert e. The loss equals ``weight`` if share and mean p_e are uniform
+        (Fedus et al. 2022; Mudide et al. 2025).
         """
         config = self.encoder.config
         if config.balance_weight == 0 or self.num_tokens == 0:
@@ -195,34 +196,34 @@ class SwitchLatents:
 
     @cached_property
     def probability_BE(self) -> Float[Tensor, "B E"]:
-        """The router's p."""
+        """Router probabilities p(x)."""
         return torch.addmm(self.encoder.b_router, self.x_BD, self.encoder.W_router.T).softmax(-1)
 
     @cached_property
     def expert_B(self) -> Int[Tensor, " B"]:
-        """The expert of each token."""
+        """Index of each token's expert."""
         return self.probability_BE.argmax(-1)
 
     @cached_property
     def tokens_E(self) -> Int[Tensor, " E"]:
-        """How many tokens each expert got."""
+        """Number of tokens sent to each expert."""
         return torch.bincount(self.expert_B, minlength=self.encoder.config.num_experts)
 
 
-def _own(choice: Choice, start: int, size: int) -> Choice:
-    """A choice among all latents as one expert has to answer it."""
+def _restrict(choice: Choice, start: int, size: int) -> Choice:
+    """Restrict a choice among all latents to the latents of one expert."""
     if choice.latents_C is None:
         return choice
     inside_C = choice.latents_C[(choice.latents_C >= start) & (choice.latents_C < start + size)] - start
     return Choice(min(choice.k, len(inside_C)), inside_C)
 
 
-def _nothing(x_ND: Tensor, size: int) -> SparseCodes:
+def _empty_codes(x_ND: Tensor, size: int) -> SparseCodes:
     return SparseCodes(x_ND.new_zeros(len(x_ND), 0), torch.zeros(len(x_ND), 0, dtype=torch.int64).to(x_ND.device), size)
 
 
 def _widen(codes: SparseCodes, k: int, start: int, d_sae: int) -> SparseCodes:
-    """An expert's codes as those of the whole dictionary, padded to k columns."""
+    """Map the codes of one expert to indices of the whole dictionary and pad them to k columns."""
     missing = (0, k - codes.values.shape[1])
     values = nn.functional.pad(codes.values, missing)
     return SparseCodes(values, nn.functional.pad(codes.indices, missing) + start, d_sae)

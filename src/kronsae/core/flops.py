@@ -1,4 +1,4 @@
-"""What an SAE costs, counted (paper, eq. 7), not measured."""
+"""Computed cost of an SAE (paper, eq. 7); nothing is measured."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ def encoder_multiply_adds(config: SAEConfig) -> int:
 
 
 def forward_multiply_adds(config: SAEConfig) -> int:
-    """Multiply-adds per token of one forward pass: the encoder's, ``K*O`` for K rows of the decoder, ``D*O`` to skip.
+    """Multiply-adds per token of one forward pass.
 
-    O is ``d_out``, the width written: D for an SAE. Only an SAE with a skip connection has the last term.
+    Sum of the encoder's, ``K*O`` for K decoder rows and, only with a skip connection, ``D*O``. O is ``d_out``, the
+    output width; it equals D for an SAE.
     """
     skip = config.d_in * config.d_out if config.skip else 0
     return encoder_multiply_adds(config) + config.sparsifier.k * config.d_out + skip
 
 
 def training_flops(config: SAEConfig, tokens: int) -> int:
-    """FLOPs of training on ``tokens``: 2 per multiply-add, forward once and backward twice its cost.
+    """FLOPs of training on ``tokens``: 2 per multiply-add, forward once, and backward at twice the forward cost.
 
-    The convention under which the paper compares at equal FLOPs. A sparse backward pass does less than this counts.
+    The paper uses this convention to compare at equal FLOPs. A sparse backward pass costs less than this count.
     """
     return 6 * forward_multiply_adds(config) * tokens

@@ -1,8 +1,8 @@
-"""Gates compose a base's pre-latent u and an extension's v into one post-latent.
+"""Gates that compose a base's pre-latent u and an extension's pre-latent v into one post-latent.
 
-Each is elementwise and differentiable. Its `Order` says how its values are ranked, and so which selection is exact
-for it: by the product of the parents, by the parents (both prune whole heads), or only with all latents computed.
-Method: section 3 of arXiv 2505.22255.
+Every gate is elementwise and differentiable. Its `Order` says what ranks its values, and so which selection is exact
+for it: ranking by the product of the parents or by the parents (both allow pruning whole heads), or no pruning, which
+computes all latents. Method: section 3 of arXiv 2505.22255.
 
 ============  ===========================================  ========  =================================================
 name          z for u > 0 and v > 0                        order     otherwise
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from kronsae.kernels import Order
 
-MAX_SLOPE = 1e4  # bound on mAND's partial derivatives; reached only where one parent is 4e8 times the other
+MAX_SLOPE = 1e4  # bound on mAND's partial derivatives; reached only if one parent is 4e8 times the other
 PAPER_EPSILON = 1e-5
 
 GateName = Literal["mand", "mand_eps", "relu_product", "raw_product", "minimum", "and_ail", "power_mean"]
@@ -40,7 +40,7 @@ GateName = Literal["mand", "mand_eps", "relu_product", "raw_product", "minimum",
 class _MAND(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
-        # two roots, not the root of a product: u * v underflows to 0 where both are positive
+        # product of two roots: u * v can underflow to 0 although both are positive
         root_u, root_v = u.relu().sqrt(), v.relu().sqrt()
         ctx.save_for_backward(root_u, root_v)
         return root_u * root_v
@@ -56,10 +56,10 @@ class _MAND(torch.autograd.Function):
 
 
 def mand(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The differentiable AND: ``sqrt(u * v)`` if ``u > 0 and v > 0``, else exactly 0.
+    """mAND, the differentiable AND: ``sqrt(u * v)`` if ``u > 0 and v > 0``, else exactly 0.
 
-    The root (a geometric mean) keeps the activation on the scale of its parents. The partial derivatives
-    ``0.5 * sqrt(v / u)`` and ``0.5 * sqrt(u / v)`` are 0 off the support and bounded by `MAX_SLOPE` on it.
+    The square root (a geometric mean) keeps the activation on the scale of its parents. The partial derivatives are
+    ``0.5 * sqrt(v / u)`` and ``0.5 * sqrt(u / v)``: 0 outside the support, and bounded by `MAX_SLOPE` inside it.
 
     Example:
         >>> mand(torch.tensor([4.0, 4.0, -1.0]), torch.tensor([9.0, 0.0, -1.0]))
@@ -69,32 +69,32 @@ def mand(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "...
 
 
 def mand_eps(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The paper's listing: ``sqrt(relu(u) * relu(v) + 1e-5)``, so an inactive pair is 0.00316 and not 0.
+    """mAND as in the paper's listing: ``sqrt(relu(u) * relu(v) + 1e-5)``; an inactive pair gives 0.00316, not 0.
 
-    It breaks the AND; it is here so that results can be compared with the authors' code.
+    This is not an AND. It exists so that results can be compared with the authors' code.
     """
     return (u.relu() * v.relu() + PAPER_EPSILON).sqrt()
 
 
 def relu_product(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """``relu(u) * relu(v)``: an AND whose scale is the square of its parents' (paper, table 1)."""
+    """``relu(u) * relu(v)``: an AND on the squared scale of its parents (paper, table 1)."""
     return u.relu() * v.relu()
 
 
 def raw_product(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """``u * v``: no AND, since two negative parents switch it on (paper, table 1)."""
+    """``u * v``: not an AND, because two negative parents give a positive value (paper, table 1)."""
     return u * v
 
 
 def minimum(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """``min(relu(u), relu(v))``: the fuzzy AND of Zadeh (1965); the larger parent gets no gradient."""
+    """``min(relu(u), relu(v))``: the fuzzy AND of Zadeh (1965). The larger parent gets no gradient."""
     return torch.minimum(u, v).relu()
 
 
 def and_ail(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """AND of two logits, approximately (Lowe et al. 2021): ``u + v`` if both are negative, else ``min(u, v)``.
+    """Approximate AND of two logits (Lowe et al. 2021): ``u + v`` if both are negative, else ``min(u, v)``.
 
-    A latent is kept only where it is positive, and there this is `minimum`: the two differ in what lies below 0.
+    Only positive latents are kept, and for those it equals `minimum`. The two gates differ only below 0.
     """
     return torch.where((u < 0) & (v < 0), u + v, torch.minimum(u, v))
 
@@ -104,13 +104,13 @@ def power_mean(
 ) -> Float[Tensor, "..."]:
     """``((u^p + v^p) / 2)^(1/p)`` if ``u > 0 and v > 0``, else 0, with ``p = -exp(log_exponent)``.
 
-    p towards 0 is `mand`, -1 the harmonic mean, towards minus infinity the minimum. p stays below 0 because only
-    there the mean vanishes as either parent does: the AND is continuous. Computed as
-    ``a * (2 / (1 + (b/a)^p))^(1/|p|)`` with a the smaller and b the larger parent, which cannot overflow.
+    p -> 0 gives `mand`, p = -1 the harmonic mean, p -> -infinity the minimum. p must be below 0: only then is the mean
+    0 as soon as one parent is 0, so that the AND is continuous. It is computed as
+    ``a * (2 / (1 + (b/a)^p))^(1/|p|)``, with a the smaller and b the larger parent; this form cannot overflow.
     """
     on = (u > 0) & (v > 0)
     u, v = torch.where(on, u, 1.0), torch.where(on, v, 1.0)
-    smallest = torch.finfo(u.dtype).tiny  # of a subnormal, the logarithm's slope 1 / u would overflow
+    smallest = torch.finfo(u.dtype).tiny  # 1 / u, the slope of the logarithm, overflows for subnormal u
     ratio = (u.clamp_min(smallest).log() - v.clamp_min(smallest).log()).abs()
     strength = log_exponent.exp()
     factor = (math.log(2) - (-strength * ratio).exp().log1p()) / strength
@@ -119,15 +119,15 @@ def power_mean(
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate's function and what the encoder has to know of it.
+    """A gate function and its properties that the encoder needs.
 
     Args:
         function: ``(u, v)``, or ``(u, v, parameter)`` for a learned gate.
-        order: by what its values are ranked.
-        signed: it can be negative; the latent is then its positive part.
-        homogeneous: ``gate(s u, s v) = s gate(u, v)`` for ``s > 0``.
-        start: initial value of its one learned parameter; None: nothing is learned.
-        least_product: of a gate of order ``product``, the inverse ``theta -> u v``, less what rounding may add to it.
+        order: what ranks its values.
+        signed: whether it can be negative; the latent is then its positive part.
+        homogeneous: whether ``gate(s u, s v) = s gate(u, v)`` for ``s > 0``.
+        start: initial value of the gate's single learned parameter; None: nothing is learned.
+        least_product: for order ``product``: the inverse ``theta -> u v``, lowered by a margin for rounding errors.
     """
 
     function: Callable[..., Tensor]
@@ -142,12 +142,14 @@ class Gate:
         return z.relu() if self.signed else z
 
 
-_LESS = 1 - 1e-4  # a thousand times what float32 rounds
+_ROUNDING_MARGIN = 1 - 1e-4  # margin of a thousand times the rounding error of float32
 
 GATES: dict[str, Gate] = {
-    "mand": Gate(mand, "product", homogeneous=True, least_product=lambda theta: _LESS * theta.square()),
-    "mand_eps": Gate(mand_eps, "product", least_product=lambda theta: _LESS * theta.square() - PAPER_EPSILON),
-    "relu_product": Gate(relu_product, "product", least_product=lambda theta: _LESS * theta),
+    "mand": Gate(mand, "product", homogeneous=True, least_product=lambda theta: _ROUNDING_MARGIN * theta.square()),
+    "mand_eps": Gate(
+        mand_eps, "product", least_product=lambda theta: _ROUNDING_MARGIN * theta.square() - PAPER_EPSILON
+    ),
+    "relu_product": Gate(relu_product, "product", least_product=lambda theta: _ROUNDING_MARGIN * theta),
     "raw_product": Gate(raw_product, "none", signed=True),
     "minimum": Gate(minimum, "parents", homogeneous=True),
     "and_ail": Gate(and_ail, "parents", signed=True, homogeneous=True),

@@ -1,4 +1,4 @@
-"""The latents of a Kronecker encoder as heads of M x N cells, and which parts of it are dead."""
+"""Layout of a Kronecker encoder's latents as heads of M x N cells, and the share of each part that is dead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
 
 @dataclass(frozen=True)
 class HeadGrid:
-    """How latents lie in heads: latent (h, i, j) has the number ``h*M*N + i*N + j``."""
+    """Layout of latents in heads: latent (h, i, j) has index ``h*M*N + i*N + j``."""
 
     num_heads: int
     d_base: int
@@ -21,16 +21,16 @@ class HeadGrid:
 
     @property
     def cells(self) -> int:
-        """Latents of one head."""
+        """Number of latents in one head, M*N."""
         return self.d_base * self.d_extension
 
     def of(self, values_F: Shaped[Tensor, " F"]) -> Shaped[Tensor, "H M N"]:
-        """One value per latent, laid out by head, base and extension."""
+        """View of one value per latent as head x base x extension."""
         return values_F.view(self.num_heads, self.d_base, self.d_extension)
 
 
 def head_grid(encoder: AnyEncoderConfig) -> HeadGrid | None:
-    """The grid of an encoder's config; a switch's experts stand one after another; None where there are no heads."""
+    """Grid of an encoder config; None without heads. The grid of a switch encoder lists the heads expert by expert."""
     if isinstance(encoder, SwitchEncoderConfig):
         one = head_grid(encoder.expert)
         return None if one is None else HeadGrid(encoder.num_experts * one.num_heads, one.d_base, one.d_extension)
@@ -41,16 +41,16 @@ def head_grid(encoder: AnyEncoderConfig) -> HeadGrid | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DeadShares:
-    """Which part is dead, as shares.
+    """Shares of latents, bases, extensions and heads that are dead.
 
-    A base is dead if all N latents that it is a parent of are, an extension if all its M are, a head if all its M*N
-    are. What "dead" means for a latent, the caller says by counting: active on none of so many tokens.
+    A base is dead if all N latents with this parent are dead, an extension if all its M latents are, and a head if all
+    its M*N latents are. The caller decides when a latent is dead: active on none of a stated number of tokens.
 
     Args:
         latents: dead latents / d_sae.
-        bases: dead bases / (H*M); None where there are no heads.
-        extensions: dead extensions / (H*N), likewise.
-        heads: dead heads / H, likewise.
+        bases: dead bases / (H*M); None without heads.
+        extensions: dead extensions / (H*N); None without heads.
+        heads: dead heads / H; None without heads.
     """
 
     latents: float
@@ -60,7 +60,7 @@ class DeadShares:
 
 
 def dead_shares(alive_F: Bool[Tensor, " F"], encoder: AnyEncoderConfig) -> DeadShares:
-    """The dead shares of an encoder's parts, given which of its latents live.
+    """Dead shares of an encoder's parts, computed from the mask of its live latents.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Reconstruction losses: of the whole dictionary, or of nested prefixes of it."""
+"""Reconstruction losses of the whole dictionary, or of nested prefixes of it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kronsae.support.errors import UserError
 
 
 @runtime_checkable
-class _Shape(Protocol):
-    """What a loss asks of the encoder's config."""
+class _EncoderShape(Protocol):
+    """Attributes of an encoder config that a loss config checks."""
 
     @property
     def d_sae(self) -> int: ...
@@ -28,23 +28,23 @@ class _Shape(Protocol):
 
 
 def squared_error(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    """``||x - x_hat||^2``: summed over d_in, mean over tokens."""
+    """Return ``||x - x_hat||^2``, summed over dimensions, mean over tokens."""
     return (x_BD - x_hat_BD).square().sum(-1).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquaredErrorConfig:
-    """``||x - x_hat||^2``."""
+    """Squared error ``||x - x_hat||^2``."""
 
     kind: ClassVar[str] = "squared_error"
 
-    def check(self, encoder: _Shape) -> None:
-        """It fits every encoder."""
+    def check(self, encoder: _EncoderShape) -> None:
+        """Do nothing: this loss fits every encoder."""
 
     def __call__(
         self, decoder: Decoder, codes: SparseCodes, x_BD: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "B D"]]:
-        """The loss against the target ``x``, and the reconstruction."""
+        """Return the loss against the target ``x``, and the reconstruction."""
         x_hat_BD = decoder(codes)
         return squared_error(x_BD, x_hat_BD), x_hat_BD
 
@@ -54,8 +54,8 @@ class MatryoshkaConfig:
     """``sum_g ||x - (f[:m_g] W_dec[:m_g] + b_dec)||^2`` over nested prefixes m_1 < m_2 < ... = F (Bussmann 2025).
 
     Args:
-        groups: sizes of the groups that the prefixes add one by one; they sum to d_sae and, with a Kronecker encoder,
-            each ends at the end of a head. See `matryoshka_groups`.
+        groups: numbers of latents that each prefix adds to the previous one. They sum to d_sae. With a Kronecker
+            encoder each group ends at a head boundary. See `matryoshka_groups`.
     """
 
     kind: ClassVar[str] = "matryoshka"
@@ -65,27 +65,27 @@ class MatryoshkaConfig:
         for size in self.groups:
             check_count("groups", size)
 
-    def check(self, encoder: _Shape) -> None:
-        """Refuse groups that do not cover the dictionary or that part a head."""
+    def check(self, encoder: _EncoderShape) -> None:
+        """Raise if the groups do not cover the dictionary or if a boundary splits a head."""
         if sum(self.groups) != encoder.d_sae:
             raise UserError(
-                f"groups must sum to d_sae; got {_listed(self.groups)} = {sum(self.groups)} with "
+                f"groups must sum to d_sae; got {_format_groups(self.groups)} = {sum(self.groups)} with "
                 f"d_sae={encoder.d_sae}. Change one."
             )
         for end in accumulate(self.groups):
             if end % encoder.block:
                 raise UserError(
-                    f"groups must end at the end of a head, at multiples of d_base * d_extension = {encoder.block}; "
-                    f"got {_listed(self.groups)}, which ends one at {end}."
+                    f"groups must end at head boundaries, multiples of d_base * d_extension = {encoder.block}; "
+                    f"got {_format_groups(self.groups)}, where a group ends at {end}."
                 )
 
     def __call__(
         self, decoder: Decoder, codes: SparseCodes, x_BD: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "B D"]]:
-        """The loss, and the reconstruction of the whole dictionary.
+        """Return the loss, and the reconstruction from the whole dictionary.
 
-        Each group's part is decoded once and added to the sum so far: all prefixes together read little more than K
-        rows per token.
+        Each group is decoded once and added to the running sum, so all prefixes together read little more than K rows
+        per token.
         """
         losses = []
         x_hat_BD = decoder.b_dec.expand(len(x_BD), -1)
@@ -101,9 +101,9 @@ LossConfig = SquaredErrorConfig | MatryoshkaConfig
 
 
 def within(codes: SparseCodes, start: int, end: int) -> SparseCodes:
-    """The codes of the latents ``start <= index < end``, in as few columns as hold them; differentiable.
+    """Return the codes of latents ``start <= index < end``, in as few columns as possible; differentiable.
 
-    Places of value 0 go by their index too: JumpReLU's threshold learns from latents that are just off.
+    Entries of value 0 are assigned by their index too, because JumpReLU's threshold learns from latents just below it.
     """
     inside_BK = (codes.indices >= start) & (codes.indices < end)
     width = max(1, int(inside_BK.sum(-1).max()) if len(inside_BK) else 1)
@@ -114,7 +114,7 @@ def within(codes: SparseCodes, start: int, end: int) -> SparseCodes:
 
 
 def matryoshka_groups(d_sae: int, smallest: int) -> tuple[int, ...]:
-    """``2^k, 2^k, 2^(k+1), ...`` summing to ``d_sae`` with ``2^k = smallest``: every prefix is twice the last.
+    """Return ``2^k, 2^k, 2^(k+1), ...`` summing to ``d_sae`` with ``2^k = smallest``: each prefix doubles the previous.
 
     Example:
         >>> matryoshka_groups(4096, 512)
@@ -131,5 +131,5 @@ def matryoshka_groups(d_sae: int, smallest: int) -> tuple[int, ...]:
     return (smallest, *(smallest << doubling for doubling in range(ratio.bit_length() - 1)))
 
 
-def _listed(groups: tuple[int, ...]) -> str:
+def _format_groups(groups: tuple[int, ...]) -> str:
     return " + ".join(map(str, groups))

@@ -1,19 +1,19 @@
-"""The one definition of each quantity that training shows and evaluation reports."""
+"""Explained variance and squared error, defined once for training and evaluation."""
 
 from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor
 
-ROUNDING = 1e-28  # of ||mean||^2 per token: what float64's rounding leaves where activations do not vary
+ROUNDING = 1e-28  # share of ||mean||^2 per token: float64 rounding error of the deviation of constant activations
 
 
 class ExplainedVariance:
-    """Explained variance over any number of batches, in float64 and one pass.
+    """Explained variance over any number of batches, computed in float64 and one pass.
 
-    ``EV = 1 - sum(||x - x_hat||^2) / sum(||x - mean||^2)``, the sums over tokens and dimensions and ``mean`` over
-    all tokens seen (a ratio of sums; the mean reconstruction error is not subtracted). 1 is perfect, 0 is as good
-    as the mean, negative is worse. `explained_variance_per_token` is the other reading found in the field.
+    ``EV = 1 - sum(||x - x_hat||^2) / sum(||x - mean||^2)``. The sums run over tokens and dimensions; ``mean`` is over
+    all tokens seen. It is a ratio of sums, and the mean reconstruction error is not subtracted. 1 is perfect, 0 equals
+    predicting the mean, negative is worse. `explained_variance_per_token` is the other definition in the literature.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class ExplainedVariance:
         self._mean: Tensor | None = None
 
     def update(self, x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> None:
-        """Take in one batch (Chan's parallel update of mean and deviation)."""
+        """Add one batch (Chan's parallel update of mean and deviation)."""
         if len(x_BD) == 0:
             return
         x_BD, x_hat_BD = x_BD.detach().double(), x_hat_BD.detach().double()
@@ -39,25 +39,25 @@ class ExplainedVariance:
         self._mean = self._mean + shift_D * (len(x_BD) / self.tokens)
 
     def value(self) -> float:
-        """The explained variance so far; NaN where the activations do not vary."""
+        """Return the explained variance so far; NaN if the activations do not vary."""
         if self._mean is None or self._deviation <= ROUNDING * self.tokens * float(self._mean.square().sum()):
             return float("nan")
         return 1 - self._error / self._deviation
 
     def mean_squared_error(self) -> float:
-        """``||x - x_hat||^2`` summed over d_in, mean over tokens: the training loss without its extras."""
+        """Return ``||x - x_hat||^2``, summed over dimensions, mean over tokens: the plain reconstruction loss."""
         return self._error / self.tokens
 
     @property
     def mean_D(self) -> Float[Tensor, " D"]:
         """Mean activation over the tokens seen, float64."""
         if self._mean is None:
-            raise ValueError("no batch was taken in yet")
+            raise ValueError("mean_D needs at least one batch; got none.")
         return self._mean
 
 
 def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
-    """`ExplainedVariance` of one batch."""
+    """Return the `ExplainedVariance` of one batch."""
     accumulator = ExplainedVariance()
     accumulator.update(x_BD, x_hat_BD)
     return accumulator.value()
@@ -66,6 +66,6 @@ def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"
 def explained_variance_per_token(
     x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"], mean_D: Float[Tensor, " D"]
 ) -> Float[Tensor, " B"]:
-    """``1 - ||x - x_hat||^2 / ||x - mean||^2`` of each token: the paper's listing averages this over tokens."""
+    """Return ``1 - ||x - x_hat||^2 / ||x - mean||^2`` of each token; the paper's listing averages it over tokens."""
     x_BD, x_hat_BD = x_BD.double(), x_hat_BD.double()
     return 1 - (x_BD - x_hat_BD).square().sum(-1) / (x_BD - mean_D.double()).square().sum(-1)

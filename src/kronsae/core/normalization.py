@@ -1,4 +1,4 @@
-"""Putting activations on one scale for training, and taking it back into the weights at the end."""
+"""Normalisation of activations for training, and folding it into the weights afterwards."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ NormalizationName = Literal["none", "center_and_scale"]
 
 @dataclass(frozen=True)
 class Normalization:
-    """``x' = (x - mean) / scale``, hook by hook: mean 0, and ``||x'|| = sqrt(width)`` in the root mean square.
+    """``x' = (x - mean) / scale`` per hook: mean 0 and a root mean square norm ``||x'|| = sqrt(width)``.
 
-    Learning rates and the start's scale then mean the same for every model and layer, and of several hooks side by
-    side none outweighs the others. Of one hook, explained variance and every other ratio of errors are the same on
-    either side.
+    Learning rates and the scale of initial weights then mean the same for every model and layer, and no hook of several
+    outweighs the others. For a single hook, explained variance and every other ratio of errors are the same before and
+    after normalisation.
 
     Args:
-        mean_D: mean of every dimension.
+        mean_D: mean of each dimension.
         scale_H: one scale per hook.
+        widths: number of dimensions of each hook; they sum to D.
         widths: the dimensions of each hook; they sum to D.
     """
 
@@ -38,7 +39,7 @@ class Normalization:
 
     @staticmethod
     def of(x_BD: Float[Tensor, "B D"], widths: tuple[int, ...] = ()) -> Normalization:
-        """Measured on a batch; ``()``: of one hook.
+        """Return the normalisation measured on a batch; widths ``()``: a single hook.
 
         Raises:
             UserError: the activations do not vary.
@@ -49,33 +50,33 @@ class Normalization:
 
     @staticmethod
     def identity(widths: tuple[int, ...], device: torch.device | str) -> Normalization:
-        """No change at all."""
+        """Return the normalisation that changes nothing."""
         return Normalization(torch.zeros(sum(widths), device=device), torch.ones(len(widths), device=device), widths)
 
     @property
     def scale_D(self) -> Float[Tensor, " D"]:
-        """The scale of every dimension: that of its hook."""
+        """Scale of each dimension: that of its hook."""
         return torch.cat([scale.expand(width) for scale, width in zip(self.scale_H, self.widths, strict=True)])
 
     @property
     def scale(self) -> Float[Tensor, ""]:
-        """One scale for all dimensions: the root mean square; of one hook its own."""
+        """One scale for all dimensions: the root mean square; for a single hook, the scale of this hook."""
         return self.scale_H[0] if len(self.widths) == 1 else self.scale_D.square().mean().sqrt()
 
     def __call__(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Activations as the SAE sees them in training."""
+        """Return normalised activations, as the SAE sees them in training."""
         return (x_BD - self.mean_D) / (self.scale if len(self.widths) == 1 else self.scale_D)
 
     @torch.no_grad()
     def fold(self, sae: SAE, written: Normalization | None = None) -> None:
-        """Change the weights of ``sae``, trained on ``x'`` to give ``y'``, so that it takes raw x and gives raw y.
+        """Rewrite the weights of ``sae``, trained to map ``x'`` to ``y'``, so that it maps raw x to raw y.
 
-        ``written`` is the normalisation of y; None: what is read is written. With s and t the scales of x and y, and
-        ``c`` the root mean square of t, the scale of the latents: ``W_enc <- W_enc c/s``, ``b <- c b - W_enc mean_x``;
-        thresholds times c; ``W_dec <- W_dec t/c``, ``b_dec <- t b_dec + mean_y``; ``W_skip <- t W_skip / s``. It holds
-        because latents are homogeneous: pre-latents times c give latents times c. A router, whose probabilities stay
-        as they are, takes s into its weights. Where one hook is written its t is c, and ``W_dec`` keeps its norms;
-        where it is also read, ``W_enc`` keeps its values too.
+        ``written`` is the normalisation of y; None: that of x. Let s and t be the scales of x and y, and ``c`` the root
+        mean square of t, which is the scale of the latents. Then ``W_enc <- W_enc c/s``, ``b <- c b - W_enc mean_x``,
+        thresholds are multiplied by c, ``W_dec <- W_dec t/c``, ``b_dec <- t b_dec + mean_y`` and
+        ``W_skip <- t W_skip / s``. This is exact because latents are homogeneous: pre-latents times c give latents
+        times c. The router's probabilities must not change, so its weights take only s. If one hook is written, its t
+        is c, and ``W_dec`` keeps its norms; if this hook is also the one read, ``W_enc`` keeps its values too.
         """
         written = self if written is None else written
         sae.encoder.fold(self.mean_D, self.scale_D, written.scale)
@@ -94,13 +95,13 @@ def _mean_and_scale(x_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_foldable(encoder: AnyEncoderConfig) -> bool:
-    """Whether what is trained on normalised activations can take raw ones in the end: latents scale with x."""
+    """Return whether normalisation can be folded into the weights: whether latents scale with x."""
     gate = gate_of(encoder)
     return gate is None or GATES[gate].homogeneous
 
 
 def check_foldable(normalization: NormalizationName, encoder: AnyEncoderConfig) -> None:
-    """Refuse a gate whose latents do not scale with their parents: what was trained could not be folded back."""
+    """Raise if the gate is not homogeneous: the normalisation could not be folded into the weights."""
     if normalization != "none" and not is_foldable(encoder):
         raise UserError(
             f"normalize_activations must be 'none' with gate '{gate_of(encoder)}', whose latents do not scale with the "

@@ -1,4 +1,4 @@
-"""What training minimises: a reconstruction loss, AuxK for the latents that died, and what the parts add."""
+"""Training objective: reconstruction loss, AuxK for dead latents, and the loss terms of encoder and sparsifier."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class AuxKConfig:
-    """AuxK (Gao et al. 2025): the ``k_aux`` largest dead latents reconstruct the residual of the living.
+    """AuxK (Gao et al. 2025): the ``k_aux`` largest dead latents reconstruct the residual of the live latents.
 
     Args:
         weight: coefficient of the loss.
-        k_aux: dead latents asked per token; None: ``d_out // 2``, half the width that they write.
-        dead_after_tokens: a latent is dead once it was active on none of this many tokens.
+        k_aux: dead latents selected per token; None: ``d_out // 2``, half the output width.
+        dead_after_tokens: a latent is dead if none of the last this many tokens activated it.
     """
 
     weight: float = 1 / 32
@@ -41,7 +41,7 @@ class AuxKConfig:
 
 @dataclass(frozen=True)
 class Objective:
-    """One evaluation of the objective; ``loss`` carries the graph, the rest is for metrics."""
+    """One evaluation of the objective; ``loss`` carries the graph, the other fields are for metrics."""
 
     loss: Float[Tensor, ""]
     reconstruction_loss: Float[Tensor, ""]
@@ -59,14 +59,14 @@ def objective(
     l0_weight: float = 0.0,
     target_BO: Float[Tensor, "B O"] | None = None,
 ) -> Objective:
-    """``loss(y, y_hat) + weight * ||e - e_hat||^2 + l0_weight * l0 + penalty`` with ``e = y - y_hat`` held fixed.
+    """Return ``loss(y, y_hat) + weight * ||e - e_hat||^2 + l0_weight * l0 + penalty``; ``e = y - y_hat`` is detached.
 
-    - ``y`` is ``target_BO``; None: ``x`` itself, as for every SAE that is no transcoder;
-    - ``loss`` is ``||y - y_hat||^2`` unless another is given; a skip connection is part of every ``y_hat``;
-    - ``e_hat`` is decoded, without bias, from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
-      the encoder and the decoder of dead latents; without dead latents the term is absent;
-    - ``l0`` counts where the sparsifier learns from it (JumpReLU);
-    - ``penalty`` is the encoder's own (the router's balance of a switch encoder).
+    - ``y`` is ``target_BO``; None: ``x``, as for every SAE that is not a transcoder;
+    - ``loss`` is ``||y - y_hat||^2`` unless another is given; every ``y_hat`` includes the skip connection;
+    - ``e_hat`` is decoded without bias from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
+      the encoder and the decoder rows of dead latents; without dead latents this term is absent;
+    - ``l0`` is included only if the sparsifier learns from it (JumpReLU);
+    - ``penalty`` is the encoder's own term (the load-balancing loss of a switch encoder).
     """
     latents = sae.encoder(x_BD)
     codes, aux_codes, l0 = sae.sparsifier.choose_in_training(latents, *_dead_choice(sae, dead_C, aux_k))
@@ -74,7 +74,7 @@ def objective(
     target_BO = x_BD if target_BO is None else target_BO
     if sae.skip is None:
         reconstruction_loss, x_hat_BO = reconstruct(sae.decoder, codes, target_BO)
-    else:  # what is left for the dictionary: the loss, of whatever prefix, is that of the sum
+    else:  # the dictionary reconstructs the target minus the skip output; this holds for every prefix of the loss
         skipped_BO = sae.skip(x_BD)
         reconstruction_loss, x_hat_BO = reconstruct(sae.decoder, codes, target_BO - skipped_BO)
         x_hat_BO = x_hat_BO + skipped_BO
@@ -98,7 +98,7 @@ def objective(
 
 
 def _dead_choice(sae: SAE, dead_C: Tensor | None, aux_k: AuxKConfig | None) -> list[Choice]:
-    """The choice AuxK makes among dead latents; none where there is nothing to revive."""
+    """Return AuxK's choice among dead latents; empty if there are none."""
     if aux_k is None or aux_k.weight == 0 or dead_C is None or len(dead_C) == 0:
         return []
     k_aux = max(1, sae.d_out // 2) if aux_k.k_aux is None else aux_k.k_aux
@@ -106,17 +106,17 @@ def _dead_choice(sae: SAE, dead_C: Tensor | None, aux_k: AuxKConfig | None) -> l
 
 
 class DeadLatents:
-    """How many tokens ago each latent was last active. State of training, saved with it."""
+    """Number of tokens since each latent was last active; part of the training state and saved with it."""
 
     def __init__(self, d_sae: int, device: torch.device | str = "cpu") -> None:
         self.tokens_since_active_F = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, codes: SparseCodes) -> None:
-        """Take in the codes of one batch."""
+        """Add the codes of one batch."""
         self.tokens_since_active_F += codes.values.shape[:-1].numel()
         self.tokens_since_active_F[codes.indices[codes.active]] = 0
 
     def dead(self, dead_after_tokens: int) -> Int[Tensor, " C"]:
-        """The latents that no token of the last ``dead_after_tokens`` activated."""
+        """Return the indices of latents that none of the last ``dead_after_tokens`` tokens activated."""
         return (self.tokens_since_active_F >= dead_after_tokens).nonzero().squeeze(1)

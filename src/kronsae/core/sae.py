@@ -1,7 +1,7 @@
-"""``SAE(encoder, sparsifier, decoder)``: everything a sparse autoencoder is, by composition.
+"""``SAE(encoder, sparsifier, decoder)``: a sparse autoencoder composed of its parts.
 
-A transcoder writes at another hook than it reads; a crosscoder reads and writes several hooks side by side. Both are
-this class: their widths differ, and nothing else.
+A transcoder reads one hook and writes another; a crosscoder reads and writes several hooks, concatenated. Both are
+instances of this class that differ only in their widths.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """An SAE's shape: with its weights, all that is needed to run it.
+    """Shape of an SAE; with its weights, all that is needed to run it.
 
     Args:
-        d_in: D, width of what is read: of several hooks, side by side, their widths' sum.
+        d_in: D, the input width. For several hooks, concatenated, the sum of their widths.
         encoder: dense, Kronecker or switch.
-        sparsifier: which latents stay.
-        read_widths: the width of each hook read; (): one hook of ``d_in``.
-        write_widths: the width of each hook written, where these are others than those read; (): what is read is
-            reconstructed.
-        skip: add ``W_skip x`` to what is written (skip transcoders, Paulo et al. 2025).
+        sparsifier: how active latents are selected.
+        read_widths: width of each hook read; (): one hook of ``d_in``.
+        write_widths: width of each hook written, if these differ from the hooks read; (): the input is reconstructed.
+        skip: whether to add ``W_skip x`` to the output (skip transcoders, Paulo et al. 2025).
     """
 
     d_in: int
@@ -56,29 +55,29 @@ class SAEConfig:
             )
         if self.skip and self.autoencodes:
             raise UserError(
-                "skip needs another hook to write than the one read: past the dictionary an SAE would copy its input. "
-                "Name the hooks written, or leave skip out."
+                "skip must be used with an output hook that differs from the input hook; with the same hook the skip "
+                "connection would copy the input. Set the hooks to write, or leave skip out."
             )
         self.sparsifier.check(self.encoder)
 
     @property
     def autoencodes(self) -> bool:
-        """Whether it reconstructs what it reads: an SAE, or a crosscoder that writes the hooks it reads."""
+        """Whether it reconstructs its input: an SAE, or a crosscoder that writes the hooks it reads."""
         return not self.write_widths
 
     @property
     def widths_read(self) -> tuple[int, ...]:
-        """The width of each hook read."""
+        """Width of each hook read."""
         return self.read_widths or (self.d_in,)
 
     @property
     def widths_written(self) -> tuple[int, ...]:
-        """The width of each hook written."""
+        """Width of each hook written."""
         return self.write_widths or self.widths_read
 
     @property
     def d_out(self) -> int:
-        """O, width of what is written; ``d_in`` for an SAE."""
+        """O, the output width; ``d_in`` for an SAE."""
         return sum(self.widths_written)
 
     @property
@@ -88,7 +87,7 @@ class SAEConfig:
 
     @property
     def architecture(self) -> str:
-        """The name of this cell of the comparison, such as ``kronecker-topk`` or ``dense-topk-switch-transcoder``."""
+        """Name of the architecture, such as ``kronecker-topk`` or ``dense-topk-switch-transcoder``."""
         switch = isinstance(self.encoder, SwitchEncoderConfig)
         encoder = self.encoder.expert if isinstance(self.encoder, SwitchEncoderConfig) else self.encoder
         parts = [encoder.kind, self.sparsifier.kind, "switch" if switch else "", self.role]
@@ -96,9 +95,9 @@ class SAEConfig:
 
     @property
     def role(self) -> str:
-        """``crosscoder``: several hooks are read or written; ``transcoder``: another one is written; ``""``: an SAE.
+        """``crosscoder`` if several hooks are read or written, ``transcoder`` if another hook is written, else ``""``.
 
-        With ``skip_`` in front where there is a skip connection.
+        With a skip connection the name has the prefix ``skip_``.
         """
         several = max(len(self.widths_read), len(self.widths_written)) > 1
         role = "crosscoder" if several else "" if self.autoencodes else "transcoder"
@@ -106,7 +105,7 @@ class SAEConfig:
 
     @property
     def sizes(self) -> dict[str, int | str]:
-        """What tells its size, by name: widths (``"16+16"`` of several hooks), latents, k, heads, experts."""
+        """Sizes by name: widths (``"16+16"`` for several hooks), latents, k, heads, experts."""
         found: dict[str, int | str] = {"d_in": "+".join(map(str, self.widths_read))}
         if not self.autoencodes:
             found["d_out"] = "+".join(map(str, self.widths_written))
@@ -118,11 +117,11 @@ class SAEConfig:
         return found
 
     def build(self, seed: int = 0) -> SAE:
-        """A freshly initialised SAE (the paper's start); equal seeds give equal weights.
+        """Return an initialised SAE (as in the paper); equal seeds give equal weights.
 
-        The decoder starts as the encoder's rows where it writes what they read. Elsewhere these mean nothing, and its
-        rows start in random directions (Dunefsky et al. 2024): rows of 0, the other choice of the field, have no
-        direction to keep at norm 1, and pass no gradient on to the encoder.
+        If the SAE reconstructs its input, the decoder starts with the encoder's rows. Otherwise these rows mean nothing
+        for the output, and the decoder starts with random directions (Dunefsky et al. 2024). Rows of 0, the other
+        common choice, have no direction to normalise and pass no gradient to the encoder.
         """
         sae = self.build_empty()
         generator = torch.Generator().manual_seed(seed)
@@ -136,7 +135,7 @@ class SAEConfig:
         return sae
 
     def build_empty(self) -> SAE:
-        """An SAE whose weights are yet to be filled in."""
+        """Return an SAE with uninitialised weights."""
         return SAE(
             self.encoder.build(self.d_in),
             self.sparsifier.build(self.d_sae),
@@ -151,10 +150,10 @@ class SAE(nn.Module):
     """A sparse autoencoder: ``x_hat = decode(sparsify(encode(x)))``.
 
     Args:
-        encoder: gives lazy latents of ``x [B, d_in]``.
-        sparsifier: chooses which of them stay.
-        decoder: reads the chosen rows of ``W_dec [d_sae, d_out]`` and adds ``b_dec``.
-        skip: adds ``W_skip x``; None: nothing is added.
+        encoder: computes lazy latents of ``x [B, d_in]``.
+        sparsifier: selects the active latents.
+        decoder: sums the selected rows of ``W_dec [d_sae, d_out]`` and adds ``b_dec``.
+        skip: adds ``W_skip x``; None: no skip connection.
         read_widths, write_widths: as in `SAEConfig`.
 
     Example:
@@ -183,7 +182,7 @@ class SAE(nn.Module):
 
     @property
     def config(self) -> SAEConfig:
-        """The shape, as saved to ``cfg.json``."""
+        """Shape of the SAE, as saved to ``cfg.json``."""
         return SAEConfig(
             d_in=self.d_in,
             encoder=self.encoder.config,
@@ -195,12 +194,12 @@ class SAE(nn.Module):
 
     @property
     def d_in(self) -> int:
-        """D, width of the activations read."""
+        """D, the input width."""
         return self.encoder.d_in
 
     @property
     def d_out(self) -> int:
-        """O, width of the activations written; ``d_in`` for an SAE."""
+        """O, the output width; ``d_in`` for an SAE."""
         return self.W_dec.shape[1]
 
     @property
@@ -210,22 +209,22 @@ class SAE(nn.Module):
 
     @property
     def W_dec(self) -> Float[Tensor, "F O"]:
-        """The dictionary: one direction per latent."""
+        """Dictionary: one direction per latent."""
         return self.decoder.W_dec
 
     @property
     def b_dec(self) -> Float[Tensor, " O"]:
-        """The decoder's bias."""
+        """Bias of the decoder."""
         return self.decoder.b_dec
 
     @property
     def W_dec_by_hook(self) -> tuple[Float[Tensor, "F _"], ...]:
-        """``W_dec`` of each hook written, ``[d_sae, width]`` each, as views: where a crosscoder's latents live."""
+        """Views of ``W_dec``, one ``[d_sae, width]`` per hook written: a crosscoder's directions at each hook."""
         parts: tuple[Tensor, ...] = self.W_dec.split(self.write_widths or self.read_widths or self.d_out, dim=1)
         return parts
 
     def encode(self, x: Float[Tensor, "... D"]) -> SparseCodes:
-        """Sparse codes of activations; leading dimensions are kept.
+        """Return the sparse codes of activations; leading dimensions are kept.
 
         Raises:
             UserError: the last dimension is not ``d_in``, or the dtype is not the SAE's.
@@ -235,32 +234,32 @@ class SAE(nn.Module):
         return codes.reshape(*x.shape[:-1])
 
     def decode(self, codes: SparseCodes, x: Float[Tensor, "... D"] | None = None) -> Float[Tensor, "... O"]:
-        """The reconstruction of codes; leading dimensions are kept.
+        """Return the reconstruction from codes; leading dimensions are kept.
 
         Args:
-            codes: what `encode` gave.
-            x: what it was given: a skip connection reads it too. Without one it plays no part.
+            codes: output of `encode`.
+            x: input of `encode`. Only a skip connection uses it.
 
         Raises:
-            UserError: codes of another dictionary, or no ``x`` though there is a skip connection.
+            UserError: codes of another dictionary, or no ``x`` with a skip connection.
         """
         if codes.d_sae != self.d_sae:
-            raise UserError(f"codes must be of d_sae={self.d_sae} latents; got codes of {codes.d_sae}.")
+            raise UserError(f"codes must have d_sae={self.d_sae} latents; got {codes.d_sae}.")
         x_hat_BO: Tensor = self.decoder(codes.reshape(-1))
         x_hat = x_hat_BO.reshape(*codes.values.shape[:-1], self.d_out)
         if self.skip is None:
             return x_hat
         if x is None:
-            raise UserError("decode needs x where there is a skip connection, W_skip x; give decode(codes, x).")
+            raise UserError("x must be given to decode an SAE with a skip connection. Call decode(codes, x).")
         skipped: Tensor = self.skip(x)
         return x_hat + skipped
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
-        """``decode(encode(x), x)``."""
+        """Return ``decode(encode(x), x)``."""
         return self.decode(self.encode(x), x)
 
     def trained(self) -> SAE:
-        """What is saved: the same outputs, without what only training needs. It shares this SAE's weights."""
+        """Return the SAE to save: same outputs, without parts that only training needs. It shares the weights."""
         return SAE(
             self.encoder,
             self.sparsifier.trained(),
@@ -271,13 +270,13 @@ class SAE(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Architecture and sizes, which ``print`` shows above the parts."""
+        """Architecture and sizes, printed above the submodules."""
         return in_words(self.config)
 
     def unsound_weight(self) -> str | None:
-        """The name of a weight that holds NaN or infinity; None where all are sound.
+        """Return the name of a weight that holds NaN or infinity; None if all weights are finite.
 
-        In a sparsifier -infinity is sound: the logarithm of a threshold of 0.
+        A sparsifier may hold minus infinity: the logarithm of a threshold of 0.
         """
         for name, weight in self.state_dict().items():
             sound = weight.isfinite()
@@ -288,7 +287,7 @@ class SAE(nn.Module):
         return None
 
     def num_parameters(self) -> int:
-        """Weights and biases in all; `count_parameters` counts those of a part, such as ``sae.encoder``."""
+        """Return the number of weights and biases; for one part, use ``count_parameters(sae.encoder)``."""
         return count_parameters(self)
 
     def _check_input(self, x: Tensor) -> None:
@@ -296,15 +295,15 @@ class SAE(nn.Module):
             raise UserError(f"x must have d_in={self.d_in} as its last dimension; got shape {tuple(x.shape)}.")
         if x.dtype != self.W_dec.dtype:
             raise UserError(
-                f"x must be {self.W_dec.dtype}, as the SAE is; got {x.dtype}. Convert one: x.to(sae.W_dec.dtype)."
+                f"x must have the SAE's dtype, {self.W_dec.dtype}; got {x.dtype}. Convert it: x.to(sae.W_dec.dtype)."
             )
 
 
 def in_words(config: SAEConfig) -> str:
-    """``kronecker-topk, d_in=256, d_sae=4096, k=32, num_heads=512, d_base=2, d_extension=4``."""
+    """Describe a config: ``kronecker-topk, d_in=256, d_sae=4096, k=32, num_heads=512, d_base=2, d_extension=4``."""
     return ", ".join([config.architecture, *(f"{name}={size}" for name, size in config.sizes.items())])
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Weights and biases of a module."""
+    """Return the number of weights and biases of a module."""
     return sum(parameter.numel() for parameter in module.parameters())

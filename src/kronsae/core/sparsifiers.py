@@ -1,4 +1,4 @@
-"""Sparsifiers choose which latents stay: always the same way in use, perhaps another way in training."""
+"""Sparsifiers select the active latents. The selection may differ between training and inference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kronsae.support.errors import UserError
 
 
 class Chosen(NamedTuple):
-    """What a sparsifier chooses in training: its codes, the codes also asked for, and l0 where it learns from it."""
+    """Result of a selection in training: the codes, one more for each extra request, and l0 if a loss uses it."""
 
     codes: SparseCodes
     also: tuple[SparseCodes, ...]
@@ -27,31 +27,31 @@ class Chosen(NamedTuple):
 
 @runtime_checkable
 class Sparsifier(Protocol):
-    """What an `SAE` needs of its sparsifier."""
+    """Interface that `SAE` requires of its sparsifier."""
 
     def __call__(self, latents: Latents) -> SparseCodes:
-        """The codes of a trained SAE: each token's depend on this token alone."""
+        """Return the codes at inference; those of a token depend on this token alone."""
         ...
 
     def choose_in_training(self, latents: Latents, *also: Choice) -> Chosen:
-        """The codes of one batch of training, and one more for each choice in ``also``, at the price of one product.
+        """Return the codes of a training batch, and one more for each choice in ``also``; all share one product.
 
-        May look at the whole batch and take note of it.
+        The selection may depend on the whole batch and may update the sparsifier's state.
         """
         ...
 
     def rescale(self, scale: Float[Tensor, ""]) -> None:
-        """Expect latents ``scale`` times as large."""
+        """Adapt to latents that become ``scale`` times as large."""
         ...
 
     def trained(self) -> Sparsifier:
-        """What remains of it once training ends: this is what is saved."""
+        """Return the sparsifier to save when training ends."""
         ...
 
 
 @runtime_checkable
-class _Shape(Protocol):
-    """What a sparsifier's config asks of the encoder's."""
+class _EncoderShape(Protocol):
+    """Attributes of an encoder config that a sparsifier config checks."""
 
     @property
     def kind(self) -> str: ...
@@ -73,12 +73,12 @@ class TopKConfig:
     def __post_init__(self) -> None:
         check_count("k", self.k)
 
-    def check(self, encoder: _Shape) -> None:
-        """Refuse a k that the encoder cannot give."""
+    def check(self, encoder: _EncoderShape) -> None:
+        """Raise if the encoder has fewer than k latents per token."""
         _check_k(self.k, encoder)
 
     def build(self, d_sae: int) -> TopK:
-        """The sparsifier."""
+        """Return the sparsifier."""
         return TopK(self)
 
 
@@ -88,7 +88,7 @@ class BatchTopKConfig:
 
     Args:
         k: latents per token, on average.
-        threshold_decay: of the running mean of the threshold, per step.
+        threshold_decay: decay per step of the running mean of the threshold.
     """
 
     kind: ClassVar[str] = "batch_topk"
@@ -100,23 +100,23 @@ class BatchTopKConfig:
         if not 0 <= self.threshold_decay < 1:
             raise UserError(f"threshold_decay must be in [0, 1); got {self.threshold_decay!r}.")
 
-    def check(self, encoder: _Shape) -> None:
-        """Refuse a k that the encoder cannot give, and experts, whose tokens share no batch."""
+    def check(self, encoder: _EncoderShape) -> None:
+        """Raise if the encoder has fewer than k latents per token, or has experts: their tokens share no batch."""
         _check_k(self.k, encoder)
         _check_no_experts(self.kind, encoder)
 
     def build(self, d_sae: int) -> BatchTopK:
-        """The sparsifier."""
+        """Return the sparsifier."""
         return BatchTopK(self, d_sae)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JumpReLUConfig:
-    """Keep every latent above a threshold of its own (Rajamanoharan et al. 2024b).
+    """Keep every latent above its own threshold (Rajamanoharan et al. 2024b).
 
     Args:
-        k: l0, latents per token on average: what training starts with and, unless told otherwise, aims at.
-        bandwidth: width of the estimator's rectangle, as a share of the threshold.
+        k: l0, latents per token on average: the l0 at the start of training, and its target unless another is given.
+        bandwidth: width of the estimator's rectangular kernel, as a share of the threshold.
     """
 
     kind: ClassVar[str] = "jumprelu"
@@ -128,13 +128,13 @@ class JumpReLUConfig:
         if not 0 < self.bandwidth < 2:
             raise UserError(f"bandwidth must be between 0 and 2; got {self.bandwidth!r}.")
 
-    def check(self, encoder: _Shape) -> None:
-        """Refuse a k that the encoder cannot give, and experts, whose router scales the latents."""
+    def check(self, encoder: _EncoderShape) -> None:
+        """Raise if the encoder has fewer than k latents per token, or has experts: their router scales the latents."""
         _check_k(self.k, encoder)
         _check_no_experts(self.kind, encoder)
 
     def build(self, d_sae: int) -> JumpReLU:
-        """The sparsifier; it keeps every positive latent until it has seen a batch of training."""
+        """Return the sparsifier; before its first training batch it keeps every positive latent."""
         return JumpReLU(self, d_sae)
 
 
@@ -142,7 +142,7 @@ SparsifierConfig = TopKConfig | BatchTopKConfig | JumpReLUConfig
 
 
 class TopK(nn.Module):
-    """``f = TopK(z)``: exact, per token; fewer than k are active where fewer than k latents are positive."""
+    """``f = TopK(z)``, exact and per token. If fewer than k latents are positive, fewer than k are active."""
 
     def __init__(self, config: TopKConfig) -> None:
         super().__init__()
@@ -156,17 +156,17 @@ class TopK(nn.Module):
         return Chosen(codes, tuple(rest))
 
     def rescale(self, scale: Float[Tensor, ""]) -> None:
-        """Expect latents ``scale`` times as large."""
+        """Do nothing: the k largest latents do not depend on their scale."""
 
     def trained(self) -> TopK:
         return self
 
 
 class BatchTopK(nn.Module):
-    """The B * k largest latents of the batch, exactly; in use, every latent above the learned threshold.
+    """Keeps the B * k largest latents of the batch, exactly; at inference, every latent above the learned threshold.
 
-    ``log_threshold [1]`` is the running mean, over steps, of the logarithm of the smallest activation kept
-    (`threshold_decay` per step; the first batch sets it). Minus infinity before the first: every positive latent is
+    ``log_threshold [1]`` is the running mean over steps of the logarithm of the smallest kept activation, with decay
+    `threshold_decay` per step. The first batch sets it. Before that it is minus infinity: every positive latent is
     kept.
     """
 
@@ -188,11 +188,11 @@ class BatchTopK(nn.Module):
 
     @torch.no_grad()
     def rescale(self, scale: Float[Tensor, ""]) -> None:
-        """Expect latents ``scale`` times as large."""
+        """Adapt to latents that become ``scale`` times as large."""
         self.log_threshold.add_(scale.log())
 
     def trained(self) -> JumpReLU:
-        """A `JumpReLU` whose thresholds are all the learned one."""
+        """Return a `JumpReLU` with the learned threshold for every latent."""
         sparsifier = JumpReLU(JumpReLUConfig(k=self.config.k), self.d_sae).to(self.log_threshold)
         with torch.no_grad():
             sparsifier.log_threshold.copy_(self.log_threshold.expand(self.d_sae))
@@ -210,9 +210,9 @@ class BatchTopK(nn.Module):
 class JumpReLU(nn.Module):
     """``f = z`` where ``z > theta``, else 0, with a learned threshold ``theta = exp(log_threshold)`` per latent.
 
-    In training the thresholds start, all equal, where the first batch has an l0 of ``k``; from then on they learn by
-    the straight-through estimator of `jump`. Latents below their threshold but within the estimator's rectangle are
-    computed too, and count as padding in the codes.
+    The first training batch sets all thresholds to one value, at which its l0 is ``k``. From then on they learn with
+    the straight-through estimator of `jump`. Latents below their threshold but inside the estimator's kernel are
+    computed too; in the codes they are padding.
     """
 
     def __init__(self, config: JumpReLUConfig, d_sae: int) -> None:
@@ -222,7 +222,7 @@ class JumpReLU(nn.Module):
 
     @property
     def threshold(self) -> Float[Tensor, " F"]:
-        """Each latent's threshold."""
+        """Threshold of each latent."""
         return self.log_threshold.exp()
 
     def forward(self, latents: Latents) -> SparseCodes:
@@ -232,14 +232,14 @@ class JumpReLU(nn.Module):
         self._start(latents)
         reach = self.threshold.detach() * (1 - self.config.bandwidth / 2)
         near, *rest = latents.choose(Above(reach), *also)
-        # index_select: its gradient is a sum in a fixed order; that of [...] is not, on several threads
+        # index_select sums its gradient in a fixed order; indexing with [...] does not when several threads run
         log_threshold_BK = self.log_threshold.index_select(0, near.indices.flatten()).view_as(near.values)
         values_BK, on_BK = jump(near.values, log_threshold_BK, self.config.bandwidth)
         return Chosen(SparseCodes(values_BK, near.indices, near.d_sae), tuple(rest), on_BK.sum(-1).mean())
 
     @torch.no_grad()
     def rescale(self, scale: Float[Tensor, ""]) -> None:
-        """Expect latents ``scale`` times as large."""
+        """Adapt to latents that become ``scale`` times as large."""
         self.log_threshold.add_(scale.log())
 
     def trained(self) -> JumpReLU:
@@ -255,7 +255,7 @@ class JumpReLU(nn.Module):
 
 
 def smallest_active(codes: SparseCodes) -> Float[Tensor, ""] | None:
-    """The smallest activation above 0; None where nothing is active."""
+    """Return the smallest activation above 0; None if nothing is active."""
     values_N = codes.values.detach()[codes.active]
     return values_N.min() if len(values_N) else None
 
@@ -281,18 +281,19 @@ class _Jump(torch.autograd.Function):
 def jump(
     z: Float[Tensor, "..."], log_threshold: Float[Tensor, "..."], bandwidth: float
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """``z * H(z - theta)`` and ``H(z - theta)`` with ``theta = exp(log_threshold)``, by a straight-through estimator.
+    """Return ``z * H(z - theta)`` and ``H(z - theta)`` with a straight-through gradient.
 
-    With the rectangle ``K(t) = 1 if |t| < 1/2 else 0`` of width ``eps``, as in Rajamanoharan et al. (2024b, eq. 11):
-    ``d(z H)/d theta = -theta/eps K((z - theta)/eps)`` and ``dH/d theta = -1/eps K((z - theta)/eps)``; with respect to
-    z, ``H`` and 0. Ours: ``eps = bandwidth * theta``, since activations of language models come in every scale; then
-    the derivatives by ``log_threshold`` are ``-theta/bandwidth K`` and ``-1/bandwidth K``.
+    ``theta = exp(log_threshold)``. The kernel is the rectangle ``K(t) = 1 if |t| < 1/2 else 0`` of width ``eps``, as in
+    Rajamanoharan et al. (2024b, eq. 11): ``d(z H)/d theta = -theta/eps K((z - theta)/eps)`` and
+    ``dH/d theta = -1/eps K((z - theta)/eps)``. The derivatives with respect to z are ``H`` and 0. Our
+    choice is ``eps = bandwidth * theta``, because the scale of activations differs between language models. The
+    derivatives with respect to ``log_threshold`` are then ``-theta/bandwidth K`` and ``-1/bandwidth K``.
     """
     values, on = _Jump.apply(z, log_threshold, bandwidth)
     return values, on
 
 
-def _check_k(k: int, encoder: _Shape) -> None:
+def _check_k(k: int, encoder: _EncoderShape) -> None:
     if k > encoder.latents_per_token:
         whose = "d_sae" if encoder.latents_per_token == encoder.d_sae else "the latents of one expert"
         raise UserError(
@@ -300,6 +301,6 @@ def _check_k(k: int, encoder: _Shape) -> None:
         )
 
 
-def _check_no_experts(kind: str, encoder: _Shape) -> None:
+def _check_no_experts(kind: str, encoder: _EncoderShape) -> None:
     if encoder.kind == "switch":
-        raise UserError(f"a switch encoder goes with sparsifier 'topk' only; got '{kind}'.")
+        raise UserError(f"sparsifier must be 'topk' with a switch encoder; got '{kind}'.")
