@@ -17,7 +17,7 @@ from kronsae.support.errors import UserError
 def test_every_path_but_the_gpus_knows_every_operation() -> None:
     for path in PATHS[1:]:
         if refuse(path, "adamw", torch.device("cpu"), torch.float32) is None:
-            assert all(dispatch._function(path, operation) for operation in OPERATIONS)
+            assert all(dispatch._load_function(path, operation) for operation in OPERATIONS)
 
 
 def test_the_rule() -> None:
@@ -43,7 +43,7 @@ def test_a_name_that_cannot_do_it_raises_with_the_reason() -> None:
     with kernels.use("cpu"), pytest.raises(UserError) as error:
         choose("weighted_rows", torch.zeros(1, dtype=torch.bfloat16))
     assert str(error.value) == (
-        "kernels path 'cpu' was asked for by name but cannot do weighted_rows: bfloat16 tensors; its loops do "
+        "kernels path 'cpu' was forced but cannot run weighted_rows: bfloat16 tensors; its loops support "
         "float32 and float64. Remove kernels.use or KRONSAE_KERNELS, or name another of gpu, cpu, portable, "
         "reference."
     )
@@ -65,9 +65,9 @@ def test_explain() -> None:
     assert lines[0] == "device cpu, dtype bfloat16"
     assert len(lines) == 1 + len(OPERATIONS)
     assert all(": portable (" in line for line in lines[1:])
-    assert all("cpu: bfloat16 tensors; its loops do float32 and float64" in line for line in lines[1:])
+    assert all("cpu: bfloat16 tensors; its loops support float32 and float64" in line for line in lines[1:])
     with kernels.use("reference"):
-        assert all(line.endswith(": reference (asked for by name)") for line in kernels.explain().splitlines()[1:])
+        assert all(line.endswith(": reference (forced by name)") for line in kernels.explain().splitlines()[1:])
 
 
 def test_without_numba_the_package_works_and_says_so() -> None:

@@ -1,4 +1,4 @@
-"""The operations the library's speed rests on; `reference` is the definition of right for each of them."""
+"""Exact selection, sparse products and the optimiser step; `reference` defines the correct result of each operation."""
 
 from kronsae.kernels.autograd import (
     RowGradients,

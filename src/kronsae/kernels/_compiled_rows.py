@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-# Types are numba's to infer: one source for float32 and float64, compiled at first use.
-"""The loops of the CPU path over weight rows: decode, gradients kept as entries, optimiser; `cpu` is their only caller.
+# numba infers the types: one source for float32 and float64, compiled at first use.
+"""Compiled loops of the CPU path over weight rows: decode, gradients as entries, optimiser; only `cpu` calls them.
 
-What `_compiled_selection` says of its loops holds for these: parts in any order, the same bits.
+As in `_compiled_selection`, parts may run in any order and give the same bits.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from kronsae.kernels._compiled_selection import PLAIN, SUMS
 
 @njit(**PLAIN)
 def _add_rows(weights, rows, first, last, matrix, out_D):
-    """``out += sum_n weights[n] * matrix[rows[n]]``, eight rows at a time.
+    """Compute ``out += sum_n weights[n] * matrix[rows[n]]``, eight rows at a time.
 
-    So ``out`` is loaded and stored once for eight, and eight rows stream from memory at once.
+    ``out`` is loaded and stored once per eight rows, and eight rows stream from memory at once.
     """
     n = first
     while n + 7 < last:
@@ -45,7 +45,7 @@ def _add_rows(weights, rows, first, last, matrix, out_D):
 
 @njit(**PLAIN)
 def weighted_rows(start, stop, weights_BR, rows_BR, matrix_PD, bias_D, out_BD):
-    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``; a row of weight 0 is not read."""
+    """Compute ``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``; rows of weight 0 are not read."""
     weights = np.empty(rows_BR.shape[1], weights_BR.dtype)
     rows = np.empty(rows_BR.shape[1], np.int64)
     for b in range(start, stop):
@@ -69,9 +69,9 @@ def _dot(a_D, b_D):
 
 @njit(**SUMS)
 def sampled_products(start, stop, x_BD, matrix_PD, rows_BR, out_BR):
-    """``out[b, r] = x[b] . matrix[rows[b, r]]``, four rows at a time: four streams from memory instead of one.
+    """Compute ``out[b, r] = x[b] . matrix[rows[b, r]]``, four rows at a time: four memory streams instead of one.
 
-    Where the last rows of a token are all the same, as in padding, their product is computed once.
+    If the last rows of a token are all the same, as in padding, their product is computed once.
     """
     zero = x_BD.dtype.type(0)
     for b in range(start, stop):
@@ -99,7 +99,7 @@ def sampled_products(start, stop, x_BD, matrix_PD, rows_BR, out_BR):
 
 @njit(**PLAIN)
 def count_entries(rows_BR, weights_BR, offsets):
-    """Add the number of entries of row p to ``offsets[p + 2]``; an entry of weight 0 is none."""
+    """Add the number of entries of row p to ``offsets[p + 2]``; entries of weight 0 do not count."""
     for b in range(rows_BR.shape[0]):
         for r in range(rows_BR.shape[1]):
             if weights_BR[b, r] != 0:
@@ -108,14 +108,14 @@ def count_entries(rows_BR, weights_BR, offsets):
 
 @njit(**PLAIN)
 def running_sum(offsets):
-    """``offsets[p] = sum of offsets[:p + 1]`` in place."""
+    """Replace offsets by their cumulative sum: ``offsets[p] = sum of offsets[:p + 1]``."""
     for p in range(1, len(offsets)):
         offsets[p] += offsets[p - 1]
 
 
 @njit(**PLAIN)
 def place_entries(rows_BR, weights_BR, first_token, offsets, tokens_N, weights_N):
-    """Put each entry behind those of its row placed before it; afterwards row p spans offsets[p : p + 2]."""
+    """Place each entry after those of its row placed before; afterwards row p spans offsets[p : p + 2]."""
     for b in range(rows_BR.shape[0]):
         for r in range(rows_BR.shape[1]):
             if weights_BR[b, r] != 0:
@@ -127,7 +127,7 @@ def place_entries(rows_BR, weights_BR, first_token, offsets, tokens_N, weights_N
 
 @njit(**PLAIN)
 def scatter_rows(start, stop, offsets, tokens_N, weights_N, x_BD, out_PD):
-    """``out[p] = sum of weights[n] * x[tokens[n]]`` over the entries of row p; every row is written."""
+    """Compute ``out[p] = sum of weights[n] * x[tokens[n]]`` over the entries of row p; every row is written."""
     for p in range(start, stop):
         out_D = out_PD[p]
         for d in range(len(out_D)):
@@ -137,7 +137,7 @@ def scatter_rows(start, stop, offsets, tokens_N, weights_N, x_BD, out_PD):
 
 @njit(**PLAIN)
 def squared_norms(start, stop, offsets, tokens_N, weights_N, x_BD, out_P):
-    """``out[p] = |gradient row p|^2`` without storing the row."""
+    """Compute ``out[p] = |gradient row p|^2`` without storing the row."""
     row_D = np.empty(x_BD.shape[1], x_BD.dtype)
     for p in range(start, stop):
         out_P[p] = 0
@@ -149,7 +149,7 @@ def squared_norms(start, stop, offsets, tokens_N, weights_N, x_BD, out_P):
 
 @njit(**PLAIN)
 def _adamw_row(row, moment, second, grad, decay, rest1, beta2, rest2, step_size, root_scale, eps):
-    """One row of `kernels.AdamW`; ``rest = 1 - beta`` comes rounded once, from float64."""
+    """Update one row as `kernels.AdamW`; ``rest = 1 - beta`` is rounded once, from float64."""
     for d in range(len(row)):
         g = grad[d]
         m = moment[d] + rest1 * (g - moment[d])
@@ -173,7 +173,7 @@ def adamw_entries(
     start, stop, weight_PD, moment_PD, second_PD, offsets, tokens_N, weights_N, x_BD,
     grad_scale, decay, rest1, beta2, rest2, step_size, root_scale, eps, unit_norm, only_touched,
 ):  # fmt: skip
-    """Gradient row (summed from its entries), both moments, step and unit norm, one row after another.
+    """Update row by row: gradient (summed from its entries), both moments, step and unit norm.
 
     The gradient exists one row at a time, in the first-level cache.
     """
@@ -199,7 +199,7 @@ def adamw_dense(
     start, stop, weight_PD, moment_PD, second_PD, grad_PD,
     grad_scale, decay, rest1, beta2, rest2, step_size, root_scale, eps, unit_norm,
 ):  # fmt: skip
-    """`adamw_entries` for a gradient that is a whole tensor."""
+    """Update row by row as `adamw_entries`, with a dense gradient."""
     grad = np.empty(weight_PD.shape[1], weight_PD.dtype)
     for p in range(start, stop):
         for d in range(len(grad)):

@@ -1,17 +1,17 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-# Types are numba's to infer: one source for float32 and float64, compiled at first use.
-"""The loops of the CPU path over tokens: which latents are chosen; `cpu` is their only caller.
+# numba infers the types: one source for float32 and float64, compiled at first use.
+"""Compiled loops of the CPU path over tokens, which select latents; only `cpu` calls them.
 
-Each kernel works on the items ``start <= i < stop`` of its first axis (tokens or weight rows) and writes only what
-belongs to them, so the parts may run on different threads in any order and give the same bits. They hold no GIL and
-use no threading layer of numba's: its OpenMP layer is a second pool beside PyTorch's, and the two may take turns
-waiting for each other (`benchmarks/tried.py` measures it).
+Each kernel works on the items ``start <= i < stop`` of its first axis (tokens or weight rows) and writes only the
+outputs of these items. The parts may therefore run on different threads in any order and give the same bits. The
+kernels release the GIL and use no threading layer of numba: its OpenMP layer is a second pool next to PyTorch's, and
+the two may wait for each other (`benchmarks/tried.py` measures it).
 
-A NaN is in no comparison larger, so the selections rank it with the zeros: every row number they write is valid.
+Every comparison with NaN is false, so the selections rank NaN with the zeros: every row index they write is valid.
 
-Loops that add up in a fixed order carry no ``reassoc``; dot products and squared norms do, in an order fixed by the
-compiled code. Compiled code is cached beside the module (as Python does with .pyc files), or in numba's user cache
-where that folder cannot be written, or in ``NUMBA_CACHE_DIR``.
+Loops that add in a fixed order are compiled without ``reassoc``. Dot products and squared norms are compiled with it;
+their order is fixed by the compiled code. Compiled code is cached beside the module (like .pyc files), or in numba's
+user cache if that folder cannot be written, or in ``NUMBA_CACHE_DIR``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MAXIMA: dict[str, Any] = PLAIN | {"fastmath": {"contract", "nsz"}}
 
 @njit(**PLAIN)
 def _worse(value_a, index_a, value_b, index_b):
-    """Whether a ranks below b: by value, and among equal values the larger index ranks below."""
+    """Return whether a ranks below b: by value; for equal values the larger index ranks below."""
     return value_a < value_b or (value_a == value_b and index_a > index_b)
 
 
 @njit(**PLAIN)
 def _sift(values, indices, hole, size):
-    """Restore the heap (worst first) below ``hole``."""
+    """Restore the heap order (worst first) below ``hole``."""
     value, index = values[hole], indices[hole]
     child = 2 * hole + 1
     while child < size:
@@ -51,7 +51,7 @@ def _sift(values, indices, hole, size):
 
 @njit(**PLAIN)
 def _offer(values, indices, size, value, index):
-    """Keep the best ``len(values)`` of the candidates offered; return how many are kept."""
+    """Offer a candidate to a heap of the best ``len(values)``; return how many the heap holds."""
     if size < len(values):
         values[size], indices[size] = value, index
         size += 1
@@ -66,7 +66,7 @@ def _offer(values, indices, size, value, index):
 
 @njit(**PLAIN)
 def _sift_bound(bounds, value):
-    """Replace the smallest of a heap of plain numbers by ``value``."""
+    """Replace the smallest number of a heap by ``value``."""
     size = len(bounds)
     hole = 0
     child = 1
@@ -83,7 +83,7 @@ def _sift_bound(bounds, value):
 
 @njit(**PLAIN)
 def _kth_bound(best, bounds):
-    """The ``len(bounds)``-th largest of ``best``, or 0 where fewer are positive."""
+    """Return the ``len(bounds)``-th largest of ``best``, or 0 if fewer are positive."""
     bounds[:] = 0
     for value in best:
         if value > bounds[0]:
@@ -95,8 +95,8 @@ def _kth_bound(best, bounds):
 def head_maxima(d_base, d_extension, multiplied):
     """Compile ``base = max(0, max_i u_i)`` and ``extension = max(0, max_j v_j)`` for one head shape.
 
-    ``multiplied``: their product goes where the base's would, and nothing else is written. With the two sizes known
-    the loops over them unroll (`benchmarks/tried.py` measures what that saves).
+    With ``multiplied``, their product is written to the base's output and nothing else. Because both sizes are known,
+    the loops over them unroll (`benchmarks/tried.py` measures the gain).
     """
     width = d_base + d_extension
 
@@ -179,7 +179,7 @@ def _write(pre_P, bias_P, indices, d_base, d_extension, out_index, out_row, out_
 def kronecker_topk(
     start, stop, pre_BP, bias_P, best_BH, d_base, d_extension, out_index_BK, out_row_BR, out_pre_BR
 ):  # fmt: skip
-    """The k largest products of each token, ordered by (value, then smaller index); zeros fill up by index."""
+    """Select the k largest products of each token, by value, then smaller index; zeros fill up by index."""
     k = out_index_BK.shape[1]
     values = np.empty(k, pre_BP.dtype)
     indices = np.empty(k, np.int64)
@@ -207,9 +207,9 @@ def kronecker_topk_among(
     start, stop, pre_BP, bias_P, best_BH, d_base, d_extension, latents_C, ends_H,
     out_index_BK, out_row_BR, out_pre_BR,
 ):  # fmt: skip
-    """As `kronecker_topk` over the sorted ``latents`` only; those of head h end at ``ends[h]``.
+    """Select as `kronecker_topk` from the sorted ``latents`` only; those of head h end at ``ends[h]``.
 
-    The head's bound is now only an upper one, so heads are streamed against the running k-th value.
+    A head's bound is only an upper bound here, so heads are compared with the running k-th value.
     """
     k = out_index_BK.shape[1]
     values = np.empty(k, pre_BP.dtype)
@@ -237,7 +237,7 @@ def kronecker_topk_among(
 
 @njit(**PLAIN)
 def _longer(array_N, size):
-    """A copy of at least ``size`` places, at least twice as long."""
+    """Return a copy with at least ``size`` entries, at least twice as long."""
     grown_N = np.empty(max(size, 2 * len(array_N)), array_N.dtype)
     grown_N[: len(array_N)] = array_N
     return grown_N
@@ -245,7 +245,7 @@ def _longer(array_N, size):
 
 @njit(**PLAIN)
 def _list_products(pre_P, bias_P, heads, d_base, d_extension, least_F, u_N, v_N, latents_N, size):
-    """Write the positive pairs of these heads whose products reach their least; return how many are written by now."""
+    """Append the positive pairs of these heads whose product reaches their ``least``; return the new size."""
     for head in heads:
         row = head * (d_base + d_extension)
         first_extension = row + d_base
@@ -264,10 +264,10 @@ def _list_products(pre_P, bias_P, heads, d_base, d_extension, least_F, u_N, v_N,
 
 @njit(**PLAIN)
 def products_from(start, stop, pre_BP, bias_P, d_base, d_extension, best_BH, least_H, least_F, counts_B):
-    """Return the latents, and their parents u and v, with ``u > 0``, ``v > 0`` and ``u v >= least`` of the latent.
+    """Return latents, u and v of the pairs with ``u > 0``, ``v > 0`` and ``u v >= least`` of the latent.
 
-    By token and then latent; ``counts[b]`` is set to the number of each token. ``least_H`` is the smallest of each
-    head's: a head whose best is below it is left out.
+    Ordered by token, then latent; ``counts[b]`` is set to the number of token b. ``least_H`` is the smallest ``least``
+    of each head: a head whose best product is below it is skipped.
     """
     u_N = np.empty(64 * (stop - start), pre_BP.dtype)
     v_N = np.empty(len(u_N), pre_BP.dtype)
@@ -292,7 +292,7 @@ def products_from(start, stop, pre_BP, bias_P, d_base, d_extension, best_BH, lea
 
 @njit(**PLAIN)
 def pairs_at(start, stop, pre_BP, bias_P, d_base, d_extension, index_BK, out_index_BK, out_row_BR, out_pre_BR):
-    """The latents given, with their parents' rows and values."""
+    """Write the given latents, their parents' rows and their parents' values."""
     for b in range(start, stop):
         _write(pre_BP[b], bias_P, index_BK[b], d_base, d_extension, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
 
@@ -302,9 +302,9 @@ LANES = 1024
 
 @njit(**PLAIN)
 def _lane_maxima(pre_F, bias_F, best_L):
-    """``best[l] = max(0, max of pre + bias over the latents congruent to l modulo LANES)``.
+    """Compute ``best[l] = max(0, max of pre + bias over the latents congruent to l modulo LANES)``.
 
-    The maxima of all lanes are one vectorised pass (134 MB in 8 ms; maxima of contiguous blocks took 20).
+    One vectorised pass computes all lanes (134 MB in 8 ms; maxima of contiguous blocks took 20 ms).
     """
     width = len(pre_F)
     best_L[:] = 0
@@ -316,14 +316,14 @@ def _lane_maxima(pre_F, bias_F, best_L):
 
 @njit(**PLAIN)
 def lane_maxima(start, stop, pre_BF, bias_F, best_BL):
-    """The lane maxima of each token: what `head_maxima` multiplied are to heads."""
+    """Compute the lane maxima of each token, which bound lanes as `head_maxima` with ``multiplied`` bounds heads."""
     for b in range(start, stop):
         _lane_maxima(pre_BF[b], bias_F, best_BL[b])
 
 
 @njit(**PLAIN)
 def topk(start, stop, pre_BF, bias_F, out_value_BK, out_index_BK):
-    """The k largest of ``relu(pre + bias)`` per token: `kronecker_topk` with lanes in the place of heads."""
+    """Select the k largest of ``relu(pre + bias)`` per token, as `kronecker_topk` with lanes in place of heads."""
     width = pre_BF.shape[1]
     k = out_index_BK.shape[1]
     values = np.empty(k, pre_BF.dtype)
@@ -359,10 +359,10 @@ _BLOCK = 32
 
 @njit(**PLAIN)
 def above(start, stop, pre_BF, bias_F, thresholds_F, counts_B):
-    """Return the latents whose outputs ``pre + bias`` are above their thresholds, and the outputs.
+    """Return the latents whose outputs ``pre + bias`` are above their thresholds, and these outputs.
 
-    By token and then latent; ``counts[b]`` is set to the number of each token. Neighbours are counted `_BLOCK` at a
-    time, which is vectorised, and looked at one by one only where there is something to find.
+    Ordered by token, then latent; ``counts[b]`` is set to the number of token b. A vectorised loop counts the hits
+    of each block of `_BLOCK` latents; only blocks with a hit are scanned one by one.
     """
     width = pre_BF.shape[1]
     values_N = np.empty(64 * (stop - start), pre_BF.dtype)
@@ -392,7 +392,7 @@ def above(start, stop, pre_BF, bias_F, thresholds_F, counts_B):
 
 @njit(**PLAIN)
 def lay_out(start, stop, ends_B, values_N, latents_N, out_value_BK, out_index_BK):
-    """One row per token of the lists of all tokens, token after token; the rest of a row is latent 0 of value 0."""
+    """Write the concatenated lists of all tokens as one row per token, filled up with latent 0 and value 0."""
     for b in range(start, stop):
         first = ends_B[b - 1] if b > 0 else 0
         size = ends_B[b] - first

@@ -1,4 +1,4 @@
-"""The differentiable operations, over whichever path `dispatch` chooses, and gradients kept as entries."""
+"""Differentiable operations on the path that `dispatch` selects, and weight gradients kept as entries."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Krone
 
 
 class RowGradients:
-    """The weight gradients of the backward passes inside `collect_row_gradients`, one `RowGradient` a parameter.
+    """Weight gradients of the backward passes inside `collect_row_gradients`: one `RowGradient` per parameter.
 
-    Parameters keep ``.grad`` None for what is here; gradients of any other kind go to ``.grad`` as always.
+    A parameter whose gradient is collected here keeps ``.grad`` None. All other gradients go to ``.grad`` as usual.
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class RowGradients:
         self._grouped: dict[Tensor, RowGradient] = {}
 
     def add(self, parameter: Tensor, term: Term) -> None:
-        """Take in one backward pass's share; what it refers to is cut from its graph, which may then be freed."""
+        """Add the gradient of one backward pass. Its tensors are detached, so the graph can be freed."""
         cut = Term(term.weights_BR.detach(), term.rows_BR, term.x_BD.detach())
         self._terms.setdefault(parameter, []).append(cut)
         self._grouped.pop(parameter, None)
 
     def get(self, parameter: Tensor) -> RowGradient | None:
-        """The gradient of ``parameter``, flattened to rows of its last dimension; None if it has none here."""
+        """Return the gradient of ``parameter``, as rows of its last dimension; None if none was collected."""
         terms = self._terms.get(parameter)
         if terms is None:
             return None
@@ -43,14 +43,14 @@ class RowGradients:
         return self._grouped[parameter]
 
     def squared_norm(self, parameter: Tensor) -> Float[Tensor, ""]:
-        """``|gradient|^2`` of one parameter, in float64, on the CPU or the parameter's device."""
+        """Return ``|gradient|^2`` of one parameter in float64, on the CPU or the parameter's device."""
         gradient = self.get(parameter)
         if gradient is None:
             return torch.zeros((), dtype=torch.float64, device=parameter.device)
         return cast(Tensor, choose("squared_norm", parameter)(gradient))
 
     def materialize(self) -> None:
-        """Add everything to ``.grad`` as ordinary tensors, for optimisers that know nothing else, and forget it."""
+        """Add all gradients to ``.grad`` as dense tensors, for optimisers that need these, and clear."""
         for parameter in list(self._terms):
             gradient = self.get(parameter)
             dense = choose("gradient_rows", parameter)(gradient).view_as(parameter)
@@ -58,7 +58,7 @@ class RowGradients:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all gradients."""
         self._terms.clear()
         self._grouped.clear()
 
@@ -70,11 +70,11 @@ _collector: ContextVar[RowGradients | None] = ContextVar("kronsae_row_gradients"
 def collect_row_gradients(into: RowGradients | None = None) -> Iterator[RowGradients]:
     """Keep the weight gradients of `decode` and `linear_at` as entries instead of dense ``.grad`` tensors.
 
-    What counts is that the forward pass runs inside the block. It concerns weights that are leaves, or a leaf
-    reshaped; any other weight gets its gradient through autograd as always.
+    The forward pass must run inside the block. This applies to weights that are leaves or reshaped leaves; any other
+    weight gets its gradient through autograd as usual.
 
     Args:
-        into: carry on with these, to add up several batches.
+        into: gradients to add to, to accumulate several batches.
     """
     gradients = RowGradients() if into is None else into
     token = _collector.set(gradients)
@@ -85,7 +85,7 @@ def collect_row_gradients(into: RowGradients | None = None) -> Iterator[RowGradi
 
 
 def _destination(weight: Tensor) -> tuple[RowGradients, Tensor] | None:
-    """Where the entries of this weight's gradient go, if they are collected: whose they are."""
+    """Return the collector and the parameter for the entries of this weight's gradient; None if not collected."""
     gradients = _collector.get()
     if gradients is None or not weight.requires_grad:
         return None
@@ -150,10 +150,10 @@ def linear_at(
     rows_BR: Int[Tensor, "B R"],
     values_BR: Float[Tensor, "B R"],
 ) -> Float[Tensor, "B R"]:
-    """Give ``values = (x W^T + b)[rows]``, computed before without a graph, their gradient.
+    """Attach the gradient to ``values = (x W^T + b)[rows]``, which was computed without a graph.
 
-    The weight's gradient is a sum over R rows per token instead of a dense product over all P. Rows that occur
-    twice add up.
+    The weight's gradient is a sum over R rows per token instead of a dense product over all P. The gradients of a
+    repeated row add up.
     """
     destination = _destination(weight_PD)
     return cast(Tensor, _LinearAt.apply(x_BD, weight_PD, bias_P, rows_BR, values_BR, destination))
@@ -188,16 +188,16 @@ def decode(
     W_dec_FD: Float[Tensor, "F D"],
     b_dec_D: Float[Tensor, " D"],
 ) -> Float[Tensor, "B D"]:
-    """``sum_k values_k W_dec[indices_k] + b_dec``: K rows of the decoder are read per token."""
+    """Return ``sum_k values_k W_dec[indices_k] + b_dec``; reads K rows of the decoder per token."""
     destination = _destination(W_dec_FD)
     return cast(Tensor, _Decode.apply(values_BK, indices_BK, W_dec_FD, b_dec_D, destination))
 
 
 @torch.no_grad()
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
-    """The k largest of ``relu(u_i) relu(v_j)`` over all heads of each token, exactly; not differentiable.
+    """Select the k largest of ``relu(u_i) relu(v_j)`` over all heads of each token, exactly; not differentiable.
 
-    Zeros fill up where fewer than k products are positive. The order within a token is no ranking.
+    Zeros fill up if fewer than k products are positive. The order within a token has no meaning.
     """
     return cast(KroneckerSelection, choose("kronecker_topk", pre_BHP)(pre_BHP, d_base, k))
 
@@ -206,14 +206,14 @@ def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> Kron
 def kronecker_topk_among(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
 ) -> KroneckerSelection:
-    """As `kronecker_topk` over the given latents only (AuxK: the dead ones); ``k <= C``."""
+    """Select as `kronecker_topk` from the given latents only (AuxK: the dead latents); ``k <= C``."""
     operation = choose("kronecker_topk_among", pre_BHP)
     return cast(KroneckerSelection, operation(pre_BHP, d_base, k, latents_C))
 
 
 @torch.no_grad()
 def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
-    """BatchTopK: the ``total`` (B * k, say) largest positive products of the whole batch, exactly."""
+    """Select the ``total`` (such as B * k) largest positive products of the whole batch, exactly (BatchTopK)."""
     return cast(BatchSelection, choose("kronecker_batch_topk", pre_BHP)(pre_BHP, d_base, total))
 
 
@@ -224,10 +224,10 @@ def kronecker_linear_topk(
     d_base: int,
     choices: Sequence[Choice],
 ) -> list[ChosenPairs]:
-    """Product and selection in one: several choices from the heads of ``x W^T + b``.
+    """Compute ``x W^T`` and make several choices from its heads.
 
-    The B x H x P pre-latents exist only chunk by chunk; the chosen pairs' values are differentiable with respect
-    to x, weight and bias.
+    The B x H x P pre-latents exist one chunk at a time. The values of the selected pairs are differentiable with
+    respect to x, weight and bias.
     """
     with torch.no_grad():
         operation = choose("kronecker_linear_topk", weight_HPD)
@@ -245,10 +245,10 @@ def kronecker_linear_topk(
 def linear_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows.
+    """Return the k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows.
 
-    The B x P outputs exist only chunk by chunk. Not differentiable: hand the result to `linear_at`. Where fewer
-    than k outputs are positive, the rest are arbitrary ones that are not.
+    The B x P outputs exist one chunk at a time. Not differentiable: pass the result to `linear_at`. If fewer than k
+    outputs are positive, the rest are arbitrary outputs that are not positive.
     """
     return cast(tuple[Tensor, Tensor], choose("linear_topk", weight_PD)(x_BD, weight_PD, bias_P, k))
 
@@ -257,9 +257,10 @@ def linear_topk(
 def linear_batch_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The ``total`` largest positive outputs of ``x W^T + b`` over the batch, and their rows; see `linear_topk`.
+    """Return the ``total`` largest positive outputs of ``x W^T + b`` over the batch, and their rows.
 
-    K is the largest number any token has, at least 1; the rest of a token's places are row 0 of value 0.
+    K is the largest number of outputs of a token, at least 1; the rest of a token's entries are row 0 with value 0. As
+    for `linear_topk`, the outputs exist one chunk at a time and are not differentiable.
     """
     return cast(tuple[Tensor, Tensor], choose("linear_batch_topk", weight_PD)(x_BD, weight_PD, bias_P, total))
 
@@ -271,7 +272,7 @@ def linear_above(
     bias_P: Float[Tensor, " P"],
     thresholds_P: Float[Tensor, " P"],
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """Every positive output of ``x W^T + b`` above its threshold, and its row; padded as `linear_batch_topk`."""
+    """Return every positive output of ``x W^T + b`` above its threshold, and its row; padded as `linear_batch_topk`."""
     return cast(tuple[Tensor, Tensor], choose("linear_above", weight_PD)(x_BD, weight_PD, bias_P, thresholds_P))
 
 
@@ -279,13 +280,13 @@ def linear_above(
 def sampled_products(
     x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
 ) -> Float[Tensor, "B R"]:
-    """``x[b] . matrix[rows[b, r]]``: R dot products a token; not differentiable."""
+    """Return ``x[b] . matrix[rows[b, r]]``, R dot products per token; not differentiable."""
     return cast(Tensor, choose("sampled_products", matrix_PD)(x_BD, matrix_PD, rows_BR))
 
 
 @torch.no_grad()
 def adamw(weight: Tensor, moment: Tensor, second: Tensor, gradient: RowGradient | Tensor, settings: AdamW) -> None:
-    """One step of `AdamW` in place on a weight and its moments, all of one shape, flattened to rows."""
+    """Take one step of `AdamW` in place on a weight and its two moments, as rows of the last dimension."""
     rows = [tensor.view(-1, tensor.shape[-1]) for tensor in (weight, moment, second)]
     if isinstance(gradient, Tensor):
         gradient = gradient.reshape(rows[0].shape)

@@ -1,7 +1,7 @@
-"""The CPU path: numba's loops over tokens or weight rows, split over as many threads as PyTorch may use.
+"""CPU path: compiled numba loops over tokens or weight rows, split over PyTorch's number of threads.
 
-Every function has the meaning of its namesake in `portable`; ties go to the smaller latent, so a selection is one
-definite answer. A pre-latent that is NaN ranks with the zeros, which only fill up.
+Every function means the same as its namesake in `portable`. Ties go to the smaller latent, so a selection is unique. A
+pre-latent that is NaN ranks with the zeros, which only fill up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Compo
 from kronsae.support.tensors import ALIGNMENT_BYTES
 
 Array = np.ndarray[Any, Any]
-PARTS_PER_THREAD = 4  # parts are taken as threads come free: rows with many entries do not hold the others up
+PARTS_PER_THREAD = 4  # threads take parts as they become free, so rows with many entries do not delay the others
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -34,17 +34,17 @@ _pool_lock = threading.Lock()
 _workspaces = threading.local()
 
 
-def _forget_pool() -> None:
-    """A forked child has none of its parent's threads."""
+def _drop_pool() -> None:
+    """Drop the pool after a fork: a child process has none of its parent's threads."""
     global _pool, _pool_lock
     _pool, _pool_lock = None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_drop_pool)
 
 
-def _threads(helpers: int) -> ThreadPoolExecutor:
+def _get_pool(helpers: int) -> ThreadPoolExecutor:
     global _pool, _pool_size
     with _pool_lock:
         if _pool is None or _pool_size < helpers:
@@ -57,13 +57,13 @@ def _run(kernel: Callable[..., object], bounds: Sequence[int], *arguments: Any) 
     parts = iter([(start, stop) for start, stop in itertools.pairwise(bounds) if start < stop])
 
     def work() -> None:
-        for start, stop in parts:  # taking the next part is one step under the interpreter's lock
+        for start, stop in parts:  # taking the next part is atomic under the GIL
             kernel(start, stop, *arguments)
 
     helpers = min(torch.get_num_threads(), len(bounds) - 1) - 1
     if helpers < 1:
         return work()
-    pool = _threads(helpers)
+    pool = _get_pool(helpers)
     futures = [pool.submit(work) for _ in range(helpers)]
     work()
     for future in futures:
@@ -71,14 +71,14 @@ def _run(kernel: Callable[..., object], bounds: Sequence[int], *arguments: Any) 
     return None
 
 
-def _even(items: int) -> list[int]:
-    """Borders of equal parts."""
+def _split_evenly(items: int) -> list[int]:
+    """Return the boundaries of parts of equal size."""
     parts = max(1, min(items, PARTS_PER_THREAD * torch.get_num_threads()))
     return [items * part // parts for part in range(parts + 1)]
 
 
-def _balanced(offsets: Array, per_row: int) -> list[int]:
-    """Borders of parts with about equally much work, where a row costs ``per_row`` and each of its entries 1."""
+def _split_by_work(offsets: Array, per_row: int) -> list[int]:
+    """Return the boundaries of parts with about equal work, where a row costs ``per_row`` and each entry 1."""
     rows = len(offsets) - 1
     work = offsets + per_row * np.arange(rows + 1)
     parts = max(1, min(rows, PARTS_PER_THREAD * torch.get_num_threads()))
@@ -86,20 +86,20 @@ def _balanced(offsets: Array, per_row: int) -> list[int]:
     return [0, *map(int, inner), rows]
 
 
-def _array(tensor: Tensor) -> Array:
+def _to_numpy(tensor: Tensor) -> Array:
     array: Array = tensor.detach().contiguous().numpy()
     return array
 
 
-def _scalars(dtype: torch.dtype, *values: float) -> list[Any]:
+def _to_scalars(dtype: torch.dtype, *values: float) -> list[Any]:
     number = np.float64 if dtype == torch.float64 else np.float32
     return [number(value) for value in values]
 
 
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory from NumPy, which asks Linux for huge pages: a fresh 100 MB costs half the time.
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Allocate uninitialised memory with NumPy, which asks Linux for huge pages: 100 MB then cost half the time.
 
-    NumPy aligns to 16 bytes only; what is returned starts at a multiple of 64, as PyTorch's own memory does.
+    NumPy aligns to 16 bytes only; the tensor starts at a multiple of 64 bytes, like PyTorch's own memory.
     """
     raw = torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT_BYTES, np.uint8))
     start = -raw.data_ptr() % ALIGNMENT_BYTES
@@ -107,23 +107,23 @@ def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A buffer of this thread's, overwritten by the next call: fresh memory costs a page fault per 4 KB."""
+    """Return this thread's buffer, overwritten by the next call: new memory costs a page fault per 4 KB."""
     kept: Tensor | None = getattr(_workspaces, str(dtype), None)
     if kept is None or kept.numel() < rows * columns:
-        kept = _fresh((rows * columns,), dtype)
+        kept = _allocate((rows * columns,), dtype)
         setattr(_workspaces, str(dtype), kept)
     return kept[: rows * columns].view(rows, columns)
 
 
 def _chunks(tokens: int, outputs: int) -> list[slice]:
-    """Even chunks of tokens of at most `PRODUCT_ELEMENTS` outputs, and at least 64 tokens; one even of no tokens."""
+    """Split tokens evenly into at least one chunk: at most `PRODUCT_ELEMENTS` outputs each, but at least 64 tokens."""
     chunks = max(1, -(-tokens // max(64, PRODUCT_ELEMENTS // outputs)))
     chunk = max(1, -(-tokens // chunks))
     return [slice(start, min(start + chunk, tokens)) for start in range(0, max(1, tokens), chunk)]
 
 
 def _products(x_BD: Tensor, weight_PD: Tensor) -> Iterator[tuple[slice, Array]]:
-    """``x W^T`` for some tokens after others, with which they are, in one reused buffer."""
+    """Yield ``x W^T`` in chunks of tokens with their slice, in one reused buffer."""
     for part in _chunks(len(x_BD), len(weight_PD)):
         pre_BP = _workspace(part.stop - part.start, len(weight_PD), x_BD.dtype)
         torch.mm(x_BD[part], weight_PD.T, out=pre_BP)
@@ -133,69 +133,69 @@ def _products(x_BD: Tensor, weight_PD: Tensor) -> Iterator[tuple[slice, Array]]:
 def product_chunks(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"]
 ) -> Iterator[tuple[int, Float[Tensor, "C P"]]]:
-    """``x W^T + b`` for some tokens after others, with the number of the first; one buffer, overwritten each time."""
+    """Yield ``x W^T + b`` in chunks with the index of the first token, in one buffer that each chunk overwrites."""
     for part in _chunks(len(x_BD), len(weight_PD)):
         pre_BP = _workspace(part.stop - part.start, len(weight_PD), x_BD.dtype)
         yield part.start, torch.addmm(bias_P, x_BD[part], weight_PD.T, out=pre_BP)
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
-    """The k largest products of each token."""
+    """Select the k largest products of each token."""
     return _choose_from(pre_BHP, d_base, Choice(k)).selection
 
 
 def kronecker_topk_among(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
 ) -> KroneckerSelection:
-    """The k largest products of the listed latents."""
+    """Select the k largest products among the listed latents."""
     return _choose_from(pre_BHP, d_base, Choice(k, latents_C)).selection
 
 
 def _choose_from(pre_BHP: Tensor, d_base: int, choice: Choice) -> ChosenPairs:
     tokens, heads, width = pre_BHP.shape
-    chosen = _empty_choice(tokens, choice.k, pre_BHP.dtype)
-    bias_P = np.zeros(heads * width, _array(pre_BHP[:0]).dtype)
-    pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
-    best_BH = _bounds(pre_BP, bias_P, heads, d_base)
+    chosen = _allocate_choice(tokens, choice.k, pre_BHP.dtype)
+    bias_P = np.zeros(heads * width, _to_numpy(pre_BHP[:0]).dtype)
+    pre_BP = _to_numpy(pre_BHP).reshape(tokens, heads * width)
+    best_BH = _head_bounds(pre_BP, bias_P, heads, d_base)
     _select(pre_BP, bias_P, best_BH, d_base, choice, chosen)
     return chosen
 
 
-def _empty_choice(tokens: int, k: int, dtype: torch.dtype) -> ChosenPairs:
+def _allocate_choice(tokens: int, k: int, dtype: torch.dtype) -> ChosenPairs:
     rows_BR = torch.empty(tokens, 2 * k, dtype=torch.int64)
     selection = KroneckerSelection(torch.empty(tokens, k, dtype=torch.int64), rows_BR[:, :k], rows_BR[:, k:])
     return ChosenPairs(selection, rows_BR, torch.empty(tokens, 2 * k, dtype=dtype))
 
 
-def _bounds(pre_BP: Array, bias_P: Array, heads: int, d_base: int) -> Array:
+def _head_bounds(pre_BP: Array, bias_P: Array, heads: int, d_base: int) -> Array:
     best_BH: Array = np.empty((len(pre_BP), heads), pre_BP.dtype)
     kernel = _compiled_selection.head_maxima(d_base, len(bias_P) // heads - d_base, True)
-    _run(kernel, _even(len(pre_BP)), pre_BP, bias_P, best_BH, best_BH)
+    _run(kernel, _split_evenly(len(pre_BP)), pre_BP, bias_P, best_BH, best_BH)
     return best_BH
 
 
 def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
-    """The largest base and the largest extension of each head, 0 where none is positive."""
+    """Return the largest base and the largest extension of each head, 0 if none is positive."""
     tokens, heads, width = pre_BHP.shape
     base_BH, extension_BH = (torch.empty(tokens, heads, dtype=pre_BHP.dtype) for _ in range(2))
-    pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
+    pre_BP = _to_numpy(pre_BHP).reshape(tokens, heads * width)
     kernel = _compiled_selection.head_maxima(d_base, width - d_base, False)
     bias_P = np.zeros(heads * width, pre_BP.dtype)
-    _run(kernel, _even(tokens), pre_BP, bias_P, base_BH.numpy(), extension_BH.numpy())
+    _run(kernel, _split_evenly(tokens), pre_BP, bias_P, base_BH.numpy(), extension_BH.numpy())
     return base_BH, extension_BH
 
 
 def _select(pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, choice: Choice, chosen: ChosenPairs) -> None:
     heads = best_BH.shape[1]
     d_extension = len(bias_P) // heads - d_base
-    outputs = (_array(chosen.selection.indices_BK), _array(chosen.rows_BR), _array(chosen.pre_BR))
+    outputs = (_to_numpy(chosen.selection.indices_BK), _to_numpy(chosen.rows_BR), _to_numpy(chosen.pre_BR))
     shared = (pre_BP, bias_P, best_BH, d_base, d_extension)
     if choice.latents_C is None:
-        _run(_compiled_selection.kronecker_topk, _even(len(pre_BP)), *shared, *outputs)
+        _run(_compiled_selection.kronecker_topk, _split_evenly(len(pre_BP)), *shared, *outputs)
         return
-    latents_C = np.sort(_array(choice.latents_C))
+    latents_C = np.sort(_to_numpy(choice.latents_C))
     ends_H = np.searchsorted(latents_C, (1 + np.arange(heads)) * (d_base * d_extension))
-    _run(_compiled_selection.kronecker_topk_among, _even(len(pre_BP)), *shared, latents_C, ends_H, *outputs)
+    _run(_compiled_selection.kronecker_topk_among, _split_evenly(len(pre_BP)), *shared, latents_C, ends_H, *outputs)
 
 
 def kronecker_linear_topk(
@@ -205,12 +205,12 @@ def kronecker_linear_topk(
     d_base: int,
     choices: Sequence[Choice],
 ) -> list[ChosenPairs]:
-    """Several selections over the heads of ``x W^T + b``; the products live in one reused buffer."""
+    """Make several selections from the heads of ``x W^T + b``; the products are in one reused buffer."""
     heads, tokens = len(weight_HPD), len(x_BD)
-    weight_PD, bias_P = weight_HPD.flatten(0, 1), _array(bias_HP.flatten())
-    results = [_empty_choice(tokens, choice.k, x_BD.dtype) for choice in choices]
+    weight_PD, bias_P = weight_HPD.flatten(0, 1), _to_numpy(bias_HP.flatten())
+    results = [_allocate_choice(tokens, choice.k, x_BD.dtype) for choice in choices]
     for part, pre_BP in _products(x_BD, weight_PD):
-        best_BH = _bounds(pre_BP, bias_P, heads, d_base)
+        best_BH = _head_bounds(pre_BP, bias_P, heads, d_base)
         for choice, (selection, rows_BR, pre_BR) in zip(choices, results, strict=True):
             own = KroneckerSelection(*(tensor[part] for tensor in selection))
             chosen = ChosenPairs(own, rows_BR[part], pre_BR[part])
@@ -219,16 +219,16 @@ def kronecker_linear_topk(
 
 
 def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
-    """The ``total`` largest positive products of the batch; of equal ones the earlier token, then latent."""
+    """Select the ``total`` largest positive products of the batch; ties go to the earlier token, then the latent."""
     tokens, heads, width = pre_BHP.shape
     d_extension = width - d_base
-    pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
-    best_BH = _bounds(pre_BP, np.zeros(heads * width, pre_BP.dtype), heads, d_base)
-    smallest = np.nextafter(pre_BP.dtype.type(0), pre_BP.dtype.type(1))  # 0 is no activation
+    pre_BP = _to_numpy(pre_BHP).reshape(tokens, heads * width)
+    best_BH = _head_bounds(pre_BP, np.zeros(heads * width, pre_BP.dtype), heads, d_base)
+    smallest = np.nextafter(pre_BP.dtype.type(0), pre_BP.dtype.type(1))  # a product of 0 is not active
     least_F = np.full(heads * d_base * d_extension, max(smallest, _kth_largest(best_BH.ravel(), total)))
-    tokens_N, latents_N, u_N, v_N = _products_from(pre_BHP, d_base, least_F, best_BH)
+    tokens_N, latents_N, u_N, v_N = _find_products_from(pre_BHP, d_base, least_F, best_BH)
     if len(latents_N) > total:
-        kept_N = _largest(u_N * v_N, total)
+        kept_N = _mark_largest(u_N * v_N, total)
         tokens_N, latents_N = tokens_N[kept_N], latents_N[kept_N]
     return pad_selection(torch.from_numpy(tokens_N), torch.from_numpy(latents_N), tokens, d_base, d_extension)
 
@@ -236,41 +236,52 @@ def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: in
 def kronecker_above(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
 ) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """Every positive composition above its latent's threshold, by token and then latent: its token and its latent.
+    """Return token and latent of every positive composition above its latent's threshold, by token, then latent.
 
-    The products that can be above their threshold are listed first, and of them alone the compositions are computed.
+    The products that can exceed their threshold are listed first; only for these the compositions are computed.
     """
     thresholds_F = thresholds_F.clamp_min(0).to(pre_BHP.dtype)
     nothing = composition.function(*thresholds_F.new_zeros(2, 1))
     if composition.least_product is None or bool(nothing > thresholds_F.min()):
         return portable.kronecker_above(pre_BHP, d_base, thresholds_F, composition)
-    least_F = _array(composition.least_product(thresholds_F).clamp_min(0))
-    tokens_N, latents_N, u_N, v_N = map(torch.from_numpy, _products_from(pre_BHP, d_base, least_F))
+    least_F = _to_numpy(composition.least_product(thresholds_F).clamp_min(0))
+    tokens_N, latents_N, u_N, v_N = map(torch.from_numpy, _find_products_from(pre_BHP, d_base, least_F))
     on_N = composition.function(u_N, v_N) > thresholds_F[latents_N]
     return tokens_N[on_N], latents_N[on_N]
 
 
-def _products_from(pre_BHP: Tensor, d_base: int, least_F: Array, best_BH: Array | None = None) -> tuple[Array, ...]:
-    """Tokens, latents and parents of all positive pairs whose products are at least ``least`` of their latents."""
+def _find_products_from(
+    pre_BHP: Tensor, d_base: int, least_F: Array, best_BH: Array | None = None
+) -> tuple[Array, ...]:
+    """Return tokens, latents and parents of all positive pairs whose product is at least their latent's ``least``."""
     tokens, heads, width = pre_BHP.shape
-    pre_BP = _array(pre_BHP).reshape(tokens, heads * width)
+    pre_BP = _to_numpy(pre_BHP).reshape(tokens, heads * width)
     bias_P = np.zeros(heads * width, pre_BP.dtype)
     if best_BH is None:
-        best_BH = _bounds(pre_BP, bias_P, heads, d_base)
+        best_BH = _head_bounds(pre_BP, bias_P, heads, d_base)
     least_H = least_F.reshape(heads, -1).min(1)
     kernel = _compiled_selection.products_from
-    return _listed(kernel, 0, tokens, pre_BP, bias_P, d_base, width - d_base, best_BH, least_H, least_F)
+    return _run_lists(kernel, 0, tokens, pre_BP, bias_P, d_base, width - d_base, best_BH, least_H, least_F)
 
 
 def pairs_at(
     pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
 ) -> ChosenPairs:
-    """The latents with their parents' rows and values."""
-    chosen = _empty_choice(len(indices_BK), indices_BK.shape[1], pre_BP.dtype)
-    outputs = (_array(chosen.selection.indices_BK), _array(chosen.rows_BR), _array(chosen.pre_BR))
-    bias_P = np.zeros(pre_BP.shape[1], _array(pre_BP[:0]).dtype)
+    """Return the latents with their parents' rows and values."""
+    chosen = _allocate_choice(len(indices_BK), indices_BK.shape[1], pre_BP.dtype)
+    outputs = (_to_numpy(chosen.selection.indices_BK), _to_numpy(chosen.rows_BR), _to_numpy(chosen.pre_BR))
+    bias_P = np.zeros(pre_BP.shape[1], _to_numpy(pre_BP[:0]).dtype)
     kernel = _compiled_selection.pairs_at
-    _run(kernel, _even(len(pre_BP)), _array(pre_BP), bias_P, d_base, d_extension, _array(indices_BK), *outputs)
+    _run(
+        kernel,
+        _split_evenly(len(pre_BP)),
+        _to_numpy(pre_BP),
+        bias_P,
+        d_base,
+        d_extension,
+        _to_numpy(indices_BK),
+        *outputs,
+    )
     return chosen
 
 
@@ -278,8 +289,8 @@ def _kth_largest(values: Array, k: int) -> Any:
     return values.dtype.type(0) if len(values) < k else np.partition(values, len(values) - k)[len(values) - k]
 
 
-def _largest(values: Array, k: int) -> Array:
-    """Which are the k largest, of equal ones the first."""
+def _mark_largest(values: Array, k: int) -> Array:
+    """Mark the k largest values; ties go to the first ones."""
     threshold = _kth_largest(values, k)
     kept: Array = values > threshold
     level = np.flatnonzero(values == threshold)
@@ -290,13 +301,13 @@ def _largest(values: Array, k: int) -> Array:
 def linear_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows."""
+    """Return the k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows."""
     values_BK = torch.empty(len(x_BD), k, dtype=x_BD.dtype)
     rows_BK = torch.empty(len(x_BD), k, dtype=torch.int64)
-    bias = _array(bias_P)
+    bias = _to_numpy(bias_P)
     for part, pre_BP in _products(x_BD, weight_PD):
-        outputs = (_array(values_BK[part]), _array(rows_BK[part]))
-        _run(_compiled_selection.topk, _even(len(pre_BP)), pre_BP, bias, *outputs)
+        outputs = (_to_numpy(values_BK[part]), _to_numpy(rows_BK[part]))
+        _run(_compiled_selection.topk, _split_evenly(len(pre_BP)), pre_BP, bias, *outputs)
     return values_BK, rows_BK
 
 
@@ -306,77 +317,80 @@ def linear_above(
     bias_P: Float[Tensor, " P"],
     thresholds_P: Float[Tensor, " P"],
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """Every positive output above its threshold, rows ascending."""
-    bias, thresholds = _array(bias_P), _array(thresholds_P.clamp_min(0).to(x_BD.dtype))
-    found = [_above(part, pre_BP, bias, thresholds) for part, pre_BP in _products(x_BD, weight_PD)]
-    return _laid_out(_joined(found, x_BD.dtype), len(x_BD))
+    """Return every positive output above its threshold, rows ascending."""
+    bias, thresholds = _to_numpy(bias_P), _to_numpy(thresholds_P.clamp_min(0).to(x_BD.dtype))
+    found = [_find_above(part, pre_BP, bias, thresholds) for part, pre_BP in _products(x_BD, weight_PD)]
+    return _pad_outputs(_concatenate(found, x_BD.dtype), len(x_BD))
 
 
 def linear_batch_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The ``total`` largest positive outputs of the batch, rows ascending; of equal ones the earlier token, then row.
+    """Return the ``total`` largest positive outputs of the batch, rows ascending; ties go to the earlier token, row.
 
-    Everything at least as large as the ``total`` largest lane maxima of a chunk, or as the best so far, is listed.
+    In each chunk it lists the outputs that reach ``least``: the larger of the ``total``-th largest lane maximum and the
+    smallest of the ``total`` best outputs so far.
     """
-    bias = _array(bias_P)
-    best = _joined([], x_BD.dtype)
+    bias = _to_numpy(bias_P)
+    best = _concatenate([], x_BD.dtype)
     least = bias.dtype.type(0)
     for part, pre_BP in _products(x_BD, weight_PD):
         lanes_BL = np.empty((len(pre_BP), min(_compiled_selection.LANES, len(bias))), bias.dtype)
-        _run(_compiled_selection.lane_maxima, _even(len(pre_BP)), pre_BP, bias, lanes_BL)
+        _run(_compiled_selection.lane_maxima, _split_evenly(len(pre_BP)), pre_BP, bias, lanes_BL)
         least = max(least, _kth_largest(lanes_BL.ravel(), total))
         just_below = np.full(len(bias), np.nextafter(least, bias.dtype.type(0)))
-        best = _joined([best, _above(part, pre_BP, bias, just_below)], x_BD.dtype)
+        best = _concatenate([best, _find_above(part, pre_BP, bias, just_below)], x_BD.dtype)
         if len(best.values_N) > total:
-            kept_N = _largest(best.values_N, total)
-            best = _Found(*(array[kept_N] for array in best))
+            kept_N = _mark_largest(best.values_N, total)
+            best = _Outputs(*(array[kept_N] for array in best))
             least = best.values_N.min()
-    return _laid_out(best, len(x_BD))
+    return _pad_outputs(best, len(x_BD))
 
 
-class _Found(NamedTuple):
-    """Outputs chosen of a batch: tokens ascending, and rows ascending within a token."""
+class _Outputs(NamedTuple):
+    """Outputs selected from a batch: tokens ascending, and rows ascending within a token."""
 
     tokens_N: Array
     rows_N: Array
     values_N: Array
 
 
-def _listed(
+def _run_lists(
     kernel: Callable[..., tuple[Array, ...]], first_token: int, tokens: int, *arguments: Any
 ) -> tuple[Array, ...]:
-    """What ``kernel`` lists of each part of the tokens, one part after another, after the token of each."""
+    """Run ``kernel`` on parts of the tokens; return the token of each listed item and the concatenated lists."""
     counts_B = np.empty(tokens, np.int64)
     parts: dict[int, tuple[Array, ...]] = {}
 
     def work(start: int, stop: int) -> None:
         parts[start] = kernel(start, stop, *arguments, counts_B)
 
-    _run(work, _even(tokens))
+    _run(work, _split_evenly(tokens))
     if not parts:  # no tokens
         work(0, 0)
     tokens_N = np.repeat(np.arange(first_token, first_token + tokens), counts_B)
     return tokens_N, *map(np.concatenate, zip(*(parts[start] for start in sorted(parts)), strict=True))
 
 
-def _above(part: slice, pre_BP: Array, bias_P: Array, thresholds_P: Array) -> _Found:
-    return _Found(*_listed(_compiled_selection.above, part.start, len(pre_BP), pre_BP, bias_P, thresholds_P))
+def _find_above(part: slice, pre_BP: Array, bias_P: Array, thresholds_P: Array) -> _Outputs:
+    return _Outputs(*_run_lists(_compiled_selection.above, part.start, len(pre_BP), pre_BP, bias_P, thresholds_P))
 
 
-def _joined(found: Sequence[_Found], dtype: torch.dtype) -> _Found:
-    none = _Found(np.empty(0, np.int64), np.empty(0, np.int64), _array(torch.empty(0, dtype=dtype)))
-    return _Found(*map(np.concatenate, zip(none, *found, strict=True)))
+def _concatenate(found: Sequence[_Outputs], dtype: torch.dtype) -> _Outputs:
+    none = _Outputs(np.empty(0, np.int64), np.empty(0, np.int64), _to_numpy(torch.empty(0, dtype=dtype)))
+    return _Outputs(*map(np.concatenate, zip(none, *found, strict=True)))
 
 
-def _laid_out(found: _Found, tokens: int) -> tuple[Tensor, Tensor]:
-    """Values and rows, one line per token; lines are filled up with row 0 of value 0."""
+def _pad_outputs(found: _Outputs, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return values and rows, one line per token, filled up with row 0 and value 0."""
     counts_B = np.bincount(found.tokens_N, minlength=tokens)
     width = max(1, int(counts_B.max(initial=0)))
     rows_BK = torch.empty(tokens, width, dtype=torch.int64)
     values_BK = torch.from_numpy(np.empty((tokens, width), found.values_N.dtype))
     outputs = (values_BK.numpy(), rows_BK.numpy())
-    _run(_compiled_selection.lay_out, _even(tokens), np.cumsum(counts_B), found.values_N, found.rows_N, *outputs)
+    _run(
+        _compiled_selection.lay_out, _split_evenly(tokens), np.cumsum(counts_B), found.values_N, found.rows_N, *outputs
+    )
     return values_BK, rows_BK
 
 
@@ -386,28 +400,28 @@ def weighted_rows(
     matrix_PD: Float[Tensor, "P D"],
     bias_D: Float[Tensor, " D"] | None = None,
 ) -> Float[Tensor, "B D"]:
-    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``."""
+    """Return ``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``."""
     out_BD = torch.empty(len(rows_BR), matrix_PD.shape[1], dtype=matrix_PD.dtype)
     bias = matrix_PD.new_zeros(matrix_PD.shape[1]) if bias_D is None else bias_D
-    inputs = map(_array, (weights_BR, rows_BR, matrix_PD, bias))
-    _run(_compiled_rows.weighted_rows, _even(len(out_BD)), *inputs, out_BD.numpy())
+    inputs = map(_to_numpy, (weights_BR, rows_BR, matrix_PD, bias))
+    _run(_compiled_rows.weighted_rows, _split_evenly(len(out_BD)), *inputs, out_BD.numpy())
     return out_BD
 
 
 def sampled_products(
     x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
 ) -> Float[Tensor, "B R"]:
-    """``out[b, r] = x[b] . matrix[rows[b, r]]``."""
+    """Return ``out[b, r] = x[b] . matrix[rows[b, r]]``."""
     out_BR = torch.empty(rows_BR.shape, dtype=matrix_PD.dtype)
-    inputs = map(_array, (x_BD, matrix_PD, rows_BR))
-    _run(_compiled_rows.sampled_products, _even(len(out_BR)), *inputs, out_BR.numpy())
+    inputs = map(_to_numpy, (x_BD, matrix_PD, rows_BR))
+    _run(_compiled_rows.sampled_products, _split_evenly(len(out_BR)), *inputs, out_BR.numpy())
     return out_BR
 
 
 def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
-    """Sort the entries of all terms by row, stably: a counting sort."""
+    """Sort the entries of all terms by row, stably, with a counting sort."""
     offsets = np.zeros(height + 2, np.int64)
-    arrays = [(_array(term.rows_BR), _array(term.weights_BR)) for term in terms]
+    arrays = [(_to_numpy(term.rows_BR), _to_numpy(term.weights_BR)) for term in terms]
     for rows_BR, weights_BR in arrays:
         _compiled_rows.count_entries(rows_BR, weights_BR, offsets)
     _compiled_rows.running_sum(offsets)
@@ -426,22 +440,22 @@ def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
 
 
 def _grouped(gradient: RowGradient) -> list[Array]:
-    return [_array(part) for part in (gradient.offsets, gradient.tokens_N, gradient.weights_N, gradient.x_BD)]
+    return [_to_numpy(part) for part in (gradient.offsets, gradient.tokens_N, gradient.weights_N, gradient.x_BD)]
 
 
 def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
-    """The gradient as a tensor; every row is written."""
-    out_PD = _fresh((gradient.height, gradient.x_BD.shape[1]), gradient.x_BD.dtype)
+    """Return the gradient as a tensor; every row is written."""
+    out_PD = _allocate((gradient.height, gradient.x_BD.shape[1]), gradient.x_BD.dtype)
     grouped = _grouped(gradient)
-    _run(_compiled_rows.scatter_rows, _balanced(grouped[0], per_row=1), *grouped, out_PD.numpy())
+    _run(_compiled_rows.scatter_rows, _split_by_work(grouped[0], per_row=1), *grouped, out_PD.numpy())
     return out_PD
 
 
 def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
-    """``|G|^2`` in float64, without storing G."""
+    """Return ``|G|^2`` in float64 without storing G."""
     grouped = _grouped(gradient)
     squares_P = np.empty(gradient.height, grouped[3].dtype)
-    _run(_compiled_rows.squared_norms, _balanced(grouped[0], per_row=0), *grouped, squares_P)
+    _run(_compiled_rows.squared_norms, _split_by_work(grouped[0], per_row=0), *grouped, squares_P)
     return torch.tensor(squares_P.sum(dtype=np.float64))
 
 
@@ -452,9 +466,9 @@ def adamw(
     gradient: RowGradient | Float[Tensor, "P D"],
     settings: AdamW,
 ) -> None:
-    """One step of `AdamW` in place: gradient row, moments, weight and norm in one pass over memory."""
+    """Take one step of `AdamW` in place: gradient row, moments, weight and norm in one pass over memory."""
     weights = [tensor.detach().numpy() for tensor in (weight_PD, moment_PD, second_PD)]
-    scalars = _scalars(
+    scalars = _to_scalars(
         weight_PD.dtype,
         settings.grad_scale,
         settings.decay,
@@ -467,9 +481,9 @@ def adamw(
     )
     if isinstance(gradient, RowGradient):
         grouped = _grouped(gradient)
-        borders = _balanced(grouped[0], per_row=0 if settings.only_touched else 6)
+        borders = _split_by_work(grouped[0], per_row=0 if settings.only_touched else 6)
         flags = (settings.unit_norm, settings.only_touched)
         _run(_compiled_rows.adamw_entries, borders, *weights, *grouped, *scalars, *flags)
     else:
-        borders = _even(len(weight_PD))
-        _run(_compiled_rows.adamw_dense, borders, *weights, _array(gradient), *scalars, settings.unit_norm)
+        borders = _split_evenly(len(weight_PD))
+        _run(_compiled_rows.adamw_dense, borders, *weights, _to_numpy(gradient), *scalars, settings.unit_norm)

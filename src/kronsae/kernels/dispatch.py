@@ -1,8 +1,8 @@
-"""Which path carries out which operation: chosen by rule, overridden by name, and explained on request.
+"""Selects which path runs an operation, by rule or by a forced name, and explains the selection.
 
-The rule: the `gpu` path for CUDA tensors where Triton is installed, the `cpu` path for CPU tensors of float32 or
-float64 where numba is, else `portable`. ``with kernels.use("portable"):`` or ``KRONSAE_KERNELS=portable`` overrides
-it; a path asked for by name that cannot do the operation raises instead of giving way.
+The rule: `gpu` for CUDA tensors if Triton is installed, `cpu` for CPU tensors of float32 or float64 if numba is, else
+`portable`. ``with kernels.use("portable"):`` or ``KRONSAE_KERNELS=portable`` forces a path. A forced path that cannot
+run an operation raises an error; there is no fallback.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _override: ContextVar[str | None] = ContextVar("kronsae_kernels_path", default=N
 
 @contextmanager
 def use(path: str) -> Iterator[None]:
-    """Carry out every operation inside the block by one path.
+    """Run every operation inside the block on one path.
 
     Raises:
         UserError: no path has this name.
@@ -64,7 +64,7 @@ def use(path: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The path asked for by name, if any: the innermost `use`, else the environment."""
+    """Return the forced path, if any: that of the innermost `use`, else that of the environment variable."""
     named = _override.get()
     if named is None:
         named = os.environ.get(ENVIRONMENT) or None
@@ -74,28 +74,28 @@ def forced() -> str | None:
 
 
 def choose(operation: str, like: Tensor) -> Callable[..., Any]:
-    """The function that carries out ``operation`` on tensors of the device and dtype of ``like``.
+    """Return the function that runs ``operation`` on tensors with the device and dtype of ``like``.
 
     Raises:
-        UserError: a path asked for by name cannot do it.
+        UserError: the forced path cannot run it.
     """
     named = forced()
     if named is not None:
         refusal = refuse(named, operation, like.device, like.dtype)
         if refusal is not None:
             raise UserError(
-                f"kernels path '{named}' was asked for by name but cannot do {operation}: {refusal}. "
+                f"kernels path '{named}' was forced but cannot run {operation}: {refusal}. "
                 f"Remove kernels.use or {ENVIRONMENT}, or name another of {', '.join(PATHS)}."
             )
-        return _function(named, operation)
+        return _load_function(named, operation)
     for path in AUTOMATIC:
         if _automatic_refusal(path, operation, like.device, like.dtype) is None:
-            return _function(path, operation)
+            return _load_function(path, operation)
     raise AssertionError("the portable path refuses nothing")
 
 
 def _automatic_refusal(path: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """As `refuse`; besides, Triton's interpreter, a means of testing, is never chosen unasked."""
+    """Return the reason as `refuse` does; Triton's interpreter, which is for tests, must be forced."""
     if path == "gpu" and device.type != "cuda":
         return f"tensors are on {device.type}"
     return refuse(path, operation, device, dtype)
@@ -107,22 +107,22 @@ def _interpreting() -> bool:
 
 @cache
 def refuse(path: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``path`` cannot do ``operation`` on such tensors, or None if it can."""
+    """Return why ``path`` cannot run ``operation`` on such tensors; None if it can."""
     if path == "cpu":
         if device.type != "cpu":
             return f"tensors are on {device.type}"
         if dtype not in (torch.float32, torch.float64):
-            return f"{str(dtype).removeprefix('torch.')} tensors; its loops do float32 and float64"
-        return _not_importable("cpu", "numba", "kronsae[fast]")
+            return f"{str(dtype).removeprefix('torch.')} tensors; its loops support float32 and float64"
+        return _import_refusal("cpu", "numba", "kronsae[fast]")
     if path == "gpu":
         if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
             return f"tensors are on {device.type}"
-        return _not_importable("gpu", "triton", "kronsae[gpu]")
+        return _import_refusal("gpu", "triton", "kronsae[gpu]")
     return None
 
 
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """One line per operation: the path chosen on such tensors, and why each one before it was refused.
+    """Return one line per operation: the path for such tensors, and why each preceding path was refused.
 
     Example:
         >>> from kronsae import kernels
@@ -139,30 +139,30 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         chosen = next((path for path, refusal in refusals.items() if refusal is None), "none")
         reasons = [f"{path}: {refusal}" for path, refusal in refusals.items() if refusal is not None]
         if named is not None:
-            reasons.append("asked for by name")
+            reasons.append("forced by name")
         lines.append(f"{operation}: {chosen}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     return "\n".join(lines)
 
 
 @cache
-def _module(path: str) -> ModuleType:
+def _load_module(path: str) -> ModuleType:
     return importlib.import_module(f"kronsae.kernels.{path}")
 
 
 @cache
-def _function(path: str, operation: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(_module(path), operation)
+def _load_function(path: str, operation: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(_load_module(path), operation)
     return function
 
 
 @cache
-def _not_importable(path: str, package: str, extra: str) -> str | None:
+def _import_refusal(path: str, package: str, extra: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed (pip install '{extra}')"
     try:
-        _module(path)
+        _load_module(path)
     except ImportError as error:
-        return f"{package} does not import: {error}"
+        return f"{package} cannot be imported: {error}"
     return None
 
 

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
-"""The GPU path: Triton kernels for what PyTorch has no single operation for; the rest is left to `portable`.
+"""GPU path: Triton kernels where PyTorch has no single operation; the rest comes from `portable`.
 
-Sums run in float32 (float64 for float64 inputs) whatever the inputs' dtype. No atomics: every output element is
-written by one program that adds in a fixed order, so results repeat bit for bit. With ``TRITON_INTERPRET=1`` the
-kernels run on CPU tensors, which is how they are tested without a GPU. Block sizes are not tuned: no GPU was at hand.
+Sums run in float32 (float64 for float64 inputs) whatever the dtype of the inputs. There are no atomics: one program
+writes each output element and adds in a fixed order, so results repeat bit for bit. With ``TRITON_INTERPRET=1`` the
+kernels run on CPU tensors; the tests without a GPU use this. Block sizes are not tuned, because no GPU was available.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def weighted_rows(
     matrix_PD: Float[Tensor, "P D"],
     bias_D: Float[Tensor, " D"] | None = None,
 ) -> Float[Tensor, "B D"]:
-    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``."""
+    """Return ``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``."""
     tokens, entries = rows_BR.shape
     width = matrix_PD.shape[1]
     out_BD = torch.empty(tokens, width, dtype=matrix_PD.dtype, device=matrix_PD.device)
@@ -117,7 +117,7 @@ def _sampled_products_kernel(
 def sampled_products(
     x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
 ) -> Float[Tensor, "B R"]:
-    """``out[b, r] = x[b] . matrix[rows[b, r]]``."""
+    """Return ``out[b, r] = x[b] . matrix[rows[b, r]]``."""
     tokens, entries = rows_BR.shape
     out_BR = torch.empty(tokens, entries, dtype=matrix_PD.dtype, device=matrix_PD.device)
     block_r = 16
@@ -146,7 +146,7 @@ def _gradient_rows_kernel(
 
 
 def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
-    """The gradient as a tensor; every row is written."""
+    """Return the gradient as a tensor; every row is written."""
     x_BD = gradient.x_BD.contiguous()
     width = x_BD.shape[1]
     out_PD = torch.empty(gradient.height, width, dtype=x_BD.dtype, device=x_BD.device)
@@ -158,7 +158,7 @@ def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
 
 
 def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
-    """``|G|^2``, in float64."""
+    """Return ``|G|^2`` in float64."""
     return gradient_rows(gradient).square().sum(dtype=torch.float64)
 
 
@@ -197,7 +197,7 @@ def _expand_kernel(
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
-    """The k largest products of each token, from the k heads of largest bound."""
+    """Select the k largest products of each token from the k heads with the largest bound."""
     heads, width = pre_BHP.shape[1:]
     expanded = min(k, heads)
     chunk = max(1, 16 * portable.CHUNK_ELEMENTS // (expanded * d_base * (width - d_base)))
@@ -232,7 +232,7 @@ def kronecker_linear_topk(
     d_base: int,
     choices: Sequence[Choice],
 ) -> list[ChosenPairs]:
-    """Several selections over the heads of ``x W^T + b``, product by cuBLAS, chunk by chunk."""
+    """Make several selections from the heads of ``x W^T + b``; cuBLAS computes the product chunk by chunk."""
     return portable.choose_in_chunks(x_BD, weight_HPD, bias_HP, d_base, choices, kronecker_topk)
 
 
@@ -280,7 +280,7 @@ def adamw(
     gradient: RowGradient | Float[Tensor, "P D"],
     settings: AdamW,
 ) -> None:
-    """One step of `AdamW` in place; a gradient that is a tensor goes to `portable`."""
+    """Take one step of `AdamW` in place; a dense gradient is passed to `portable`."""
     if not isinstance(gradient, RowGradient):
         portable.adamw(weight_PD, moment_PD, second_PD, gradient, settings)
         return

@@ -1,4 +1,4 @@
-"""AdamW over weight rows: takes gradients as entries and keeps decoder rows at norm one, in one pass over memory."""
+"""AdamW on weight rows: takes gradients as entries and keeps decoder rows at norm 1, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kronsae.support.errors import UserError
 
 
 class RowAdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW` to within rounding, for parameters whose gradients may be `RowGradients`.
+    """`torch.optim.AdamW`, equal up to rounding, for parameters whose gradients may be `RowGradients`.
 
-    State per parameter is torch's: ``step``, ``exp_avg``, ``exp_avg_sq``. A group may set, beside the arguments:
+    The state per parameter is torch's: ``step``, ``exp_avg``, ``exp_avg_sq``. A parameter group may also set:
 
-    - ``unit_norm=True``: every row is scaled to norm 1 after its step (a decoder's);
-    - ``only_touched=True``: rows without gradient are left alone, moments included. Not Adam; see `AdamW`.
+    - ``unit_norm=True``: scale every row to norm 1 after its step (for a decoder);
+    - ``only_touched=True``: do not update rows without a gradient, nor their moments. Not Adam; see `AdamW`.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(4, 3))
@@ -50,22 +50,25 @@ class RowAdamW(torch.optim.Optimizer):
         row_gradients: RowGradients | None = None,
         grad_scale: float = 1.0,
     ) -> None:
-        """One step on every parameter that has a gradient, in ``.grad`` or in ``row_gradients`` (or in both).
+        """Take one step on every parameter with a gradient in ``.grad`` or in ``row_gradients``.
 
         Args:
             closure: not supported.
-            row_gradients: what `collect_row_gradients` gave.
-            grad_scale: factor on every gradient, from clipping (`clip_scale`).
+            row_gradients: result of `collect_row_gradients`.
+            grad_scale: factor on every gradient, for clipping (`clip_scale`).
+
+        Raises:
+            UserError: one parameter has a gradient in both.
         """
         if closure is not None:
-            raise UserError("closure must be None: this optimiser takes one gradient per step.")
+            raise UserError("closure must be None; this optimiser takes one gradient per step.")
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = None if row_gradients is None else row_gradients.get(parameter)
                 if gradient is not None and parameter.grad is not None:
                     raise UserError(
-                        "row_gradients and .grad must not both hold a gradient of one parameter; "
-                        "call row_gradients.materialize() to add them up."
+                        "a parameter must have its gradient in row_gradients or in .grad; got both. "
+                        "Call row_gradients.materialize() to add them up."
                     )
                 if gradient is None and parameter.grad is None:
                     continue
@@ -91,7 +94,7 @@ class RowAdamW(torch.optim.Optimizer):
                 )
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Its ``step``, ``exp_avg`` and ``exp_avg_sq``; zeros before its first gradient."""
+        """Return ``step``, ``exp_avg`` and ``exp_avg_sq`` of a parameter; zeros before its first gradient."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -101,7 +104,7 @@ class RowAdamW(torch.optim.Optimizer):
 
 
 def grad_norm(parameters: Iterable[Tensor], row_gradients: RowGradients | None = None) -> float:
-    """``sqrt(sum of |gradient|^2)`` over parameters, ``.grad`` and ``row_gradients`` alike, summed in float64."""
+    """Return ``sqrt(sum of |gradient|^2)`` over parameters, from ``.grad`` and ``row_gradients``, summed in float64."""
     total = 0.0
     for parameter in parameters:
         if parameter.grad is not None:
@@ -112,5 +115,5 @@ def grad_norm(parameters: Iterable[Tensor], row_gradients: RowGradients | None =
 
 
 def clip_scale(norm: float, max_norm: float | None) -> float:
-    """The factor that brings gradients of this norm down to ``max_norm``, as `torch.nn.utils.clip_grad_norm_`."""
+    """Return the factor that reduces a gradient norm to ``max_norm``, as in `torch.nn.utils.clip_grad_norm_`."""
     return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))

@@ -1,4 +1,4 @@
-"""Plain PyTorch paths: nothing of size B x F, forward or backward; any device, any float dtype."""
+"""Portable path in plain PyTorch: no B x F tensor, forward or backward; any device, any floating-point dtype."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from kronsae.kernels.selection import (
     parents,
 )
 
-CHUNK_ELEMENTS = 2**22  # largest temporary: 16 MB of fp32, about the size at which the CPU's caches stop helping
-PRODUCT_ELEMENTS = 2**24  # outputs of one product: 64 MB of fp32; a product starves on fewer than 64 tokens
+CHUNK_ELEMENTS = 2**22  # largest temporary: 16 MB of fp32, about the size above which the CPU's caches stop helping
+PRODUCT_ELEMENTS = 2**24  # outputs of one product: 64 MB of fp32; a product of fewer than 64 tokens is inefficient
 
 
 def product_chunks(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"]
 ) -> Iterator[tuple[int, Float[Tensor, "C P"]]]:
-    """``x W^T + b`` for some tokens after others, each time with the number of the first."""
+    """Yield ``x W^T + b`` in chunks of tokens, each with the index of its first token."""
     first = 0
     for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
         yield first, torch.addmm(bias_P, part_BD, weight_PD.T)
@@ -35,15 +35,15 @@ def product_chunks(
 
 
 def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
-    """The largest base and the largest extension of each head, 0 where none is positive."""
+    """Return the largest base and the largest extension of each head, 0 if none is positive."""
     return pre_BHP[..., :d_base].amax(-1).relu(), pre_BHP[..., d_base:].amax(-1).relu()
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
-    """Exact TopK over all products from the head maxima (the proof is in this folder's README).
+    """Select the k largest products exactly, using the head maxima (proof: README of this folder).
 
-    A head outside the k heads of largest ``max(p) * max(q)`` is preceded by k heads that each hold a product at
-    least as large as anything in it. So those k heads are expanded, and only they.
+    For a head outside the k heads of largest ``max(p) * max(q)``, each of those k heads holds a product at least as
+    large as any of its own. So only those k heads are expanded.
     """
     heads, width = pre_BHP.shape[1:]
     d_extension = width - d_base
@@ -71,7 +71,7 @@ def _head_bounds(pre_BHP: Tensor, d_base: int) -> Tensor:
 def kronecker_topk_among(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
 ) -> KroneckerSelection:
-    """Exact TopK over the products of the given latents only (AuxK: the dead ones); ``k <= C``."""
+    """Select the k largest products among the given latents exactly (AuxK: the dead latents); ``k <= C``."""
     d_extension = pre_BHP.shape[-1] - d_base
     _, base_rows_C, extension_rows_C = parents(latents_C, d_base, d_extension)
     chosen = []
@@ -82,7 +82,7 @@ def kronecker_topk_among(
 
 
 def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
-    """The ``total`` largest positive products of the whole batch, from the ``total`` best (token, head) pairs."""
+    """Select the ``total`` largest positive products of the batch from the ``total`` best (token, head) pairs."""
     tokens, heads, width = pre_BHP.shape
     d_extension = width - d_base
     expanded = min(total, tokens * heads)
@@ -97,7 +97,7 @@ def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: in
 
 
 def pad_selection(tokens_N: Tensor, latents_N: Tensor, tokens: int, d_base: int, d_extension: int) -> BatchSelection:
-    """Lay out chosen (token, latent) pairs, tokens ascending, as one padded row per token; padding is latent 0."""
+    """Lay out selected (token, latent) pairs, tokens ascending, as one row per token, padded with latent 0."""
     indices_BK, chosen_BK = pad(tokens_N, latents_N, tokens)
     return BatchSelection(parents(indices_BK, d_base, d_extension), chosen_BK)
 
@@ -105,9 +105,9 @@ def pad_selection(tokens_N: Tensor, latents_N: Tensor, tokens: int, d_base: int,
 def kronecker_above(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
 ) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """Every positive composition above its latent's threshold, by token and then latent: its token and its latent.
+    """Return token and latent of every positive composition above its latent's threshold, by token, then latent.
 
-    Only heads that can hold one are expanded: a composition that is ordered has its largest where the parents' are.
+    Only heads that can contain one are expanded: an ordered composition is largest where its parents are.
     """
     heads, width = pre_BHP.shape[1:]
     cells = d_base * (width - d_base)
@@ -130,14 +130,14 @@ def kronecker_above(
 
 
 def cells_of(pre: Float[Tensor, "... P"], d_base: int, composition: Composition) -> Float[Tensor, "... C"]:
-    """All compositions of each head, ``[..., P] -> [..., M * N]``."""
+    """Return all compositions of each head, ``[..., P] -> [..., M * N]``."""
     return composition.function(pre[..., :d_base, None], pre[..., None, d_base:]).flatten(-2)
 
 
 def pairs_at(
     pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
 ) -> ChosenPairs:
-    """The latents with their parents' rows and values."""
+    """Return the latents with their parents' rows and values."""
     selection = parents(indices_BK, d_base, d_extension)
     rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
     return ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR))
@@ -150,7 +150,7 @@ def kronecker_linear_topk(
     d_base: int,
     choices: Sequence[Choice],
 ) -> list[ChosenPairs]:
-    """Several selections over the heads of ``x W^T + b``; the B x H x P products exist chunk by chunk."""
+    """Make several selections from the heads of ``x W^T + b``; the B x H x P products exist one chunk at a time."""
     return choose_in_chunks(x_BD, weight_HPD, bias_HP, d_base, choices, kronecker_topk)
 
 
@@ -162,7 +162,7 @@ def choose_in_chunks(
     choices: Sequence[Choice],
     topk: Callable[[Tensor, int, int], KroneckerSelection],
 ) -> list[ChosenPairs]:
-    """`kronecker_linear_topk` over any path's selection among all latents."""
+    """Run `kronecker_linear_topk` with ``topk`` as the selection among all latents."""
     heads, width, _ = weight_HPD.shape
     weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
     parts: list[list[ChosenPairs]] = [[] for _ in choices]
@@ -186,7 +186,7 @@ def _join(parts: list[ChosenPairs]) -> ChosenPairs:
 def linear_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The k largest outputs of ``x W^T + b`` per token and their rows; the B x P outputs exist chunk by chunk."""
+    """Return the k largest outputs of ``x W^T + b`` per token and their rows; outputs exist one chunk at a time."""
     parts = [pre_BP.topk(k, sorted=False) for _, pre_BP in product_chunks(x_BD, weight_PD, bias_P)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
@@ -194,7 +194,7 @@ def linear_topk(
 def linear_batch_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The ``total`` largest positive outputs of the batch and their rows; the outputs exist chunk by chunk."""
+    """Return the ``total`` largest positive outputs of the batch and their rows; outputs exist one chunk at a time."""
 
     def candidates() -> Iterator[tuple[Tensor, Tensor]]:
         for first, pre_BP in product_chunks(x_BD, weight_PD, bias_P):
@@ -212,7 +212,7 @@ def linear_above(
     bias_P: Float[Tensor, " P"],
     thresholds_P: Float[Tensor, " P"],
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """Every positive output above its threshold, and its row; the outputs exist chunk by chunk."""
+    """Return every positive output above its threshold, and its row; outputs exist one chunk at a time."""
     long_N = torch.zeros(0, dtype=torch.int64, device=x_BD.device)
     values, tokens, rows = [x_BD.new_zeros(0)], [long_N], [long_N]
     for first, pre_BP in product_chunks(x_BD, weight_PD, bias_P):
@@ -234,7 +234,7 @@ def _padded_outputs(values_N: Tensor, tokens_N: Tensor, rows_N: Tensor, tokens: 
 def best_of_batch(
     candidates: Iterable[tuple[Tensor, Tensor]], total: int, like: Tensor
 ) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """The ``total`` largest positive candidates, each a value and its place in the batch; by place, ascending."""
+    """Return the ``total`` largest positive candidates, given as values and positions in the batch, by position."""
     values_N, places_N = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
     for more_values, more_places in candidates:
         positive = more_values > 0
@@ -253,7 +253,7 @@ def weighted_rows(
     matrix_PD: Float[Tensor, "P D"],
     bias_D: Float[Tensor, " D"] | None = None,
 ) -> Float[Tensor, "B D"]:
-    """``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]``, without the B x R x D tensor of rows."""
+    """Return ``out[b] = bias + sum_r weights[b, r] * matrix[rows[b, r]]`` without the B x R x D tensor of rows."""
     out_BD = embedding_bag(rows_BR, matrix_PD, per_sample_weights=weights_BR, mode="sum")
     return out_BD if bias_D is None else out_BD.add_(bias_D)
 
@@ -261,7 +261,7 @@ def weighted_rows(
 def sampled_products(
     x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
 ) -> Float[Tensor, "B R"]:
-    """``out[b, r] = x[b] . matrix[rows[b, r]]`` in chunks of tokens, so the gathered rows stay small."""
+    """Return ``out[b, r] = x[b] . matrix[rows[b, r]]``, in chunks of tokens so that the gathered rows stay small."""
     chunk = max(1, CHUNK_ELEMENTS // max(1, rows_BR.shape[1] * matrix_PD.shape[1]))
     parts = zip(x_BD.split(chunk), rows_BR.split(chunk), strict=True)
     return torch.cat([torch.einsum("bd,brd->br", x, matrix_PD[rows]) for x, rows in parts])
@@ -287,12 +287,12 @@ def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
 
 
 def join_inputs(terms: Sequence[Term]) -> Tensor:
-    """The inputs of all terms, one term after another."""
+    """Concatenate the inputs of all terms."""
     return terms[0].x_BD if len(terms) == 1 else torch.cat([term.x_BD for term in terms])
 
 
 def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
-    """The gradient as a tensor. Each row is one bag of tokens summed in a fixed order: the same bits every time."""
+    """Return the gradient as a tensor. Each row sums its tokens in a fixed order, so the bits repeat."""
     return embedding_bag(
         gradient.tokens_N,
         gradient.x_BD,
@@ -304,7 +304,7 @@ def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
 
 
 def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
-    """``|G|^2``, in float64."""
+    """Return ``|G|^2`` in float64."""
     return gradient_rows(gradient).square().sum(dtype=torch.float64)
 
 
@@ -315,7 +315,7 @@ def adamw(
     gradient: RowGradient | Float[Tensor, "P D"],
     settings: AdamW,
 ) -> None:
-    """One step of `AdamW`, in place on the weight and its two moments."""
+    """Take one step of `AdamW` in place on the weight and its two moments."""
     grad_PD = gradient_rows(gradient) if isinstance(gradient, RowGradient) else gradient
     if settings.grad_scale != 1:
         grad_PD = grad_PD * settings.grad_scale

@@ -1,6 +1,6 @@
-"""What every kernel must compute, written as its definition: materialised, slow, differentiated by autograd.
+"""Definition of every operation: materialised, slow, differentiated by autograd.
 
-Nothing here is used in training; the fast paths are compared with it, values and gradients.
+Training uses nothing from here. Tests compare the fast paths with it, values and gradients.
 """
 
 from __future__ import annotations
@@ -18,56 +18,56 @@ from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Compo
 def product_chunks(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"]
 ) -> Iterator[tuple[int, Float[Tensor, "C P"]]]:
-    """``x W^T + b``, all at once."""
+    """Yield ``x W^T + b`` as a single chunk."""
     yield 0, x_BD @ weight_PD.T + bias_P
 
 
 def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Tensor, "B H"], Float[Tensor, "B H"]]:
-    """``max(0, max_i u_i)`` and ``max(0, max_j v_j)`` of each head."""
+    """Return ``max(0, max_i u_i)`` and ``max(0, max_j v_j)`` of each head."""
     base_BHM, extension_BHN = pre_BHP.relu().split([d_base, pre_BHP.shape[-1] - d_base], dim=-1)
     return base_BHM.amax(-1), extension_BHN.amax(-1)
 
 
 def kronecker_products(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> Float[Tensor, "B H M N"]:
-    """``relu(u_i) * relu(v_j)`` for every head, base i and extension j: the whole dictionary's activations."""
+    """Return ``relu(u_i) * relu(v_j)`` for every head, base i and extension j: one product per latent."""
     base_BHM, extension_BHN = pre_BHP.relu().split([d_base, pre_BHP.shape[-1] - d_base], dim=-1)
     products_BHMN: Tensor = base_BHM.unsqueeze(-1) * extension_BHN.unsqueeze(-2)
     return products_BHMN
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
-    """The k largest of all ``H*M*N`` products of each token; of equal ones, the smaller index."""
+    """Select the k largest of all ``H*M*N`` products of each token; ties go to the smaller index."""
     products_BF = kronecker_products(pre_BHP, d_base).flatten(1)
-    return parents(_first_of_sorted(products_BF, k), d_base, pre_BHP.shape[-1] - d_base)
+    return parents(_sorted_topk(products_BF, k), d_base, pre_BHP.shape[-1] - d_base)
 
 
 def kronecker_topk_among(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
 ) -> KroneckerSelection:
-    """The k largest products of the listed latents of each token; of equal ones, the smaller index."""
+    """Select the k largest products among the listed latents of each token; ties go to the smaller index."""
     latents_C = latents_C.sort().values
     products_BC = kronecker_products(pre_BHP, d_base).flatten(1)[:, latents_C]
-    return parents(latents_C[_first_of_sorted(products_BC, k)], d_base, pre_BHP.shape[-1] - d_base)
+    return parents(latents_C[_sorted_topk(products_BC, k)], d_base, pre_BHP.shape[-1] - d_base)
 
 
 def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
-    """The ``total`` largest positive products of the batch; of equal ones, the earlier token, then latent."""
+    """Select the ``total`` largest positive products of the batch; ties go to the earlier token, then the latent."""
     products_BF = kronecker_products(pre_BHP, d_base).flatten(1)
-    indices_BK, chosen_BK = _rows_of(_largest_of_batch(products_BF, total))
+    indices_BK, chosen_BK = _pad_rows(_mark_largest_of_batch(products_BF, total))
     return BatchSelection(parents(indices_BK, d_base, pre_BHP.shape[-1] - d_base), chosen_BK)
 
 
 def kronecker_above(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
 ) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """Every positive composition above its latent's threshold, by token and then latent: its token and its latent."""
+    """Return token and latent of every positive composition above its latent's threshold, by token, then latent."""
     z_BF = composition.function(pre_BHP[..., :d_base, None], pre_BHP[..., None, d_base:]).flatten(1)
     tokens_N, latents_N = ((z_BF > 0) & (z_BF > thresholds_F)).nonzero(as_tuple=True)
     return tokens_N, latents_N
 
 
-def _largest_of_batch(values_BF: Tensor, total: int) -> Tensor:
-    """Which are the ``total`` largest, if positive; of equal ones, those of the earlier token, then latent."""
+def _mark_largest_of_batch(values_BF: Tensor, total: int) -> Tensor:
+    """Mark the ``total`` largest values, if positive; ties go to the earlier token, then the smaller latent."""
     positive_BF = torch.where(values_BF > 0, values_BF, 0.0)
     order = positive_BF.flatten().sort(stable=True, descending=True).indices[:total]
     chosen_BF = torch.zeros_like(positive_BF, dtype=torch.bool)
@@ -75,22 +75,22 @@ def _largest_of_batch(values_BF: Tensor, total: int) -> Tensor:
     return chosen_BF & (positive_BF > 0)
 
 
-def _rows_of(chosen_BF: Tensor) -> tuple[Tensor, Tensor]:
-    """The latents chosen, ascending and padded with latent 0 to the most any token has, and which are no padding."""
+def _pad_rows(chosen_BF: Tensor) -> tuple[Tensor, Tensor]:
+    """Return selected latents, ascending and padded with latent 0 to the longest row, and a mask without padding."""
     width = max(1, int(chosen_BF.sum(1).max())) if len(chosen_BF) else 1
     chosen_BK, indices_BK = chosen_BF.to(torch.int8).sort(dim=1, stable=True, descending=True)
     chosen_BK, indices_BK = chosen_BK[:, :width].bool(), indices_BK[:, :width]
     return indices_BK.masked_fill(~chosen_BK, 0), chosen_BK
 
 
-def _first_of_sorted(values_BF: Tensor, k: int) -> Tensor:
+def _sorted_topk(values_BF: Tensor, k: int) -> Tensor:
     return values_BF.sort(dim=1, stable=True, descending=True).indices[:, :k]
 
 
 def pairs_at(
     pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
 ) -> ChosenPairs:
-    """The latents with their parents' rows and values."""
+    """Return the latents with their parents' rows and values."""
     selection = parents(indices_BK, d_base, d_extension)
     rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
     return ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR))
@@ -103,7 +103,7 @@ def kronecker_linear_topk(
     d_base: int,
     choices: Sequence[Choice],
 ) -> list[ChosenPairs]:
-    """The selections of `kronecker_topk` and `kronecker_topk_among` over ``x W^T + b``."""
+    """Select as `kronecker_topk` and `kronecker_topk_among` from ``x W^T + b``."""
     pre_BHP = torch.einsum("bd,hpd->bhp", x_BD, weight_HPD) + bias_HP
     results = []
     for choice in choices:
@@ -119,18 +119,18 @@ def kronecker_linear_topk(
 def linear_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], k: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows."""
+    """Return the k largest of ``relu(x W^T + b)`` per token, as outputs before ReLU, and their rows."""
     pre_BP = x_BD @ weight_PD.T + bias_P
-    rows_BK = _first_of_sorted(pre_BP.relu(), k)
+    rows_BK = _sorted_topk(pre_BP.relu(), k)
     return pre_BP.gather(1, rows_BK), rows_BK
 
 
 def linear_batch_topk(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"], total: int
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The ``total`` largest positive outputs of a batch and their rows; of equal ones, the earlier token, then row."""
+    """Return the ``total`` largest positive outputs of a batch and their rows; ties go to the earlier token, row."""
     pre_BP = x_BD @ weight_PD.T + bias_P
-    return _chosen_outputs(pre_BP, _largest_of_batch(pre_BP, total))
+    return _pad_outputs(pre_BP, _mark_largest_of_batch(pre_BP, total))
 
 
 def linear_above(
@@ -139,13 +139,13 @@ def linear_above(
     bias_P: Float[Tensor, " P"],
     thresholds_P: Float[Tensor, " P"],
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """Every positive output above its threshold, and its row."""
+    """Return every positive output above its threshold, and its row."""
     pre_BP = x_BD @ weight_PD.T + bias_P
-    return _chosen_outputs(pre_BP, (pre_BP > 0) & (pre_BP > thresholds_P))
+    return _pad_outputs(pre_BP, (pre_BP > 0) & (pre_BP > thresholds_P))
 
 
-def _chosen_outputs(pre_BP: Tensor, chosen_BP: Tensor) -> tuple[Tensor, Tensor]:
-    rows_BK, chosen_BK = _rows_of(chosen_BP)
+def _pad_outputs(pre_BP: Tensor, chosen_BP: Tensor) -> tuple[Tensor, Tensor]:
+    rows_BK, chosen_BK = _pad_rows(chosen_BP)
     return torch.where(chosen_BK, pre_BP.gather(1, rows_BK), 0.0), rows_BK
 
 
@@ -155,7 +155,7 @@ def linear_at(
     bias_P: Float[Tensor, " P"],
     rows_BR: Int[Tensor, "B R"],
 ) -> Float[Tensor, "B R"]:
-    """The outputs ``rows`` of the linear layer ``x W^T + b``; differentiable."""
+    """Return the outputs ``rows`` of the linear layer ``x W^T + b``; differentiable."""
     return (x_BD @ weight_PD.T + bias_P).gather(1, rows_BR)
 
 
@@ -165,11 +165,11 @@ def decode(
     W_dec_FD: Float[Tensor, "F D"],
     b_dec_D: Float[Tensor, " D"],
 ) -> Float[Tensor, "B D"]:
-    """``f W_dec + b_dec`` with f the dense B x F activations; an index that occurs twice counts twice."""
+    """Return ``f W_dec + b_dec`` with f the dense B x F activations; the values of a repeated index add up."""
     return weighted_rows(values_BK, indices_BK, W_dec_FD, b_dec_D)
 
 
-def _dense(weights_BR: Tensor, rows_BR: Tensor, height: int) -> Tensor:
+def _to_dense(weights_BR: Tensor, rows_BR: Tensor, height: int) -> Tensor:
     return weights_BR.new_zeros(len(weights_BR), height).scatter_add(1, rows_BR, weights_BR)
 
 
@@ -179,20 +179,20 @@ def weighted_rows(
     matrix_PD: Float[Tensor, "P D"],
     bias_D: Float[Tensor, " D"] | None = None,
 ) -> Float[Tensor, "B D"]:
-    """The weights laid out as a B x P matrix, times the matrix."""
-    out_BD = _dense(weights_BR, rows_BR, len(matrix_PD)) @ matrix_PD
+    """Return the product of the weights, as a B x P matrix, and the matrix."""
+    out_BD = _to_dense(weights_BR, rows_BR, len(matrix_PD)) @ matrix_PD
     return out_BD if bias_D is None else out_BD + bias_D
 
 
 def sampled_products(
     x_BD: Float[Tensor, "B D"], matrix_PD: Float[Tensor, "P D"], rows_BR: Int[Tensor, "B R"]
 ) -> Float[Tensor, "B R"]:
-    """Entries ``rows`` of ``x matrix^T``."""
+    """Return the entries ``rows`` of ``x matrix^T``."""
     return (x_BD @ matrix_PD.T).gather(1, rows_BR)
 
 
 def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
-    """Walk through the rows and collect each one's entries."""
+    """Collect the entries of each row, one row after another."""
     offsets, tokens, weights = [0], [], []
     for row in range(height):
         first_token = 0
@@ -209,7 +209,7 @@ def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
 
 
 def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
-    """``G = A^T x`` with A the B x P matrix of the entries."""
+    """Return ``G = A^T x`` with A the B x P matrix of the entries."""
     rows_N = torch.arange(gradient.height, device=gradient.x_BD.device).repeat_interleave(gradient.offsets.diff())
     A_BP = gradient.x_BD.new_zeros(len(gradient.x_BD), gradient.height)
     A_BP.index_put_((gradient.tokens_N, rows_N), gradient.weights_N, accumulate=True)
@@ -217,7 +217,7 @@ def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
 
 
 def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
-    """``|G|^2``, in float64."""
+    """Return ``|G|^2`` in float64."""
     return gradient_rows(gradient).double().square().sum()
 
 
@@ -228,7 +228,7 @@ def adamw(
     gradient: RowGradient | Float[Tensor, "P D"],
     settings: AdamW,
 ) -> None:
-    """The formula of `AdamW`, in place."""
+    """Apply the formula of `AdamW` in place."""
     grad_PD = gradient_rows(gradient) if isinstance(gradient, RowGradient) else gradient
     grad_PD = grad_PD * settings.grad_scale
     moment = settings.beta1 * moment_PD + (1 - settings.beta1) * grad_PD

@@ -1,10 +1,10 @@
-"""Any request, of any composition: the best of a batch, all above a threshold, orders other than the product's.
+"""All requests for all compositions: top k per token or batch, or above thresholds, for every order.
 
-Plain PyTorch over whatever `kronsae.kernels.autograd` dispatches; where a fast path exists for a request, it is
-taken. What a composition of order ``parents`` needs for pruning to be exact: within a head the largest base meets the
-largest extension in one cell, and no other cell is above it. So the head's bound is not only a bound but attained,
-and the argument for products (this folder's README) holds word for word with the composition in the product's place.
-Nothing here is differentiable except `kronecker_linear_select`, whose values are those of `linear_at`.
+Plain PyTorch on the operations of `kronsae.kernels.autograd`; a fast path is used where one exists for a request.
+Pruning is exact for a composition of order ``parents``: within a head, the cell of the largest base and the largest
+extension has the largest value. The head's bound is therefore attained, and the proof for products (README of this
+folder) holds with the composition in place of the product. Only `kronecker_linear_select` is differentiable; its values
+come from `linear_at`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def kronecker_linear_select(
     requests: Sequence[Request],
     composition: Composition,
 ) -> list[PaddedPairs]:
-    """Several requests of the heads of ``x W^T + b``; the values of the pairs chosen are differentiable.
+    """Answer several requests from the heads of ``x W^T + b``; the values of the selected pairs are differentiable.
 
-    The pre-latents exist chunk by chunk, and of a `BatchChoice` what the best of each chunk are.
+    The pre-latents exist one chunk at a time. For a `BatchChoice` only the best pairs of each chunk are kept.
     """
     plain = [request for request in requests if isinstance(request, Choice)]
     if composition.order == "product" and len(plain) == len(requests):
@@ -68,7 +68,7 @@ def kronecker_linear_select(
 
 @torch.no_grad()
 def select(pre_BHP: Float[Tensor, "B H P"], d_base: int, request: Request, composition: Composition) -> Padded:
-    """The latents that meet one request, and which of them are not padding (None: all)."""
+    """Return the latents that meet one request, and a mask of those that are not padding (None: all)."""
     if isinstance(request, Above):
         operation = choose("kronecker_above", pre_BHP)
         tokens_N, latents_N = operation(pre_BHP, d_base, request.thresholds_F, composition)
@@ -86,7 +86,7 @@ def select(pre_BHP: Float[Tensor, "B H P"], d_base: int, request: Request, compo
 
 
 def topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, choice: Choice, composition: Composition) -> Int[Tensor, "B K"]:
-    """The k largest compositions of each token, of all or of the latents listed."""
+    """Return the k largest compositions of each token, among all or the listed latents."""
     heads, width = pre_BHP.shape[1:]
     cells = d_base * (width - d_base)
     if choice.latents_C is not None:
@@ -109,7 +109,7 @@ def topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, choice: Choice, compositi
 
 
 def batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int, composition: Composition) -> Padded:
-    """The ``total`` largest positive compositions of the batch, from the ``total`` best heads of each chunk."""
+    """Return the ``total`` largest positive compositions of the batch, from the ``total`` best heads of each chunk."""
     heads, width = pre_BHP.shape[1:]
     cells = d_base * (width - d_base)
 
@@ -130,21 +130,21 @@ def batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int, composi
 
 
 def head_bounds(pre_BHP: Float[Tensor, "B H P"], d_base: int, composition: Composition) -> Float[Tensor, "B H"]:
-    """The largest composition in each head: its largest base's with its largest extension."""
+    """Return the largest composition of each head: that of its largest base and its largest extension."""
     return composition.function(*choose("head_maxima", pre_BHP)(pre_BHP, d_base))
 
 
 def _best_of_chunks(
     joined: PaddedPairs, total: int, d_base: int, d_extension: int, composition: Composition
 ) -> PaddedPairs:
-    """Of the best of each chunk, the ``total`` best of all; of equal ones the earlier token, then latent."""
-    assert joined.chosen_BK is not None  # a batch's choice is padded
+    """Select the ``total`` best pairs from the best of each chunk; ties go to the earlier token, then the latent."""
+    assert joined.chosen_BK is not None  # a BatchChoice is always padded
     u_BK, v_BK = joined.pre_BR.chunk(2, dim=1)
     order = composition.order
-    worth_BK = u_BK.relu() * v_BK.relu() if order == "product" else composition.function(u_BK, v_BK)
-    worth_BK = torch.where(joined.chosen_BK, worth_BK, -torch.inf)
+    value_BK = u_BK.relu() * v_BK.relu() if order == "product" else composition.function(u_BK, v_BK)
+    value_BK = torch.where(joined.chosen_BK, value_BK, -torch.inf)
     kept_BK = torch.zeros_like(joined.chosen_BK)
-    kept_BK.view(-1)[worth_BK.flatten().sort(stable=True, descending=True).indices[:total]] = True
+    kept_BK.view(-1)[value_BK.flatten().sort(stable=True, descending=True).indices[:total]] = True
     kept_BK &= joined.chosen_BK
     indices_BK, chosen_BK = pad(kept_BK.nonzero()[:, 0], joined.selection.indices_BK[kept_BK], len(kept_BK))
     selection = parents(indices_BK, d_base, d_extension)
@@ -154,7 +154,7 @@ def _best_of_chunks(
 
 
 def _join(parts: list[PaddedPairs], d_base: int, d_extension: int) -> PaddedPairs:
-    """Chunks one below the other, each padded to the widest with latent 0."""
+    """Concatenate chunks along tokens, each padded with latent 0 to the widest."""
     width = max(part.selection.indices_BK.shape[1] for part in parts)
     if len(parts) == 1:
         return parts[0]

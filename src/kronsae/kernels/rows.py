@@ -1,7 +1,7 @@
-"""Weight gradients kept as what they are: for each weight row, a short list of (token, weight) entries.
+"""Data types for weight gradients stored sparsely: for each weight row, a short list of (token, weight) entries.
 
-``G[p] = sum of w * x[t]`` over the entries (t, w) of row p. The tensor G (F x D for a decoder) need never exist: an
-optimiser sums one row at a time. The data types are here; the loops over them belong to the paths.
+``G[p] = sum of w * x[t]`` over the entries (t, w) of row p. The tensor G (F x D for a decoder) is never needed as a
+whole: an optimiser sums one row at a time. The loops over these types belong to the paths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Term:
-    """One backward pass's share of a weight's gradient: ``G[rows[b, r]] += weights[b, r] * x[b]``."""
+    """Weight gradient of one backward pass: ``G[rows[b, r]] += weights[b, r] * x[b]``."""
 
     weights_BR: Float[Tensor, "B R"]
     rows_BR: Int[Tensor, "B R"]
@@ -23,7 +23,7 @@ class Term:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """Entries grouped by weight row: those of row p are ``offsets[p]`` to ``offsets[p + 1]``, in order of token.
+    """Entries grouped by weight row: row p has entries ``offsets[p]`` to ``offsets[p + 1]``, in order of token.
 
     Entries of weight 0 are left out, so a row with ``offsets[p] == offsets[p + 1]`` has no gradient.
     """
@@ -35,23 +35,23 @@ class RowGradient:
 
     @property
     def height(self) -> int:
-        """P, rows of the weight."""
+        """P, number of rows of the weight."""
         return len(self.offsets) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """One step of Adam with decoupled weight decay (Loshchilov & Hutter 2019), in `torch.optim.AdamW`'s order.
+    """Settings of one step of Adam with decoupled weight decay (Loshchilov & Hutter 2019), ordered as in torch.
 
-    For each row, with its gradient g already multiplied by ``grad_scale`` and t = ``step`` counted from 1:
+    For each row, with gradient g already multiplied by ``grad_scale`` and t = ``step`` counted from 1:
 
     - ``m = beta1 m + (1 - beta1) g``; ``v = beta2 v + (1 - beta2) g^2``;
     - ``w = w (1 - lr weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)``;
     - with ``unit_norm``, ``w = w / |w|``.
 
     Args:
-        only_touched: leave rows without gradient wholly alone (weight and both moments): not Adam, but
-            work proportional to the rows touched. Off by default.
+        only_touched: do not update rows without a gradient (weight and both moments). This is not Adam, but the work
+            is proportional to the rows with a gradient. Off by default.
     """
 
     lr: float
@@ -66,7 +66,7 @@ class AdamW:
 
     @property
     def decay(self) -> float:
-        """Factor on the weight before the step."""
+        """Factor on the weight before the step: ``1 - lr weight_decay``."""
         return 1 - self.lr * self.weight_decay
 
     @property

@@ -1,4 +1,4 @@
-"""What can be asked of latents, what a selection returns, and the arithmetic between a latent and its two parents."""
+"""Requests for latents, results of selections, and the index arithmetic between a latent and its two parents."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class KroneckerSelection(NamedTuple):
-    """K chosen latents per token and the two pre-latents each is composed of.
+    """K selected latents per token, with the rows of their two parents.
 
-    ``rows`` number the H*(M+N) pre-latents, heads one after another, bases before extensions within a head.
+    Rows index the H*(M+N) pre-latents, head by head, with bases before extensions within a head.
     """
 
     indices_BK: Int[Tensor, "B K"]
@@ -22,27 +22,27 @@ class KroneckerSelection(NamedTuple):
 
 
 class BatchSelection(NamedTuple):
-    """The chosen latents of a batch: K is the largest number any token got, ``chosen`` marks what is not padding."""
+    """Selected latents of a batch. K is the largest number of any token; ``chosen`` is False for padding."""
 
     selection: KroneckerSelection
     chosen_BK: Bool[Tensor, "B K"]
 
 
 class Choice(NamedTuple):
-    """A request for the ``k`` largest latents per token, of all or (``latents_C``) of the ones listed."""
+    """Request for the ``k`` largest latents per token, among all or among the listed ``latents_C``."""
 
     k: int
     latents_C: Int[Tensor, " C"] | None = None
 
 
 class BatchChoice(NamedTuple):
-    """A request for the ``total`` largest positive latents of the whole batch (BatchTopK)."""
+    """Request for the ``total`` largest positive latents of the whole batch (BatchTopK)."""
 
     total: int
 
 
 class Above(NamedTuple):
-    """A request for every positive latent above a threshold of its own (JumpReLU)."""
+    """Request for every positive latent above its own threshold (JumpReLU)."""
 
     thresholds_F: Float[Tensor, " F"]
 
@@ -52,15 +52,15 @@ Order = Literal["product", "parents", "none"]
 
 
 class Composition(NamedTuple):
-    """How a base and an extension compose, and by what the result is ordered.
+    """How a base and an extension compose, and what orders the result.
 
-    - ``product``: it rises with ``relu(u) relu(v)``, so the selections by product are its selections;
-    - ``parents``: it rises with u and with v and is at most 0 unless both are positive, so a head's largest value is
-      that of its largest base and its largest extension, and pruning by head stays exact;
-    - ``none``: neither; all of a token's latents are computed.
+    - ``product``: increases with ``relu(u) relu(v)``, so a selection by product is a selection by the composition;
+    - ``parents``: increases with u and with v and is at most 0 unless both are positive. A head's largest value is then
+      that of its largest base and its largest extension, and pruning by head is exact;
+    - ``none``: neither; all latents of a token are computed.
 
-    Of order ``product``, ``least_product(theta)`` may say below which product of the parents no composition is above
-    theta, however it is rounded; what it lets through in excess costs time only.
+    For order ``product``, ``least_product(theta)`` may give a lower bound: if the product of the parents is below it,
+    the composition is not above theta, rounding included. A bound that is too low costs only time.
     """
 
     order: Order
@@ -69,7 +69,7 @@ class Composition(NamedTuple):
 
 
 class ChosenPairs(NamedTuple):
-    """A selection with its parents' values: ``pre[:, :K]`` are the bases' u, ``pre[:, K:]`` the extensions' v."""
+    """A selection with its parents' values: ``pre[:, :K]`` holds u of the bases, ``pre[:, K:]`` v of the extensions."""
 
     selection: KroneckerSelection
     rows_BR: Int[Tensor, "B R"]
@@ -77,7 +77,7 @@ class ChosenPairs(NamedTuple):
 
 
 class PaddedPairs(NamedTuple):
-    """`ChosenPairs` of any request; ``chosen`` marks what is not padding, None: all of it was chosen."""
+    """`ChosenPairs` for any request; ``chosen`` is False for padding. None: there is no padding."""
 
     selection: KroneckerSelection
     rows_BR: Int[Tensor, "B R"]
@@ -86,7 +86,7 @@ class PaddedPairs(NamedTuple):
 
 
 def parents(indices_BK: Int[Tensor, "... K"], d_base: int, d_extension: int) -> KroneckerSelection:
-    """Invert ``index = h*M*N + i*N + j``: base row ``h*(M+N) + i``, extension row ``h*(M+N) + M + j``."""
+    """Return the parents' rows for ``index = h*M*N + i*N + j``: base ``h*(M+N) + i``, extension ``h*(M+N) + M + j``."""
     head = indices_BK // (d_base * d_extension)
     cell = indices_BK - head * (d_base * d_extension)
     base = cell // d_extension
@@ -97,9 +97,9 @@ def parents(indices_BK: Int[Tensor, "... K"], d_base: int, d_extension: int) -> 
 def pad(
     tokens_N: Int[Tensor, " N"], latents_N: Int[Tensor, " N"], tokens: int
 ) -> tuple[Int[Tensor, "B K"], Bool[Tensor, "B K"]]:
-    """Lay out (token, latent) pairs, tokens ascending, as one row per token and mark what is not padding.
+    """Lay out (token, latent) pairs, tokens ascending, as one row per token; also return a mask of the pairs.
 
-    K is the largest number any token has, at least 1; padding is latent 0.
+    K is the largest number of latents of any token, at least 1. Padding is latent 0.
     """
     counts_B = torch.bincount(tokens_N, minlength=tokens)
     place_N = torch.arange(len(tokens_N), device=tokens_N.device) - (counts_B.cumsum(0) - counts_B)[tokens_N]
