@@ -38,7 +38,7 @@ BAD_SAES = {
     "topk d_sae=8 k=9": "k must be at most d_sae; got k=9 with d_sae=8. Lower k or widen.",
     "topk d_sea=8 k=2": "'d_sea' is not an argument of topk. Did you mean 'd_sae'? In 'topk d_sea=8 k=2'.",
     "topk d_sae=8 k='2": "--sae must have its quotes in pairs; got 'topk d_sae=8 k='2' (No closing quotation).",
-    "topk d_sae=8 k=2 name=a/b": "name must be letters, digits, '.', '_' or '-', since it names a folder; got 'a/b'.",
+    "topk d_sae=8 k=2 name=a/b": "name must be letters, digits, '.', '_' or '-', because it names a folder; got 'a/b'.",
     "topk d_sae=8 k=2 lr=Infinity": "optimizer.lr must be finite; got inf.",
     "topk d_sae=8 k=2 lr=-1": "optimizer.lr must be above 0; got -1.0.",
     "topk d_sae=8 k=2 seed=1.5": "seed must be int; got 1.5.",
@@ -91,7 +91,7 @@ class TestBadInput:
                 ["--tokens", "63"],
                 r"^tokens must be at least one batch; got tokens=63 with batch_tokens=64. Ask for more",
             ),
-            (["--flops", "1e9"], r"^give the budget as tokens or as flops, one of them; got tokens=256, flops=1"),
+            (["--flops", "1e9"], r"^the budget must be either tokens or flops; got tokens=256, flops=1"),
             (
                 ["--same-flops-as", "korn"],
                 r"^same_flops_as must name an SAE of the run: kron; got 'korn'.$",
@@ -111,7 +111,7 @@ class TestBadInput:
                 ["--text", "/no/such.txt"],
                 r"^text: a path must exist; there is no '/no/such.txt'. Check it, or name a Hub",
             ),
-            (["--wandb", "project"], r"^wandb was asked for but is not installed; install it with: pip install 'krons"),
+            (["--wandb", "project"], r"^wandb must be installed to log to it. Install it with: pip install 'krons"),
             (["--sae", "topk d_sae=8 k=2 name=kron"], r"^saes must have different names; got kron, kron. Give name="),
             (["--recipe", "tny"], r"^recipe must be one of quickstart, tiny, .*; got 'tny'. Did you mean 'tiny'\?$"),
             (["--recipe", "tiny", "--config", "x"], r"^give --recipe or --config, not both.$"),
@@ -192,7 +192,7 @@ class TestBadInput:
         for out, sentence in (
             (tmp_path, "out must be a new or empty folder or a run; "),
             (tmp_path / "mine", "out must be a folder; "),
-            (tmp_path / "mine" / "r", "out must be a folder that can be made; "),
+            (tmp_path / "mine" / "r", "out must be a folder that can be created; "),
         ):
             told = kronsae(*base, "--sae", KRON, "--out", out)
             assert told.status == 2

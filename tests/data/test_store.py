@@ -115,7 +115,9 @@ def test_only_a_new_or_empty_folder_is_written_to(folder: Path, tmp_path: Path) 
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"^out must be a folder; .*file is a file\. Name another one\.$"):
         write_activations(activations(), tmp_path / "file", tokens=10)
-    with pytest.raises(UserError, match=r"^out must be a folder that can be made; .*file/acts can not, in .*file\."):
+    with pytest.raises(
+        UserError, match=r"^out must be a folder that can be created; .*file/acts cannot be created in .*file\."
+    ):
         write_activations(activations(), tmp_path / "file" / "acts", tokens=10)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -161,7 +161,7 @@ class TestTheFolder:
         with pytest.raises(UserError, match=rf"^out must be a folder; {path} is a file. Name another one.$"):
             go(config, path)
         with pytest.raises(
-            UserError, match=rf"^out must be a folder that can be made; {path}/x/y can not, in {path}\."
+            UserError, match=rf"^out must be a folder that can be created; {path}/x/y cannot be created in {path}\."
         ):
             go(config, path / "x" / "y")
         assert path.read_text() == "mine"
@@ -189,7 +189,7 @@ class TestTheFolder:
 
     def test_another_process_is_at_work_in_it(self, finished_run: Run, config: RunConfig, tmp_path: Path) -> None:
         with only_writer(tmp_path / "r"):
-            with pytest.raises(UserError, match=rf"another kronsae is at work in {tmp_path / 'r'}\."):
+            with pytest.raises(UserError, match=rf"another kronsae process is writing to {tmp_path / 'r'}\."):
                 go(config, tmp_path / "r")
             assert listing(tmp_path / "r") == [".lock"]
         with only_writer(finished_run.folder):
@@ -224,7 +224,7 @@ class TestTheFolder:
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in asked else find(name, *a))
         with pytest.raises(
-            UserError, match=r"was asked for but is not installed; install it with: pip install 'kronsae\["
+            UserError, match=r"must be installed to log to it\. Install it with: pip install 'kronsae\["
         ):
             go(config, tmp_path / "r", **asked)
         assert not (tmp_path / "r").exists()
@@ -345,7 +345,7 @@ class TestHarvested:
             ({"context_length": 1.5}, r"^context_length must be a whole number above 0; got 1.5.$"),
             ({"model_batch": 0}, r"^model_batch must be a whole number above 0; got 0.$"),
             ({"dtype": "flaot32"}, r"^dtype must be one of .*; got 'flaot32'. Did you mean 'float32'\?$"),
-            ({"out": Path(os.devnull) / "x"}, rf"^out must be a folder that can be made; {os.devnull}/x can not"),
+            ({"out": Path(os.devnull) / "x"}, rf"^out must be a folder that can be created; {os.devnull}/x cannot"),
             ({"out": Path(__file__)}, r"^out must be a folder; .*test_run.py is a file. Name another one.$"),
             ({"out": Path(__file__).parent}, r"^out must be a new or empty folder; .*tests holds other files."),
             ({"text": TextConfig(split=cast("Any", 3))}, r"^text.split must be str; got 3.$"),

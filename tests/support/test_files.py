@@ -136,8 +136,8 @@ class TestOnlyWriter:
             with pytest.raises(UserError) as caught, only_writer(folder):
                 pass
             assert str(caught.value) == (
-                f"out must be a folder that nobody else writes to; another kronsae is at work in {folder}. "
-                "Wait for its end, or name another one."
+                f"out must be a folder without another writer; another kronsae process is writing to {folder}. "
+                "Wait until it ends, or name another folder."
             )
             (folder / "kept").touch()
         assert names(folder) == ["kept"]

@@ -58,13 +58,16 @@ def test_a_large_budget_is_exact() -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "give the budget as tokens or as flops, one of them; got tokens=None, flops=None."),
-        ({"tokens": 16, "flops": 1e9}, "give the budget as tokens or as flops, one of them; got tokens=16, flops=1000"),
-        ({"flops": 1e9, "same_flops_as": "topk"}, "same_flops_as goes with tokens, those of the SAE that it names; go"),
+        ({}, "the budget must be either tokens or flops; got tokens=None, flops=None."),
+        ({"tokens": 16, "flops": 1e9}, "the budget must be either tokens or flops; got tokens=16, flops=1000"),
+        (
+            {"flops": 1e9, "same_flops_as": "topk"},
+            "same_flops_as must be used with tokens, the budget of the SAE that it n",
+        ),
         ({"flops": -1.0}, "flops must be above 0; got -1.0."),
         (
             {"flops": 25_000.0},
-            "the budget must give every SAE a batch; 2.5e+04 FLOPs are less than one of batch_tokens=",
+            "the budget must give every SAE at least one batch; got 2.5e+04 FLOPs, but one of batch_tokens=",
         ),
         ({"tokens": 64, "same_flops_as": "tpok"}, "same_flops_as must name an SAE of the run: topk, kron; got 'tpok'."),
     ],
@@ -76,7 +79,9 @@ def test_a_budget_that_cannot_work(budget: dict[str, Any], message: str) -> None
 
 
 def test_a_budget_in_flops_has_no_steps_of_its_own() -> None:
-    with pytest.raises(UserError, match="ask member_steps"):
+    with pytest.raises(
+        UserError, match=r"^steps differ between SAEs for a budget in flops; call member_steps instead\.$"
+    ):
         _ = LoopConfig(flops=1e9).steps
 
 

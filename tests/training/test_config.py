@@ -66,11 +66,11 @@ def test_without_warm_up_the_first_rate_is_the_peak() -> None:
         ),
         (
             lambda: member(name="../x"),
-            "name must be letters, digits, '.', '_' or '-', since it names a folder; got '../x'.",
+            "name must be letters, digits, '.', '_' or '-', because it names a folder; got '../x'.",
         ),
         (
             lambda: member(name=".."),
-            "name must be letters, digits, '.', '_' or '-', since it names a folder; got '..'.",
+            "name must be letters, digits, '.', '_' or '-', because it names a folder; got '..'.",
         ),
         (lambda: member(seed=-1), "seed must be from 0 to 2**63 - 1; got -1."),
         (
@@ -79,8 +79,8 @@ def test_without_warm_up_the_first_rate_is_the_peak() -> None:
         ),
         (
             lambda: member(sparsity=SparsityConfig(coefficient=0.5)),
-            "sparsity is for the sparsifier 'jumprelu'; got SparsityConfig(coefficient=0.5, warmup_share=0.1, "
-            "threshold_lr_scale=10.0) with 'topk' in 'a'. Leave it out.",
+            "sparsity must be used with the sparsifier 'jumprelu'; got SparsityConfig(coefficient=0.5, "
+            "warmup_share=0.1, threshold_lr_scale=10.0) with 'topk' in 'a'. Leave it out.",
         ),
         (lambda: LoopConfig(tokens=0), "tokens must be a whole number above 0; got 0."),
         (lambda: LoopConfig(tokens=1e6), "tokens must be a whole number above 0; got 1000000.0."),  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ def test_what_is_not_installed_is_told_with_the_remedy(package: str, monkeypatch
     with pytest.raises(UserError) as caught:
         require(package)
     assert str(caught.value) == (
-        f"{package} was asked for but is not installed; install it with: pip install 'kronsae[{package}]'"
+        f"{package} must be installed to log to it. Install it with: pip install 'kronsae[{package}]'"
     )
 
 

@@ -45,7 +45,7 @@ def test_round_trip(member: Member, tmp_path: Path) -> None:
 def test_no_checkpoint(tmp_path: Path) -> None:
     assert load_progress(tmp_path) is None
     assert load_progress(tmp_path / "nowhere") is None
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match=r"^the checkpoint folder must hold a checkpoint; .* holds none"):
         load_members(tmp_path, [])
 
 

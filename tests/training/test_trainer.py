@@ -131,7 +131,7 @@ def test_nothing_is_left_to_do() -> None:
 
 
 def test_a_stream_that_ends_early_is_told() -> None:
-    message = "^the activations ended after 32 tokens; 48 were asked for. Ask for fewer tokens or give more text.$"
+    message = "^the stream must hold 48 tokens; it ended after 32. Train on fewer tokens or give more text.$"
     with pytest.raises(UserError, match=message):
         fit(members(3), stream(last=2), loop(3))
 

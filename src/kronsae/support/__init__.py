@@ -1,1 +1,1 @@
-"""Small modules without a room's knowledge, which every room may import."""
+"""Small modules that every room may import and that import no room."""

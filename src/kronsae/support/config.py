@@ -1,8 +1,8 @@
-"""Configs are frozen dataclasses; this module turns them into JSON and back, strictly.
+"""Strict conversion between configs (frozen dataclasses) and JSON.
 
-A dataclass that stands in a union carries a ``kind: ClassVar[str]``, written beside its fields, so that reading
-knows which one is meant. An unknown key, a missing key or a value of the wrong type raises `UserError` and
-names the key, its place and the nearest known one: nothing given is dropped in silence.
+A dataclass in a union has a ``kind: ClassVar[str]``, which is written with its fields and selects the class on reading.
+An unknown key, a missing key or a value of the wrong type raises `UserError` with the key, its place and the nearest
+known key. Nothing is ignored silently.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ C = TypeVar("C")
 
 
 def to_dict(config: Any, *, derived: bool = True) -> dict[str, Any]:
-    """Return ``config`` (a dataclass, nested ones included) as plain JSON values.
+    """Return ``config`` (a dataclass, possibly nested) as plain JSON values.
 
     Args:
         config: the dataclass.
-        derived: also what follows from the other fields (``field(init=False)``, such as a Kronecker encoder's d_sae).
-            It is there for readers; without it the others can be changed one by one.
+        derived: whether to include fields computed from others (``field(init=False)``, such as a Kronecker encoder's
+            d_sae). They help readers; without them, single fields can be changed.
     """
     tag = {"kind": config.kind} if hasattr(config, "kind") else {}
     fields = [field.name for field in dataclasses.fields(config) if derived or field.init]
@@ -32,10 +32,10 @@ def to_dict(config: Any, *, derived: bool = True) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
-    """Build ``cls`` from what `to_dict` wrote; ``where`` names the place in messages.
+    """Build ``cls`` from the output of `to_dict`; ``where`` names the place in messages.
 
     Raises:
-        UserError: not a mapping, unknown or missing key, wrong type, or whatever ``cls`` itself refuses.
+        UserError: not a mapping, unknown or missing key, wrong type, or a value that ``cls`` itself refuses.
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where} must be a mapping of {cls.__name__} fields; got {data!r}.")
@@ -59,7 +59,7 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Return ``"place: old -> new"`` for each leaf in which two results of `to_dict` differ."""
+    """Return ``"place: old -> new"`` for each leaf in which two outputs of `to_dict` differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
@@ -81,10 +81,10 @@ def _plain(value: Any, derived: bool) -> Any:
 
 
 def checked(hint: Any, value: Any, where: str) -> Any:
-    """Return ``value``, read from JSON, as the type ``hint`` asks for; ``where`` names the place in messages.
+    """Return ``value``, read from JSON, as the type ``hint``; ``where`` names the place in messages.
 
     Raises:
-        UserError: it is of another type, or nested in it is something that `from_dict` refuses.
+        UserError: it has another type, or `from_dict` refuses a nested value.
     """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):

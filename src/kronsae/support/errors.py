@@ -1,4 +1,4 @@
-"""Errors meant for a person: one sentence that names the argument, the rule, the value and the remedy."""
+"""Errors for users: argument, rule, value and remedy in one or two sentences."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the caller gave cannot be used.
+    """The caller gave something that cannot be used.
 
-    The message is one sentence: argument, rule, value, remedy. The command line prints it without a
-    traceback and exits with `exit_status`.
+    The message gives argument, rule, value and remedy. The command line prints it without a traceback and exits with
+    `exit_status`.
     """
 
     exit_status = 2

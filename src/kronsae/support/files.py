@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees either the old one or the new one, and so that no two write to one folder."""
+"""Atomic writing of files, so that a reader sees the old or the new one, and a lock for one writer per folder."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ LOCK_FILE = ".lock"
 
 
 def check_folder_place(folder: Path, argument: str = "out") -> None:
-    """Refuse a path at which no folder can be made or written to; what the folder holds is not looked at."""
+    """Raise if no folder can be created or written to at this path; its content is not checked."""
     if folder.is_dir():
         if not os.access(folder, os.W_OK):
-            raise UserError(f"{argument} must be a folder that can be written to; {folder} can not. Name another one.")
+            raise UserError(f"{argument} must be a writable folder; {folder} is not. Name another one.")
     elif folder.exists():
         raise UserError(f"{argument} must be a folder; {folder} is a file. Name another one.")
     else:
         above = next(path for path in folder.absolute().parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(
-                f"{argument} must be a folder that can be made; {folder} can not, in {above}. Name another."
+                f"{argument} must be a folder that can be created; {folder} cannot be created in {above}. "
+                "Name another one."
             )
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is flushed to disk and takes ``path``'s place."""
+    """Yield a temporary path beside ``path``; on success it is flushed to disk and replaces ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -58,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_marked(path: Path, start: str, end: str, text: str) -> None:
-    """Put ``text`` in the place of what stands between two marks of a text file; all else stays.
+    """Replace the text between two marks of a text file; everything else stays.
 
     Raises:
         UserError: a mark is missing.
@@ -66,17 +67,17 @@ def write_marked(path: Path, start: str, end: str, text: str) -> None:
     before, found_start, rest = path.read_text(encoding="utf-8").partition(start)
     _, found_end, after = rest.partition(end)
     if not (found_start and found_end):
-        raise UserError(f"{path} must hold the marks '{start}' and '{end}', one after the other. Put them back.")
+        raise UserError(f"{path} must hold the marks '{start}' and '{end}', in this order. Put them back.")
     write_text(path, f"{before}{start}\n{text}\n{end}{after}")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` atomically as indented JSON; NaN and Inf are refused, since JSON has neither."""
+    """Write ``value`` atomically as indented JSON; NaN and infinity raise, because JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows that share their keys atomically, under a heading of these keys."""
+    """Write rows with the same keys atomically as CSV; the keys are the header."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -91,7 +92,7 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read JSON; a missing or damaged file is a `UserError` that says ``what`` the file was for."""
+    """Read JSON; a missing or damaged file raises `UserError`, where ``what`` says what the file is."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -102,13 +103,13 @@ def read_json(path: Path, what: str) -> Any:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make the folder if need be, and be the only one inside this for it until the end.
+    """Create the folder if needed and lock it for one writer until the end of the block.
 
-    The end of a process, however it comes, ends its hold. What was made and holds nothing at the end is removed. Where
-    the system has no locks (Windows, some network drives), nobody is kept out.
+    The lock ends with the process, however it ends. Folders that were created and are empty at the end are removed.
+    If the system has no locks (Windows, some network drives), other writers are not blocked.
 
     Raises:
-        UserError: another one is inside.
+        UserError: another process holds the lock.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     handle = _lock(folder / LOCK_FILE)
@@ -125,7 +126,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int | None:
-    """An open file with the lock; None where there are no locks."""
+    """Return an open file with the lock; None if the system has no locks."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         if sys.platform == "win32":
@@ -134,24 +135,24 @@ def _lock(path: Path) -> int | None:
 
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the folder was removed again by the one who was inside
+        except FileNotFoundError:  # the previous holder removed the folder again
             continue
-        except PermissionError:  # left behind by another person
+        except PermissionError:  # the lock file belongs to another user
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             raise UserError(
-                f"out must be a folder that nobody else writes to; another kronsae is at work in {path.parent}. "
-                "Wait for its end, or name another one."
+                f"out must be a folder without another writer; another kronsae process is writing to {path.parent}. "
+                "Wait until it ends, or name another folder."
             ) from None
         except OSError:
             os.close(handle)
             return None
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             return handle
-        os.close(handle)  # of a file that was removed between opening and locking
+        os.close(handle)  # the file was removed between opening and locking
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""How far some work has come, on stderr: a bar on a terminal, gone when done; elsewhere a line now and then."""
+"""Progress on stderr: a transient bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ Progress = Callable[[int, int], None]
 """Called with ``(done, total)``."""
 
 PLAIN_SECONDS = 10.0
-"""Between lines where the output is no terminal."""
+"""Seconds between lines if the output is not a terminal."""
 
-TOLD_FROM = 0.02
-"""Of the work, the share from which on the rate says something about the rest: beginnings are slow."""
+SHOW_REST_FROM = 0.02
+"""Share of the work from which on the time left is shown: the rate of the beginning is too low."""
 
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Yield ``report(done, total)``, which moves the bar; work of several stages begins anew with each.
+    """Yield ``report(done, total)``, which updates the bar; work in several stages restarts the bar for each.
 
     Args:
         what: one word for the work, shown before the bar.
-        quiet: show nothing.
+        quiet: whether to show nothing.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield _nothing if quiet else _lines(what)
+        yield _report_nothing if quiet else _line_reporter(what)
         return
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
@@ -39,35 +39,35 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, i
 
 
 def progress_of_part(progress: Progress | None, number: int, parts: int) -> Progress | None:
-    """Return the progress of part ``number`` (from 0) of so many equal parts, reported as progress of the whole."""
+    """Return a reporter for part ``number`` (from 0) of ``parts`` equal parts, which reports progress of the whole."""
     return None if progress is None else lambda done, total: progress(number * total + done, parts * total)
 
 
 def progress_after(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return the progress of a stage that starts when ``before`` of ``total`` is done."""
+    """Return a reporter for a stage that starts when ``before`` of ``total`` is done."""
     return None if progress is None else lambda done, _: progress(before + done, total)
 
 
-def _nothing(done: int, total: int) -> None:
-    """Nothing is shown."""
+def _report_nothing(done: int, total: int) -> None:
+    """Show nothing."""
 
 
-def _lines(what: str) -> Callable[[int, int], None]:
-    """Says ``evaluating: 40%, about 30 s left``, at most every `PLAIN_SECONDS`; of short work nothing."""
-    started = said = monotonic()
+def _line_reporter(what: str) -> Callable[[int, int], None]:
+    """Return a reporter that prints ``evaluating: 40%, about 30 s left`` at most every `PLAIN_SECONDS` seconds."""
+    started = printed_at = monotonic()
     first = last = 0
 
     def report(done: int, total: int) -> None:
-        nonlocal started, said, first, last
+        nonlocal started, printed_at, first, last
         now = monotonic()
-        if done < last:  # a new stage, under way since about now
+        if done < last:  # a new stage, which has just started
             started, first = now, done
         last = done
-        if now - said >= PLAIN_SECONDS and 0 < done < total:
-            said = now
+        if now - printed_at >= PLAIN_SECONDS and 0 < done < total:
+            printed_at = now
             share = done / total
-            told = share >= TOLD_FROM and done > first
-            left = f", about {(now - started) * (total - done) / (done - first):.0f} s left" if told else ""
+            show_rest = share >= SHOW_REST_FROM and done > first
+            left = f", about {(now - started) * (total - done) / (done - first):.0f} s left" if show_rest else ""
             sys.stderr.write(f"{what}: {share:.0%}{left}\n")
             sys.stderr.flush()
 

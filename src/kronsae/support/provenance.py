@@ -1,4 +1,4 @@
-"""What a measured figure depends on besides the code: machine, versions, commit. Kept beside every result."""
+"""Provenance of measured figures: machine, versions and commit, stored with every result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
 def provenance() -> dict[str, Any]:
-    """Machine (processor, cores, memory), versions, commit (``-dirty`` where files were changed), date."""
+    """Return machine (processor, cores, memory), versions, commit (``-dirty`` if files were changed) and date."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": processor(),
@@ -40,7 +40,7 @@ def provenance() -> dict[str, Any]:
 
 
 def provenance_columns(seed: int) -> dict[str, str | int]:
-    """The same in few columns, for the end of each row of a table; ``threads`` are those torch uses now."""
+    """Return `provenance` as a few columns for each row of a table; ``threads`` is the number that torch uses now."""
     import torch
 
     about = provenance()
@@ -57,18 +57,18 @@ def provenance_columns(seed: int) -> dict[str, str | int]:
 
 
 def processor() -> str:
-    """The processor's model name, as far as the system tells it."""
-    return _of_processor("model name") or platform.processor() or platform.machine()
+    """Return the processor's model name, as far as the system reports it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def instruction_sets() -> list[str]:
-    """Those of `INSTRUCTION_SETS` that the processor has, as far as the system tells it."""
-    has = _of_processor("flags").split()
+    """Return those of `INSTRUCTION_SETS` that the processor has, as far as the system reports them."""
+    has = _cpuinfo("flags").split()
     return [name for name in INSTRUCTION_SETS if name in has]
 
 
 def commit() -> str | None:
-    """The commit of the checkout, ``-dirty`` where the package's own files differ from it; None outside a checkout."""
+    """Return the commit of the checkout, ``-dirty`` if files of the package were changed; None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -82,7 +82,7 @@ def commit() -> str | None:
         return None
 
 
-def _of_processor(key: str) -> str:
+def _cpuinfo(key: str) -> str:
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else []:
         name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""What the machine has left: memory and disk."""
+"""Free memory and disk space of the machine."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-"""Where a container's limit and use are told, newer form first; ``memory.stat`` beside them says what the use is of."""
+"""Files with a container's memory limit and use, newer form first; ``memory.stat`` beside them details the use."""
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that new allocations may take, within a container's limit; None where the system does not tell."""
+    """Return the memory available to new allocations, within a container's limit; None if it is not reported."""
     found = [_meminfo(Path("/proc/meminfo"))]
     found += [_below_limit(Path(limit), Path(used)) for limit, used in CGROUP_FILES]
     return min((value for value in found if value is not None), default=None)
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """Space left where ``folder`` is, or will be made."""
+    """Return the free disk space at ``folder``, which need not exist yet."""
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(above).free
 
 
 def size_bytes(folder: Path) -> int:
-    """What the files in a folder take up; 0 where there is none."""
+    """Return the total size of the files in a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_disk(folder: Path, needed_bytes: int, what: str, remedy: str) -> None:
-    """Refuse to write more than fits."""
+    """Raise if more would be written than fits on the disk."""
     if needed_bytes > (free := free_disk_bytes(folder)):
         raise UserError(
             f"{what} must fit on the disk; about {in_bytes(needed_bytes)} are needed at {folder} and {in_bytes(free)} "
@@ -42,7 +42,7 @@ def check_disk(folder: Path, needed_bytes: int, what: str, remedy: str) -> None:
 
 
 def in_bytes(count: float) -> str:
-    """A number of bytes in short: ``1.5 GB`` (a GB being 2^30 bytes)."""
+    """Format a number of bytes: ``1.5 GB`` (1 GB is 2^30 bytes)."""
     for size, unit in ((2**40, "TB"), (2**30, "GB"), (2**20, "MB")):
         if count >= size:
             return f"{count / size:,.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
@@ -67,12 +67,12 @@ def _below_limit(limit: Path, used: Path) -> int | None:
 
 
 def _cached_files(stat: Path) -> int:
-    """Bytes of files that the kernel keeps in memory and lets go for an allocation: counted as used, but free.
+    """Return the bytes of the kernel's file cache, which are counted as used but freed for allocations.
 
-    After reading a few shards of activations these are most of what a container "uses".
+    After a few shards of activations were read, these are most of what a container "uses".
     """
     if not stat.exists():
         return 0
-    told = dict(line.split()[:2] for line in stat.read_text(encoding="utf-8").splitlines())
-    whole = "total_" if "total_inactive_file" in told else ""  # the older form: with the groups below
-    return sum(int(told.get(f"{whole}{kind}_file", 0)) for kind in ("active", "inactive"))
+    counters = dict(line.split()[:2] for line in stat.read_text(encoding="utf-8").splitlines())
+    prefix = "total_" if "total_inactive_file" in counters else ""  # the older form; it includes nested groups
+    return sum(int(counters.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))

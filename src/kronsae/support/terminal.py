@@ -1,4 +1,4 @@
-"""How every verb talks: options that all share, figures on stdout, everything else on stderr, one sentence of error."""
+"""Input and output shared by all verbs: common options, figures on stdout, all else on stderr, short errors."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, made by `kronsae train`.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])
-"""What wrong words raise: a class of Click, or of the copy of it that newer releases of Typer bring along."""
+"""Base class of command-line errors: from Click, or from the copy of Click in newer releases of Typer."""
 
 
 def run_app(app: typer.Typer, name: str, words: Sequence[str] | None = None) -> None:
-    """Carry out a command line; wrong words raise a `UserError` of one sentence, as everything else that is wrong.
+    """Run a command line; an invalid one raises a one-sentence `UserError`, like every other user error.
 
     Args:
         app: the verbs.
-        name: what its help calls it.
-        words: of the command line; None: the process's own.
+        name: name of the program in its help.
+        words: arguments; None: those of the process.
     """
     try:
         status = app(words, prog_name=name, standalone_mode=False)
     except USAGE_ERROR as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # nothing was given: then the help is the answer
+        if type(error).__name__ == "NoArgsIsHelpError":  # no arguments: show the help
             cast(Any, error).show()
             sys.exit(2)
-        raise UserError(_in_a_sentence(error, name, sys.argv[1:] if words is None else words)) from None
+        raise UserError(_describe_error(error, name, sys.argv[1:] if words is None else words)) from None
     if isinstance(status, int) and status:
         sys.exit(status)
 
 
-def _in_a_sentence(error: Any, name: str, words: Sequence[str]) -> str:
-    """What is wrong, the nearest option that is known or the value that was given, and where all options are listed."""
+def _describe_error(error: Any, name: str, words: Sequence[str]) -> str:
+    """Return the problem in one sentence, with the nearest known option or the given value, and where to find help."""
     path = name if error.ctx is None else error.ctx.command_path
     wrong = getattr(error, "option_name", None)
     said = " ".join(error.format_message().split()).rstrip(".")
@@ -59,35 +59,35 @@ def _in_a_sentence(error: Any, name: str, words: Sequence[str]) -> str:
 
 
 def print_json(value: Any) -> None:
-    """The figures, as JSON on stdout."""
+    """Print figures as JSON on stdout."""
     print(json.dumps(value, indent=2))
 
 
 def print_table(table: RichTable, width: int = 200) -> None:
-    """A rich table on stdout; of about ``width`` columns where nobody looks at a terminal.
+    """Print a rich table on stdout, about ``width`` columns wide if stdout is not a terminal.
 
-    No figure is cut off: a table too wide for the terminal is turned, figures downwards and SAEs across; where that is
-    too wide as well, its lines are as long as they are.
+    No figure is cut off. A table too wide for the terminal is transposed: figures as rows, SAEs as columns. If that is
+    too wide as well, the lines are longer than the terminal.
     """
     from rich.console import Console
     from rich.measure import Measurement
 
     console = Console(width=None if sys.stdout.isatty() else width)
-    if not table.show_header:  # running text, to be wrapped
+    if not table.show_header:  # running text, which may wrap
         console.print(table)
         return
-    everything = console.options.update(max_width=10_000)
+    unlimited = console.options.update(max_width=10_000)
 
-    def wide(one: RichTable) -> int:
-        return Measurement.get(console, everything, one).maximum
+    def full_width(one: RichTable) -> int:
+        return Measurement.get(console, unlimited, one).maximum
 
-    if wide(table) > console.width and wide(turned := _turned(table)) <= console.width:
+    if full_width(table) > console.width and full_width(turned := _transpose(table)) <= console.width:
         table = turned
-    Console(width=max(console.width, wide(table))).print(table)
+    Console(width=max(console.width, full_width(table))).print(table)
 
 
-def _turned(table: RichTable) -> RichTable:
-    """Columns as rows; the first column gives the headings."""
+def _transpose(table: RichTable) -> RichTable:
+    """Return the table with columns as rows; the first column becomes the header."""
     from rich.table import Table as RichTable
 
     first, *others = table.columns
@@ -100,10 +100,10 @@ def _turned(table: RichTable) -> RichTable:
 
 
 def say(line: str) -> None:
-    """A line for the person, on stderr."""
+    """Print a line on stderr, for the user."""
     print(line, file=sys.stderr)
 
 
 def what_now(*commands: str) -> None:
-    """What one does next, on stderr."""
+    """Print the next commands to run on stderr."""
     say("What now? " + "; ".join(commands))

@@ -1,1 +1,1 @@
-"""Training: the loop, a member of a group, its state on disk, and where metrics go."""
+"""Training: the loop, one SAE of a group (a member), checkpoints, and metrics sinks."""

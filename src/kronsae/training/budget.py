@@ -1,4 +1,4 @@
-"""How long each SAE of a group trains: a budget in tokens or in FLOPs, turned into steps."""
+"""Number of training steps of each SAE of a group, from a budget in tokens or FLOPs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from kronsae.training.config import LoopConfig
 
 
 def member_steps(loop: LoopConfig, shapes: Mapping[str, SAEConfig]) -> dict[str, int]:
-    """Optimiser steps of each SAE, by name, under the budget of ``loop``; rounded down to whole batches.
+    """Return the optimiser steps of each SAE, by name, under the budget of ``loop``; rounded down to whole batches.
 
     - ``tokens``: ``tokens // batch_tokens``, the same for all;
-    - ``flops``: as many as cost at most so much, by `training_flops`;
-    - ``tokens`` with ``same_flops_as``: the SAE of that name trains on ``tokens``, each other one on as many as cost
-      what that one spends (the paper's iso-FLOPs comparison).
+    - ``flops``: the most steps whose cost by `training_flops` does not exceed ``flops``;
+    - ``tokens`` with ``same_flops_as``: the SAE of that name trains on ``tokens``; every other SAE gets the same FLOPs
+      (the paper's iso-FLOPs comparison).
 
     Raises:
-        UserError: ``same_flops_as`` names none of them, or the budget gives one of them less than a batch.
+        UserError: ``same_flops_as`` names none of the SAEs, or the budget gives one of them less than a batch.
     """
     if loop.flops is None and loop.same_flops_as is None:
         return dict.fromkeys(shapes, loop.steps)
@@ -32,14 +32,14 @@ def member_steps(loop: LoopConfig, shapes: Mapping[str, SAEConfig]) -> dict[str,
     for name, found in steps.items():
         if found < 1:
             raise UserError(
-                f"the budget must give every SAE a batch; {flops:.3g} FLOPs are less than one of batch_tokens="
-                f"{loop.batch_tokens} costs '{name}' ({training_flops(shapes[name], loop.batch_tokens):.3g}). "
-                "Enlarge the budget or shrink the batch."
+                f"the budget must give every SAE at least one batch; got {flops:.3g} FLOPs, but one of batch_tokens="
+                f"{loop.batch_tokens} costs '{name}' {training_flops(shapes[name], loop.batch_tokens):.3g}. "
+                "Enlarge the budget or use smaller batches."
             )
     return steps
 
 
 def check_reference(name: str | None, names: Mapping[str, object] | list[str]) -> None:
-    """Refuse a ``same_flops_as`` that names no SAE of the run; None names none and passes."""
+    """Raise if ``same_flops_as`` names no SAE of the run. None means "not given" and passes."""
     if name is not None and name not in names:
         raise UserError(f"same_flops_as must name an SAE of the run: {', '.join(names)}; got '{name}'.")

@@ -1,4 +1,4 @@
-"""How an SAE is trained: one config per SAE, one for the loop."""
+"""Training configs: one per SAE, one for the loop."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from kronsae.training.sparsity import SparsityConfig
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (the paper's recipe).
+    """Config of AdamW with linear warm-up and cosine decay (as in the paper).
 
     Args:
         lr: peak learning rate.
         final_lr: learning rate at the last step.
-        warmup_share: share of all steps over which the rate rises linearly to ``lr``.
+        warmup_share: share of all steps over which the rate increases linearly to ``lr``.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: Adam's epsilon.
         weight_decay: decoupled weight decay.
-        clip_norm: gradients of one SAE are scaled down to this global norm; None: not clipped.
+        clip_norm: global norm to which the gradients of one SAE are clipped; None: no clipping.
     """
 
     lr: float = 8e-4
@@ -55,29 +55,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemberConfig:
-    """One SAE of a group: its shape (but for its widths, which the model tells) and its training.
+    """Config of one SAE of a group: its architecture, without the widths that the model determines, and its training.
 
-    What is read and what is written make it an SAE (one hook, read and written), a transcoder (one hook read, another
-    written) or a crosscoder (several). Several hooks stand side by side: an activation is as wide as all of them.
+    The hooks read and written make it an SAE (one hook, read and written), a transcoder (one hook read, another
+    written) or a crosscoder (several hooks). The activations of several hooks are concatenated.
 
     Args:
-        name: names the SAE in tables and its folder in the run.
-        encoder: dense or Kronecker.
-        sparsifier: which latents stay.
+        name: name of the SAE in tables, and of its folder in the run.
+        encoder: dense, Kronecker or switch.
+        sparsifier: how active latents are selected.
         optimizer: learning rate and schedule.
-        aux_k: the loss that revives dead latents, and after how many tokens a latent counts as dead.
+        aux_k: loss that revives dead latents, and the number of tokens after which a latent counts as dead.
         loss: of the whole dictionary, or of nested prefixes (Matryoshka).
-        sparsity: the weight of l0 in the loss, for a sparsifier that learns from it (JumpReLU).
+        sparsity: weight of l0 in the loss, for a sparsifier that learns from it (JumpReLU).
         unit_norm_decoder: keep every row of W_dec at norm 1 after each step.
-        normalize_activations: ``"center_and_scale"`` trains on activations of mean 0 and norm sqrt(d_in), measured on
-            the first batch, and folds that into the biases at the end: a saved SAE takes raw activations. ``"none"``,
-            as in the paper, trains on them as they are.
-            Of several hooks each is measured on its own.
-        revive_every_tokens: in the first half of the training, start the encoder rows that only dead latents have
-            anew, each time so many tokens have been seen (`kronsae.training.revival`); None: never, AuxK alone revives.
-        seed: of the initial weights.
+        normalize_activations: ``"center_and_scale"`` trains on activations of mean 0 and norm sqrt(width), measured on
+            the first batch and separately for each hook. The normalisation is folded into the weights at the end, so
+            that a saved SAE takes raw activations. ``"none"``, as in the paper, trains on raw activations.
+        revive_every_tokens: during the first half of training, reinitialise the encoder rows that have only dead
+            latents every so many tokens (`kronsae.training.revival`); None: never, only AuxK revives.
+        seed: seed of the initial weights.
         read: hooks read; None: the run's hook.
-        write: hooks reconstructed; None: those read.
+        write: hooks reconstructed; None: the hooks read.
         skip: add ``W_skip x`` to the reconstruction; for a transcoder.
     """
 
@@ -98,52 +97,52 @@ class MemberConfig:
 
     def __post_init__(self) -> None:
         for name in ("read", "write"):
-            object.__setattr__(self, name, _hooks(name, getattr(self, name)))
+            object.__setattr__(self, name, _check_hooks(name, getattr(self, name)))
         if self.skip and self.write in (None, self.read):
             raise UserError(
-                f"skip needs other hooks to write than those read; '{self.name}' writes what it reads. "
-                "Give write=, or leave skip out."
+                f"skip must be used with output hooks that differ from the input hooks; '{self.name}' writes the hooks "
+                "it reads. Give write=, or leave skip out."
             )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(
-                f"name must be letters, digits, '.', '_' or '-', since it names a folder; got {self.name!r}."
+                f"name must be letters, digits, '.', '_' or '-', because it names a folder; got {self.name!r}."
             )
         check_seed(self.seed)
         if self.revive_every_tokens is not None:
             check_count("revive_every_tokens", self.revive_every_tokens)
             if self.encoder.kind == "switch" or self.write not in (None, self.read):
                 raise UserError(
-                    f"revive_every_tokens is for SAEs without experts that write what they read, unlike '{self.name}'. "
-                    "Leave it out: AuxK revives there too."
+                    "revive_every_tokens must be used with SAEs without experts that write the hooks they read; "
+                    f"'{self.name}' is not one. Leave it out: AuxK revives there too."
                 )
         if self.sparsifier.kind != "jumprelu" and self.sparsity != SparsityConfig():
             raise UserError(
-                f"sparsity is for the sparsifier 'jumprelu'; got {self.sparsity} with '{self.sparsifier.kind}' in "
-                f"'{self.name}'. Leave it out."
+                f"sparsity must be used with the sparsifier 'jumprelu'; got {self.sparsity} with "
+                f"'{self.sparsifier.kind}' in '{self.name}'. Leave it out."
             )
         check_foldable(self.normalize_activations, self.encoder)
         self.sparsifier.check(self.encoder)
         self.loss.check(self.encoder)
 
     def reads(self, hook: str) -> tuple[str, ...]:
-        """The hooks read, in a run whose hook is ``hook``."""
+        """Return the hooks read, in a run whose hook is ``hook``."""
         return (hook,) if self.read is None else self.read
 
     def writes(self, hook: str) -> tuple[str, ...]:
-        """The hooks written, in a run whose hook is ``hook``."""
+        """Return the hooks written, in a run whose hook is ``hook``."""
         return self.reads(hook) if self.write is None else self.write
 
     def reconstructs(self, hook: str) -> str | None:
-        """The one hook that it reads and writes, in a run whose hook is ``hook``; None for any other role."""
+        """Return the single hook that it reads and writes, in a run whose hook is ``hook``; None for other roles."""
         read = self.reads(hook)
         return read[0] if len(read) == 1 and self.writes(hook) == read else None
 
     def shape(self, d_in: int | Mapping[str, int], hook: str = "") -> SAEConfig:
-        """The SAE's config once the width of the activations is known.
+        """Return the SAE's config, given the width of the activations.
 
         Args:
-            d_in: width of the activations, by hook; one number: of every hook.
-            hook: the run's.
+            d_in: width of the activations, by hook; one number: the width of every hook.
+            hook: hook of the run.
         """
         read, write = (
             tuple(d_in if isinstance(d_in, int) else d_in[name] for name in names)
@@ -161,14 +160,14 @@ class MemberConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long the loop runs and how often it tells and saves.
+    """Config of the loop: its length, and how often it logs and saves.
 
     The budget is ``tokens`` or ``flops``, rounded down to whole batches; see `kronsae.training.budget.member_steps`.
 
     Args:
         tokens: tokens to train on.
-        flops: what the training of each SAE may cost instead, counted by `kronsae.core.flops.training_flops`.
-        same_flops_as: name of the SAE that trains on ``tokens``; the others train on as many as cost the same.
+        flops: training budget of each SAE, instead of tokens; counted by `kronsae.core.flops.training_flops`.
+        same_flops_as: name of the SAE that trains on ``tokens``; every other SAE gets the same FLOPs.
         batch_tokens: B, tokens per step.
         log_every: steps between metrics.
         checkpoint_every: steps between checkpoints.
@@ -183,12 +182,10 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.flops is None):
-            raise UserError(
-                f"give the budget as tokens or as flops, one of them; got tokens={self.tokens}, flops={self.flops}."
-            )
+            raise UserError(f"the budget must be either tokens or flops; got tokens={self.tokens}, flops={self.flops}.")
         if self.flops is not None and self.same_flops_as is not None:
             raise UserError(
-                "same_flops_as goes with tokens, those of the SAE that it names; got "
+                "same_flops_as must be used with tokens, the budget of the SAE that it names; got "
                 f"flops={self.flops:g}. Give tokens, or leave same_flops_as out."
             )
         check_positive("flops", self.flops)
@@ -203,14 +200,14 @@ class LoopConfig:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of an SAE that trains on all ``tokens``."""
+        """Number of optimiser steps of an SAE that trains on all ``tokens``."""
         if self.tokens is None:
-            raise UserError("a budget in flops is another number of steps for each SAE; ask member_steps.")
+            raise UserError("steps differ between SAEs for a budget in flops; call member_steps instead.")
         return self.tokens // self.batch_tokens
 
 
-def _hooks(name: str, hooks: object) -> tuple[str, ...] | None:
-    """Hooks as a member keeps them: a tuple of different names, or None."""
+def _check_hooks(name: str, hooks: object) -> tuple[str, ...] | None:
+    """Return hooks as a tuple of different names; None stays None."""
     if hooks is None:
         return None
     if not isinstance(hooks, list | tuple) or not hooks or not all(isinstance(hook, str) and hook for hook in hooks):

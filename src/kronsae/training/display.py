@@ -1,4 +1,4 @@
-"""What a person watches while SAEs train: a bar with tokens/s and time left, and a live line per SAE."""
+"""Live display of training: a progress bar with tokens/s and time left, and a line per SAE."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class _Rate(ProgressColumn):
 
 
 class DisplaySink:
-    """A sink that shows the newest metrics: live on a terminal, a line now and then elsewhere.
+    """Sink that shows the newest metrics: live on a terminal, as a line every few seconds elsewhere.
 
     Args:
-        tokens: the whole budget.
-        done: tokens used before this process.
+        tokens: total number of tokens.
+        done: tokens used by earlier processes of the run.
     """
 
     def __init__(self, tokens: int, done: int) -> None:
         self._console = Console(file=sys.stderr)
         self._rows: dict[str, Mapping[str, Any]] = {}
-        self._tokens, self._said = tokens, monotonic() - PLAIN_SECONDS
-        self._last = self._told = 0  # tokens of the newest rows, and of the last line
-        self._started, self._from = monotonic(), done
+        self._tokens, self._printed_at = tokens, monotonic() - PLAIN_SECONDS
+        self._last = self._printed = 0  # tokens of the newest rows, and of the last printed line
+        self._started, self._tokens_before = monotonic(), done
         self._bar = Progress(
             TextColumn("training"), BarColumn(), TextColumn("{task.percentage:.0f}%"), _Rate(), TimeRemainingColumn()
         )
@@ -48,8 +48,8 @@ class DisplaySink:
             self._live.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if self._live is None and row["tokens"] > self._last and monotonic() - self._said >= PLAIN_SECONDS:
-            self._say()  # of the step before: by now all SAEs have had their rows of it
+        if self._live is None and row["tokens"] > self._last and monotonic() - self._printed_at >= PLAIN_SECONDS:
+            self._print_line()  # of the previous step, which now has the rows of all SAEs
         self._rows[row["sae"]] = row
         self._last = row["tokens"]
         self._bar.update(self._task, completed=row["tokens"])
@@ -57,35 +57,36 @@ class DisplaySink:
             self._live.update(Group(self._bar, self._table()))
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: no output is buffered."""
 
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
         else:
-            self._say()
+            self._print_line()
 
-    def _say(self) -> None:
-        """A line of the last step with rows, once."""
-        if self._last > self._told:
-            self._said, self._told = monotonic(), self._last
-            self._console.print(self._line(self._last), highlight=False, markup=False, soft_wrap=True)
+    def _print_line(self) -> None:
+        """Print a line for the last step with rows, once."""
+        if self._last > self._printed:
+            self._printed_at, self._printed = monotonic(), self._last
+            self._console.print(self._format_line(self._last), highlight=False, markup=False, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table("SAE", *COLUMNS.values(), box=None)
         for name, row in self._rows.items():
-            table.add_row(name, *(_cell(row, key) for key in COLUMNS))
+            table.add_row(name, *(_format_cell(row, key) for key in COLUMNS))
         return table
 
-    def _line(self, tokens: int) -> str:
-        rate = (tokens - self._from) / max(1e-9, monotonic() - self._started)
+    def _format_line(self, tokens: int) -> str:
+        rate = (tokens - self._tokens_before) / max(1e-9, monotonic() - self._started)
         left = (self._tokens - tokens) / max(1e-9, rate)
         each = "; ".join(
-            f"{name} EV {_cell(row, 'explained_variance')} l0 {_cell(row, 'l0')} dead {_cell(row, 'dead_share')}"
+            f"{name} EV {_format_cell(row, 'explained_variance')} l0 {_format_cell(row, 'l0')} "
+            f"dead {_format_cell(row, 'dead_share')}"
             for name, row in self._rows.items()
         )
         return f"{tokens:,} of {self._tokens:,} tokens, {rate:,.0f} tokens/s, {left:.0f} s left | {each}"
 
 
-def _cell(row: Mapping[str, Any], key: str) -> str:
+def _format_cell(row: Mapping[str, Any], key: str) -> str:
     return "-" if row[key] is None else FORMATS[key].format(row[key])

@@ -1,4 +1,4 @@
-"""One SAE in training: weights, optimiser, dead-latent tracking, and the step that moves them."""
+"""One SAE in training: weights, optimiser, dead-latent tracking, and the training step."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from kronsae.training.sparsity import THRESHOLD_LR_FLOOR, SparsityController
 
 
 class Diverged(UserError):
-    """A member's loss or gradient stopped being finite.
+    """A member's loss, gradient or weights stopped being finite.
 
     Args:
-        member: its name.
-        what: which number, at which step and learning rate, and what to change.
+        member: name of the SAE.
+        what: the number or weight, its step and learning rate, and the remedy.
     """
 
     def __init__(self, member: str, what: str) -> None:
@@ -38,15 +38,15 @@ class Diverged(UserError):
         self.member, self.what = member, what
 
 
-REVIVING_SHARE = 0.5  # rows that start anew later would not find their place before the rate is gone
+REVIVING_SHARE = 0.5  # rows reinitialised later would not converge before the learning rate has decayed
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step shows; quantities as defined in `kronsae.core.metrics`, on the step's batch.
+    """Metrics of one step, as defined in `kronsae.core.metrics`, on the batch of the step.
 
-    Losses are on the scale that the SAE is trained on, so after normalisation; explained variance does not care. The
-    dead shares of bases, extensions and heads are None where there are no heads (`kronsae.core.heads.DeadShares`).
+    Losses are on the scale of training, after normalisation; explained variance does not depend on it. The dead shares
+    of bases, extensions and heads are None without heads (`kronsae.core.heads.DeadShares`).
     """
 
     loss: float
@@ -63,14 +63,14 @@ class StepMetrics:
 
 
 class Member:
-    """One SAE of a group, with an optimiser and schedule of its own: no member feels the others.
+    """One SAE of a group, with its own optimiser and schedule; members do not affect each other.
 
     Args:
         config: the SAE and its training.
-        d_in: width of the activations, by hook; one number: of every hook.
-        hook: the run's hook: what it reads and writes if its config names no hooks of its own.
-        steps: length of its training, for the schedule; the members of a group may differ in it.
-        device: where it lives.
+        d_in: width of the activations, by hook; one number: the width of every hook.
+        hook: hook of the run, which the SAE reads and writes unless its config names other hooks.
+        steps: number of training steps, for the schedule; it may differ between members.
+        device: device of weights and optimiser.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Member:
         self.dead = DeadLatents(self.sae.d_sae, device)
         self.sparsity = SparsityController(config.sparsity, config.sparsifier.k)
         self._widths = {"read": shape.widths_read} | ({} if shape.autoencodes else {"written": shape.widths_written})
-        self.normalizations: dict[str, Normalization] = {}  # of what is read and written; measured on the first batch
+        self.normalizations: dict[str, Normalization] = {}  # of input and target; measured on the first batch
         if config.normalize_activations == "none":
             self.normalizations = {what: Normalization.identity(own, device) for what, own in self._widths.items()}
         self.seconds = 0.0
@@ -115,16 +115,16 @@ class Member:
 
     @property
     def name(self) -> str:
-        """Its name in tables and on disk."""
+        """Name of the SAE in tables and on disk."""
         return self.config.name
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """The hooks it needs, each once."""
+        """Hooks read or written, each once."""
         return tuple(dict.fromkeys((*self.reads, *self.writes)))
 
     def step_on(self, batch: Mapping[str, Tensor], step: int, want_metrics: bool) -> StepMetrics | None:
-        """`step` on its own hooks of a batch, several side by side."""
+        """Take one `step` on the member's own hooks of a batch; several hooks are concatenated."""
         x_BD = side_by_side(batch, self.reads)
         if self.writes == self.reads:
             return self.step(x_BD, step, want_metrics)
@@ -137,13 +137,13 @@ class Member:
         want_metrics: bool,
         target_BO: Float[Tensor, "B O"] | None = None,
     ) -> StepMetrics | None:
-        """One optimiser step on one batch; the metrics are computed only when wanted.
+        """Take one optimiser step on one batch; return metrics only if wanted.
 
         Args:
-            x_BD: what is read.
-            step: its number, from 0.
-            want_metrics: whether to compute them.
-            target_BO: what is to be written; None: what is read.
+            x_BD: input activations.
+            step: index of the step, from 0.
+            want_metrics: whether to compute metrics.
+            target_BO: target of the reconstruction; None: the input.
         """
         started = perf_counter()
         x_BD = self._normalized("read", x_BD)
@@ -155,14 +155,14 @@ class Member:
             if "lr_scale" in group:  # thresholds
                 group["lr"] = group["lr_scale"] * max(lr, THRESHOLD_LR_FLOOR * settings.lr)
         dead_C = self.dead.dead(self.config.aux_k.dead_after_tokens)
-        with collect_row_gradients() as rows:  # gradients of weights stay lists of touched rows, never F x D
+        with collect_row_gradients() as rows:  # weight gradients stay lists of row entries, never F x D tensors
             l0_weight = self.sparsity.coefficient(step, self.steps)
             result = objective(self.sae, x_BD, dead_C, self.config.aux_k, self.config.loss, l0_weight, target_BO)
         self.optimizer.zero_grad()
         result.loss.backward()
         needs_norm = want_metrics or settings.clip_norm is not None
         norm = grad_norm(self.sae.parameters(), rows) if needs_norm else 0.0
-        self._check_finite(result, norm, lr, step)  # before the weights are touched
+        self._check_finite(result, norm, lr, step)  # before the weights change
         self.optimizer.step(row_gradients=rows, grad_scale=clip_scale(norm, settings.clip_norm))
         self.dead.update(result.codes)
         if self.config.sparsifier.kind == "jumprelu":
@@ -199,13 +199,13 @@ class Member:
                 raise Diverged(self.name, about)
 
     def check_weights(self, steps: int) -> None:
-        """Refuse weights that are not finite: a step from a finite loss can still lead there.
+        """Raise if a weight is not finite: a step from a finite loss can still lead there.
 
         Args:
-            steps: steps done, for the sentence.
+            steps: number of steps taken, for the message.
 
         Raises:
-            Diverged: naming a weight.
+            Diverged: with the name of the weight.
         """
         if (name := self.sae.unsound_weight()) is not None:
             lr = learning_rate(self.config.optimizer, min(steps, self.steps) - 1, self.steps)
@@ -230,14 +230,14 @@ class Member:
         )
 
     def finished_sae(self) -> SAE:
-        """A copy of the SAE that takes raw activations: the normalisation is folded into its weights."""
+        """Return a copy of the SAE that takes raw activations: the normalisation is folded into its weights."""
         sae = copy.deepcopy(self.sae)
         if self.normalizations:
             self.normalizations["read"].fold(sae, self.normalizations.get("written"))
         return sae
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a later process needs to carry on with the same bits."""
+        """Return all tensors that a later process needs to continue with the same bits."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             for key, value in self.optimizer.state_of(parameter).items():
@@ -251,10 +251,10 @@ class Member:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave.
+        """Restore a result of `state`.
 
         Raises:
-            UserError: it is of another SAE.
+            UserError: it belongs to another SAE.
         """
         expected = {f"sae.{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
         for what, widths in self._widths.items():
@@ -283,16 +283,16 @@ class Member:
 
 
 def side_by_side(batch: Mapping[str, Tensor], hooks: Sequence[str]) -> Float[Tensor, "B D"]:
-    """The activations of some hooks, one beside the other; of one hook as they are, uncopied."""
+    """Return the concatenated activations of some hooks; those of a single hook are not copied."""
     parts = [batch[hook] for hook in hooks]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step number ``step`` (from 0) of ``steps``.
+    """Return the learning rate of step ``step`` (from 0) of ``steps``.
 
-    Linear from ``lr / w`` to ``lr`` over the first ``w = warmup_share * steps`` steps, then
-    ``final_lr + (lr - final_lr) * (1 + cos(pi * t)) / 2`` with t from 0 to 1 over the rest.
+    It increases linearly from ``lr / w`` to ``lr`` over the first ``w = warmup_share * steps`` steps. Then it is
+    ``final_lr + (lr - final_lr) * (1 + cos(pi * t)) / 2`` with t from 0 to 1 over the remaining steps.
     """
     warmup = round(config.warmup_share * steps)
     if step < warmup:

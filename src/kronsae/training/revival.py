@@ -1,4 +1,4 @@
-"""Reviving dead parts of an encoder by starting them anew: an option beside AuxK, off by default."""
+"""Revival of dead parts of an encoder by reinitialising their rows: an alternative to AuxK, off by default."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kronsae.core.sae import SAE
 from kronsae.core.sparsifiers import JumpReLU
 from kronsae.kernels import RowAdamW
 
-SCALE = 0.2  # of a row that starts anew, relative to the living: at their full norm it would drown them at once
+SCALE = 0.2  # norm of a reinitialised row relative to live rows; at full norm it would dominate them at once
 
 
 @dataclass(frozen=True)
 class Revived:
-    """Encoder rows that were started anew, and the latents that they are parents of."""
+    """Number of encoder rows that were reinitialised, and the latents that they are parents of."""
 
     rows: int
     latents_C: Tensor
@@ -34,13 +34,13 @@ def revive(
     x_hat_BD: Float[Tensor, "B D"],
     generator: torch.Generator,
 ) -> Revived:
-    """Start the encoder rows anew that only dead latents have: dead latents, or dead bases and extensions.
+    """Reinitialise the encoder rows that have only dead latents: dead latents, or dead bases and extensions.
 
-    A row takes the direction of the residual ``x - x_hat`` of a token drawn with probability proportional to
-    ``||x - x_hat||^2``, `SCALE` times the mean norm of the living rows, and bias 0 (Bricken et al. 2023). The
-    decoder rows of its latents start as at the beginning, from the encoder's; a JumpReLU's thresholds of its latents at
-    the living latents' geometric mean, or the old one, which it never passed, would keep it dead. Adam's moments of all
-    these rows start at 0.
+    A row becomes the direction of the residual ``x - x_hat`` of a token drawn with probability proportional to
+    ``||x - x_hat||^2``, with `SCALE` times the mean norm of the live rows, and bias 0 (Bricken et al. 2023). The
+    decoder rows of its latents are set from the encoder's, as at initialisation. Their JumpReLU thresholds are set to
+    the geometric mean of those of live latents, because the latent never passed the old one and would stay dead.
+    Adam's moments of all these rows are set to 0.
     """
     encoder = sae.encoder
     assert isinstance(encoder, DenseEncoder | KroneckerEncoder)
@@ -71,7 +71,7 @@ def revive(
 def _dead_rows(
     encoder: DenseEncoder | KroneckerEncoder, dead_F: Bool[Tensor, " F"]
 ) -> tuple[Bool[Tensor, " R"], Bool[Tensor, " F"]]:
-    """Rows all of whose latents are dead, and the latents that have such a row."""
+    """Return the rows whose latents are all dead, and the latents of these rows."""
     grid = head_grid(encoder.config)
     if grid is None:
         return dead_F, dead_F

@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines always, TensorBoard and Weights & Biases when asked for."""
+"""Metrics sinks: always JSON lines; TensorBoard and Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ WANDB_ID = "wandb-id.txt"
 
 
 class Sink(Protocol):
-    """Takes one row of metrics per SAE and logged step."""
+    """Receives one row of metrics per SAE and logged step."""
 
     def write(self, row: Mapping[str, Any]) -> None: ...
 
     def flush(self) -> None:
-        """Make what was written safe; called before each checkpoint."""
+        """Write buffered rows to disk; called before each checkpoint."""
         ...
 
     def close(self) -> None: ...
 
 
 class JsonlSink:
-    """``metrics.jsonl``: one JSON object per SAE and logged step.
+    """Writes ``metrics.jsonl``: one JSON object per SAE and logged step.
 
     Args:
         path: the file.
-        after_step: rows of later steps are dropped on opening (they belong to work a resumed run repeats).
+        after_step: rows of later steps are dropped on opening, because a resumed run repeats these steps.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
@@ -54,7 +54,7 @@ class JsonlSink:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    """Return the rows of ``metrics.jsonl``; a last line truncated by a crash is left out."""
     if not path.exists():
         return []
     rows = []
@@ -67,11 +67,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardSink:
-    """TensorBoard event files, one series per SAE and metric, over tokens.
+    """Writes TensorBoard event files: one series per SAE and metric, over tokens.
 
     Args:
-        folder: where the event files go.
-        after_tokens: events of later tokens, written before, are hidden (a resumed run repeats that work).
+        folder: folder of the event files.
+        after_tokens: earlier events of later tokens are hidden, because a resumed run repeats these steps.
     """
 
     def __init__(self, folder: Path, after_tokens: int) -> None:
@@ -92,20 +92,20 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases; a resumed run goes on there under the id kept in its folder."""
+    """Logs to Weights & Biases; a resumed run continues there under the id stored in its folder."""
 
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
         require("wandb")
         import wandb
 
         path = folder / WANDB_ID
-        if path.exists():  # the name stays what it is there: a person may have changed it
+        if path.exists():  # keep the name there: the user may have changed it
             which = {"id": path.read_text(encoding="utf-8").strip()}
         else:
             which = {"id": secrets.token_hex(8), "name": folder.resolve().name}
         try:
             self._run = wandb.init(project=project, **which, dir=str(folder), config=dict(config), resume="allow")
-        except Exception as error:  # no account, no network, a name it refuses: each has a class of its own
+        except Exception as error:  # no account, no network, an invalid name: each raises its own class
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(f"wandb could not be started ({reason}). Try `wandb login`, or leave it out.") from error
         write_text(path, f"{which['id']}\n")
@@ -115,7 +115,7 @@ class WandbSink:
         self._run.log(values | {"tokens": row["tokens"]}, step=row["step"])
 
     def flush(self) -> None:
-        """Wandb sends by itself."""
+        """Do nothing: wandb sends rows by itself."""
 
     def close(self) -> None:
         self._run.finish()
@@ -126,8 +126,6 @@ def _values(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def require(package: str) -> None:
-    """Refuse to log to ``package``, which has an extra of its own name, where it is not installed."""
+    """Raise if ``package``, which the extra of the same name installs, is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{package} was asked for but is not installed; install it with: pip install 'kronsae[{package}]'"
-        )
+        raise UserError(f"{package} must be installed to log to it. Install it with: pip install 'kronsae[{package}]'")

@@ -1,4 +1,4 @@
-"""How strongly JumpReLU's l0 is penalised: a fixed coefficient with a warm-up, or one steered towards a target."""
+"""Weight of l0 in JumpReLU's loss: a fixed coefficient with warm-up, or one controlled to reach a target l0."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from kronsae.support.errors import UserError
 
-THRESHOLD_LR_FLOOR = 0.1  # of the peak rate: thresholds that stop with the weights cannot bring l0 to its target
+THRESHOLD_LR_FLOOR = 0.1  # share of the peak rate: thresholds that stop with the weights could not reach the target l0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-    """The weight of l0 in the loss. Means something for JumpReLU only, whose thresholds learn from it.
+    """Config of the weight of l0 in the loss, used only by JumpReLU, whose thresholds learn from it.
 
     Args:
-        coefficient: of l0 in the loss (Rajamanoharan et al. 2024b); None: steered so that l0 comes to the
+        coefficient: of l0 in the loss (Rajamanoharan et al. 2024b); None: controlled so that l0 approaches the
             sparsifier's k.
-        warmup_share: share of all steps over which a fixed coefficient rises linearly from 0.
-        threshold_lr_scale: learning rate of the thresholds' logarithms, as a multiple of the other weights'; it
-            falls to a tenth of its peak and no further.
+        warmup_share: share of all steps over which a fixed coefficient increases linearly from 0.
+        threshold_lr_scale: learning rate of the logarithms of the thresholds, as a multiple of that of other weights;
+            it decays to a tenth of its peak and not below.
     """
 
     coefficient: float | None = None
@@ -39,34 +39,34 @@ class SparsityConfig:
 
 
 class SparsityController:
-    """Gives each step its l0 coefficient; state of training, saved with it.
+    """Computes the l0 coefficient of each step; part of the training state and saved with it.
 
-    With a target: ``coefficient = loss / target * (strength + GAIN * (e - 1))`` where e is l0 over the target and
-    ``loss`` the reconstruction loss of the step before, which makes the rule independent of the activations' scale.
-    ``strength`` integrates: ``strength += RATE * (e - 1)``. The proportional part is the gradient of a quadratic
-    penalty ``(l0 / target - 1)^2``, the integral part removes its lag. Over the last `SETTLING` of the steps, where the
-    weights hardly move any more, all thresholds are moved together besides, by a factor ``(l0 / target)^SETTLING_GAIN``
-    a step: what is left of the error after a short training is gone by its end.
+    With a target: ``coefficient = loss / target * (strength + GAIN * (e - 1))``, where e is l0 / target and ``loss``
+    the reconstruction loss of the previous step, which makes the rule independent of the scale of activations.
+    ``strength`` is an integral: ``strength += RATE * (e - 1)``. The proportional part is the gradient of a quadratic
+    penalty ``(l0 / target - 1)^2``; the integral part removes its lag. Over the last `SETTLING` share of the steps,
+    when the weights hardly change any more, every step also multiplies all thresholds by
+    ``(l0 / target)^SETTLING_GAIN``. This removes the error that remains after a short training.
     """
 
     GAIN, RATE = 5.0, 0.25
-    LIMIT = 1.0  # errors beyond twice the target push no harder: the first steps must not wind the integral up
+    LIMIT = 1.0  # the error is capped at twice the target, so that the first steps do not wind up the integral
 
-    SETTLING, SETTLING_GAIN = 0.15, 0.1  # so small a gain that the noise of single batches averages out
+    SETTLING, SETTLING_GAIN = 0.15, 0.1  # the gain is small enough to average out the noise of single batches
 
     def __init__(self, config: SparsityConfig, target: int) -> None:
         self.config, self.target = config, target
         self.state = torch.tensor([0.0, 0.0], dtype=torch.float64)  # strength, coefficient of the next step
 
     def coefficient(self, step: int, steps: int) -> float:
-        """The coefficient of step number ``step`` (from 0) of ``steps``."""
+        """Return the coefficient of step ``step`` (from 0) of ``steps``."""
         if self.config.coefficient is None:
             return float(self.state[1])
         warmup = round(self.config.warmup_share * steps)
         return self.config.coefficient * min(1.0, (step + 1) / max(1, warmup))
 
     def update(self, l0: Tensor, reconstruction_loss: Tensor) -> None:
-        """Take in what the step came to."""
+        """Update the controller with the results of a step."""
         if self.config.coefficient is None:
             error = min(self.LIMIT, float(l0) / self.target - 1)
             strength = float(self.state[0]) + self.RATE * error
@@ -74,7 +74,7 @@ class SparsityController:
             self.state.copy_(torch.tensor([strength, coefficient]))
 
     def threshold_factor(self, l0: Tensor, step: int, steps: int) -> float:
-        """What to multiply all thresholds with after step number ``step`` (from 0) of ``steps``, given its l0."""
+        """Return the factor for all thresholds after step ``step`` (from 0) of ``steps``, given its l0."""
         if self.config.coefficient is not None or step < (1 - self.SETTLING) * steps or float(l0) <= 0:
             return 1.0
         return math.pow(float(l0) / self.target, self.SETTLING_GAIN)

@@ -1,7 +1,7 @@
-"""The state of a training on disk: everything that decides the next bit, and nothing else.
+"""Training checkpoints: everything that determines the next bits, and nothing else.
 
-``checkpoint/step-00000500/`` holds ``progress.json`` and ``state.safetensors``. A checkpoint is written beside
-its place and renamed into it, so a reader finds a whole one or none.
+``checkpoint/step-00000500/`` holds ``progress.json`` and ``state.safetensors``. A checkpoint is written to a
+temporary folder and then renamed, so a reader finds a complete one or none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kronsae.training.member import Member
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come; ``stream`` is the state of the data after the last batch used."""
+    """Progress of a training; ``stream`` is the state of the data after the last batch used."""
 
     step: int = 0
     tokens: int = 0
@@ -33,7 +33,7 @@ class Progress:
 
 
 def save_state(folder: Path, members: Sequence[Member], progress: Progress) -> None:
-    """Write a checkpoint and remove the older ones, in this order."""
+    """Write a checkpoint, then remove the older ones."""
     final = folder / f"step-{progress.step:08d}"
     partial = folder / f".partial-{progress.step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -50,7 +50,7 @@ def save_state(folder: Path, members: Sequence[Member], progress: Progress) -> N
 
 
 def load_progress(folder: Path) -> Progress | None:
-    """How far the newest checkpoint came; None if there is none."""
+    """Return the progress of the newest checkpoint; None if there is none."""
     newest = _newest(folder)
     if newest is None:
         return None
@@ -58,19 +58,19 @@ def load_progress(folder: Path) -> Progress | None:
     try:
         return Progress(**read_json(path, "the checkpoint"))
     except (UserError, TypeError) as error:
-        raise _damaged(path, error) from None
+        raise _damaged_error(path, error) from None
 
 
 def load_members(folder: Path, members: Sequence[Member]) -> None:
-    """Give the members the weights and optimiser states of the newest checkpoint."""
+    """Load weights and optimiser states of the newest checkpoint into the members."""
     newest = _newest(folder)
     if newest is None:
-        raise UserError(f"{folder} holds no checkpoint.")
+        raise UserError(f"the checkpoint folder must hold a checkpoint; {folder} holds none.")
     path = newest / "state.safetensors"
     try:
         tensors = read_tensors(path)
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
+        raise _damaged_error(path, error) from None
     for member in members:
         prefix = f"{member.name}/"
         own: dict[str, torch.Tensor] = {
@@ -79,10 +79,10 @@ def load_members(folder: Path, members: Sequence[Member]) -> None:
         try:
             member.load_state(own)
         except UserError as error:
-            raise _damaged(path, error) from None
+            raise _damaged_error(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged_error(path: Path, error: Exception) -> UserError:
     return UserError(f"the checkpoint {path} is damaged ({error}). Remove the run folder and start again.")
 
 

@@ -1,4 +1,4 @@
-"""The training loop: one stream of activations, any number of SAEs."""
+"""Training loop: one stream of activations, any number of SAEs."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def fit(
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
-    """Train every member on the same batches for its ``steps``, or until told to stop.
+    """Train every member on the same batches for its ``steps``, or until ``should_stop``; return the progress.
 
-    The loop ends with the longest training; a member that has had its steps is left as it is from then on.
+    The loop ends with the longest training; a member that has finished its steps no longer changes.
 
     Args:
-        members: the SAEs; each picks its own hooks of a batch.
-        stream: yields ``({hook: activations [B, d_in]}, state)``, starting where ``progress`` says.
-        config: batch size, and how often to tell and to save.
-        sinks: told every ``log_every`` steps and at each member's last one.
-        checkpoints: folder for the state of training; None keeps none.
-        progress: where to carry on; None starts at the beginning.
-        should_stop: asked before the first and after each step; on True a checkpoint is written and the loop ends.
+        members: the SAEs; each takes its own hooks of a batch.
+        stream: yields ``({hook: activations [B, d_in]}, state)``, starting after ``progress``.
+        config: batch size, and how often to log and to save.
+        sinks: receive metrics every ``log_every`` steps and at each member's last step.
+        checkpoints: folder for checkpoints; None: no checkpoints.
+        progress: progress to resume from; None: start at the beginning.
+        should_stop: called before the first and after each step; if True, a checkpoint is written and the loop ends.
 
     Returns:
-        How far it came.
+        The progress at the end.
 
     Raises:
         UserError: the stream ended too early, or (`Diverged`) a member's numbers are no longer finite.
@@ -58,8 +58,8 @@ def fit(
         batch, stream_state = next(batches, (None, None))
         if batch is None or stream_state is None:
             raise UserError(
-                f"the activations ended after {progress.tokens} tokens; {steps * config.batch_tokens} were asked for. "
-                "Ask for fewer tokens or give more text."
+                f"the stream must hold {steps * config.batch_tokens} tokens; it ended after {progress.tokens}. "
+                "Train on fewer tokens or give more text."
             )
         step = progress.step
         for hook in hooks:
@@ -77,10 +77,10 @@ def fit(
                 at = {"step": progress.step, "tokens": tokens, "seconds": progress.seconds, "sae": name}
                 for sink in sinks:
                     sink.write(at | {key: _json_number(value) for key, value in asdict(of_step).items()})
-        stopping = should_stop()  # asked once: a stop between two questions would end the loop without a checkpoint
+        stopping = should_stop()  # called once: with two calls the loop could end without a checkpoint
         due = progress.step == steps or stopping or progress.step % config.checkpoint_every == 0
         if due:
-            for member in members:  # no checkpoint and no finished SAE is ever of NaN
+            for member in members:  # a checkpoint or a finished SAE never holds NaN
                 member.check_weights(progress.step)
         if checkpoints is not None and due:
             for sink in sinks:
@@ -90,23 +90,23 @@ def fit(
 
 
 def _json_number(value: float | None) -> float | None:
-    """JSON has neither NaN nor infinity: what is not defined on a batch is null."""
+    """Return None for NaN and infinity, which JSON lacks: an undefined value is null."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def check_batch(batch: Mapping[str, Tensor], hook: str, batch_tokens: int, step: int) -> None:
-    """Refuse a batch without the hook, of another length, or with values that are not finite."""
+    """Raise if a batch lacks the hook, has another length, or holds values that are not finite."""
     if hook not in batch:
-        raise UserError(f"the stream must give activations of hook '{hook}'; it gives {', '.join(batch)}.")
+        raise UserError(f"the stream must give activations of hook '{hook}'; got {', '.join(batch)}.")
     rows = len(batch[hook])
     if rows != batch_tokens:
         raise UserError(
-            f"batches must hold batch_tokens={batch_tokens} tokens; step {step} got {rows}. Make them equal."
+            f"batches must hold batch_tokens={batch_tokens} tokens; got {rows} at step {step}. Make them equal."
         )
     finite_B = batch[hook].isfinite().all(-1)
     if not bool(finite_B.all()):
         row = int((~finite_B).nonzero()[0, 0])
         raise UserError(
             f"activations must be finite; hook '{hook}' gave NaN or infinity at step {step}, row {row} of the batch. "
-            "Check what made them."
+            "Check their source."
         )
