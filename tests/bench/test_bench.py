@@ -57,7 +57,7 @@ def test_nothing_is_reported_when_an_operation_is_wrong(monkeypatch: pytest.Monk
         return right(-pre_BHP, d_base, k)
 
     monkeypatch.setattr(checks, "kronecker_topk", wrong)
-    with pytest.raises(UserError, match=r"must be right to be measured; got a wrong kronecker_topk"):
+    with pytest.raises(UserError, match=r"must be correct before they are timed; got a wrong kronecker_topk"):
         runs.step(SMALL, rounds=2)
 
 
@@ -178,7 +178,7 @@ def test_the_grid_is_plotted(tmp_path: Path) -> None:
     text = (tmp_path / "grid.svg").read_text()
     assert "TopK, F = 512" in text
     assert "KronSAE, F = 2,048" in text
-    with pytest.raises(UserError, match=r"plot must end on \.svg, \.png or \.pdf; got '.*grid\.txt'"):
+    with pytest.raises(UserError, match=r"plot must end in \.svg, \.png or \.pdf; got '.*grid\.txt'"):
         plot_grid(points, tmp_path / "grid.txt")
 
 

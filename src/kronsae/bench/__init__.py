@@ -1,4 +1,4 @@
-"""Measurements of speed and memory: in one process, interleaved, with their spread; the results are CSV files.
+"""Benchmarks of speed and memory: interleaved in one process, with their spread; results are CSV files.
 
-Nothing is reported before `checks.check_operations` has found every operation right on small cases.
+No result is reported before `checks.check_operations` has checked every operation on small cases.
 """

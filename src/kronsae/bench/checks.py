@@ -1,4 +1,4 @@
-"""The operations against their definitions on small cases, right before they are timed."""
+"""Comparison of the operations with their definitions on small cases, before they are timed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kronsae.support.errors import UserError
 
 
 def check_operations(seed: int = 0) -> None:
-    """Selection, values and every gradient of both encoders against the materialised definition in float64.
+    """Check selection, values and every gradient of both encoders against the definition in float64.
 
     Raises:
-        UserError: one of them is wrong; nothing should be reported then.
+        UserError: one of them is wrong; do not report results then.
     """
     generator = torch.Generator().manual_seed(seed)
     pre_BHP = torch.randn(64, 40, 12, generator=generator)
@@ -35,12 +35,12 @@ def check_operations(seed: int = 0) -> None:
             _check_gradients(sae, x_BD, f"{encoder.kind} with {sparsifier.kind}")
 
 
-_MESSAGE = "the operations must be right to be measured; got a wrong {what} in {where}. Run pytest tests/kernels."
+_MESSAGE = "operations must be correct before they are timed; got a wrong {what} in {where}. Run pytest tests/kernels."
 
 
 def _check_gradients(sae: SAE, x_BD: Tensor, kind: str) -> None:
     parameters = dict(sae.named_parameters())
-    if isinstance(sae.sparsifier, JumpReLU):  # thresholds that are no latent's value: nothing hangs on a rounding
+    if isinstance(sae.sparsifier, JumpReLU):  # thresholds that equal no latent, so that rounding cannot matter
         sae.sparsifier.choose_in_training(sae.encoder(x_BD))
         sae.sparsifier.rescale(x_BD.new_tensor(0.9))
     with collect_row_gradients() as rows:
@@ -48,7 +48,7 @@ def _check_gradients(sae: SAE, x_BD: Tensor, kind: str) -> None:
     loss.backward()
     rows.materialize()
     fast = {name: parameter.grad for name, parameter in parameters.items()}
-    dense_BF = _kept(sae, sae.encoder(x_BD).materialize())
+    dense_BF = _keep_selected(sae, sae.encoder(x_BD).materialize())
     x_hat_BD = dense_BF @ sae.W_dec + sae.b_dec
     expected = (x_BD - x_hat_BD).square().sum(-1).mean()
     slow = torch.autograd.grad(expected, list(parameters.values()))
@@ -59,8 +59,8 @@ def _check_gradients(sae: SAE, x_BD: Tensor, kind: str) -> None:
             raise UserError(_MESSAGE.format(what=f"gradient of {name}", where=kind))
 
 
-def _kept(sae: SAE, dense_BF: Tensor) -> Tensor:
-    """What the sparsifier has to leave of all activations."""
+def _keep_selected(sae: SAE, dense_BF: Tensor) -> Tensor:
+    """Return the activations that the sparsifier must keep, with zeros elsewhere."""
     if isinstance(sae.sparsifier, JumpReLU):
         kept_BF, _ = jump(dense_BF, sae.sparsifier.log_threshold.expand_as(dense_BF), sae.sparsifier.config.bandwidth)
         return kept_BF

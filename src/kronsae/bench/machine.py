@@ -1,4 +1,4 @@
-"""The memory that this process holds."""
+"""Memory use of this process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def resident_bytes() -> int | None:
-    """Memory this process holds now; None where the system does not tell."""
+    """Return the memory that this process holds now; None if the system does not report it."""
     return _status("VmRSS:")
 
 
 def peak_bytes() -> int | None:
-    """The most memory this process has held since `reset_peak`; None where the system does not tell."""
+    """Return the peak memory of this process since `reset_peak`; None if the system does not report it."""
     return _status("VmHWM:")
 
 
 def reset_peak() -> None:
-    """Begin anew (Linux)."""
+    """Reset the peak to the current memory (Linux)."""
     path = Path("/proc/self/clear_refs")
     if path.exists():
         path.write_text("5")

@@ -1,4 +1,4 @@
-"""Interleaved timing: each round takes one step of every contestant, so slow drifts of the machine hit all alike."""
+"""Interleaved timing: each round runs one step of every contestant, so slow drifts of the machine affect all alike."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from kronsae.bench.subjects import Subject
 
-BATCHES = 4  # different batches taken in turn, so that no contestant sees the same tokens twice running
+BATCHES = 4  # different batches in turn, so that no contestant gets the same tokens twice in a row
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one contestant's steps."""
+    """Duration of one contestant's steps in milliseconds: median and quartiles."""
 
     median_ms: float
     low_ms: float
@@ -27,7 +27,7 @@ class Timing:
 
     @staticmethod
     def of(milliseconds: list[float]) -> Timing:
-        """Median and quartiles."""
+        """Return median and quartiles of the given durations."""
         low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
         return Timing(median, low, high, len(milliseconds))
 
@@ -35,7 +35,7 @@ class Timing:
 def interleaved(
     subjects: Mapping[str, Subject], batch: int, d_in: int, rounds: int, seed: int, warmup: int = 2
 ) -> dict[str, Timing]:
-    """Time one step of every subject per round; the first ``warmup`` rounds are not counted."""
+    """Time one step of every contestant per round; the first ``warmup`` rounds do not count."""
     times = interleaved_times(subjects, batch, d_in, rounds, seed, warmup)
     return {name: Timing.of(values) for name, values in times.items()}
 
@@ -43,11 +43,11 @@ def interleaved(
 def interleaved_times(
     subjects: Mapping[str, Subject], batch: int, d_in: int, rounds: int, seed: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """`interleaved` with the milliseconds of each round."""
+    """Run `interleaved` and return the milliseconds of each round."""
     batches = make_batches(batch, d_in, seed)
     times: dict[str, list[float]] = {name: [] for name in subjects}
     collecting = gc.isenabled()
-    gc.disable()  # a collection would be charged to whoever happens to be running
+    gc.disable()  # a collection would be charged to the contestant that happens to run
     try:
         for turn in range(warmup + rounds):
             for name, subject in subjects.items():
@@ -65,6 +65,6 @@ def interleaved_times(
 
 
 def make_batches(batch: int, d_in: int, seed: int) -> list[Tensor]:
-    """Seeded normal activations."""
+    """Return seeded batches of normal activations."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, d_in, generator=generator) for _ in range(BATCHES)]

@@ -1,4 +1,4 @@
-"""The grid as a picture: what a step costs against the hidden width (the paper's figure 8)."""
+"""Plot of the grid: step time against hidden width (the paper's figure 8)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ STYLES = {"kronsae": "-", "topk": "--"}
 
 
 def plot_grid(points: Sequence[GridPoint], path: Path) -> None:
-    """Step time against d_in on logarithmic axes, a curve per SAE and dictionary size, quartiles as error bars.
+    """Plot step time against d_in on logarithmic axes: a curve per SAE and dictionary size, quartiles as error bars.
 
     Raises:
-        UserError: matplotlib is not installed, the file's ending names no format, or no point was measured.
+        UserError: matplotlib is not installed, the file's suffix names no format, or no point was measured.
     """
     check_plot(path)
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -26,7 +26,7 @@ def plot_grid(points: Sequence[GridPoint], path: Path) -> None:
 
     measured = [point for point in points if point.timings]
     if not measured:
-        raise UserError("plot must have a point to show; none fitted this machine.")
+        raise UserError("plot must have at least one point; none fitted this machine.")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
@@ -64,10 +64,10 @@ def plot_grid(points: Sequence[GridPoint], path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Refuse, before anything is measured, what could not be drawn at the end."""
+    """Raise, before anything is measured, if the plot could not be written."""
     if path.suffix not in {".svg", ".png", ".pdf"}:
-        raise UserError(f"plot must end on .svg, .png or .pdf; got '{path}'.")
+        raise UserError(f"plot must end in .svg, .png or .pdf; got '{path}'.")
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise UserError("plot needs matplotlib, which is not installed: pip install 'kronsae[plots]'.")
+        raise UserError("plot needs matplotlib, which is not installed. Install it with: pip install 'kronsae[plots]'")

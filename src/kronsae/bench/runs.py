@@ -1,4 +1,4 @@
-"""The measurements: `step`, `grid`, `sparsifiers`, `scaling`, `memory`: frozen results, no file is written."""
+"""Benchmarks `step`, `grid`, `sparsifiers`, `scaling` and `memory`: they return frozen results and write no file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPARSIFIER_SIZES = tuple((d_in, d_sae) for d_sae in (2**12, 2**14) for d_in in (
 
 @dataclass(frozen=True)
 class StepResult:
-    """Timings by contestant, and why the others could not be measured."""
+    """Timings by contestant, and why the other contestants could not be measured."""
 
     shape: Shape
     timings: dict[str, Timing]
@@ -39,10 +39,10 @@ class StepResult:
 
 
 def step(shape: Shape, rounds: int = 15, seed: int = 0, only: Sequence[str] = ()) -> StepResult:
-    """A training step of every contestant at one shape.
+    """Time a training step of every contestant at one shape.
 
     Raises:
-        UserError: an operation is wrong, or ``only`` names nobody known.
+        UserError: an operation is wrong, or ``only`` holds an unknown name.
     """
     known = {entry.name: entry for entry in REGISTRY}
     for name in only:
@@ -58,7 +58,7 @@ def step(shape: Shape, rounds: int = 15, seed: int = 0, only: Sequence[str] = ()
 
 @dataclass(frozen=True)
 class GridPoint:
-    """TopK against KronSAE at one width and dictionary size; ``skipped`` says why nothing was measured."""
+    """TopK and KronSAE at one width and dictionary size; ``skipped`` says why nothing was measured."""
 
     shape: Shape
     timings: dict[str, Timing]
@@ -73,10 +73,10 @@ def grid(
     seed: int = 0,
     memory_bytes: int | None = None,
 ) -> list[GridPoint]:
-    """Training steps over hidden widths and dictionary sizes (paper, fig. 8), M = 4 and N = 8.
+    """Time training steps over hidden widths and dictionary sizes (paper, fig. 8), M = 4 and N = 8.
 
-    A point whose weights and moments would need more than ``memory_bytes`` is skipped; None: two fifths of what is
-    free, since building the weights takes as much again for a moment.
+    A point whose weights and moments need more than ``memory_bytes`` is skipped. None: two fifths of the free memory,
+    because building the weights briefly needs as much again.
     """
     check_operations(seed)
     if memory_bytes is None:
@@ -99,12 +99,13 @@ def grid(
 
 @dataclass(frozen=True)
 class SparsifierPoint:
-    """The training step of one encoder with one sparsifier.
+    """Training step of one encoder with one sparsifier.
 
     Args:
-        ratio: to the step of the same encoder with TopK, round by round (in the place of milliseconds).
-        l0: active latents per token when the timing is over.
-        width: places per token in the codes: the most any token has, of JumpReLU with those near their thresholds.
+        ratio: to the step of the same encoder with TopK, round by round (a `Timing` of ratios, not milliseconds).
+        l0: active latents per token after the timing.
+        width: entries per token in the codes: the largest number of any token; for JumpReLU with latents near their
+            thresholds.
     """
 
     shape: Shape
@@ -119,7 +120,7 @@ class SparsifierPoint:
 def sparsifiers(
     sizes: Iterable[tuple[int, int]], k: int = 32, batch: int = 1024, rounds: int = 15, seed: int = 0
 ) -> list[SparsifierPoint]:
-    """TopK, BatchTopK and JumpReLU at one l0, dense and Kronecker (M = 2, N = 4), all of a (D, F) interleaved."""
+    """Time TopK, BatchTopK and JumpReLU at one l0, dense and Kronecker (M = 2, N = 4); each (D, F) is interleaved."""
     check_operations(seed)
     points = []
     for d_in, d_sae in sizes:
@@ -146,7 +147,7 @@ def sparsifiers(
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """KronSAE at one dictionary size, measured in a process of its own."""
+    """KronSAE at one dictionary size, measured in its own process."""
 
     shape: Shape
     timings: dict[str, Timing]
@@ -167,7 +168,7 @@ def scaling(
     seed: int = 0,
     cells: Sequence[tuple[int, int]] = CELLS,
 ) -> list[ScalingPoint]:
-    """Step time and peak memory of KronSAE as F grows 256-fold at a fixed number of heads."""
+    """Measure step time and peak memory of KronSAE while F grows 256-fold at a fixed number of heads."""
     check_operations(seed)
     shapes = [
         Shape(d_in=d_in, num_heads=num_heads, d_base=base, d_extension=extension, k=k, batch=batch)
@@ -184,7 +185,7 @@ def _scaling_point(shape: Shape, rounds: int, seed: int) -> ScalingPoint:
 
 @dataclass(frozen=True)
 class MemoryResult:
-    """The most that forward and backward add to what weights and batch hold already."""
+    """Peak memory that forward and backward add to weights and batch."""
 
     shape: Shape
     extra_bytes: int
@@ -201,20 +202,20 @@ class MemoryResult:
 
 
 def memory(shape: Shape, seed: int = 0) -> MemoryResult:
-    """Peak extra memory of one forward and backward pass of KronSAE, with dense gradients, in a fresh process.
+    """Measure the peak extra memory of one forward and backward pass, with dense gradients, in a new process.
 
     Raises:
-        UserError: the system does not tell a process's peak memory.
+        UserError: the system does not report a process's peak memory.
     """
     check_operations(seed)
     if peak_bytes() is None:
-        raise UserError("memory must be measured on Linux, which tells a process's peak; this system does not.")
+        raise UserError("memory must be measured on Linux; this system does not report the peak memory of a process.")
     return MemoryResult(shape, _in_fresh_process(_extra_bytes, shape, seed))
 
 
 def _extra_bytes(shape: Shape, seed: int) -> int:
     small = Shape(d_in=shape.d_in, num_heads=4, d_base=shape.d_base, d_extension=shape.d_extension, k=4, batch=8)
-    _forward_backward(small, seed)  # compiled code and libraries are loaded now, not while measuring
+    _forward_backward(small, seed)  # loads compiled code and libraries before the measurement
     return _forward_backward(shape, seed)
 
 
@@ -233,9 +234,9 @@ def _forward_backward(shape: Shape, seed: int) -> int:
 
 
 def _in_fresh_process(function: Callable[..., R], *arguments: object) -> R:
-    """Run in a new interpreter, whose memory is its own."""
+    """Run a function in a new interpreter, so that its memory is measured alone."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            raise UserError(f"sizes must fit the machine; the process measuring {arguments[0]} was ended.") from error
+            raise UserError(f"sizes must fit the machine; the process measuring {arguments[0]} was killed.") from error

@@ -1,7 +1,7 @@
-"""What is measured: one class per contestant, each with a ``step()`` that does all of a training step.
+"""Contestants of the benchmarks: one class each, with a ``step()`` that runs a whole training step.
 
-A step is forward, backward, optimiser, and unit norm of the decoder's rows, on a batch ``x [B, D]`` that lies ready.
-Rivals get PyTorch's fused AdamW, the fastest there is for dense gradients.
+A step is forward, backward, optimiser, and normalisation of the decoder rows, on a batch ``x [B, D]`` in memory.
+Other libraries get PyTorch's fused AdamW, the fastest one for dense gradients.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kronsae.support.errors import UserError
 from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.member import Member
 
-LR = 8e-4  # the paper's
+LR = 8e-4  # as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of one comparison; every contestant has ``d_sae = H * M * N`` latents."""
+    """Sizes of one comparison; every contestant has ``d_sae = H * M * N`` latents."""
 
     d_in: int = 768
     num_heads: int = 1024
@@ -46,12 +46,12 @@ class Shape:
 
     @property
     def d_sae(self) -> int:
-        """F."""
+        """F, number of latents."""
         return self.num_heads * self.d_base * self.d_extension
 
     @property
     def pre_latents(self) -> int:
-        """H * (M + N), outputs of the encoder's product."""
+        """H * (M + N), number of outputs of the encoder's product."""
         return self.num_heads * (self.d_base + self.d_extension)
 
 
@@ -59,12 +59,12 @@ class Subject(Protocol):
     """A contestant, built for one shape."""
 
     def step(self, x_BD: Float[Tensor, "B D"]) -> None:
-        """One whole training step."""
+        """Run one whole training step."""
         ...
 
 
 class EncoderProduct:
-    """The product ``x W^T`` of the Kronecker encoder and nothing else: the cost no step can avoid."""
+    """The product ``x W^T`` of the Kronecker encoder alone: a lower bound on the cost of every step."""
 
     def __init__(self, shape: Shape) -> None:
         self.weight = torch.randn(shape.pre_latents, shape.d_in)
@@ -74,7 +74,7 @@ class EncoderProduct:
 
 
 class OwnTrainer:
-    """The step `kronsae train` takes, but for clipping and normalisation, which the rivals do not do."""
+    """The step of `kronsae train` without clipping and normalisation, which the other libraries do not do."""
 
     def __init__(self, shape: Shape, encoder: EncoderConfig, sparsifier: SparsifierConfig | None = None) -> None:
         config = MemberConfig(
@@ -91,26 +91,26 @@ class OwnTrainer:
 
 
 def encoders(shape: Shape) -> dict[str, EncoderConfig]:
-    """A dense and a Kronecker encoder of this shape."""
+    """Return a dense and a Kronecker encoder of this shape."""
     heads = KroneckerEncoderConfig(num_heads=shape.num_heads, d_base=shape.d_base, d_extension=shape.d_extension)
     return {"dense": DenseEncoderConfig(d_sae=shape.d_sae), "kron": heads}
 
 
 def kronsae(shape: Shape) -> Subject:
-    """KronSAE."""
+    """Return KronSAE."""
     return OwnTrainer(shape, encoders(shape)["kron"])
 
 
 def topk(shape: Shape) -> Subject:
-    """The library's own TopK SAE."""
+    """Return this library's TopK SAE."""
     return OwnTrainer(shape, encoders(shape)["dense"])
 
 
 class PaperListing(nn.Module):
-    """KronSAE written after the description of its paper's listing (arXiv 2505.22255, appendix H).
+    """KronSAE as described by its paper's listing (arXiv 2505.22255, appendix H).
 
-    One matrix for all pre-latents, ReLU, all F values ``sqrt(p q + 1e-5)`` materialised, TopK over them, scattered
-    into a dense B x F tensor, dense product with W_dec, autograd through all of it.
+    One matrix for all pre-latents, then ReLU. All F values ``sqrt(p q + 1e-5)`` are materialised; their TopK is
+    scattered into a dense B x F tensor, followed by a dense product with W_dec. Autograd differentiates all of it.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -141,7 +141,7 @@ class PaperListing(nn.Module):
 
 
 class Sparsify:
-    """EleutherAI's `sparsify` (PyPI eai-sparsify): fused TopK encoder, its own sparse decoder."""
+    """EleutherAI's `sparsify` (PyPI eai-sparsify): fused TopK encoder and its own sparse decoder."""
 
     def __init__(self, shape: Shape) -> None:
         from sparsify import SparseCoder, SparseCoderConfig
@@ -158,7 +158,7 @@ class Sparsify:
 
 
 class SAELens:
-    """SAELens' TopK training SAE (PyPI sae-lens) and the loss of its trainer."""
+    """SAELens' TopK training SAE (PyPI sae-lens) with the loss of its trainer."""
 
     def __init__(self, shape: Shape) -> None:
         with _quiet():
@@ -183,14 +183,14 @@ class SAELens:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant's name in results, how it is built, and the package it needs (import name, name on PyPI)."""
+    """A contestant's name in results, its constructor, and the package it needs (import name, name on PyPI)."""
 
     name: str
     build: Callable[[Shape], Subject]
     package: tuple[str, str] | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot be measured here, or None."""
+        """Return why it cannot be measured here; None if it can."""
         if self.package is None or importlib.util.find_spec(self.package[0]) is not None:
             return None
         return f"{self.package[1]} is not installed (pip install 'kronsae[bench]')"
@@ -208,6 +208,6 @@ REGISTRY = (
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Swallow what a package prints when it is imported."""
+    """Suppress what a package prints on import."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
