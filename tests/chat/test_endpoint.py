@@ -125,13 +125,13 @@ def test_usage_that_is_not_told_is_estimated(tmp_path: Path) -> None:
         (failure(408), "HTTP 408"),
         (Reply(0), "connection (RemoteProtocolError)"),
         (Reply(200, completion("fine").body, {"Content-Type": "application/json"}, cut=30), "connection"),
-        (Reply(200, completion("fine").body[:40], {"Content-Type": "application/json"}), "a body that cannot be read"),
-        (Reply(200, "<html>busy</html>", {"Content-Type": "text/html"}), "a body that is no chat completion"),
-        (Reply(200, "[]", {"Content-Type": "application/json"}), "a body that is no chat completion"),
-        (Reply(200, '{"choices": []}', {"Content-Type": "application/json"}), "a body that is no chat completion"),
-        (Reply(200, '{"choices": [7]}', {"Content-Type": "application/json"}), "a body that is no chat completion"),
-        (Reply(200, "[" * 100_000, {"Content-Type": "application/json"}), "a body that cannot be read"),
-        (completion(None), "a body that is no chat completion"),  # type: ignore[arg-type]
+        (Reply(200, completion("fine").body[:40], {"Content-Type": "application/json"}), "an unreadable body"),
+        (Reply(200, "<html>busy</html>", {"Content-Type": "text/html"}), "a body that is not a chat completion"),
+        (Reply(200, "[]", {"Content-Type": "application/json"}), "a body that is not a chat completion"),
+        (Reply(200, '{"choices": []}', {"Content-Type": "application/json"}), "a body that is not a chat completion"),
+        (Reply(200, '{"choices": [7]}', {"Content-Type": "application/json"}), "a body that is not a chat completion"),
+        (Reply(200, "[" * 100_000, {"Content-Type": "application/json"}), "an unreadable body"),
+        (completion(None), "a body that is not a chat completion"),  # type: ignore[arg-type]
     ],
 )
 def test_a_failure_that_may_pass_is_tried_again(bad: Reply, reason: str, tmp_path: Path) -> None:
@@ -159,7 +159,9 @@ def test_too_many_failures_in_a_row_end_the_work(tmp_path: Path) -> None:
     with serving(lambda request, number: failure(500)) as stub:
         outcome = ask(stub, tmp_path, [str(i) for i in range(30)])
         assert len(stub.requests) <= (PERSISTENCE.give_up_after + PERSISTENCE.concurrency) * PERSISTENCE.attempts
-    assert "left 5 questions in a row without an answer (the last: HTTP 500)" in str(outcome.error)
+    assert "the language model must answer; 5 questions in a row had no answer (the last: HTTP 500)" in str(
+        outcome.error
+    )
 
 
 def test_an_answer_between_failures_is_no_row(tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_a_retry_after_of_no_sense_is_no_wait(value: str, tmp_path: Path) -> Non
 def test_a_server_that_asks_for_hours_ends_the_work(tmp_path: Path) -> None:
     with serving(first(failure(429, Retry_After="7200"))) as stub:
         outcome = ask(stub, tmp_path)
-    assert "asks to be left alone for 7200 s (HTTP 429), longer than max_wait_seconds=120" in str(outcome.error)
+    assert "asks for a wait of 7200 s (HTTP 429), longer than max_wait_seconds=120" in str(outcome.error)
     assert len(stub.requests) == 1
 
 
@@ -221,7 +223,7 @@ def test_a_question_that_is_refused_is_not_asked_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("status", "told"),
-    [(403, "refuses: the key may not do this"), (402, "payment is required"), (404, "does not know the address")],
+    [(403, "refuses: the key has no permission"), (402, "payment is required"), (404, "does not know the address")],
 )
 def test_what_never_works_ends_the_work_at_once(status: int, told: str, tmp_path: Path) -> None:
     with serving(lambda request, number: failure(status)) as stub:
@@ -239,7 +241,7 @@ def test_a_redirect_is_refused_and_nothing_is_sent_on(status: int, tmp_path: Pat
             with serving(lambda request, number, reply=sent_on: reply) as stub:  # type: ignore[misc]
                 outcome = ask(stub, tmp_path)
                 assert len(stub.requests) == 1
-            assert f"sends requests on (HTTP {status}, to " in str(outcome.error)
+            assert f"redirects requests (HTTP {status}, to " in str(outcome.error)
             assert place.split("?")[0] in str(outcome.error)
             assert "set KRONSAE_CHAT_URL to it" in str(outcome.error)
             assert KEY not in str(outcome.error)
@@ -368,14 +370,14 @@ def test_requests_under_way_when_stopped_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"KRONSAE_CHAT_URL": ""}, "set KRONSAE_CHAT_URL in the environment"),
-        ({"KRONSAE_CHAT_MODEL": ""}, "set KRONSAE_CHAT_MODEL in the environment"),
+        ({"KRONSAE_CHAT_URL": ""}, "KRONSAE_CHAT_URL must be set in the environment"),
+        ({"KRONSAE_CHAT_MODEL": ""}, "KRONSAE_CHAT_MODEL must be set in the environment"),
         ({"KRONSAE_CHAT_URL": "ftp://host/v1"}, "must be an address such as https://host/v1"),
         ({"KRONSAE_CHAT_URL": "http://[::1"}, "cannot be read as one"),
         ({"KRONSAE_CHAT_URL": "https://me:word@host/v1"}, "must hold no user, password or query"),
         ({"KRONSAE_CHAT_URL": "https://host/v1?key=abc"}, "must hold no user, password or query"),
         ({"KRONSAE_CHAT_KEY": "two words"}, "KRONSAE_CHAT_KEY must be printable ASCII without spaces"),
-        ({"OPENAI_CUSTOM_HEADERS": "X: y"}, "OPENAI_CUSTOM_HEADERS would be sent to the endpoint too"),
+        ({"OPENAI_CUSTOM_HEADERS": "X: y"}, "OPENAI_CUSTOM_HEADERS must not be set: it would be sent to the endpoint"),
     ],
 )
 def test_an_environment_that_cannot_be_used(changes: dict[str, str], message: str) -> None:

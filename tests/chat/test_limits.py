@@ -102,7 +102,7 @@ def test_a_purse_counts_what_is_promised() -> None:
     [
         ({"max_requests": -1}, "max_requests must be at least 0 and finite; got -1"),
         ({"price_in": float("nan"), "price_out": 1.0}, "price_in must be at least 0 and finite; got nan"),
-        ({"price_in": 1.0}, "price_in and price_out belong together"),
+        ({"price_in": 1.0}, "price_in and price_out must be given together"),
         ({"max_cost": 1.0}, "max_cost needs price_in and price_out"),
     ],
 )

@@ -71,12 +71,12 @@ def test_a_chat_template_is_used(system_role: bool, tiny_model_folder: Callable[
 
 def test_a_question_that_is_too_long_is_told(tiny_model_folder: Callable[[str], Path]) -> None:
     long = Question(instructions="", content="word " * 100)
-    with pytest.raises(UserError, match=r"takes 64 tokens, and a question needs \d+ with 8 for its answer"):
+    with pytest.raises(UserError, match=r"takes 64 tokens, but a question needs \d+ and 8 for its answer"):
         answer(local(tiny_model_folder("llama")), long)
 
 
 def test_an_encoder_cannot_answer(tiny_model_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(UserError, match="cannot answer questions"):
+    with pytest.raises(UserError, match="must answer questions, but cannot"):
         local(tiny_model_folder("bert"))
 
 

@@ -258,7 +258,7 @@ def test_one_sae_and_chosen_latents(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "set KRONSAE_CHAT_URL and KRONSAE_CHAT_MODEL in the environment"),
+        ([], "KRONSAE_CHAT_URL and KRONSAE_CHAT_MODEL must be set in the environment"),
         (["--model-folder", "nowhere"], "there is no folder nowhere"),
         (["--max-cost", "1"], "max_cost needs price_in and price_out"),
         (["--attempts", "0"], "attempts must be at least 1; got 0"),
@@ -290,7 +290,7 @@ def test_a_local_model_needs_no_endpoint(run: Run, tiny_model_folder: Callable[[
     """A random model of 64 positions is asked, and says honestly that the question is too long."""
     told = invoke(run, "--model-folder", str(tiny_model_folder("llama")))
     assert isinstance(told.exception, UserError)
-    assert "takes 64 tokens, and a question needs" in str(told.exception)
+    assert "takes 64 tokens, but a question needs" in str(told.exception)
 
 
 def test_a_wrong_key_ends_it_in_a_sentence(run: Run) -> None:

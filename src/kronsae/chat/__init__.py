@@ -1,7 +1,7 @@
-"""Asking a language model for short answers: an OpenAI-compatible endpoint or a local model, with bounds and a memory.
+"""Short answers from a language model, behind an OpenAI-compatible endpoint or local, with limits and a disk cache.
 
-Knows nothing of SAEs. `Asker` is what the rest of the package holds; it composes what is here: answers on disk
-(`memory`), a pace and a budget (`limits`), attempts (tenacity) and one of the models (`endpoint`, `local`).
+This room knows nothing of SAEs. The rest of the package uses `Asker`, which combines answers on disk (`memory`), rate
+limits and a budget (`limits`), retries (tenacity) and one of the models (`endpoint`, `local`).
 """
 
 from kronsae.chat.asker import Asker, AskReport, Estimate, Estimator, Persistence

@@ -1,4 +1,4 @@
-"""Asks questions: from memory where it can, else within pace and budget, again where that may help."""
+"""Asking questions: answers come from disk if known, else from the model, with rate limits, budget and retries."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Persistence:
-    """How hard to try.
+    """Settings of concurrency and retries.
 
     Args:
-        concurrency: questions under way at once.
-        attempts: per question.
-        backoff_seconds: before the n-th attempt a random time up to ``backoff_seconds * 2^(n-2)`` is waited, and at
-            least what the server's Retry-After asked.
-        max_wait_seconds: no wait is longer; a server that asks for more ends the work.
-        give_up_after: so many questions without an answer in a row end the work.
+        concurrency: number of concurrent questions.
+        attempts: largest number of attempts per question.
+        backoff_seconds: the wait before the n-th attempt is random, up to ``backoff_seconds * 2^(n-2)``, and at least
+            the server's Retry-After.
+        max_wait_seconds: longest wait; if a server asks for more, the work ends.
+        give_up_after: number of unanswered questions in a row that ends the work.
     """
 
     concurrency: int = 8
@@ -44,13 +44,13 @@ class Persistence:
 
 @dataclass
 class AskReport:
-    """What asking came to; grows while it goes on.
+    """Counts of questions and failures; updated while questions are asked.
 
     Args:
-        remembered: questions answered from memory.
+        remembered: questions answered from disk.
         answered: questions answered by the model.
-        failed_attempts: attempts without an answer, by reason; another attempt may have had one.
-        unanswered: questions that were left without an answer, by the last reason.
+        failed_attempts: attempts without an answer, by reason; a later attempt may have succeeded.
+        unanswered: questions without an answer, by the reason of the last attempt.
     """
 
     remembered: int = 0
@@ -60,22 +60,22 @@ class AskReport:
 
 
 class Asker:
-    """Call it with instructions and content to get the answer's text, or None where there is none to be had.
+    """Callable that takes instructions and content and returns the text of the answer, or None without an answer.
 
-    Attempts are tenacity's and not the client library's, because each one has to pass pace and budget and because
-    answers that cannot be read are tried again too; the client's own retries are off.
+    Retries use tenacity and not the client library, because each attempt must respect rate limits and budget, and
+    because unreadable answers are retried too. The client's own retries are off.
 
     Args:
-        model: who answers.
-        memory: where answers are kept.
-        bounds: what may be spent.
-        pace: how fast.
-        persistence: how hard to try.
-        sleep: waits so many seconds.
+        model: the model that answers.
+        memory: the answers on disk.
+        bounds: the budget.
+        pace: the rate limits.
+        persistence: concurrency and retries.
+        sleep: waits the given number of seconds.
 
     Raises:
         UserError: the extra ``autointerp`` is not installed; or, when called: a bound is reached, the model refuses
-            altogether, or too many questions in a row failed. Answers that are there by then are kept.
+            every question, or too many questions in a row failed. Answers received before are kept.
     """
 
     def __init__(
@@ -89,18 +89,20 @@ class Asker:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         if find_spec("tenacity") is None:
-            raise UserError("asking a language model needs tenacity: pip install 'kronsae[autointerp]'.")
+            raise UserError(
+                "asking a language model needs tenacity. Install it with: pip install 'kronsae[autointerp]'"
+            )
         self._model, self._memory = model, memory
-        self._purse, self._pace, self._persistence, self._sleep = Purse(bounds), pace, persistence, sleep
-        self._places = asyncio.Semaphore(persistence.concurrency)
+        self._budget, self._pace, self._persistence, self._sleep = Purse(bounds), pace, persistence, sleep
+        self._slots = asyncio.Semaphore(persistence.concurrency)
         self._under_way: set[asyncio.Task[Answer]] = set()
         self._failed_in_a_row, self._last_reason = 0, ""
         self.report = AskReport()
 
     @property
     def spent(self) -> Usage:
-        """What was sent and came back so far."""
-        return self._purse.spent
+        """Requests sent and tokens used so far."""
+        return self._budget.spent
 
     async def __call__(self, instructions: str, content: str) -> str | None:
         question = Question(instructions=instructions, content=content)
@@ -108,10 +110,10 @@ class Asker:
         if known is not None:
             self.report.remembered += 1
             return known.text
-        async with self._places:
-            self._check_patience()  # the last failure may have freed this very place
+        async with self._slots:
+            self._check_failures()  # the failure that freed this slot may have been one too many
             try:
-                answer = await self._persistently(question)
+                answer = await self._ask_with_retries(question)
             except RefusedError as error:
                 self.report.failed_attempts[str(error)] += 1
                 self._count_unanswered(str(error))
@@ -124,23 +126,23 @@ class Asker:
         return answer.text
 
     async def close(self) -> None:
-        """Wait for the requests under way, which are paid for, and keep their answers; then let the model go."""
+        """Wait for pending requests, which are paid for, keep their answers, and close the model."""
         await asyncio.gather(*self._under_way, return_exceptions=True)
         await self._model.close()
 
     def _count_unanswered(self, reason: str) -> None:
         self.report.unanswered[reason] += 1
         self._failed_in_a_row, self._last_reason = self._failed_in_a_row + 1, reason
-        self._check_patience()
+        self._check_failures()
 
-    def _check_patience(self) -> None:
+    def _check_failures(self) -> None:
         if self._failed_in_a_row >= self._persistence.give_up_after:
             raise UserError(
-                f"the language model left {self._failed_in_a_row} questions in a row without an answer (the last: "
-                f"{self._last_reason}). What was answered is kept: give the same command again when it works."
+                f"the language model must answer; {self._failed_in_a_row} questions in a row had no answer (the last: "
+                f"{self._last_reason}). Answers are kept: run the same command again when the model works."
             )
 
-    async def _persistently(self, question: Question) -> Answer:
+    async def _ask_with_retries(self, question: Question) -> Answer:
         from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
         from tenacity import wait_random_exponential as random_exponential
 
@@ -163,10 +165,10 @@ class Asker:
         return answer
 
     async def _attempt(self, question: Question) -> Answer:
-        largest = _largest(question, self._model.max_answer_tokens)
+        largest = _largest_usage(question, self._model.max_answer_tokens)
         await self._pace.wait(largest.tokens)
-        self._purse.promise(largest)
-        # A task of its own, shielded: when the work is stopped, what is already paid for is still waited for and kept.
+        self._budget.promise(largest)
+        # A separate, shielded task: if the work is stopped, answers already paid for are still received and kept.
         task = asyncio.create_task(self._send(question, largest))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
@@ -177,9 +179,9 @@ class Asker:
             if error.retry_after is not None:
                 if error.retry_after > self._persistence.max_wait_seconds:
                     raise UserError(
-                        f"the language model asks to be left alone for {error.retry_after:.0f} s ({error.reason}), "
-                        f"longer than max_wait_seconds={self._persistence.max_wait_seconds:g}. What was answered is "
-                        "kept: give the same command again later."
+                        f"the language model asks for a wait of {error.retry_after:.0f} s ({error.reason}), "
+                        f"longer than max_wait_seconds={self._persistence.max_wait_seconds:g}. Answers are kept: "
+                        "run the same command again later."
                     ) from None
                 self._pace.pause(error.retry_after)
             raise
@@ -193,18 +195,19 @@ class Asker:
             spent = promised if error.perhaps_paid else spent
             raise
         finally:
-            self._purse.settle(promised, spent)
+            self._budget.settle(promised, spent)
         self._memory.keep(self._model.identity, question, answer)
         return answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What asking will come to.
+    """Estimated cost of asking.
 
     Args:
-        remembered: questions whose answers are known already.
-        usage: the others, once each: their requests, tokens estimated from bytes, answers as long as they may be.
+        remembered: questions whose answers are on disk.
+        usage: requests and tokens of the other questions, each asked once. Tokens are estimated from bytes, and
+            answers are assumed to have the largest allowed length.
     """
 
     remembered: int
@@ -212,12 +215,12 @@ class Estimate:
 
 
 class Estimator:
-    """Stands in for an `Asker` to find out what it would cost: answers from memory, else with ``placeholder``.
+    """Replaces an `Asker` to estimate its cost: returns answers from disk, else ``placeholder``.
 
     Args:
-        model: who would answer.
-        memory: where answers are kept.
-        placeholder: stands for an answer that is not known; later questions may contain parts of it.
+        model: the model that would answer.
+        memory: the answers on disk.
+        placeholder: replaces an unknown answer; later questions may contain parts of it.
     """
 
     def __init__(self, model: ChatModel, memory: AnswerMemory, *, placeholder: str) -> None:
@@ -230,13 +233,13 @@ class Estimator:
         if known is not None:
             self._remembered += 1
             return known.text
-        self._usage += _largest(question, self._model.max_answer_tokens)
+        self._usage += _largest_usage(question, self._model.max_answer_tokens)
         return self._placeholder
 
     def value(self) -> Estimate:
-        """What was asked so far."""
+        """Return the estimate for the questions so far."""
         return Estimate(remembered=self._remembered, usage=self._usage)
 
 
-def _largest(question: Question, max_answer_tokens: int) -> Usage:
+def _largest_usage(question: Question, max_answer_tokens: int) -> Usage:
     return Usage(requests=1, tokens_in=question.estimated_tokens, tokens_out=max_answer_tokens)

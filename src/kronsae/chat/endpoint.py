@@ -1,7 +1,7 @@
-"""An OpenAI-compatible endpoint: where it is, and one request to it.
+"""An OpenAI-compatible endpoint: its settings, and a model that sends one request per question.
 
-Address, model and key come from the environment alone. The key is held by the object that sends it and goes nowhere
-else: not into `Endpoint`, which is written beside results, and not into messages, even where a server repeats it.
+Address, model and key come only from the environment. Only the object that sends requests holds the key. It is not in
+`Endpoint`, which is stored with results, and not in messages, even if a server repeats it.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from kronsae.chat.question import Answer, Question, RefusedError, TryAgainError
 from kronsae.support.errors import UserError
 
 URL, MODEL, KEY = "KRONSAE_CHAT_URL", "KRONSAE_CHAT_MODEL", "KRONSAE_CHAT_KEY"
-"""Names of our own, and not OPENAI_...: text is sent only where somebody said so, and a key only where it belongs."""
+"""Not OPENAI_...: text is sent only where the user explicitly said so, and the key only to its own endpoint."""
 
-_NEVER = {401: "the key is not accepted", 402: "payment is required", 403: "the key may not do this"}
+_NEVER = {401: "the key is not accepted", 402: "payment is required", 403: "the key has no permission"}
 _PASSING = {408, 409, 425, 429}  # and all from 500 on
-_SHOWN = 200  # characters of a server's own words in a message
-_SECRET = 8  # a shorter "key" is a placeholder, such as "none", and may be a word of an answer
+_SHOWN = 200  # characters of a server's text quoted in a message
+_SECRET = 8  # a shorter key is a placeholder, such as "none", and may occur as a word in an answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where questions go, and with which settings.
+    """Address and settings of an endpoint.
 
     Args:
-        base_url: as of OpenAI's API, such as ``https://host/v1``.
-        model: the name the endpoint knows the model by.
-        max_answer_tokens: an answer is cut off after so many.
-        timeout_seconds: for one request, from sending to the last byte.
-        temperature: 0 is greedy; None leaves it to the endpoint.
-        limit_field: the name under which ``max_answer_tokens`` is sent; newer models of OpenAI that reason want
+        base_url: base address as for OpenAI's API, such as ``https://host/v1``.
+        model: name of the model at the endpoint.
+        max_answer_tokens: largest length of an answer; longer ones are cut off.
+        timeout_seconds: time limit of one request, from sending to the last byte.
+        temperature: 0 is greedy; None: the endpoint's default.
+        limit_field: field that sends ``max_answer_tokens``. OpenAI's newer reasoning models require
             ``max_completion_tokens`` (and no temperature).
     """
 
@@ -57,7 +57,7 @@ class Endpoint:
             parts.port  # noqa: B018 - checked when it is read
         except ValueError:
             raise UserError(f"{URL} must be an address such as https://host/v1; it cannot be read as one.") from None
-        if "@" in self.base_url or parts.query or parts.fragment:  # the address is kept beside results
+        if "@" in self.base_url or parts.query or parts.fragment:  # the address is stored with results
             raise UserError(f"{URL} must hold no user, password or query; give the key as {KEY}.")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"{URL} must be an address such as https://host/v1; got {self.base_url!r}.")
@@ -72,12 +72,12 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        """Where questions go, for a person to read."""
+        """Host and port of the address, for messages."""
         return urlsplit(self.base_url).netloc
 
     @property
     def in_clear(self) -> bool:
-        """Whether others on the way could read what is sent: plain http, and not to this machine."""
+        """Whether requests can be read in transit: plain http to another machine."""
         parts = urlsplit(self.base_url)
         return parts.scheme == "http" and not _is_loopback(parts.hostname or "")
 
@@ -85,33 +85,33 @@ class Endpoint:
 def endpoint_from_environment(
     *, environment: Mapping[str, str] | None = None, **settings: Any
 ) -> tuple[Endpoint, str | None]:
-    """The endpoint that `URL` and `MODEL` name, and the key of `KEY`, None where there is none.
+    """Return the endpoint named by `URL` and `MODEL`, and the key from `KEY`; None if no key is set.
 
     Args:
-        environment: None is the process's.
+        environment: variables; None: those of the process.
         settings: the other fields of `Endpoint`.
 
     Raises:
-        UserError: address or model is missing, or one of the three cannot be used; the key is never in the message.
+        UserError: address or model is missing, or one of the three is invalid; the message never holds the key.
     """
     environment = os.environ if environment is None else environment
     missing = [name for name in (URL, MODEL) if not environment.get(name)]
     if missing:
         raise UserError(
-            f"set {' and '.join(missing)} in the environment: the address (https://host/v1) and the model of an "
-            f"OpenAI-compatible endpoint, and its key, if it has one, as {KEY}. A local model needs none of these: "
+            f"{' and '.join(missing)} must be set in the environment: the address (https://host/v1) and the model of "
+            f"an OpenAI-compatible endpoint; if it has a key, set {KEY} too. A local model needs none of these: "
             "--model-folder."
         )
     if environment.get("OPENAI_CUSTOM_HEADERS"):  # the client would send them to any endpoint
-        raise UserError("OPENAI_CUSTOM_HEADERS would be sent to the endpoint too; unset it for this command.")
+        raise UserError("OPENAI_CUSTOM_HEADERS must not be set: it would be sent to the endpoint. Unset it.")
     key = environment.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise UserError(f"{KEY} must be printable ASCII without spaces; what is set is not.")
+        raise UserError(f"{KEY} must be printable ASCII without spaces; the value set is not.")
     return Endpoint(base_url=environment[URL], model=environment[MODEL], **settings), key or None
 
 
 class EndpointModel:
-    """Answers by one HTTP request per question, through the `openai` client.
+    """Model behind an endpoint: one HTTP request per question, through the `openai` client.
 
     Raises:
         UserError: the extra ``autointerp`` is not installed.
@@ -122,18 +122,18 @@ class EndpointModel:
             from openai import AsyncOpenAI, DefaultAsyncHttpxClient
         except ImportError:
             raise UserError(
-                "asking an endpoint needs openai and tenacity: pip install 'kronsae[autointerp]'."
+                "asking an endpoint needs openai and tenacity. Install them with: pip install 'kronsae[autointerp]'"
             ) from None
         self._endpoint, self._key = endpoint, key
-        # A server without keys is sent a placeholder, because the client insists on one.
+        # Without a key a placeholder is sent, because the client requires one.
         self._client = AsyncOpenAI(
             api_key=key or "none",
             base_url=endpoint.base_url,
             timeout=endpoint.timeout_seconds,
             max_retries=0,
-            http_client=DefaultAsyncHttpxClient(follow_redirects=False),  # else the text goes where a server likes
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False),  # else a server could redirect the text
         )
-        self._client.organization = self._client.project = None  # of OPENAI_ORG_ID, ...: not for this endpoint
+        self._client.organization = self._client.project = None  # from OPENAI_ORG_ID, ...: not for this endpoint
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -157,7 +157,7 @@ class EndpointModel:
         import openai
 
         try:
-            async with asyncio.timeout(self._endpoint.timeout_seconds):  # the client's own starts anew at every byte
+            async with asyncio.timeout(self._endpoint.timeout_seconds):  # the client's timeout restarts at every byte
                 completion = await self._client.chat.completions.create(**self._request(question))
         except (TimeoutError, openai.APITimeoutError):
             raise TryAgainError("timeout", perhaps_paid=True) from None
@@ -165,9 +165,9 @@ class EndpointModel:
             cause = type(error.__cause__).__name__ if error.__cause__ is not None else "unknown"
             raise TryAgainError(f"connection ({cause})", perhaps_paid=True) from None
         except openai.APIStatusError as error:
-            raise self._as_failure(error) from None
-        except (ValueError, RecursionError, openai.OpenAIError):  # a body that is not JSON, or not of this kind
-            raise TryAgainError("a body that cannot be read", perhaps_paid=True) from None
+            raise self._to_failure(error) from None
+        except (ValueError, RecursionError, openai.OpenAIError):  # the body is not JSON, or not a completion
+            raise TryAgainError("an unreadable body", perhaps_paid=True) from None
         return self._read(completion, question)
 
     def _request(self, question: Question) -> dict[str, Any]:
@@ -185,12 +185,12 @@ class EndpointModel:
         }
 
     def _read(self, completion: Any, question: Question) -> Answer:
-        """The text of the first choice; the client does not check what it read against what it promises."""
+        """Return the text of the first choice; the client does not check the types of what it read."""
         choices = getattr(completion, "choices", None)
         message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
         text = getattr(message, "content", None)
         if not isinstance(text, str):
-            raise TryAgainError("a body that is no chat completion", perhaps_paid=True)
+            raise TryAgainError("a body that is not a chat completion", perhaps_paid=True)
         usage = getattr(completion, "usage", None)
         tokens_in, tokens_out = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
         return Answer(
@@ -199,13 +199,13 @@ class EndpointModel:
             tokens_out=_count(tokens_out, self._endpoint.max_answer_tokens),
         )
 
-    def _as_failure(self, error: Any) -> Exception:
-        status, words = error.status_code, self._words(error)
+    def _to_failure(self, error: Any) -> Exception:
+        status, words = error.status_code, self._server_text(error)
         if 300 <= status < 400:
             place = json.dumps(self._without_key(error.response.headers.get("location", "nowhere"))[:_SHOWN])
             return UserError(
-                f"the endpoint {self._endpoint.host} sends requests on (HTTP {status}, to {place}); text and key go to "
-                f"the address that was given and no other. If you trust the new one, set {URL} to it."
+                f"the endpoint {self._endpoint.host} redirects requests (HTTP {status}, to {place}); text and key are "
+                f"sent only to the given address. If you trust the new one, set {URL} to it."
             )
         if status == 404:
             return UserError(f"the endpoint {self._endpoint.host} does not know the address or the model: {words}.")
@@ -216,8 +216,8 @@ class EndpointModel:
             return TryAgainError(f"HTTP {status}", retry_after=_retry_after(error.response.headers))
         return RefusedError(f"HTTP {status}: {words}")
 
-    def _words(self, error: Any) -> str:
-        """What the server says, short, escaped, without the key."""
+    def _server_text(self, error: Any) -> str:
+        """Return the server's message: shortened, escaped, without the key."""
         body = error.body if isinstance(error.body, Mapping) else {}
         said = body.get("message", body or error.response.text)
         return json.dumps(self._without_key(str(said))[:_SHOWN])
@@ -228,7 +228,7 @@ class EndpointModel:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, given as a number or as a date; None without one, or one of no sense."""
+    """Return the seconds of a Retry-After header, a number or a date; None if it is missing or invalid."""
     value = headers.get("retry-after")
     if value is None:
         return None
@@ -237,7 +237,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):  # a year beyond a C long is the latter
+        except (ValueError, OverflowError):  # OverflowError: a year beyond a C long
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
 

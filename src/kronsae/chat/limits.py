@@ -1,4 +1,4 @@
-"""How fast questions go out, and how many at most."""
+"""Rate limits and budget of questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MINUTE = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Requests, and the tokens in them and in their answers."""
+    """Number of requests, and of tokens in questions and answers."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -30,19 +30,19 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """In and out together."""
+        """Tokens of questions and answers together."""
         return self.tokens_in + self.tokens_out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What may be spent; None is without bound.
+    """Budget; None: no bound.
 
     Args:
-        max_requests: attempts sent, failed ones included.
-        max_tokens: tokens in and out together.
-        max_cost: in the currency of the prices.
-        price_in, price_out: per million tokens of questions and of answers.
+        max_requests: number of attempts sent, including failed ones.
+        max_tokens: tokens of questions and answers together.
+        max_cost: cost in the currency of the prices.
+        price_in, price_out: price per million tokens of questions and of answers.
     """
 
     max_requests: int | None = None
@@ -57,18 +57,18 @@ class Bounds:
             if value is not None and not 0 <= value < float("inf"):
                 raise UserError(f"{name} must be at least 0 and finite; got {value!r}.")
         if (self.price_in is None) != (self.price_out is None):
-            raise UserError("price_in and price_out belong together; give both or none.")
+            raise UserError("price_in and price_out must be given together. Give both or none.")
         if self.max_cost is not None and self.price_in is None:
-            raise UserError("max_cost needs price_in and price_out, per million tokens; give these too.")
+            raise UserError("max_cost needs price_in and price_out, per million tokens. Give these too.")
 
     def cost(self, usage: Usage) -> float | None:
-        """``(tokens_in price_in + tokens_out price_out) / 1e6``; None where no prices are given."""
+        """Return ``(tokens_in price_in + tokens_out price_out) / 1e6``; None without prices."""
         if self.price_in is None or self.price_out is None:
             return None
         return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6
 
     def exceeded_by(self, usage: Usage) -> str:
-        """Which bound ``usage`` exceeds, in words; "" if none."""
+        """Describe the bound that ``usage`` exceeds; "" if none."""
         if self.max_requests is not None and usage.requests > self.max_requests:
             return f"max_requests={self.max_requests:,} ({usage.requests:,} requests)"
         if self.max_tokens is not None and usage.tokens > self.max_tokens:
@@ -80,7 +80,7 @@ class Bounds:
 
 
 class Purse:
-    """What was spent and what is promised to requests under way; refuses a request that `Bounds` does not allow."""
+    """Tracks spent and reserved usage, and refuses a request that `Bounds` does not allow."""
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
@@ -88,22 +88,22 @@ class Purse:
         self.spent = Usage()
 
     def promise(self, request: Usage) -> None:
-        """Set ``request`` aside before it is sent.
+        """Reserve ``request`` before it is sent.
 
         Raises:
-            UserError: with it, a bound would be exceeded.
+            UserError: it would exceed a bound.
         """
         total = self.spent + self._promised + request
         if excess := self._bounds.exceeded_by(total):
             raise UserError(
                 f"stopped before the next request would exceed {excess}; {self.spent.requests:,} requests and "
-                f"{self.spent.tokens:,} tokens were spent. What was answered is kept: raise the bound and give the "
-                "same command again to go on."
+                f"{self.spent.tokens:,} tokens were spent. Answers are kept: raise the bound and run the same command "
+                "again to continue."
             )
         self._promised += request
 
     def settle(self, request: Usage, spent: Usage) -> None:
-        """Replace what was set aside for ``request`` by what it took."""
+        """Replace the reservation of ``request`` by its actual usage."""
         self._promised += Usage(
             requests=-request.requests, tokens_in=-request.tokens_in, tokens_out=-request.tokens_out
         )
@@ -111,12 +111,12 @@ class Purse:
 
 
 class Pace:
-    """At most so many requests and so many tokens in any 60 seconds; requests wait in line.
+    """Rate limit on requests and tokens in any 60 seconds; requests wait in a queue.
 
     Args:
-        requests_per_minute, tokens_per_minute: None is without limit.
-        clock: seconds that only go forward.
-        sleep: waits so many seconds.
+        requests_per_minute, tokens_per_minute: limits; None: no limit.
+        clock: monotonic clock in seconds.
+        sleep: waits the given number of seconds.
     """
 
     def __init__(
@@ -138,15 +138,15 @@ class Pace:
         self._not_before = 0.0
 
     async def wait(self, tokens: int) -> None:
-        """Return when a request of so many tokens (question and longest answer) may be sent.
+        """Wait until a request of this many tokens (question and longest answer) may be sent.
 
         Raises:
-            UserError: it alone exceeds the tokens of a minute.
+            UserError: the request alone exceeds the limit of a minute.
         """
         if self._tokens is not None and tokens > self._tokens:
             raise UserError(
                 f"tokens_per_minute must allow the largest request, of about {tokens:,} tokens; got {self._tokens:,}. "
-                "Raise it, or lower what a prompt holds."
+                "Raise it, or shorten the prompts."
             )
         async with self._line:
             while (delay := self._delay(tokens)) > 0:
@@ -155,7 +155,7 @@ class Pace:
             self._sum += tokens
 
     def pause(self, seconds: float) -> None:
-        """Let nothing go out for so long: what a server asked of one request holds for all."""
+        """Send nothing for this many seconds: a server's Retry-After applies to all requests."""
         self._not_before = max(self._not_before, self._clock() + seconds)
 
     def _delay(self, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""A language model of this machine, answering greedily."""
+"""A local language model that answers greedily."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kronsae.support.errors import UserError
 
 
 class Loaded(Protocol):
-    """A Hugging Face causal language model with its tokenizer, as `kronsae.data.model.load_model` gives it."""
+    """Hugging Face causal language model with its tokenizer, as returned by `kronsae.data.model.load_model`."""
 
     @property
     def name(self) -> str: ...
@@ -32,20 +32,20 @@ class Loaded(Protocol):
 
 
 class LocalModel:
-    """Answers with a transformers model: its chat template where it has one, greedy, one question at a time.
+    """Local transformers model: uses its chat template if it has one, greedy, one question at a time.
 
     Args:
         loaded: the model.
-        max_answer_tokens: an answer is cut off after so many.
-        seed: of whatever a model draws in spite of greedy decoding.
+        max_answer_tokens: largest length of an answer; longer ones are cut off.
+        seed: seed of random numbers that a model may draw in spite of greedy decoding.
 
     Raises:
-        UserError: the model has no language model head, or (when asked) too few positions for the question.
+        UserError: the model has no language model head; or, when asked, too few positions for the question.
     """
 
     def __init__(self, loaded: Loaded, *, max_answer_tokens: int = 300, seed: int = 0) -> None:
         if loaded.no_lm_head_reason:
-            raise UserError(f"the model in {loaded.name} cannot answer questions: {loaded.no_lm_head_reason}")
+            raise UserError(f"the model in {loaded.name} must answer questions, but cannot: {loaded.no_lm_head_reason}")
         if max_answer_tokens < 1:
             raise UserError(f"max_answer_tokens must be at least 1; got {max_answer_tokens!r}.")
         self._loaded, self._max_answer_tokens, self._seed = loaded, max_answer_tokens, seed
@@ -66,15 +66,15 @@ class LocalModel:
         return self._max_answer_tokens
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there are no connections."""
 
     async def answer(self, question: Question) -> Answer:
         ids_ST = self._ids(question).to(self._loaded.device)
         length, most = ids_ST.shape[1], self._loaded.max_positions
         if most is not None and length + self._max_answer_tokens > most:
             raise UserError(
-                f"the model in {self._loaded.name} takes {most:,} tokens, and a question needs {length:,} with "
-                f"{self._max_answer_tokens:,} for its answer. Take one with a longer context, or lower --per-prompt."
+                f"the model in {self._loaded.name} takes {most:,} tokens, but a question needs {length:,} and "
+                f"{self._max_answer_tokens:,} for its answer. Use one with a longer context, or lower --per-prompt."
             )
         devices = [self._loaded.device] if self._loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
@@ -113,14 +113,14 @@ def _render(tokenizer: Any, question: Question) -> str:
     system, user = {"role": "system", "content": question.instructions}, {"role": "user", "content": question.content}
     try:
         text: str = tokenizer.apply_chat_template([system, user], tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # some families know no system role
+    except TemplateError:  # some model families have no system role
         both = {"role": "user", "content": f"{question.instructions}\n\n{question.content}"}
         text = tokenizer.apply_chat_template([both], tokenize=False, add_generation_prompt=True)
     return text
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells one state of a model's folder from another: hash of the names, sizes and times of its files."""
+    """Return a hash of the names, sizes and times of a model's files, which changes with the folder's content."""
     kinds = (".safetensors", ".json", ".jinja", ".model")
     files = sorted(path for path in folder.iterdir() if path.suffix in kinds) if folder.is_dir() else []
     about = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -1,4 +1,4 @@
-"""Answers on disk, so that nothing is asked, or paid for, twice."""
+"""Answers on disk, so that no question is asked or paid for twice."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kronsae.support.files import read_json, write_json
 
 
 class AnswerMemory:
-    """One JSON file per answer, named by the SHA-256 of the question and of all that its answer depends on.
+    """One JSON file per answer, named by the SHA-256 of the question and all that its answer depends on.
 
-    A file is written whole or not at all, so a killed process loses at most the answers that were under way. A file
-    that is not what this class writes counts as not there.
+    Files are written atomically, so a killed process loses at most the pending answers. A file that this class did not
+    write is treated as missing.
 
     Args:
-        folder: where the files are; made when the first answer is kept.
+        folder: folder of the files; created with the first answer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,16 +29,16 @@ class AnswerMemory:
 
     @staticmethod
     def key(identity: Mapping[str, Any], question: Question) -> str:
-        """64 hex digits: the hash of model, settings and prompt as canonical JSON."""
+        """Return 64 hex digits: the hash of model, settings and prompt as canonical JSON."""
         whole = {"model": dict(identity), "question": asdict(question)}
         return hashlib.sha256(json.dumps(whole, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
     def find(self, identity: Mapping[str, Any], question: Question) -> Answer | None:
-        """The answer that was kept, if there is one."""
+        """Return the stored answer; None if there is none."""
         path = self._path(self.key(identity, question))
         try:
             found = read_json(path, "an answer") if path.exists() else None
-        except UserError:  # damaged by something else: ask again, and write it anew
+        except UserError:  # damaged: ask again and overwrite it
             return None
         answer = found.get("answer") if isinstance(found, dict) else None
         if not isinstance(answer, dict):
@@ -49,7 +49,7 @@ class AnswerMemory:
         return Answer(text=text, tokens_in=tokens_in, tokens_out=tokens_out)
 
     def keep(self, identity: Mapping[str, Any], question: Question, answer: Answer) -> None:
-        """Write the answer, with the question it belongs to."""
+        """Write the answer together with its question."""
         value = {"model": dict(identity), "question": asdict(question), "answer": asdict(answer)}
         write_json(self._path(self.key(identity, question)), value)
 

@@ -1,4 +1,4 @@
-"""A question, its answer, who answers, and the two ways in which there may be no answer."""
+"""Question, answer, the interface of a model, and the two kinds of failure."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 BYTES_PER_TOKEN = 3
-"""To tell tokens without a tokenizer: English prose has about 4 bytes of UTF-8 per token, JSON and code about 3."""
+"""For estimating tokens without a tokenizer: English prose has about 4 bytes of UTF-8 per token, JSON and code 3."""
 TEMPLATE_TOKENS = 20
-"""What a chat template adds to a question: role names and separators."""
+"""Tokens that a chat template adds to a question: role names and separators."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked: ``instructions`` is the system's part, ``content`` the user's."""
+    """A question: ``instructions`` is the system message, ``content`` the user message."""
 
     instructions: str
     content: str
 
     @property
     def estimated_tokens(self) -> int:
-        """Tokens of the question, from its size in bytes (`BYTES_PER_TOKEN`)."""
+        """Number of tokens of the question, estimated from its size in bytes (`BYTES_PER_TOKEN`)."""
         size = len(self.instructions.encode()) + len(self.content.encode())
         return TEMPLATE_TOKENS - (-size // BYTES_PER_TOKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back, and the tokens it took, as the model reports them (or estimated, where it does not)."""
+    """An answer and its token counts, as reported by the model, or estimated if it reports none."""
 
     text: str
     tokens_in: int
@@ -36,40 +36,40 @@ class Answer:
 
 
 class ChatModel(Protocol):
-    """Whoever answers."""
+    """Interface of a model that answers questions."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """All that the answer depends on besides the question, as JSON values; no secret is among it."""
+        """All that the answer depends on besides the question, as JSON values, without secrets."""
         ...
 
     @property
     def max_answer_tokens(self) -> int:
-        """An answer is cut off after so many tokens."""
+        """Largest length of an answer in tokens; longer ones are cut off."""
         ...
 
     async def answer(self, question: Question) -> Answer:
-        """Answer once.
+        """Answer a question with one attempt.
 
         Raises:
-            TryAgainError: not now, but perhaps later.
-            RefusedError: never to this question.
-            UserError: never to any question (a wrong key, no such model).
+            TryAgainError: the attempt failed, but a later one may succeed.
+            RefusedError: the model never answers this question.
+            UserError: the model never answers any question (a wrong key, no such model).
         """
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         ...
 
 
 class TryAgainError(Exception):
-    """A failure that may pass.
+    """A temporary failure.
 
     Args:
         reason: a few words.
-        retry_after: seconds the model asked to be left alone; None if it did not say.
-        perhaps_paid: whether the model may have worked on the question, although no answer came.
+        retry_after: seconds that the model asked to wait; None if it did not say.
+        perhaps_paid: whether the model may have processed the question although no answer arrived.
     """
 
     def __init__(self, reason: str, *, retry_after: float | None = None, perhaps_paid: bool = False) -> None:
@@ -78,4 +78,4 @@ class TryAgainError(Exception):
 
 
 class RefusedError(Exception):
-    """The model will not answer this question, however often it is asked."""
+    """The model refuses this question permanently."""
