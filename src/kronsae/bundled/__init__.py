@@ -1,11 +1,11 @@
-"""The small language model that comes inside the package: no download, no account, no GPU."""
+"""The small language model inside the package: no download, no account, no GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 NAME = "bundled"
-"""The model name that stands for :func:`path` wherever a model is asked for by name."""
+"""Model name that stands for :func:`path` wherever a model name is accepted."""
 
 
 def path() -> Path:

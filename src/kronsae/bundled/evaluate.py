@@ -1,8 +1,8 @@
-"""Measure the bundled language model, and write its figures and its model card.
+"""Evaluation of the bundled language model: its figures and its model card.
 
-``python -m kronsae.bundled.evaluate --run DIR`` takes the model of a finished training run, measures
-it, and publishes it with ``evaluation.json`` and a ``README.md`` made from that file alone. To repeat
-the figures of the packaged model: ``measure(kronsae.bundled.path())``.
+``python -m kronsae.bundled.evaluate --run DIR`` evaluates the model of a finished training run and publishes it with
+``evaluation.json`` and a ``README.md`` generated from that file alone. To repeat the figures of the packaged model:
+``measure(kronsae.bundled.path())``.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ PSEUDO_COUNTS = tuple(2.0**power for power in range(13))
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """How well one model predicts one text.
+    """Prediction loss of one model on one text.
 
     Args:
-        nats_per_token: Mean of ``-ln p(token | what came before)``.
+        nats_per_token: Mean of ``-ln p(token | previous tokens)``.
         perplexity: ``exp(nats_per_token)``.
-        bits_per_byte: ``sum of -log2 p / bytes of the text``: the one figure of the three that does
-            not depend on the tokenizer.
+        bits_per_byte: ``sum of -log2 p / bytes of the text``; unlike the other two it does not depend on the
+            tokenizer.
     """
 
     nats_per_token: float
@@ -59,7 +59,7 @@ class Loss:
 
     @classmethod
     def of(cls, token_nats: Tensor, text_bytes: int) -> Loss:
-        """Sum up the losses of a text's tokens, in nats."""
+        """Return the loss of a text from the losses of its tokens, in nats."""
         mean = token_nats.double().mean().item()
         bits = token_nats.double().sum().item() / math.log(2)
         return cls(nats_per_token=mean, perplexity=math.exp(mean), bits_per_byte=bits / text_bytes)
@@ -67,16 +67,16 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The language model beside its baselines on the same tokens.
+    """Losses of the language model and its baselines on the same tokens.
 
     Args:
-        documents: How many documents the text has.
-        document_ids: Their names, where there are few.
-        text_bytes: Their UTF-8 bytes in all.
-        tokens: Tokens predicted, the end-of-text token after each document but the last included.
-        model: The language model.
-        bigram: Interpolated bigram, see `Bigram`.
-        unigram: Add-one unigram, see `Bigram`.
+        documents: Number of documents in the text.
+        document_ids: Names of the documents, if there are few.
+        text_bytes: Total number of UTF-8 bytes.
+        tokens: Number of predicted tokens, including the end-of-text token after each document but the last.
+        model: Loss of the language model.
+        bigram: Loss of the interpolated bigram, see `Bigram`.
+        unigram: Loss of the add-one unigram, see `Bigram`.
     """
 
     documents: int
@@ -89,15 +89,15 @@ class Comparison:
 
 
 class Bigram:
-    """Count models of the training tokens: a unigram, and a bigram that leans on it.
+    """Count models of the training tokens: a unigram, and a bigram interpolated with it.
 
-    ``p(b) = (c(b) + 1) / (sum c + V)`` and ``p(b | a) = (c(a, b) + m p(b)) / (c(a) + m)``, with the
-    pseudo-count ``m`` of the Dirichlet prior (MacKay and Peto, 1995).
+    ``p(b) = (c(b) + 1) / (sum c + V)`` and ``p(b | a) = (c(a, b) + m p(b)) / (c(a) + m)``, with the pseudo-count ``m``
+    of the Dirichlet prior (MacKay and Peto, 1995).
 
     Args:
-        streams: Token streams with the number of times that each counts.
+        streams: Token streams, each with its weight in the counts.
         vocab_size: Number of tokens ``V``.
-        pseudo_count: The prior's weight ``m``.
+        pseudo_count: Weight ``m`` of the prior.
     """
 
     def __init__(self, streams: Sequence[tuple[Tensor, int]], vocab_size: int, pseudo_count: float) -> None:
@@ -112,11 +112,11 @@ class Bigram:
         self.pseudo_count = pseudo_count
 
     def unigram_nats(self, stream: Tensor) -> Tensor:
-        """Return ``-ln p(b)`` for each token of a stream but the first."""
+        """Return ``-ln p(b)`` for each token of a stream except the first."""
         return -self.unigram[stream[1:].long()].log()
 
     def bigram_nats(self, stream: Tensor) -> Tensor:
-        """Return ``-ln p(b | a)`` for each token of a stream but the first."""
+        """Return ``-ln p(b | a)`` for each token of a stream except the first."""
         first, second = stream[:-1].long(), stream[1:].long()
         seen = self.pairs[first, second] + self.pseudo_count * self.unigram[second]
         return -(seen / (self.firsts[first] + self.pseudo_count)).log()
@@ -125,8 +125,8 @@ class Bigram:
 def fit_bigram(tokenizer: PreTrainedTokenizerFast, library_weight: int, vocab_size: int) -> Bigram:
     """Fit the baselines on one epoch of the training tokens, weighted as for the language model.
 
-    The pseudo-count is the power of two that predicts best every 20th library document from the
-    others; with it, the counts are taken on all.
+    The pseudo-count is the power of two that best predicts every 20th library document from the others. With it, the
+    counts are taken over all documents.
     """
     library, tests = training_documents()
     test_stream = encode(tokenizer, tests)
@@ -142,12 +142,12 @@ def fit_bigram(tokenizer: PreTrainedTokenizerFast, library_weight: int, vocab_si
 
 
 def held_out_documents() -> list[Document]:
-    """Return the library's held-out documents; tests are left out, since not every machine has them."""
+    """Return the library's held-out documents without tests, which not every machine has."""
     return [document for document in standard_library_documents() if is_held_out(document.id)]
 
 
 def slice_documents(documents: Sequence[Document]) -> list[Document]:
-    """Return a few held-out documents of middling length, for a check that takes seconds."""
+    """Return a few held-out documents of medium length, for a check that takes seconds."""
     low, high = SLICE_DOCUMENT_BYTES
     middling = [document for document in documents if low <= len(document.text) <= high]
     return middling[:: max(1, len(middling) // SLICE_DOCUMENTS)][:SLICE_DOCUMENTS]
@@ -176,14 +176,14 @@ def compare(
 
 
 def measure(folder: Path, library_weight: int = Settings.library_weight) -> dict[str, Any]:
-    """Return the held-out figures of the model in a folder, and on what they were taken.
+    """Return the held-out figures of the model in a folder, and what they were measured on.
 
-    The split depends on the documents' names alone, so that this can be repeated on any machine; the
-    figures move a little with the Python version, whose library is the text.
+    The split depends only on the documents' names, so the measurement can be repeated on any machine. The figures
+    differ slightly between Python versions, because the library is the text.
 
     Args:
         folder: Folder with a model and its tokenizer.
-        library_weight: How often the baselines count the library for each time they count the tests.
+        library_weight: Weight of the library in the baselines' counts; tests have weight 1.
     """
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -212,7 +212,7 @@ def card(figures: dict[str, Any]) -> str:
         for key, name in names.items()
     )
     epoch = settings["library_weight"] * training["library_tokens"] + training["test_tokens"]
-    optimisers = [_in_words(optimiser) for optimiser in training["optimisers"]]
+    optimisers = [_describe(optimiser) for optimiser in training["optimisers"]]
     return f"""---
 license: other
 license_name: python-software-foundation-license
@@ -224,11 +224,11 @@ pipeline_tag: text-generation
 
 # The bundled language model of kronsae
 
-A GPT-NeoX language model of {training["parameters"] / 1e6:.1f} million parameters that writes something like Python.
-It lies inside the package, so that sparse autoencoders can be trained, measured and looked at without a download, an
+A GPT-NeoX language model of {training["parameters"] / 1e6:.1f} million parameters, trained on Python source code.
+It is part of the package, so that sparse autoencoders can be trained, measured and inspected without a download, an
 account or a GPU.
 
-<!-- Made by `python -m kronsae.bundled.evaluate` from {EVALUATION_FILE}; do not edit by hand. -->
+<!-- Generated by `python -m kronsae.bundled.evaluate` from {EVALUATION_FILE}; do not edit by hand. -->
 
 | | |
 |---|---|
@@ -251,27 +251,27 @@ model = AutoModelForCausalLM.from_pretrained(bundled.path(), dtype=torch.float32
 tokenizer = AutoTokenizer.from_pretrained(bundled.path())
 ```
 
-`<|endoftext|>` begins, ends and separates documents; padding has its own token, `<|pad|>`. The
-tokenizer adds neither by itself.
+`<|endoftext|>` begins, ends and separates documents; padding has its own token, `<|pad|>`. The tokenizer adds neither
+automatically.
 
 ## Training
 
 - Text: the sources of Python {training["python"]}'s standard library, tests included: {training["library_tokens"]:,}
-  tokens of library and {training["test_tokens"]:,} of tests, the library {settings["library_weight"]} times in each
-  epoch. Left out are the held-out documents, about one in twenty, chosen by a hash of the name
-  (`kronsae.data.corpus.is_held_out`). The tokenizer was trained on the same documents.
+  tokens of library and {training["test_tokens"]:,} of tests. Each epoch contains the library
+  {settings["library_weight"]} times. About one document in twenty is held out, chosen by a hash of its name
+  (`kronsae.data.corpus.is_held_out`). The tokenizer was trained on the training documents.
 - Seed {settings["seed"]}; {training["tokens_seen"]:,} tokens ({training["tokens_seen"] / epoch:.2f} epochs) in
-  {training["steps"]:,} steps of {settings["batch_tokens"]:,}, on windows of {settings["context"]} tokens and, for the
-  last {settings["long_share"]:.0%} of them, of {settings["max_positions"]}.
+  {training["steps"]:,} steps of {settings["batch_tokens"]:,} tokens. Windows have {settings["context"]} tokens, and
+  {settings["max_positions"]} for the last {settings["long_share"]:.0%} of the tokens.
 - Optimisers: {optimisers[0]} for the matrices inside the blocks; {optimisers[1]} for the rest.
-- Learning rates are peaks: reached over {settings["warmup_tokens"]:,} tokens, falling to zero over the last
-  {settings["decay_share"]:.0%}.
+- The learning rates are peak values: linear warm-up over {settings["warmup_tokens"]:,} tokens, linear decay to zero
+  over the last {settings["decay_share"]:.0%}.
 - Machine: {training["processor"]}, threads: {training["threads"]}, no GPU; PyTorch {training["torch"]},
   transformers {training["transformers"]}; {training["date"]}.
 
 To train it again: `python -m kronsae.bundled.train --out DIR --seed {settings["seed"]} --tokens {settings["tokens"]}`
-(with `--compile` for quicker steps). Another machine or number of threads rounds differently, so that the losses
-will agree, the weights not bit by bit.
+(with `--compile` for faster steps). Another machine or number of threads rounds differently: the losses will agree,
+but not every bit of the weights.
 
 ## Figures
 
@@ -283,25 +283,25 @@ On the {held_out["documents"]} held-out documents of the standard library withou
 |---|---|---|---|
 {rows}
 
-The baselines are counted on one whole epoch of the training text: an add-one unigram, and a bigram with a Dirichlet
-prior around it (pseudo-count {evaluation["bigram_pseudo_count"]:g}, tuned on a slice of the training text).
-The sources of another Python version give slightly other figures.
+The baselines are fitted on one whole epoch of the training text: an add-one unigram, and a bigram interpolated with it
+by a Dirichlet prior (pseudo-count {evaluation["bigram_pseudo_count"]:g}, tuned on a slice of the training text).
+The sources of another Python version give slightly different figures.
 
-## What it is for, and what not
+## Intended use and limits
 
-For demos, examples and tests of kronsae. It is far too small, and trained on far too little, to write code with or
-to draw conclusions about language models in general. It may repeat passages of its training text.
+For demos, examples and tests of kronsae. It is far too small, and trained on far too little text, to write code or to
+draw conclusions about language models in general. It may repeat passages of its training text.
 
 ## Licence of the data
 
 The training text is the Python standard library, under the
-[PSF licence](https://docs.python.org/3/license.html); some of its modules carry notices of their own. No other text
+[PSF licence](https://docs.python.org/3/license.html); some of its modules carry their own notices. No other text
 was used.
 """
 
 
-def _in_words(optimiser: dict[str, Any]) -> str:
-    """Return ``name (setting value, ...)``, without the switches that are off."""
+def _describe(optimiser: dict[str, Any]) -> str:
+    """Return ``name (setting value, ...)``, without switches that are off."""
     switched = {key: value for key, value in optimiser.items() if key != "name" and value is not False}
     return f"{optimiser['name']} (" + ", ".join(f"{key} {value}" for key, value in switched.items()) + ")"
 
@@ -317,7 +317,7 @@ def publish(run: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Read the folders from the command line and publish."""
+    """Read the folders from the command line and publish the model."""
     parser = argparse.ArgumentParser(description="Publish the model of a training run with its figures.")
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--to", type=Path, default=bundled.path(), help="folder of the published model")

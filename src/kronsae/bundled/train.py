@@ -1,9 +1,8 @@
 """Train the bundled language model: ``python -m kronsae.bundled.train --out DIR --tokens N``.
 
-A byte-level BPE tokenizer and a GPT-NeoX causal language model, trained on the sources of the
-running interpreter's standard library (tests included where they are installed), less the held-out
-documents. The whole run is a function of the settings: the learning rate follows the tokens seen,
-never the clock, and a run that was interrupted goes on from its last checkpoint.
+A byte-level BPE tokenizer and a GPT-NeoX causal language model, trained on the sources of the running interpreter's
+standard library (with tests, if installed) without the held-out documents. The settings determine the whole run: the
+learning rate depends on the tokens seen, not on time, and an interrupted run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -42,31 +41,31 @@ STATE_KEY = "kronsae.bundled.train"
 TRAINING_FILE = "training.json"
 EXPORT_FOLDER = "model"
 MONITOR_WINDOWS = 40
-"""Held-out windows behind the loss in the log: enough to see a run go wrong, few enough to be quick."""
+"""Number of held-out windows for the loss in the log: enough to notice a failing run, few enough to be fast."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run depends on, besides the Python installation that it reads.
+    """Settings that determine a run, together with the Python installation that it reads.
 
     Args:
         seed: Seed of the weights and of the order of the text.
-        tokens: Training tokens in all; the learning rate reaches zero at the last one.
-        vocab_size: Entries of the tokenizer, the two special ones included.
+        tokens: Total number of training tokens; the learning rate reaches zero at the last one.
+        vocab_size: Entries of the tokenizer, including the two special ones.
         hidden_size: Width of the residual stream.
         layers: Transformer blocks.
         heads: Attention heads in each block.
         intermediate_size: Width inside each MLP.
-        max_positions: Longest context that the model takes, in tokens.
+        max_positions: Longest context of the model, in tokens.
         context: Window for the first part of training, in tokens.
-        long_share: Last share of the tokens, trained on windows of ``max_positions``.
+        long_share: Final share of the tokens, trained on windows of ``max_positions``.
         batch_tokens: Tokens per optimiser step.
-        library_weight: How often an epoch sees the library for each time that it sees the tests.
+        library_weight: Number of times that an epoch contains the library; it contains the tests once.
         muon_learning_rate: Peak rate of Muon (block matrices), scaled to match AdamW's RMS.
         adamw_learning_rate: Peak rate of AdamW (embeddings, biases, norms).
         weight_decay: Decoupled decay of the block matrices.
-        warmup_tokens: Tokens over which the learning rate rises from zero.
-        decay_share: Last share of the tokens, over which the learning rate falls to zero.
+        warmup_tokens: Tokens over which the learning rate increases from zero.
+        decay_share: Final share of the tokens, over which the learning rate decays to zero.
     """
 
     seed: int = 0
@@ -102,7 +101,7 @@ class Settings:
 
 
 def training_documents() -> tuple[list[Document], list[Document]]:
-    """Return the library's and the tests' documents that may be trained on."""
+    """Return the library's and the tests' documents that are not held out."""
     library_ids = {document.id for document in standard_library_documents()}
     kept = [document for document in standard_library_documents(include_tests=True) if not is_held_out(document.id)]
     library = [document for document in kept if document.id in library_ids]
@@ -111,7 +110,7 @@ def training_documents() -> tuple[list[Document], list[Document]]:
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_positions: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: no unknown token, and decoding gives the text back."""
+    """Train a byte-level BPE tokenizer: no unknown token, and decoding restores the text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -133,17 +132,17 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_position
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Iterable[Document]) -> Tensor:
-    """Return all documents as one stream of tokens, each led by the end-of-text token."""
+    """Return all documents as one stream of tokens, each preceded by the end-of-text token."""
     ids: list[int] = []
     for document in documents:
         ids.append(tokenizer.eos_token_id)
-        # The tokenizer proper: the wrapper would warn of texts longer than the context.
+        # The backend tokenizer, because the wrapper warns about texts longer than the context.
         ids.extend(tokenizer.backend_tokenizer.encode(document.text).ids)
     return torch.tensor(ids, dtype=torch.int32)
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForCausalLM:
-    """Return the untrained model; its weights are a function of ``settings.seed``."""
+    """Return the untrained model; ``settings.seed`` determines its weights."""
     torch.manual_seed(settings.seed)
     config = GPTNeoXConfig(
         vocab_size=settings.vocab_size,
@@ -162,7 +161,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> GPTNe
 
 
 def optimisers(model: torch.nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices inside the blocks, AdamW for everything else."""
+    """Return Muon for the matrices inside the blocks and AdamW for everything else."""
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -182,9 +181,9 @@ def optimisers(model: torch.nn.Module, settings: Settings) -> list[torch.optim.O
 def learning_rate_factor(seen: int, settings: Settings) -> float:
     """Return the share of the peak learning rate after ``seen`` tokens.
 
-    Rises in a line over the warm-up, stays, then falls in a line to zero at ``settings.tokens``.
-    Until the fall begins it does not depend on ``settings.tokens``, so that a run may still be
-    made longer or shorter and equals one that had that length from the start.
+    Linear warm-up, constant, then linear decay to zero at ``settings.tokens``. Until the decay begins it does not
+    depend on ``settings.tokens``. A run may therefore still be made longer or shorter, and then equals a run that had
+    this length from the start.
     """
     rise = seen / settings.warmup_tokens if settings.warmup_tokens > 0 else 1.0
     fall = (settings.tokens - seen) / (settings.decay_share * settings.tokens)
@@ -192,16 +191,16 @@ def learning_rate_factor(seen: int, settings: Settings) -> float:
 
 
 def batch_at(step: int, library: Tensor, tests: Tensor, settings: Settings) -> Tensor:
-    """Return the batch of a step, ``[batch, length + 1]``: inputs and, one further, targets.
+    """Return the batch of a step, ``[batch, length + 1]``: inputs, and targets shifted by one.
 
-    Streams are cut into windows of ``max_positions`` at an offset that each epoch draws anew, in an
-    order that it draws anew; a shorter context cuts the same windows further. A function of the
-    step and the seed alone, so that an interrupted run goes on with the batch that was next.
+    Streams are cut into windows of ``max_positions``; each epoch draws a new offset and a new order. A shorter context
+    splits the same windows further. The result depends only on step and seed, so an interrupted run continues with the
+    next batch.
     """
     per_batch = settings.batch_tokens // settings.max_positions
     span = settings.max_positions
     streams = [library] * settings.library_weight + [tests]
-    # The offset (< span) and the last target are left free in each stream.
+    # Each stream leaves room for the offset (< span) and the last target.
     counts = [max(0, (len(stream) - 1) // span - 1) for stream in streams]
     batches = sum(counts) // per_batch
     epoch, place = divmod(step, batches)
@@ -232,19 +231,18 @@ def export(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder
     """Write the model in float16 and its tokenizer, as ``from_pretrained`` expects them."""
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # transformers 5 writes a class name that 4 does not know; both know this one.
+    # transformers 4 does not know the class name that transformers 5 writes; both know this one.
     config = folder / "tokenizer_config.json"
     write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes files for the owner alone; a package is for everyone
+        file.chmod(0o644)  # safetensors makes files readable for the owner alone; a package is for everyone
 
 
 @torch.no_grad()
 def token_nats(model: GPTNeoXForCausalLM, stream: Tensor, length: int) -> Tensor:
-    """Return the model's loss for each token of a stream but the first, in nats: ``[len(stream) - 1]``.
+    """Return the loss for each token of a stream except the first, in nats: ``[len(stream) - 1]``.
 
-    The stream is cut into windows of ``length`` tokens; within one, each token is predicted from those
-    before it.
+    The stream is cut into windows of ``length`` tokens; within a window, each token is predicted from those before it.
     """
     was_training = model.training
     model.train(False)
@@ -258,7 +256,7 @@ def token_nats(model: GPTNeoXForCausalLM, stream: Tensor, length: int) -> Tensor
 
 
 class Run:
-    """A training run in a folder: what it has learned so far, and how it goes on.
+    """A training run in a folder: its state, and how to resume it.
 
     Args:
         settings: What to train.
@@ -301,7 +299,7 @@ class Run:
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
 
     def _check_same_run(self, before: Settings) -> None:
-        """Refuse settings under which the steps taken would have been other ones."""
+        """Raise if the settings would have changed the steps already taken."""
         seen = self.step * self.settings.batch_tokens
         tail = max(self.settings.decay_share, self.settings.long_share)
         same = replace(before, tokens=self.settings.tokens) == self.settings
@@ -309,8 +307,8 @@ class Run:
         if not same or (before.tokens != self.settings.tokens and not undecayed):
             raise ValueError(
                 f"settings must equal those of the checkpoint in {self.out} (tokens may change "
-                f"until the decay begins); got {self.settings}, there {before}. "
-                "Repeat them, or give another --out."
+                f"until the decay begins); got {self.settings}, but the checkpoint has {before}. "
+                "Use the same settings, or give another --out."
             )
 
     def save(self) -> None:
@@ -326,12 +324,12 @@ class Run:
         write_json(self.out / TRAINING_FILE, self.provenance())
 
     def held_out_loss(self) -> float:
-        """Return the loss on the first held-out windows, in nats per token; a glance, not the published figure."""
+        """Return the loss on the first held-out windows, in nats per token: a quick check, not the published figure."""
         length = self.settings.context
         return token_nats(self.model, self.held_out[: MONITOR_WINDOWS * length + 1], length).mean().item()
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the run depends on and what it has read so far, ready for JSON."""
+        """Return settings, versions and progress of the run as JSON values."""
         return {
             "date": datetime.date.today().isoformat(),
             "python": platform.python_version(),
@@ -357,7 +355,7 @@ class Run:
         return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
 
     def losses(self, compiled: bool) -> Iterator[tuple[int, float]]:
-        """Train to the end; yield the step and its training loss in nats per token."""
+        """Train to the end and yield each step with its training loss in nats per token."""
         settings = self.settings
         window_loss = torch.compile(self.window_loss, dynamic=False) if compiled else self.window_loss
         last = settings.tokens // settings.batch_tokens
@@ -379,14 +377,14 @@ class Run:
 
 
 def train(settings: Settings, out: Path, *, save_every: int, log_every: int, compiled: bool) -> None:
-    """Run the training in a folder, from its checkpoint if it holds one.
+    """Run the training in a folder; resume from its checkpoint if there is one.
 
     Args:
         settings: What to train.
         out: Folder for the checkpoint, the log (JSON lines) and the exported model.
-        save_every: Steps between two checkpoints.
-        log_every: Steps between two lines of the log.
-        compiled: Train through ``torch.compile``: faster steps after a minute's start.
+        save_every: Steps between checkpoints.
+        log_every: Steps between log lines.
+        compiled: Train with ``torch.compile``: faster steps after about a minute of compilation.
     """
     run = Run(settings, out)
     started, first = time.monotonic(), run.step
@@ -422,7 +420,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--log-every", type=int, default=20, help="steps between log lines")
-    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     defaults = Settings()
     for field in fields(Settings):
         default = getattr(defaults, field.name)
