@@ -278,8 +278,8 @@ class TestWords:
             ({"read": ("a", "a")}, "read must list different hooks; got a, a. Name each once."),
             (
                 {"skip": True},
-                "skip must be used with output hooks that differ from the input hooks; 'topk' writes the hooks it reads. "
-                "Give write=, or leave skip out.",
+                "skip must be used with output hooks that differ from the input hooks; 'topk' writes the hooks it "
+                "reads. Give write=, or leave skip out.",
             ),
         ],
     )
