@@ -101,9 +101,10 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     NumPy aligns to 16 bytes only; the tensor starts at a multiple of 64 bytes, like PyTorch's own memory.
     """
-    raw = torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT_BYTES, np.uint8))
-    start = -raw.data_ptr() % ALIGNMENT_BYTES
-    return raw[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    number = torch.empty(0, dtype=dtype).numpy().dtype
+    raw = np.empty(math.prod(shape) + ALIGNMENT_BYTES // number.itemsize, number)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES // number.itemsize
+    return torch.from_numpy(raw[start : start + math.prod(shape)].reshape(shape))
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
