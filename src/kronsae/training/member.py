@@ -272,12 +272,12 @@ class Member:
         for name, parameter in self.sae.named_parameters():
             prefix = f"optimizer.{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}
+            self.optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
         self.dead.tokens_since_active_F.copy_(tensors["dead.tokens_since_active"])
         self.sparsity.state.copy_(tensors["sparsity"])
         for what, widths in self._widths.items():
             parts = (tensors[f"normalization.{what}.{part}"] for part in ("mean", "scale"))
-            mean_D, scale_H = (part.to(self.sae.W_dec.device) for part in parts)
+            mean_D, scale_H = (part.to(self.sae.W_dec.device, copy=True) for part in parts)
             self.normalizations[what] = Normalization(mean_D, scale_H, widths)
         self.seconds = float(tensors["seconds"])
 
