@@ -118,7 +118,7 @@ class _Largest(TorchDispatchMode):
 def test_bad_input() -> None:
     model, hook = toys.language_model(30, 8)
     make = toys.batches([[1, 2, 3]], 1)
-    with pytest.raises(UserError, match="SAE 'wide' must have the width of hook 'block', 8; it has d_in=9"):
+    with pytest.raises(UserError, match="SAE 'wide' must have the width of hook 'block', 8; got d_in=9"):
         evaluate({"wide": toys.zero_sae(9)}, model, hook, make, tokens=2)
     with pytest.raises(UserError, match="tokens must be above 0"):
         evaluate({"a": toys.zero_sae(8)}, model, hook, make, tokens=0)

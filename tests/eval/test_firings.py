@@ -66,5 +66,5 @@ def test_firings_do_not_depend_on_the_batches() -> None:
 def test_codes_of_another_text_are_refused() -> None:
     meter = FiringMeter(3, [0])
     meter.update(SparseCodes(torch.ones(5, 1), torch.zeros(5, 1, dtype=torch.int64), 3))
-    with pytest.raises(ValueError, match="the pass had 5 activations, and its text counts 6"):
+    with pytest.raises(ValueError, match="text must have one kept token per activation; got 6 for 5"):
         meter.value(flat_text(PARTS))

@@ -73,9 +73,9 @@ def test_equal_seeds_give_equal_prompts() -> None:
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
-    with pytest.raises(UserError, match=r"template must hold \{word\} once"):
+    with pytest.raises(UserError, match=r"template must contain \{word\} exactly once"):
         list(first_letter_prompts(TOKENIZER, max_words=80, seed=0, template="a word:"))
     with pytest.raises(
-        UserError, match=r"more than 10 held-out words; of the vocabulary's .* 20 were drawn, .* held out"
+        UserError, match=r"more than 10 distinct held-out words; got .* after drawing 20 of the vocabulary's .* words"
     ):
         list(first_letter_prompts(TOKENIZER, max_words=20, seed=0))

@@ -26,7 +26,7 @@ ONES = torch.ones(2, 2)
 def test_rv_by_hand() -> None:
     assert rv_coefficient(torch.eye(2), ONES) == pytest.approx(2 / math.sqrt(2 * 4))
     assert rv_coefficient(ONES, 7 * ONES) == pytest.approx(1)
-    with pytest.raises(UserError, match=r"one shape; got \(2, 2\) and \(3, 3\)"):
+    with pytest.raises(UserError, match=r"the matrices must have equal shapes; got \(2, 2\) and \(3, 3\)"):
         rv_coefficient(ONES, torch.eye(3))
 
 

@@ -38,7 +38,7 @@ def test_a_prompt_is_not_cut() -> None:
     longest = max(len(encode(passage.text, TOKENIZER).ids) for passage in passages())
     frame = len(FRAME[0]) + len(FRAME[1])
     assert task(whole=True, context_length=longest + frame).classes == task(context_length=longest + frame).classes
-    with pytest.raises(UserError, match=f"a prompt of this task as a whole; one has .* and {longest - 1} fit"):
+    with pytest.raises(UserError, match=f"each prompt of this task; one has .* tokens, and {longest - 1} fit"):
         task(whole=True, context_length=longest + frame - 1)
 
 
@@ -126,7 +126,7 @@ def test_a_class_with_too_few_examples_is_left_out() -> None:
     ("changes", "message"),
     [
         ({"given": passages(4)}, "'words' has 0 of 2"),
-        ({"context_length": 1}, "context_length must leave room for text"),
+        ({"context_length": 1}, "context_length must be larger than the number of special tokens"),
     ],
 )
 def test_what_gives_no_task_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -135,7 +135,7 @@ def test_what_gives_no_task_is_refused(changes: dict[str, Any], message: str) ->
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
-    with pytest.raises(UserError, match="labels need a tokenizer that tells which characters"):
+    with pytest.raises(UserError, match="the tokenizer must give the character offsets of its tokens"):
         encode("x", SimpleNamespace(is_fast=False))
     with pytest.raises(UserError, match="per_word must be at least 1"):
         Sizes(per_word=0)

@@ -26,5 +26,5 @@ def test_student_s_t_decides(mean: float, error: float, sign: int) -> None:
 
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0]), ([1.0, 2.0], [1.0])])
 def test_too_little_is_refused(a: list[float], b: list[float]) -> None:
-    with pytest.raises(UserError, match="at least 2 figures each"):
+    with pytest.raises(UserError, match="a and b must have equal lengths of at least 2; got"):
         paired_difference(a, b)

@@ -71,7 +71,7 @@ def test_half_precision_is_measured_in_double() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(UserError, match="readable twice; got a one-shot generator"):
+    with pytest.raises(UserError, match="iterable twice; got a one-shot generator"):
         reconstruction(perfect_sae(2), (torch.ones(1, 2) for _ in range(2)))
     with pytest.raises(UserError, match="needs at least one token"):
         reconstruction(perfect_sae(2), [])

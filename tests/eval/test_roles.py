@@ -199,13 +199,13 @@ def test_bad_input(model: LanguageModel) -> None:
     with pytest.raises(UserError) as error:
         evaluate({"c": saes["crosscoder"]}, model, {"c": hooks["deeper"]}, make, tokens=9)
     assert str(error.value) == (
-        "SAE 'c' must have the width of hook 'gpt_neox.layers.2', 16; it has d_in=32. "
-        "Give the model and the hook it was trained on."
+        "SAE 'c' must have the width of hook 'gpt_neox.layers.2', 16; got d_in=32. "
+        "Use the model and the hook that it was trained on."
     )
     wrong = Hooks(read=hooks["residual"].read, write=hooks["crosscoder"].write)
-    with pytest.raises(UserError, match=r"hook 'gpt_neox.layers.0' and 'gpt_neox.layers.2', 32; it has d_out=16"):
+    with pytest.raises(UserError, match=r"hook 'gpt_neox.layers.0' and 'gpt_neox.layers.2', 32; got d_out=16"):
         evaluate({"t": saes["transcoder"]}, model, {"t": wrong}, make, tokens=9)
-    with pytest.raises(UserError, match="reconstruction measures what is reconstructed where it was read"):
+    with pytest.raises(UserError, match="reconstruction needs an SAE that writes the hook it reads"):
         reconstruction(saes["transcoder"], [torch.zeros(2, WIDTH)])
-    with pytest.raises(UserError, match="takes SAEs of one hook; 'c' is a crosscoder"):
+    with pytest.raises(UserError, match="needs SAEs that read and write one hook; 'c' is a crosscoder"):
         spliced_models({"c": saes["crosscoder"]}, model, hooks["residual"].read[0], make, tokens=9)

@@ -121,7 +121,7 @@ def test_a_summary_by_hand() -> None:
         ({"inverse_penalty": 0.0}, "inverse_penalty must be above 0; got 0.0"),
         ({"examples": 0}, "examples must be a whole number above 0; got 0"),
         ({"seed": -1}, r"seed must be from 0 to 2\*\*63 - 1; got -1"),
-        ({"chosen": (2, 2)}, "latents must be different numbers from 0 on; got 2, 2"),
+        ({"chosen": (2, 2)}, "latents must be distinct indices from 0; got 2, 2"),
     ],
 )
 def test_a_config_that_makes_no_sense(values: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: reconstruction, the spliced language model, and the latents with the text they are active on."""
+"""Evaluation of SAEs: reconstruction, spliced language-model loss, and latents with text examples."""
 
 from kronsae.eval.contexts import Band, Context, Gallery, ShownHead, ShownLatent, ShownParent
 from kronsae.eval.evaluation import Evaluation, Hooks, evaluate

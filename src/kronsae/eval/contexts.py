@@ -1,4 +1,4 @@
-"""The text a latent is active on: windows of tokens with the activation of the latent and of its two parents."""
+"""Contexts of latents: windows of tokens with the activations of a latent and of its two parents."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Context:
     """A window of text around one activation; the tuples have one entry per token.
 
     Args:
-        tokens: the text of each token, control characters made visible.
-        peak: place of the token that the window was chosen for.
-        values: the activation of the latent (or base, or extension) it is a context of.
-        base: ``relu(u)`` of the latent's base, with a Kronecker encoder; else empty.
-        extension: ``relu(v)`` of its extension, likewise.
+        tokens: the text of each token, with visible control characters.
+        peak: index of the token that the window was selected for.
+        values: activations of the latent (or base, or extension) that the context belongs to.
+        base: ``relu(u)`` of the latent's base for a Kronecker encoder, else empty.
+        extension: ``relu(v)`` of the latent's extension for a Kronecker encoder, else empty.
     """
 
     tokens: tuple[str, ...]
@@ -46,12 +46,12 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """One of several bands of equal numbers of a latent's activations, by size, with contexts drawn from it.
+    """One of several quantile bands of a latent's activations, with contexts drawn from it.
 
     Args:
-        low: its smallest activation.
-        high: its largest.
-        contexts: drawn at random, at most one per window of the stream.
+        low: smallest activation in the band.
+        high: largest activation in the band.
+        contexts: random contexts, at most one per window of the stream.
     """
 
     low: float
@@ -61,20 +61,20 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownLatent:
-    """A latent with text it is active on.
+    """A latent with contexts in which it is active.
 
     Args:
-        latent: its number.
-        frequency: share of tokens on which it is active.
-        max_activation: the largest activation.
-        mean_activation: mean of the activation where it is active.
+        latent: index of the latent.
+        frequency: share of tokens on which the latent is active.
+        max_activation: largest activation.
+        mean_activation: mean activation over the tokens on which the latent is active.
         top: contexts of the largest activations, at most one per window of the stream.
-        sampled: contexts of activations drawn at random, at most one per window of the stream.
-        quantiles: bands of its activations from the weakest to the strongest, made of `POOL` contexts drawn at random.
-        negatives: contexts drawn at random from windows of the stream in which it is not active at all.
-        head, base, extension: its place in a Kronecker encoder; None with a dense one.
-        parents_frequency: share of tokens on which base and extension are both above 0, of which TopK keeps
-            ``frequency``; None with a dense encoder.
+        sampled: contexts of random activations, at most one per window of the stream.
+        quantiles: bands of its activations from weakest to strongest, formed from `POOL` random contexts.
+        negatives: random contexts from windows of the stream in which the latent is not active.
+        head, base, extension: position in a Kronecker encoder; None for a dense encoder.
+        parents_frequency: share of tokens on which base and extension are both above 0; after TopK the latent is
+            active on ``frequency``. None for a dense encoder.
     """
 
     latent: int
@@ -93,7 +93,7 @@ class ShownLatent:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownParent:
-    """A base or an extension of a head with text it is active on; its activation is ``relu`` of the pre-latent."""
+    """A base or an extension of a head with contexts; its activation is ``relu`` of the pre-latent."""
 
     number: int
     frequency: float
@@ -103,9 +103,9 @@ class ShownParent:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownHead:
-    """A whole head: its bases, its extensions, and the latent of each pair, row-major (base by base).
+    """A complete head: its bases, its extensions, and the latent of each pair, row-major (base by base).
 
-    ``living`` counts the cells that were active on at least one token.
+    ``living`` is the number of cells that were active on at least one token.
     """
 
     head: int
@@ -117,27 +117,27 @@ class ShownHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """The latents of one SAE that are shown, and the number of tokens that their contexts were sought in."""
+    """The shown latents of one SAE, and the number of tokens searched for their contexts."""
 
     tokens: int
     latents: tuple[ShownLatent, ...]
     heads: tuple[ShownHead, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return to_dict(self)
 
 
 class GalleryMeter:
-    """Seeks contexts for chosen latents in one pass.
+    """Collector of contexts for selected latents in one pass.
 
-    Memory: a window of tokens and three activations per place for each context kept, and at most `MAX_SIGNALS`
-    activations of the chosen latents and their parents at a time; nothing grows with the number of tokens.
+    Memory: for each kept context, a window of tokens with three activations per token; and at most `MAX_SIGNALS`
+    activations of the selected latents and their parents at a time. Memory does not grow with the number of tokens.
 
     Args:
-        sae: whose latents they are.
-        statistics: of an earlier pass over the same tokens; the choice rests on them.
-        config: how many.
+        sae: the SAE.
+        statistics: latent statistics of an earlier pass over the same tokens, used to select latents.
+        config: number of latents, heads and contexts.
     """
 
     def __init__(self, sae: SAE, statistics: LatentStatistics, config: GalleryConfig) -> None:
@@ -167,7 +167,7 @@ class GalleryMeter:
 
     @torch.no_grad()
     def update(self, windows: Windows, x_ND: Float[Tensor, "N D"], codes: SparseCodes) -> None:
-        """Take in some windows, given the kept activations in them and their codes."""
+        """Add windows, with the activations of their kept tokens and the codes of these."""
         width = len(self._signals.columns)
         self._tokens += len(x_ND)
         if width == 0:
@@ -199,7 +199,7 @@ class GalleryMeter:
             self._negatives.update(lottery_STC * nowhere_STC, signals_STC, ids_ST, windows.first)
 
     def value(self, token_text: TokenText) -> Gallery:
-        """The contexts found, as text."""
+        """Return the contexts found, as text."""
         config, encoder = self._config, self._encoder
         return Gallery(
             tokens=self._tokens,
@@ -259,7 +259,7 @@ class GalleryMeter:
 
 
 def _bands(drawn: Sequence[Context], number: int, contexts: int) -> tuple[Band, ...]:
-    """``number`` bands of the contexts drawn, by their peaks' activation; of each the first ``contexts`` drawn."""
+    """Split the drawn contexts into ``number`` bands by peak activation; keep the first ``contexts`` of each."""
     peaks = [context.values[context.peak] for context in drawn]
     order = sorted(range(len(drawn)), key=peaks.__getitem__)
     borders = [band * len(drawn) // number for band in range(number + 1)] if number else []
@@ -277,10 +277,11 @@ def _checked_latent(latent: int, d_sae: int) -> int:
 
 
 class _Signals:
-    """The activations that are looked at, as columns: chosen latents, and the pre-latents they are composed of.
+    """The activations of the selected latents and of their pre-latents, as columns.
 
-    ``columns`` names them ``("latent", number)`` or ``("pre", row)`` and ``place`` numbers these; ``companions``
-    gives for each column itself, its base and its extension (itself again, where there is none).
+    ``columns`` lists their keys, ``("latent", number)`` or ``("pre", row)``; ``place`` maps a key to its column.
+    ``companions`` has for each column: the column itself, its base's and its extension's. A column without parents
+    has itself three times.
     """
 
     def __init__(self, sae: SAE, sample: Sequence[int], heads: Sequence[int]) -> None:
@@ -310,7 +311,7 @@ class _Signals:
         self._num_latents = len(latents)
 
     def of(self, x_ND: Tensor, codes: SparseCodes) -> Float[Tensor, "N C"]:
-        """Their activations, on the CPU in float32."""
+        """Return the activations of the columns, on the CPU in float32."""
         column_NK = self._column_of_F[codes.indices.cpu()]
         token_E, k_E = (column_NK.ge(0) & codes.active.cpu()).nonzero(as_tuple=True)
         latents_NC = torch.zeros(len(x_ND), self._num_latents)
@@ -320,9 +321,9 @@ class _Signals:
 
 
 class _BestWindows:
-    """For each column the places of the largest scores, at most one per window of the stream, with their context.
+    """The positions of the largest scores of each column, at most one per window of the stream, with their contexts.
 
-    Of equal scores the earlier window is kept, and within a window the earlier token.
+    Ties are resolved in favour of the earlier window, and within a window the earlier token.
     """
 
     def __init__(self, kept: int, companions_CA: Int[Tensor, "C A"], radius: int) -> None:
@@ -338,7 +339,7 @@ class _BestWindows:
         candidates = torch.cat([self._score_CQ, peak_SC.T], dim=1).sort(dim=1, descending=True, stable=True)
         order_CQ = candidates.indices[:, :kept]
         column_E, slot_E = ((order_CQ >= kept) & (candidates.values[:, :kept] > 0)).nonzero(as_tuple=True)
-        # what stays moves to its new slot; what comes is gathered only where it won
+        # kept entries move to their new slots; new entries are gathered only where they enter
         stays_CQ = order_CQ.clamp_max(kept - 1).unsqueeze(-1)
         self._score_CQ = candidates.values[:, :kept].clone()
         self._ids_CQW = self._ids_CQW.gather(1, stays_CQ.expand_as(self._ids_CQW))
@@ -355,7 +356,7 @@ class _BestWindows:
         self._values_CQWA[column_E, slot_E] = values_EWA
 
     def contexts(self, column: int, number: int, token_text: TokenText, *, parents: bool) -> tuple[Context, ...]:
-        """Up to ``number`` contexts of a column, the best first; with its parents' activations where it has some."""
+        """Return up to ``number`` contexts of a column, best first; with ``parents``, also its parents' activations."""
         found = []
         for slot in range(min(number, self._score_CQ.shape[1])):
             if float(self._score_CQ[column, slot]) <= 0:
@@ -377,10 +378,10 @@ class _BestWindows:
 
 
 def _lottery(like_ST: Tensor, first: int, columns: Sequence[tuple[str, int]], seed: int) -> Float[Tensor, "S T C"]:
-    """A number in (0, 1] for each token and column that depends on nothing but their places and the seed.
+    """Return a pseudo-random number in (0, 1] for each token and column, a function of position, column and seed only.
 
-    A hash (the finaliser of splitmix64) and not a generator, so that a different division into batches draws the
-    same tokens.
+    It is a hash (the finaliser of splitmix64) rather than a generator, so that the drawn tokens do not depend on the
+    batch size.
     """
     identity_C = torch.tensor([2 * number + (kind == "pre") for kind, number in columns])
     window_S = torch.arange(first, first + len(like_ST))

@@ -1,4 +1,4 @@
-"""Tokens as text for people: every token visible, whatever bytes it is made of."""
+"""Display strings for tokens: every token is visible, whatever bytes it consists of."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-NOT_A_TOKEN = -1  # a place of a context window that lies outside of its text
+NOT_A_TOKEN = -1  # a position of a context window that lies outside the text
 _MARKS = {"\n": "↵", "\r": "␍", "\t": "→", "\x7f": "␡"}
 _CONTROL = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format (such as marks of writing direction), ...
 
 
 def visible(text: str) -> str:
-    r"""``text`` with control and format characters made visible: ``↵`` for a newline, ``→`` for a tab, else escapes.
+    r"""Return ``text`` with visible control and format characters: ``↵`` for newline, ``→`` for tab, else escapes.
 
     Example:
         >>> visible("a\n\tb\x00\u202e")
@@ -25,7 +25,7 @@ def visible(text: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """`visible`, but with the line breaks left in."""
+    """Apply `visible` to each line; line breaks are kept."""
     return "\n".join(visible(line) for line in text.split("\n"))
 
 
@@ -34,11 +34,11 @@ def _escape(character: str) -> str:
 
 
 class TokenText:
-    """Turns token ids into display strings, piece by piece.
+    """Converter from token ids to display strings, token by token.
 
-    A Hugging Face tokenizer's ``decode`` of one id loses what a piece alone does not show: the space in front, and
-    the bytes of a character that is spread over several tokens. This class reads the pieces: byte-level BPE
-    (GPT-2 and after), SentencePiece (``▁``, ``<0x0A>``) and WordPiece (``##ing``).
+    A Hugging Face tokenizer's ``decode`` of a single id loses the leading space, and the bytes of a character that
+    spans several tokens. This class reads the vocabulary entries instead: byte-level BPE (GPT-2 and later),
+    SentencePiece (``▁``, ``<0x0A>``) and WordPiece (``##ing``).
 
     Args:
         tokenizer: a Hugging Face tokenizer, or anything with ``convert_ids_to_tokens``.
@@ -53,10 +53,10 @@ class TokenText:
         self._bytes: dict[int, bytes] = {}
 
     def strings(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """One display string per token; joined they read as the text.
+        """Return one display string per token; joined, they give the text.
 
-        A character whose bytes are spread over several tokens stands at the token that completes it; the others
-        show their bytes as ``\\xe4``. A space at the beginning of a piece is kept. Special tokens show their names.
+        A character that spans several tokens is shown at the token that completes it; the other tokens show their
+        bytes as ``\\xe4``. Leading spaces are kept. Special tokens show their names.
         """
         decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
         shown = []
@@ -89,14 +89,14 @@ class TokenText:
 
 
 def _decoder_of(tokenizer: Any) -> str:
-    """The JSON of a fast tokenizer's decoder, which names its kind; "" for any other tokenizer."""
+    """Return the JSON of a fast tokenizer's decoder, which names its type; "" for any other tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return json.dumps(json.loads(backend.to_str()).get("decoder")) if backend is not None else ""
 
 
 @lru_cache(maxsize=1)
 def _byte_level_table() -> dict[str, int]:
-    """The letters that byte-level BPE writes for the 256 bytes (Radford et al. 2019, ``bytes_to_unicode``)."""
+    """Map byte-level BPE's characters to the 256 bytes (Radford et al. 2019, inverse of ``bytes_to_unicode``)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

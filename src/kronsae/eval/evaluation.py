@@ -1,4 +1,4 @@
-"""Everything that is measured of some SAEs, in two passes of the language model over one text."""
+"""Evaluation of several SAEs in two passes of the language model over the same text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured of one SAE; see the parts for definitions and units."""
+    """Results for one SAE; definitions and units are documented at each part."""
 
     reconstruction: Reconstruction
     language_model: Spliced
@@ -40,28 +40,28 @@ class Evaluation:
     gallery: Gallery
 
     def figures(self) -> dict[str, Any]:
-        """The figures alone, as JSON values: ``reconstruction`` and ``language_model``."""
+        """Return the scalar metrics as JSON values: ``reconstruction`` and ``language_model``."""
         return {"reconstruction": self.reconstruction.to_dict(), "language_model": self.language_model.to_dict()}
 
     def latents(self) -> dict[str, Any]:
-        """The latents alone, as JSON values: ``statistics`` of all, ``gallery`` of those shown."""
+        """Return the latents as JSON values: ``statistics`` of all latents, ``gallery`` of those shown."""
         return {"statistics": self.statistics.to_dict(), "gallery": self.gallery.to_dict()}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON values: `figures` and `latents` in one."""
+        """Return `figures` and `latents` in one dictionary of JSON values."""
         return self.figures() | self.latents()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Where one SAE belongs: the places it reads and those it writes; the same for all but transcoders."""
+    """The hooks that one SAE reads and writes. They are the same except for transcoders."""
 
     read: tuple[HookPoint, ...]
     write: tuple[HookPoint, ...]
 
     @staticmethod
     def of(hook: HookPoint) -> Hooks:
-        """One hook, read and written."""
+        """Return `Hooks` of an SAE that reads and writes one hook."""
         return Hooks(read=(hook,), write=(hook,))
 
 
@@ -76,26 +76,28 @@ def evaluate(
     gallery: GalleryConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
-    """Evaluate some SAEs on the same tokens, each at its own hooks.
+    """Evaluate several SAEs on the same tokens, each at its own hooks.
 
-    The first pass runs the model up to the last hook: reconstruction, latent statistics, the mean. The second one adds
-    what needs these: explained variance per token, the shown latents' contexts and, on the first
-    ``language_model_tokens``, the losses of the spliced model (one clean pass for all SAEs, two ablated ones for all
-    that write the same hooks, one for each).
+    The first pass runs the model up to the last hook. It measures reconstruction, latent statistics and the mean
+    activation. The second pass uses these: it measures explained variance per token and collects the contexts of the
+    shown latents. On the first ``language_model_tokens`` it also measures the losses of the spliced model. These need
+    one clean forward pass for all SAEs, two ablated passes per set of written hooks, and one spliced pass per SAE.
 
     Args:
-        saes: by name, each on the language model's device.
+        saes: SAEs by name, each on the language model's device.
         language_model: the model, in evaluation mode.
-        hook: what the SAEs read and reconstruct; or, by name, what each reads and writes.
-        make_tokens: makes the stream of token windows from its beginning.
-        tokens: kept tokens to evaluate on. The last window is used whole, so some more may be.
-        language_model_tokens: of these, at most so many for the losses of the spliced model, which cost most of the
-            time. The differences they are made of are between equal texts, so few suffice.
+        hook: the hook that all SAEs read and reconstruct; or, by SAE name, the hooks that each reads and writes.
+        make_tokens: creates the stream of token windows from its start.
+        tokens: number of kept tokens to evaluate on. The last window is used whole, so the actual number may be
+            slightly larger.
+        language_model_tokens: maximum number of these tokens used for the losses of the spliced model, which take most
+            of the time. The losses are compared on the same text, so few tokens suffice.
         gallery: which latents to show.
-        progress: called with (tokens done, tokens to do), over both passes.
+        progress: called with (tokens done, total tokens), over both passes.
 
     Raises:
-        UserError: an SAE does not fit its hooks, the activations are not finite, or the text has no usable token.
+        UserError: an SAE does not match the width of its hooks, an activation is not finite, or the text has no
+            usable token.
     """
     check_positive("tokens", tokens)
     check_positive("language_model_tokens", language_model_tokens)
@@ -136,7 +138,7 @@ def evaluate(
 def _splicing_meters(
     language_model: LanguageModel, first: Mapping[str, _FirstPass]
 ) -> dict[tuple[str, ...], SplicingMeter]:
-    """One meter for all SAEs that write the same hooks: the ablated passes are theirs in common."""
+    """Return one meter per set of written hooks; SAEs that write the same hooks share the ablated passes."""
     together: dict[tuple[str, ...], list[str]] = {}
     for name, meters in first.items():
         together.setdefault(tuple(point.name for point in meters.hooks.write), []).append(name)
@@ -152,7 +154,7 @@ def _splicing_meters(
 
 
 def _parts(language_model: LanguageModel, stream: Iterable[Windows], scored: int) -> Iterator[tuple[Windows, bool]]:
-    """The windows, few enough at a time for their logits, and whether they are among the first ``scored`` tokens."""
+    """Yield batches of windows small enough for their logits, and whether each is in the first ``scored`` tokens."""
     for windows in stream:
         border = windows.reaching(scored)
         scored -= windows.num_kept
@@ -164,7 +166,7 @@ def _parts(language_model: LanguageModel, stream: Iterable[Windows], scored: int
 
 
 class _Progress:
-    """Counts tokens for a display; whole windows may exceed the number asked for."""
+    """Token counter for a progress display. Whole windows may exceed the requested number; the count is capped."""
 
     def __init__(self, show: Callable[[int, int], None] | None, total: int) -> None:
         self._show, self._total, self._done = show, total, 0
@@ -176,7 +178,7 @@ class _Progress:
 
 
 class _Rows:
-    """The activations of some windows that count, hook by hook; several hooks' side by side, joined once for all."""
+    """Kept activations of some windows, by hook. Concatenations of several hooks are cached for all SAEs."""
 
     def __init__(self, hidden: Mapping[str, Tensor], windows: Windows) -> None:
         self.windows = windows
@@ -192,7 +194,7 @@ class _Rows:
 
 
 class _FirstPass:
-    """What one SAE needs of the first pass."""
+    """Meters of one SAE for the first pass."""
 
     def __init__(self, sae: SAE, hooks: Hooks) -> None:
         self.sae, self.hooks = sae, hooks
@@ -206,7 +208,7 @@ class _FirstPass:
 
 
 class _SecondPass:
-    """What one SAE needs of the second pass."""
+    """Meters of one SAE for the second pass."""
 
     def __init__(self, first: _FirstPass, config: GalleryConfig) -> None:
         self._sae, self._hooks, self._reconstruction = first.sae, first.hooks, first.reconstruction
@@ -237,6 +239,6 @@ def _check_widths(saes: Mapping[str, SAE], hooks: Mapping[str, Hooks], rows: _Ro
             if found != width:
                 listed = " and ".join(f"'{point.name}'" for point in points)
                 raise UserError(
-                    f"SAE '{name}' must have the width of hook {listed}, {found}; it has {field}={width}. "
-                    "Give the model and the hook it was trained on."
+                    f"SAE '{name}' must have the width of hook {listed}, {found}; got {field}={width}. "
+                    "Use the model and the hook that it was trained on."
                 )

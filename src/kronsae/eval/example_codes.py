@@ -1,4 +1,4 @@
-"""Codes of a set of activations that is kept, and a few latents of them as columns; never ``B x F``."""
+"""Sparse codes of a stored set of activations, and dense columns of a few latents. No ``B x F`` tensor is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 4096
 
 @torch.no_grad()
 def encode_rows(sae: SAE, x_ED: Float[Tensor, "E D"], rows: int = ROWS) -> SparseCodes:
-    """The codes of all rows on the CPU, encoded ``rows`` at a time; memory is ``E * K * 12`` bytes."""
+    """Return the codes of all rows on the CPU, encoded ``rows`` at a time; memory is ``E * K * 12`` bytes."""
     parts = []
     for x_BD in x_ED.split(rows):
         codes = sae.encode(x_BD.to(sae.W_dec))
@@ -26,7 +26,7 @@ def encode_rows(sae: SAE, x_ED: Float[Tensor, "E D"], rows: int = ROWS) -> Spars
 
 
 def concatenated(parts: Iterable[SparseCodes], d_sae: int) -> SparseCodes:
-    """Codes one after another; where their K differ, the shorter are filled up with padding."""
+    """Concatenate codes along tokens; where their K differs, codes with a smaller K are padded."""
     parts = list(parts)
     width = max((part.values.shape[-1] for part in parts), default=0)
     values = [pad(part.values, (0, width - part.values.shape[-1])) for part in parts]
@@ -37,12 +37,12 @@ def concatenated(parts: Iterable[SparseCodes], d_sae: int) -> SparseCodes:
 
 
 def rows_of(codes: SparseCodes, chosen_E: Tensor) -> SparseCodes:
-    """The codes of some rows, by number or as a mask."""
+    """Return the codes of selected rows, given as indices or as a mask."""
     return SparseCodes(codes.values[chosen_E], codes.indices[chosen_E], codes.d_sae)
 
 
 def columns(codes: SparseCodes, latents: Sequence[int]) -> Float[Tensor, "E C"]:
-    """The activations of some different latents, in the order given, float32."""
+    """Return the activations of distinct latents as dense float32 columns, in the given order."""
     column_of_F = torch.full((codes.d_sae,), -1)
     column_of_F[torch.tensor(list(latents), dtype=torch.int64)] = torch.arange(len(latents))
     column_EK = column_of_F[codes.indices]
@@ -53,10 +53,13 @@ def columns(codes: SparseCodes, latents: Sequence[int]) -> Float[Tensor, "E C"]:
 
 
 def root_mean_square(x_ED: Float[Tensor, "E D"]) -> float:
-    """Over all entries; 1 where they are all 0. What probes divide by, so that one learning rate fits all models."""
+    """Return the root mean square over all entries, or 1 if all are 0.
+
+    Probes divide activations by it, so that one learning rate works for all models.
+    """
     return float(x_ED.double().square().mean().sqrt()) or 1.0
 
 
 def scaled(codes: SparseCodes, factor: float) -> SparseCodes:
-    """The codes of activations ``factor`` times as large, for an SAE that scales along."""
+    """Multiply the code values by ``factor``: the codes of rescaled activations under an equally rescaled SAE."""
     return SparseCodes(codes.values * factor, codes.indices, codes.d_sae)

@@ -1,4 +1,4 @@
-"""Where chosen latents are active in a text, and windows of text around places in it."""
+"""Positions at which selected latents are active in a text, and windows of text around positions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kronsae.eval.hooked import Windows
 
 @dataclass(frozen=True, eq=False)
 class FlatText:
-    """All windows of a text one after another, without padding; a token's number in it is its *place*.
+    """All windows of a text, concatenated without padding. A token's index in it is its *place*.
 
     Args:
-        ids_L: token ids, special tokens included.
-        start_L, stop_L: for each place where its window begins and ends (exclusive); no document crosses it.
-        kept_N: the places whose activations count, ascending: activation n of a pass belongs to place ``kept_N[n]``.
+        ids_L: token ids, including special tokens.
+        start_L, stop_L: for each place, the start and end (exclusive) of its window; no document crosses them.
+        kept_N: places of the kept tokens, ascending: activation n of a pass belongs to place ``kept_N[n]``.
     """
 
     ids_L: Int32[np.ndarray, " L"]
@@ -31,7 +31,7 @@ class FlatText:
     def around(
         self, places_E: Int64[np.ndarray, " E"], radius: int
     ) -> tuple[Int64[np.ndarray, " E"], Int64[np.ndarray, " E"]]:
-        """First place and end (exclusive) of ``2 radius + 1`` tokens around each place, cut off at its window."""
+        """Return start and end (exclusive) of ``2 radius + 1`` tokens around each place, clipped to its window."""
         return (
             np.maximum(places_E - radius, self.start_L[places_E]),
             np.minimum(places_E + radius + 1, self.stop_L[places_E]),
@@ -39,7 +39,7 @@ class FlatText:
 
 
 def flat_text(windows: Iterable[Windows]) -> FlatText:
-    """The windows of a pass, in its order."""
+    """Concatenate the windows of a pass, in the order of the pass."""
     ids, keep, lengths = [], [], []
     for one in windows:
         mask_ST = one.attention_mask_ST
@@ -58,21 +58,21 @@ def flat_text(windows: Iterable[Windows]) -> FlatText:
 
 @dataclass(frozen=True, eq=False)
 class Firings:
-    """The activations of one latent: at which places of a `FlatText` (ascending), and how strong."""
+    """The activations of one latent: their places in a `FlatText` (ascending) and their values."""
 
     latent: int
     places_E: Int64[np.ndarray, " E"]
     values_E: Float32[np.ndarray, " E"]
 
     def within(self, first_E: Int64[np.ndarray, " Q"], stop_E: Int64[np.ndarray, " Q"]) -> Int64[np.ndarray, " Q"]:
-        """How many of the places lie in each ``[first, stop)``."""
+        """Count the places in each interval ``[first, stop)``."""
         found: Int64[np.ndarray, " Q"] = np.searchsorted(self.places_E, stop_E) - np.searchsorted(
             self.places_E, first_E
         )
         return found
 
     def active(self, first: int, stop: int) -> Bool[np.ndarray, " W"]:
-        """Whether the latent is active at each place of ``[first, stop)``."""
+        """Return whether the latent is active at each place of ``[first, stop)``."""
         active_W = np.zeros(stop - first, dtype=bool)
         low, high = np.searchsorted(self.places_E, (first, stop))
         active_W[self.places_E[low:high] - first] = True
@@ -80,7 +80,7 @@ class Firings:
 
 
 class FiringMeter:
-    """Collects the activations of chosen latents over a pass: 12 bytes for each, and nothing of the other latents."""
+    """Collector of the activations of selected latents over a pass; 12 bytes per activation."""
 
     def __init__(self, d_sae: int, latents: Sequence[int]) -> None:
         self._latents = list(latents)
@@ -90,7 +90,7 @@ class FiringMeter:
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def update(self, codes: SparseCodes) -> None:
-        """Take in the codes of the next activations that count."""
+        """Add the codes of the next kept activations."""
         values_NK = codes.values.detach().float().cpu()
         column_NK = self._column_F[codes.indices.cpu()].masked_fill(values_NK == 0, -1)
         token_E, k_E = (column_NK >= 0).nonzero(as_tuple=True)
@@ -99,11 +99,11 @@ class FiringMeter:
         self._seen += len(values_NK)
 
     def value(self, text: FlatText) -> dict[int, Firings]:
-        """What was collected, by latent; ``text`` is that of the pass."""
+        """Return the activations by latent; ``text`` must be the text of the pass."""
         if self._seen != len(text.kept_N):
-            raise ValueError(f"the pass had {self._seen} activations, and its text counts {len(text.kept_N)}.")
+            raise ValueError(f"text must have one kept token per activation; got {len(text.kept_N)} for {self._seen}.")
         column_E = np.concatenate([part[0] for part in self._parts])
-        order_E = np.argsort(column_E, kind="stable")  # within a latent the order of the text stays
+        order_E = np.argsort(column_E, kind="stable")  # stable: keeps text order within a latent
         token_E = np.concatenate([part[1] for part in self._parts])[order_E]
         values_E = np.concatenate([part[2] for part in self._parts])[order_E]
         borders = np.searchsorted(column_E[order_E], np.arange(len(self._latents) + 1))

@@ -1,4 +1,4 @@
-"""SAEBench's first-letter task: words of the model's own vocabulary in prompts that ask for their first letter."""
+"""SAEBench's first-letter task: words of the model's vocabulary in prompts that ask for their first letter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAIN_SHARE = 0.8
 
 
 def vocabulary_words(tokenizer: Any) -> list[str]:
-    """The tokens that are ASCII letters, with or without a space in front, in alphabetical order."""
+    """Return the tokens that consist of ASCII letters, with or without a leading space, sorted."""
     tokens = (tokenizer.convert_tokens_to_string([token]) for token in sorted(tokenizer.get_vocab()))
     words = {word for word in tokens if word.removeprefix(" ") and set(word.removeprefix(" ")) <= _LETTERS}
     return sorted(words)
@@ -27,23 +27,24 @@ _LETTERS = frozenset(string.ascii_letters)
 
 
 def first_letter_prompts(tokenizer: Any, *, max_words: int, seed: int, template: str = TEMPLATE) -> Iterator[Passage]:
-    """A prompt for each word: ten solved examples, then the word, whose last token is to be read.
+    """Yield a prompt for each word: ten solved examples, then the word, whose last token is read.
 
-    80% of the words are learnt from, the rest scored on; the solved examples are words of the same side, never the
-    word itself. Spellings of one word (``" Word"``, ``"word"``) count as one here: they are on the same side, and none
-    is a solved example for another. (In SAEBench the token is the sixth from the end: here it is found by the word's
-    characters, which is the same token where the template's words are one token each, and right where they are not.)
+    80% of the words are for training, the rest are held out. The solved examples are other words of the same split.
+    Spellings of one word (``" Word"``, ``"word"``) are treated as one word: they are in the same split, and none is a
+    solved example for another. SAEBench reads the sixth token from the end. Here the token is found by the word's
+    character offsets. Both are the same token if each word of the template is one token; otherwise only the offsets
+    are correct.
 
     Args:
-        max_words: how many words are drawn at random, each spelling counting; their order is random too.
-        seed: of the words, the split and the solved examples.
-        template: must hold ``{word}`` once.
+        max_words: maximum number of words to draw, in random order; each spelling counts as one.
+        seed: seed of the words, the split and the solved examples.
+        template: must contain ``{word}`` exactly once.
 
     Raises:
-        UserError: the template has no ``{word}``, or the vocabulary too few words.
+        UserError: the template does not contain ``{word}`` exactly once, or the vocabulary has too few words.
     """
     if template.count("{word}") != 1:
-        raise UserError(f"template must hold {{word}} once; got '{template}'.")
+        raise UserError(f"template must contain {{word}} exactly once; got '{template}'.")
     rng = np.random.default_rng(seed)
     words = vocabulary_words(tokenizer)
     drawn = [words[i] for i in rng.permutation(len(words))[:max_words]]
@@ -51,9 +52,9 @@ def first_letter_prompts(tokenizer: Any, *, max_words: int, seed: int, template:
     learnt = set(different[: int(len(different) * TRAIN_SHARE)])
     if len(different) - len(learnt) <= EXAMPLES:
         raise UserError(
-            f"the first-letter task needs more than {EXAMPLES} held-out words; of the vocabulary's {len(words):,} "
-            f"words of ASCII letters {len(drawn):,} were drawn, {len(different) - len(learnt)} different ones are held "
-            "out. Ask for more, or choose another task."
+            f"the first-letter task needs more than {EXAMPLES} distinct held-out words; got "
+            f"{len(different) - len(learnt)} after drawing {len(drawn):,} of the vocabulary's {len(words):,} words of "
+            "ASCII letters. Draw more words, or choose another task."
         )
     for held_out in (False, True):
         side = [word for word in drawn if (_folded(word) in learnt) != held_out]
@@ -66,7 +67,7 @@ def _folded(word: str) -> str:
 
 
 def _solved(word: str, side: list[str], rng: np.random.Generator) -> list[str]:
-    """Ten different words of a side, none of them the word itself in another spelling."""
+    """Return ten distinct words of a split; none is another spelling of the word itself."""
     found: dict[str, str] = {}
     while len(found) < EXAMPLES:
         for i in rng.integers(len(side), size=4 * EXAMPLES).tolist():

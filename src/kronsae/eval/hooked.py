@@ -1,4 +1,4 @@
-"""Running a language model on windows of tokens, with the activations at some hooks read, or replaced."""
+"""Forward passes of a language model on token windows, reading or replacing activations at hooks."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ __all__ = [
     "windows_per_pass",
 ]
 
-MAX_LOGITS = 2**25  # logits alive in one tensor: 128 MiB of float32, of which scoring holds about four
+MAX_LOGITS = 2**25  # elements of one logits tensor: 128 MiB in float32; scoring holds about four such tensors
 
 
 class MakeTokens(Protocol):
-    """Makes the stream of ``(TokenBatch, state)`` from its beginning; evaluation calls it once."""
+    """Callable that creates the stream of ``(TokenBatch, state)`` from its start; evaluation calls it once."""
 
     def __call__(self) -> Iterable[tuple[TokenBatch, Any]]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """A `TokenBatch` on the CPU (int32, bool, bool); ``first`` is the number of its first window in the stream."""
+    """A `TokenBatch` on the CPU (int32, bool, bool); ``first`` is the index of its first window in the stream."""
 
     input_ids_ST: Int[Tensor, "S T"]
     attention_mask_ST: Bool[Tensor, "S T"]
@@ -58,33 +58,33 @@ class Windows:
 
     @property
     def num_kept(self) -> int:
-        """Tokens whose activations count."""
+        """Number of kept tokens."""
         return int(self.keep_ST.sum())
 
     def reaching(self, tokens: int) -> int:
-        """How many windows from the first one on hold ``tokens`` kept tokens; all of them if they do not."""
+        """Return how many leading windows are needed for ``tokens`` kept tokens; all if they hold fewer."""
         kept_S = self.keep_ST.sum(1)
         return int((kept_S.cumsum(0) - kept_S < tokens).sum())
 
     def split(self, size: int) -> Iterator[Windows]:
-        """The same windows, ``size`` at a time."""
+        """Yield the windows, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.rows(start, start + size)
 
     def rows(self, start: int, stop: int) -> Windows:
-        """The windows from ``start`` up to ``stop``."""
+        """Return the windows ``start <= n < stop``."""
         part = slice(start, stop)
         return Windows(self.input_ids_ST[part], self.attention_mask_ST[part], self.keep_ST[part], self.first + start)
 
 
 def read_windows(make_tokens: MakeTokens, tokens: int) -> list[Windows]:
-    """The stream's first windows, whole, until they hold ``tokens`` kept tokens or the stream ends.
+    """Read whole windows from the stream until they hold ``tokens`` kept tokens or the stream ends.
 
-    Which windows are read does not depend on how the stream groups them into batches. They are kept, in 6 bytes
-    per token, so that every pass sees the same text and it is tokenised once.
+    The windows read do not depend on how the stream batches them. They are stored at 6 bytes per token, so that the
+    text is tokenised once and every pass sees the same tokens.
 
     Raises:
-        UserError: no token counts.
+        UserError: the stream has no kept token.
     """
     found: list[Windows] = []
     left, first = tokens, 0
@@ -98,15 +98,15 @@ def read_windows(make_tokens: MakeTokens, tokens: int) -> list[Windows]:
         if left <= 0:
             break
     if left == tokens:
-        raise UserError("text must hold tokens to evaluate on that are neither padding nor special; found none.")
+        raise UserError("text must contain tokens that are neither padding nor special; found none. Give more text.")
     return found
 
 
 def hidden_states(language_model: LanguageModel, hook: HookPoint, windows: Windows) -> Float[Tensor, "S T D"]:
-    """The activations at one hook; the forward pass ends there.
+    """Return the activations at one hook; the forward pass stops there.
 
     Raises:
-        UserError: the module does not run, or an activation that counts is not finite.
+        UserError: the module does not run, or a kept activation is not finite.
     """
     return all_hidden_states(language_model, [hook], windows)[hook.name]
 
@@ -114,14 +114,14 @@ def hidden_states(language_model: LanguageModel, hook: HookPoint, windows: Windo
 def all_hidden_states(
     language_model: LanguageModel, hooks: Iterable[HookPoint], windows: Windows
 ) -> dict[str, Float[Tensor, "S T D"]]:
-    """The activations at several hooks, by `HookPoint.name`, from one forward pass that ends at the last of them."""
+    """Return the activations at several hooks, by `HookPoint.name`; one forward pass, which stops at the last hook."""
     return _checked(read_points(language_model, {hook.name: hook for hook in hooks}, windows), windows)
 
 
 def hidden_states_and_logits(
     language_model: LanguageModel, hook: HookPoint, windows: Windows
 ) -> tuple[Float[Tensor, "S T D"], Float[Tensor, "S T V"]]:
-    """The activations at one hook and the undisturbed logits, from one forward pass."""
+    """Return the activations at one hook and the clean logits, from one forward pass."""
     hidden, clean_STV = all_hidden_states_and_logits(language_model, [hook], windows)
     return hidden[hook.name], clean_STV
 
@@ -129,7 +129,7 @@ def hidden_states_and_logits(
 def all_hidden_states_and_logits(
     language_model: LanguageModel, hooks: Iterable[HookPoint], windows: Windows
 ) -> tuple[dict[str, Float[Tensor, "S T D"]], Float[Tensor, "S T V"]]:
-    """The activations at several hooks, by `HookPoint.name`, and the undisturbed logits, from one forward pass."""
+    """Return the activations at several hooks, by `HookPoint.name`, and the clean logits, from one forward pass."""
     hidden, output = read_points_and_output(language_model, {hook.name: hook for hook in hooks}, windows)
     return _checked(hidden, windows), output.logits
 
@@ -137,14 +137,14 @@ def all_hidden_states_and_logits(
 def logits(
     language_model: LanguageModel, hook: HookPoint, windows: Windows, hidden_STD: Float[Tensor, "S T D"]
 ) -> Float[Tensor, "S T V"]:
-    """The logits when ``hidden_STD`` stands in the place of the activations at one hook."""
+    """Return the logits with the activations at one hook replaced by ``hidden_STD``."""
     return logits_with(language_model, [(hook, hidden_STD)], windows)
 
 
 def logits_with(
     language_model: LanguageModel, replaced: Iterable[tuple[HookPoint, Float[Tensor, "S T D"]]], windows: Windows
 ) -> Float[Tensor, "S T V"]:
-    """The logits when other activations stand at several hooks, all at once."""
+    """Return the logits with the activations at several hooks replaced at once."""
     with ExitStack() as stack:
         for hook, hidden_STD in replaced:
             stack.enter_context(tap(hook, partial(_instead, hidden_STD)))
@@ -157,25 +157,25 @@ def _instead(new_STD: Tensor, _hidden_STD: Tensor) -> Tensor:
 
 
 def kept(hidden_STD: Float[Tensor, "S T D"], windows: Windows) -> Float[Tensor, "N D"]:
-    """The activations that count, window by window, in float32."""
+    """Return the activations of the kept tokens, window by window, in float32."""
     return hidden_STD[windows.keep_ST.to(hidden_STD.device)].float()
 
 
 def splice(
     hidden_STD: Float[Tensor, "S T D"], windows: Windows, rows_ND: Float[Tensor, "N D"]
 ) -> Float[Tensor, "S T D"]:
-    """``rows_ND`` in the places that count; padding and special tokens keep their own activations."""
+    """Replace the activations of kept tokens by ``rows_ND``; padding and special tokens keep their own."""
     keep_ST1 = windows.keep_ST.to(hidden_STD.device).unsqueeze(-1)
     return hidden_STD.masked_scatter(keep_ST1, rows_ND.to(hidden_STD))
 
 
 def windows_per_pass(language_model: LanguageModel, length: int) -> int:
-    """How many windows of ``length`` tokens to run at once so that no tensor of logits exceeds `MAX_LOGITS`."""
+    """Return how many windows of ``length`` tokens to run at once so that no logits tensor exceeds `MAX_LOGITS`."""
     return max(1, MAX_LOGITS // (vocabulary_size(language_model) * length))
 
 
 def vocabulary_size(language_model: LanguageModel) -> int:
-    """How many token ids the model takes."""
+    """Return the number of token ids of the model."""
     embeddings: Any = language_model.model.get_input_embeddings()
     return int(embeddings.weight.shape[0])
 

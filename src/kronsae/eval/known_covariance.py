@@ -1,8 +1,9 @@
-"""Does a dictionary recover a covariance that is known? The figures of the toy model of correlation.
+"""Metrics of how well a dictionary recovers a known covariance, for the toy model of correlation.
 
-A dictionary's picture of its features' correlation is the Gram matrix of its rows, scaled to norm 1. To compare it
-with the truth its rows have to be put into the truth's order; a reference dictionary (the toy's autoencoder, whose
-rows are in that order) gives it. Method: section 5.1 and appendix B of arXiv 2505.22255.
+A dictionary's estimate of the feature correlations is the Gram matrix of its rows, scaled to norm 1. Before the
+comparison, its rows are permuted into the order of the true features. The order is found by matching to a reference
+dictionary whose rows are in that order: the toy model's autoencoder. Method: section 5.1 and appendix B of arXiv
+2505.22255.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from kronsae.support.errors import UserError
 
 
 def gram(rows_FD: Float[Tensor, "F D"]) -> Float[Tensor, "F F"]:
-    """``R R^T`` with the rows of R scaled to norm 1, float64; a row of zeros stays one."""
+    """Return ``R R^T`` with the rows of R scaled to norm 1, in float64; rows of zeros stay zero."""
     rows_FD = torch.nn.functional.normalize(rows_FD.detach().double(), dim=1)
     return rows_FD @ rows_FD.T
 
 
 def rv_coefficient(one_FF: Float[Tensor, "F F"], other_FF: Float[Tensor, "F F"]) -> float:
-    """``tr(S C) / sqrt(tr(S^2) tr(C^2))`` of two symmetric matrices (Robert and Escoufier 1976).
+    """Return ``tr(S C) / sqrt(tr(S^2) tr(C^2))`` of two symmetric matrices (Robert and Escoufier 1976).
 
-    1 where one is a positive multiple of the other. Of two covariances it is never negative, and their diagonals alone
-    hold it above 0: read it beside its value for a permuted truth (`permuted_rv`).
+    It is 1 if one matrix is a positive multiple of the other. For two covariances it is never negative, and their
+    positive diagonals alone make it larger than 0. Compare it with its chance level, `permuted_rv`.
     """
     if one_FF.shape != other_FF.shape:
-        raise UserError(f"both matrices must have one shape; got {tuple(one_FF.shape)} and {tuple(other_FF.shape)}.")
+        raise UserError(f"the matrices must have equal shapes; got {tuple(one_FF.shape)} and {tuple(other_FF.shape)}.")
     one_FF, other_FF = one_FF.double(), other_FF.double()
     return float((one_FF * other_FF).sum() / (one_FF.norm() * other_FF.norm()))
 
 
 def permuted_rv(truth_FF: Float[Tensor, "F F"], found_FF: Float[Tensor, "F F"]) -> float:
-    """The mean of `rv_coefficient` over all orders of the truth's features: what no knowledge of it gives.
+    """Return the mean of `rv_coefficient` over all permutations of the true features: its chance level.
 
     ``E tr(P S P^T C) = sum_i S_ii sum_i C_ii / F + sum_(i != j) S_ij sum_(i != j) C_ij / (F (F - 1))``.
     """
@@ -48,14 +49,14 @@ def permuted_rv(truth_FF: Float[Tensor, "F F"], found_FF: Float[Tensor, "F F"]) 
 
 
 def effective_rank(covariance_FF: Float[Tensor, "F F"]) -> float:
-    """``exp(-sum p ln p)`` with p the eigenvalues' shares of their sum (Roy and Vetterli 2007); from 1 to F."""
+    """Return ``exp(-sum p ln p)``, p being the eigenvalues divided by their sum (Roy and Vetterli 2007); 1 to F."""
     share_F = torch.linalg.eigvalsh(covariance_FF.double()).clamp_min(0)
     share_F = share_F / share_F.sum()
     return float((-torch.special.xlogy(share_F, share_F)).sum().exp())
 
 
 def mean_correlation(covariance_FF: Float[Tensor, "F F"]) -> float:
-    """Mean of ``|C_ij| / sqrt(C_ii C_jj)`` over ``i != j``; a feature without variance correlates with none."""
+    """Return the mean of ``|C_ij| / sqrt(C_ii C_jj)`` over ``i != j``; 0 for pairs with a feature of variance 0."""
     root_F = covariance_FF.double().diagonal().clamp_min(0).sqrt()
     scale_FF = root_F.unsqueeze(1) * root_F
     correlation_FF = torch.where(scale_FF > 0, covariance_FF.double() / scale_FF, 0.0)
@@ -65,24 +66,25 @@ def mean_correlation(covariance_FF: Float[Tensor, "F F"]) -> float:
 
 
 def match_by_structure(reference_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"]) -> Int[Tensor, " F"]:
-    """The order of ``rows`` in which their Gram matrix is most like the reference's: the paper's matching.
+    """Return the order of ``rows`` whose Gram matrix is most similar to the reference's (the paper's matching).
 
-    Maximises ``trace(P^T X X^T P Y Y^T)`` over permutations by FAQ (Vogelstein et al. 2015), a local search from the
-    flat start; the search sees the two pictures only, never the directions behind them. ``rows[order]`` is matched.
+    Maximises ``trace(P^T X X^T P Y Y^T)`` over permutations by FAQ (Vogelstein et al. 2015), a local search that starts
+    from the uniform doubly stochastic matrix. It uses only the two Gram matrices, not the directions. ``rows[order]``
+    is matched to the reference.
     """
     from scipy.optimize import quadratic_assignment
 
     _check_equal(reference_FD, rows_FD)
     pictures = gram(reference_FD).numpy(), gram(rows_FD).numpy()
-    options = {"maximize": True, "rng": np.random.default_rng(0)}  # from the flat start nothing is drawn
+    options = {"maximize": True, "rng": np.random.default_rng(0)}  # the uniform start draws nothing
     return torch.from_numpy(np.asarray(quadratic_assignment(*pictures, method="faq", options=options).col_ind))
 
 
 def match_by_direction(reference_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"]) -> Int[Tensor, " F"]:
-    """The order of ``rows`` that maximises the sum of cosines with the reference's rows (ours; Hungarian, exact).
+    """Return the order of ``rows`` with the largest sum of cosines with the reference's rows (ours; exact, Hungarian).
 
-    Both dictionaries live in one space, so the directions themselves say which row is which. ``rows[order]`` is
-    matched.
+    Both dictionaries are in the same space, so their directions can be matched. ``rows[order]`` is matched to the
+    reference.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -94,16 +96,16 @@ def match_by_direction(reference_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """How one dictionary's picture compares with the true covariance.
+    """Comparison of one dictionary's Gram matrix with the true covariance.
 
     Args:
         rv: `rv_coefficient` after `match_by_structure` (the paper's figure).
-        rv_by_direction: the same after `match_by_direction`.
-        rv_permuted: `permuted_rv`, the level of chance.
-        effective_rank: of the picture.
-        rank_difference: `effective_rank` minus the truth's, absolute.
-        mean_correlation: of the picture.
-        mean_cosine: mean over rows of the cosine with the reference's row, after `match_by_direction`.
+        rv_by_direction: `rv_coefficient` after `match_by_direction`.
+        rv_permuted: `permuted_rv`, the chance level.
+        effective_rank: `effective_rank` of the Gram matrix.
+        rank_difference: absolute difference between `effective_rank` and that of the truth.
+        mean_correlation: `mean_correlation` of the Gram matrix.
+        mean_cosine: mean over rows of the cosine with the matched reference row, after `match_by_direction`.
     """
 
     rv: float
@@ -122,13 +124,14 @@ def recovery(
     *,
     in_order: bool = False,
 ) -> Recovery:
-    """Match a dictionary to the reference and compare its picture with the truth.
+    """Match a dictionary to the reference and compare its Gram matrix with the true covariance.
 
     Args:
         rows_FD: the dictionary, such as ``W_dec``.
-        reference_FD: a dictionary in the truth's order.
+        reference_FD: a dictionary whose rows are in the order of the true features.
         truth_FF: the true covariance.
-        in_order: the rows are in the truth's order already, as the reference's own are: nothing is matched.
+        in_order: whether the rows are already in the order of the true features, as the reference's are. If so,
+            nothing is matched.
     """
     own = torch.arange(len(rows_FD))
     structure_F = own if in_order else match_by_structure(reference_FD, rows_FD)
@@ -155,5 +158,5 @@ def _check_equal(reference_FD: Tensor, rows_FD: Tensor) -> None:
     if reference_FD.shape != rows_FD.shape:
         raise UserError(
             f"the dictionary must have the reference's shape {tuple(reference_FD.shape)}; got {tuple(rows_FD.shape)}. "
-            "Give both as many latents and the same width."
+            "Give both the same number of latents and the same width."
         )

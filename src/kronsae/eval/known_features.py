@@ -1,7 +1,7 @@
-"""How much of what is known to be there an SAE finds: directions, detection, absorption.
+"""Metrics of how well an SAE recovers known features: directions, detection, absorption.
 
-``directions_GD`` are the true features' directions, ``activations_BG`` their activations on a batch. Where sae-lens
-measures the same (`sae_lens.synthetic`), the figure here is the same; a test compares them.
+``directions_GD`` are the true features' directions, ``activations_BG`` their activations on a batch. Metrics that
+sae-lens also has (`sae_lens.synthetic`) give the same values here; a test compares them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from kronsae.core.codes import SparseCodes
 
 NO_LATENT = -1
-"""In place of a latent's number: the feature has none."""
+"""Index that marks a feature without a matched latent."""
 
 
 def absolute_cosines(W_dec_FD: Float[Tensor, "F D"], directions_GD: Float[Tensor, "G D"]) -> Float[Tensor, "F G"]:
-    """``|cos|`` of every latent's row with every feature's direction; a row of zeros has 0 with all."""
+    """Return ``|cos|`` between each latent's row and each feature's direction; 0 for rows of zeros."""
     rows_FD, rows_GD = (
         torch.nn.functional.normalize(rows.detach().float(), dim=1) for rows in (W_dec_FD, directions_GD)
     )
@@ -29,9 +29,9 @@ def absolute_cosines(W_dec_FD: Float[Tensor, "F D"], directions_GD: Float[Tensor
 
 
 def match_features(cosine_FG: Float[Tensor, "F G"]) -> Int[Tensor, " G"]:
-    """For each feature the latent that stands for it, one to one, so that the sum of cosines is largest (Hungarian).
+    """Return each feature's own latent: the one-to-one matching with the largest sum of cosines (Hungarian).
 
-    `NO_LATENT` where there are fewer latents than features.
+    With fewer latents than features, the features left over have `NO_LATENT`.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -42,26 +42,27 @@ def match_features(cosine_FG: Float[Tensor, "F G"]) -> Int[Tensor, " G"]:
 
 
 def mean_correlation_coefficient(cosine_FG: Float[Tensor, "F G"]) -> float:
-    """MCC: mean ``|cos|`` over the pairs of `match_features`, of which there are min(F, G) (arXiv 2505.20254)."""
+    """Return the MCC: mean ``|cos|`` over the min(F, G) pairs of `match_features` (arXiv 2505.20254)."""
     latent_G = match_features(cosine_FG)
     return float(_own_cosines(cosine_FG, latent_G)[latent_G != NO_LATENT].mean())
 
 
 def uniqueness(cosine_FG: Float[Tensor, "F G"]) -> float:
-    """Different features among the latents' nearest ones, over the number of latents; 1: no two share one."""
+    """Return the number of distinct nearest features divided by the number of latents; 1 if all are distinct."""
     return len(cosine_FG.argmax(1).unique()) / len(cosine_FG)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Absorption:
-    """Parents whose latent stays off because a child's stands in for it.
+    """Absorption: a parent feature's latent is inactive where a child feature's latent is active.
 
     Args:
-        rate: of the tokens on which a parent is on and an active child's latent fires, the share on which the parent's
-            latent is off; mean over parents.
-        missed_alone: of the tokens on which the parent is on and no child of it, the share on which its latent is off;
-            mean over parents. What a parent misses without any child: only a rate above it is absorption.
-        parents: over how many the rate is taken.
+        rate: share of tokens on which the parent's latent is inactive, among tokens where the parent is active and the
+            latent of an active child is active; mean over parents.
+        missed_alone: share of tokens on which the parent's latent is inactive, among tokens where the parent is active
+            and no child is; mean over parents. This is the miss rate without a child: only a ``rate`` above it
+            indicates absorption.
+        parents: number of parents that ``rate`` is averaged over.
     """
 
     rate: float | None
@@ -71,16 +72,16 @@ class Absorption:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What an SAE found of the known features. Latents and features are matched by the decoder's directions alone.
+    """Recovery of the known features by an SAE. Latents and features are matched by decoder directions only.
 
     Args:
         mcc: `mean_correlation_coefficient`.
         uniqueness: `uniqueness`.
-        precision, recall, f1: of each latent as a detector of its nearest feature, mean over latents (0 where
-            undefined, as for a dead latent): sae-lens' figures.
+        precision, recall, f1: scores of each latent as a detector of its nearest feature, mean over latents; 0 where
+            undefined, as for a dead latent. Defined as in sae-lens.
         cosine_by_kind: mean ``|cos|`` of each feature with its own latent (one to one), by kind of feature.
-        f1_by_kind: mean F1 of each feature's own latent as its detector, by kind of feature.
-        absorption: by kind of relation.
+        f1_by_kind: mean F1 of each feature's own latent as a detector of the feature, by kind of feature.
+        absorption: absorption by kind of relation.
     """
 
     mcc: float
@@ -94,13 +95,13 @@ class Found:
 
 
 class KnownFeaturesMeter:
-    """Accumulates `Found` over batches; memory is of B x G, the true features, never of B x F.
+    """Accumulator of `Found` over batches. Memory is B x G (true features), not B x F (latents).
 
     Args:
         W_dec_FD: the SAE's dictionary.
         directions_GD: the true directions.
-        kinds: numbers of the features of each kind.
-        edges: by kind of relation, pairs (parent, child).
+        kinds: feature indices by kind of feature.
+        edges: pairs (parent, child) by kind of relation.
     """
 
     def __init__(
@@ -113,10 +114,10 @@ class KnownFeaturesMeter:
         self.cosine_FG = absolute_cosines(W_dec_FD, directions_GD)
         self.nearest_F = self.cosine_FG.argmax(1)
         self.latent_G = match_features(self.cosine_FG)
-        self.kinds = {kind: features for kind, features in kinds.items() if len(features)}  # no mean of nothing
+        self.kinds = {kind: features for kind, features in kinds.items() if len(features)}  # skip empty kinds
         self.edges = edges
         d_sae, features = self.cosine_FG.shape
-        self.feature_F = torch.full((d_sae,), features)  # the last column of a table stands for "no feature"
+        self.feature_F = torch.full((d_sae,), features)  # an extra last column means "no feature"
         has_G = self.latent_G != NO_LATENT
         self.feature_F[self.latent_G[has_G]] = has_G.nonzero().squeeze(1)
         self._on_G, self._hits_G, self._fired_G = (torch.zeros(features, dtype=torch.int64) for _ in range(3))
@@ -124,7 +125,7 @@ class KnownFeaturesMeter:
         self._absorption = {kind: torch.zeros(4, features, dtype=torch.int64) for kind in edges}
 
     def update(self, codes: SparseCodes, activations_BG: Float[Tensor, "B G"]) -> None:
-        """Take in one batch: the SAE's codes and the true activations."""
+        """Add one batch: the SAE's codes and the true activations."""
         on_BG = activations_BG > 0
         indices_BK, active_BK = codes.indices, codes.active
         self._on_G += on_BG.sum(0)
@@ -138,13 +139,13 @@ class KnownFeaturesMeter:
             self._absorption[kind] += absorption_counts(on_BG, detected_BG, edges_E2)
 
     def _detected(self, indices_BK: Tensor, active_BK: Tensor, features: int) -> Bool[Tensor, "B G"]:
-        """Whether each feature's own latent is on."""
+        """Return whether each feature's own latent is active."""
         columns_BK = torch.where(active_BK, self.feature_F[indices_BK], features)
         table_BG = torch.zeros(len(columns_BK), features + 1, dtype=torch.bool)
         return table_BG.scatter_(1, columns_BK, True)[:, :features]
 
     def value(self) -> Found:
-        """The figures of the batches taken in."""
+        """Return the metrics over the batches added."""
         on_F = self._on_G[self.nearest_F]
         precision_F, recall_F = _ratio(self._hits_F, self._fired_F), _ratio(self._hits_F, on_F)
         f1_G = _ratio(2 * self._hits_G, self._fired_G + self._on_G)
@@ -164,12 +165,16 @@ class KnownFeaturesMeter:
 def absorption_counts(
     on_BG: Bool[Tensor, "B G"], detected_BG: Bool[Tensor, "B G"], edges_E2: Int[Tensor, "E 2"]
 ) -> Int[Tensor, "4 G"]:
-    """Per feature, as a parent, numbers of tokens: with a child whose latent fires, and of these absorbed; without any
-    child, and of these missed.
+    """Count tokens for each feature as a parent, for `Absorption`.
+
+    Returns:
+        Four rows of counts over tokens on which the parent is active: (0) the latent of an active child is active;
+        (1) of these, the parent's latent is inactive; (2) no child is active; (3) of these, the parent's latent is
+        inactive.
 
     Args:
-        on_BG: which features are on.
-        detected_BG: which features' own latents are on.
+        on_BG: which features are active.
+        detected_BG: which features' own latents are active.
         edges_E2: pairs (parent, child).
     """
     parent_E, child_E = edges_E2[:, 0], edges_E2[:, 1]
@@ -188,7 +193,7 @@ def absorption_counts(
 
 
 def _own_cosines(cosine_FG: Tensor, latent_G: Tensor) -> Tensor:
-    """The cosine of each feature with its own latent, float64; 0 for a feature without one."""
+    """Return the cosine of each feature with its own latent, in float64; 0 for a feature without a latent."""
     own_G = cosine_FG[latent_G, torch.arange(len(latent_G))]
     return torch.where(latent_G != NO_LATENT, own_G, 0.0).double()
 
@@ -204,5 +209,5 @@ def _absorption(counts_4G: Tensor) -> Absorption:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """``part / whole`` as float64, 0 where whole is 0."""
+    """Return ``part / whole`` in float64, 0 where ``whole`` is 0."""
     return torch.where(whole > 0, part.double() / whole.double(), 0.0)

@@ -1,4 +1,4 @@
-"""Text with labels, and the model's tokens that the labels fall on, by the tokenizer's character offsets."""
+"""Labelled text, mapped to the model's tokens by the tokenizer's character offsets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from kronsae.support.errors import UserError
 WINDOWS_PER_BATCH = 32
 
 Frame = tuple[Sequence[int], Sequence[int]]
-"""Special tokens before and after every window, as the SAE's own training text had them."""
+"""Special tokens before and after every window, as in the SAE's training."""
 
 Place = Literal["last", "next"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Characters ``start <= c < end`` of a text, and what they are."""
+    """A labelled span of a text: characters ``start <= c < end``."""
 
     start: int
     end: int
@@ -35,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A text with labelled spans; ``held_out`` ones are scored on, the others learnt from."""
+    """A text with labelled spans, for scoring if ``held_out``, else for training."""
 
     text: str
     spans: tuple[Span, ...]
@@ -44,14 +44,14 @@ class Passage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoded:
-    """A text's tokens with the characters that each covers, ``starts[t] <= c < ends[t]``."""
+    """The tokens of a text; token t covers the characters ``starts[t] <= c < ends[t]``."""
 
     ids: list[int]
     starts: np.ndarray
     ends: np.ndarray
 
     def covering(self, start: int, end: int) -> range:
-        """The tokens that overlap the characters from ``start`` up to ``end``."""
+        """Return the range of tokens that overlap the characters ``start <= c < end``."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         return range(first, max(first, int(np.searchsorted(self.starts, end, side="left"))))
 
@@ -60,29 +60,31 @@ def encode(text: str, tokenizer: Any) -> Encoded:
     """Tokenise a text without special tokens.
 
     Raises:
-        UserError: the tokenizer does not tell which characters a token covers.
+        UserError: the tokenizer does not give character offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            "labels need a tokenizer that tells which characters a token covers (a 'fast' one); this model's does "
-            "not. Convert it with transformers, or choose another model."
+            "the tokenizer must give the character offsets of its tokens (a 'fast' tokenizer); this model's does not. "
+            "Convert it with transformers, or choose another model."
         )
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    # tokens that share the bytes of one character have the same offsets; the order stays non-decreasing
+    # tokens that share the bytes of one character have equal offsets; offsets stay non-decreasing
     offsets = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     return Encoded(ids=list(found["input_ids"]), starts=offsets[:, 0], ends=offsets[:, 1])
 
 
 def content_length(frame: Frame, context_length: int) -> int:
-    """Tokens of text in a window."""
+    """Return the number of text tokens in a window."""
     content = context_length - len(frame[0]) - len(frame[1])
     if content < 1:
-        raise UserError(f"context_length must leave room for text; got {context_length} with {frame} around it.")
+        raise UserError(
+            f"context_length must be larger than the number of special tokens; got {context_length} with {frame}."
+        )
     return content
 
 
 def to_windows(rows: Sequence[Sequence[int]], keep: Sequence[Iterable[int]], frame: Frame, first: int) -> Windows:
-    """Rows of text tokens, framed and padded on the right; ``keep`` counts within a row's text tokens."""
+    """Frame rows of text tokens with special tokens and pad on the right; ``keep`` indexes a row's text tokens."""
     prefix, suffix = list(frame[0]), list(frame[1])
     shape = (len(rows), max(map(len, rows)) + len(prefix) + len(suffix))
     ids_ST = torch.zeros(shape, dtype=torch.int32)
@@ -97,16 +99,16 @@ def to_windows(rows: Sequence[Sequence[int]], keep: Sequence[Iterable[int]], fra
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """Examples: tokens in windows, each with one class and the word it stands for.
+    """A classification task: example tokens in windows, each with one class and the word it belongs to.
 
     Args:
-        name: for people.
-        classes: their names, C of them.
-        windows: ``keep_ST`` marks the E tokens that are read; the examples below are in their order.
-        labels_E: the class of each.
-        held_out_E: which are scored on; the others are learnt from.
-        words: what each example is of, for people.
-        left_out: classes that were asked for, or found, and have too few examples on one side.
+        name: display name.
+        classes: names of the C classes.
+        windows: ``keep_ST`` marks the E example tokens; the fields below are in their order.
+        labels_E: class index of each example.
+        held_out_E: which examples are held out for scoring; the others are for training.
+        words: the word of each example, for display.
+        left_out: requested or found classes that have too few training or held-out examples.
     """
 
     name: str
@@ -118,7 +120,7 @@ class Task:
     left_out: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """A name for the very content: tokens, places, labels and split."""
+        """Return a hash of the content: tokens, positions, labels and split."""
         content = hashlib.blake2b("\0".join(self.classes).encode(), digest_size=16)
         for windows in self.windows:
             for tensor in (windows.input_ids_ST, windows.attention_mask_ST, windows.keep_ST):
@@ -129,13 +131,14 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How many examples are taken. Only windows that add a wanted example are run through the model.
+    """Numbers of examples. Only windows that contribute an example are run through the model.
 
     Args:
-        windows: windows of text to learn from; a quarter as many are scored on.
-        per_class: examples of a class to learn from; a quarter as many are scored on.
-        per_word: examples of one word in a class on either side, so that a frequent word is not the whole class.
-        at_least: a class with fewer examples on one side is left out.
+        windows: maximum number of training windows; a quarter as many are held out.
+        per_class: maximum number of training examples per class; a quarter as many are held out.
+        per_word: maximum number of examples per word and class in each split, so that a frequent word does not make up
+            the whole class.
+        at_least: a class with fewer examples in either split is left out.
     """
 
     windows: int = 800
@@ -162,18 +165,18 @@ def make_task(
     whole: bool = False,
     seed: int = 0,
 ) -> Task:
-    """Draw windows of some passages, and in them examples among the labelled spans.
+    """Draw windows of the passages, and examples among the labelled spans in them.
 
-    The text is cut into windows as for training. A span is read at the last token that overlaps it, or (``place``
-    ``"next"``) at the one after; where that lies outside of the window, the span is left out. Windows come in a random
-    order and add what is still wanted of each class and word, as `Sizes` says.
+    The text is cut into windows as for training. A span is read at the last token that overlaps it, or one token later
+    with ``place="next"``; if that token is outside the window, the span is skipped. Windows are visited in random order
+    and contribute examples until the limits of `Sizes` per class and word are reached.
 
     Args:
-        classes: in this order, and no others; None takes all labels in alphabetical order.
-        whole: a passage means something only as a whole, such as a prompt: refuse to cut one.
+        classes: the classes to use, in this order; None uses all labels in alphabetical order.
+        whole: raise instead of cutting a passage that does not fit in one window, such as a prompt.
 
     Raises:
-        UserError: fewer than two classes have enough examples, or a passage that may not be cut is too long.
+        UserError: fewer than two classes have enough examples, or with ``whole`` a passage is too long.
     """
     sizes = sizes or Sizes()
     content = content_length(frame, context_length)
@@ -185,8 +188,8 @@ def make_task(
     kept = tuple(name for name in names if min(counts[False, name], counts[True, name]) >= sizes.at_least)
     if len(kept) < 2:
         raise UserError(
-            f"a task needs at least two classes with {sizes.at_least} examples to learn from and as many to score "
-            f"on; '{name}' has {len(kept)} of {len(names)}. Give more labelled text."
+            f"a task needs at least two classes with {sizes.at_least} training and {sizes.at_least} held-out examples "
+            f"each; '{name}' has {len(kept)} of {len(names)}. Give more labelled text."
         )
     chosen = [row.only(kept) for row in chosen if any(label in kept for label, _ in row.examples.values())]
     examples = [(label, word, row.held_out) for row in chosen for label, word in row.examples.values()]
@@ -207,7 +210,7 @@ def make_task(
 
 @dataclass(frozen=True)
 class _Row:
-    """A window's text tokens and its examples: label and word, by token, in the order of the tokens."""
+    """The text tokens of a window and its examples: (label, word) by token index, ascending."""
 
     ids: list[int]
     examples: dict[int, tuple[str, str]]
@@ -220,12 +223,12 @@ class _Row:
 def _rows(
     passage: Passage, tokenizer: Any, content: int, place: Place, classes: Sequence[str] | None, whole: bool
 ) -> Iterator[_Row]:
-    """The windows of a passage that hold an example; of spans read at the same token the first counts."""
+    """Yield the windows of a passage that contain an example; of spans read at the same token, the first is used."""
     encoded = encode(passage.text, tokenizer)
     if whole and len(encoded.ids) > content:
         raise UserError(
-            f"context_length must hold a prompt of this task as a whole; one has {len(encoded.ids)} tokens, and "
-            f"{content} fit. Choose another task, or a run with a longer context."
+            f"context_length must fit each prompt of this task; one has {len(encoded.ids)} tokens, and {content} fit. "
+            "Choose another task, or a run with a longer context."
         )
     found: dict[int, dict[int, tuple[str, str]]] = defaultdict(dict)
     for span in passage.spans:
@@ -241,7 +244,7 @@ def _rows(
 
 
 def _wanted(rows: Sequence[_Row], order: Sequence[int], sizes: Sizes, held_out: bool) -> Iterator[_Row]:
-    """Windows of one side with the examples that are wanted of them, until there are enough windows."""
+    """Yield windows of one split with the examples selected from them, up to the limits of ``sizes``."""
     part = 4 if held_out else 1
     per_class, left = -(-sizes.per_class // part), -(-sizes.windows // part)
     of_class: Counter[str] = Counter()
@@ -261,6 +264,6 @@ def _wanted(rows: Sequence[_Row], order: Sequence[int], sizes: Sizes, held_out: 
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """``rows``, ``size`` at a time."""
+    """Yield ``rows``, ``size`` at a time."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

@@ -1,4 +1,4 @@
-"""What a language model loses when it has to go on from the reconstruction."""
+"""Loss of a language model when the reconstruction replaces the activations at a hook."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SplicedModel:
-    """The language model's loss with the reconstruction in the place of the hooked activations.
+    """Losses of the language model with the hooked activations replaced by the reconstruction.
 
-    Of a transcoder the reconstruction, made of the undisturbed activations it reads, stands at the hook it writes; of
-    a crosscoder all hooks written are replaced at once, and at once by 0 and by the mean. On the residual stream the
-    last of them then decides most: what the others change below it is replaced there.
+    A transcoder's reconstruction is computed from the clean activations it reads and replaces those at the hook it
+    writes. A crosscoder's hooks are all replaced at once, also in the ablations by 0 and by the mean. On the residual
+    stream the last of these hooks then dominates, because the replacement there discards the changes at earlier hooks.
 
-    Only activations that count are replaced: padding and special tokens keep their own. CE is the cross-entropy of
-    the next token, KL is ``KL(clean || replaced)`` between the next-token distributions; both in nats, mean over
-    the positions whose next token is not padding.
+    Only kept activations are replaced: padding and special tokens keep their own. CE is the cross-entropy of the next
+    token. KL is ``KL(clean || replaced)`` between the next-token distributions. Both are in nats, mean over the
+    positions whose next token is not padding.
 
     Args:
-        tokens: positions scored.
-        ce_clean: nothing replaced.
-        ce_spliced: replaced by the reconstruction.
-        ce_zero: replaced by 0.
-        ce_mean: replaced by the mean activation.
-        kl_spliced, kl_zero, kl_mean: the same for KL; clean is 0.
-        ce_recovered: ``(ce_zero - ce_spliced) / (ce_zero - ce_clean)``; 1 is perfect, 0 is as bad as zero. None where
-            zeroing changes nothing.
-        kl_recovered: ``1 - kl_spliced / kl_zero``; None where zeroing changes nothing.
-        ce_recovered_from_mean: ``(ce_mean - ce_spliced) / (ce_mean - ce_clean)``, the harder comparison.
+        tokens: number of positions scored.
+        ce_clean: CE with nothing replaced.
+        ce_spliced: CE with the reconstruction.
+        ce_zero: CE with zero ablation.
+        ce_mean: CE with mean ablation.
+        kl_spliced, kl_zero, kl_mean: KL for the same replacements; the clean KL is 0.
+        ce_recovered: ``(ce_zero - ce_spliced) / (ce_zero - ce_clean)``; 1 is perfect, 0 is as bad as zero ablation.
+            None if zero ablation changes nothing.
+        kl_recovered: ``1 - kl_spliced / kl_zero``; None if zero ablation changes nothing.
+        ce_recovered_from_mean: ``(ce_mean - ce_spliced) / (ce_mean - ce_clean)``, a stricter baseline.
     """
 
     kind: ClassVar[str] = "measured"
@@ -74,7 +74,7 @@ class SplicedModel:
         set_field(self, "ce_recovered_from_mean", _recovered(self.ce_spliced, self.ce_mean, self.ce_clean))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return to_dict(self)
 
 
@@ -86,7 +86,7 @@ class Skipped:
     reason: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return to_dict(self)
 
 
@@ -96,22 +96,22 @@ Spliced: TypeAlias = SplicedModel | Skipped
 def spliced_models(
     saes: Mapping[str, SAE], language_model: LanguageModel, hook: HookPoint, make_tokens: MakeTokens, *, tokens: int
 ) -> dict[str, Spliced]:
-    """Splice each SAE into the language model; the clean and the ablated passes are shared by all of them.
+    """Measure `SplicedModel` for each SAE; all SAEs share the clean and ablated passes.
 
     Args:
-        saes: by name.
-        language_model: the model; without a head for the next token every SAE is `Skipped`.
-        hook: whose output the SAEs reconstruct.
-        make_tokens: makes the stream of token windows; its windows are run once for the mean, once for the losses.
-        tokens: kept tokens to evaluate on; the last window is used whole.
+        saes: SAEs by name.
+        language_model: the model; without a language-model head, every SAE is `Skipped`.
+        hook: the hook that the SAEs reconstruct.
+        make_tokens: creates the stream of token windows. They are run once for the mean and once for the losses.
+        tokens: number of kept tokens to evaluate on; the last window is used whole.
     """
     if language_model.no_lm_head_reason:
         return {name: Skipped(language_model.no_lm_head_reason) for name in saes}
     for name, sae in saes.items():
         if sae.config.role:
             raise UserError(
-                f"spliced_models takes SAEs of one hook; '{name}' is a {sae.config.role}. Use `evaluate`, which is "
-                "told the hooks of each."
+                f"spliced_models needs SAEs that read and write one hook; '{name}' is a {sae.config.role}. Use "
+                "`evaluate`, which takes the hooks of each SAE."
             )
     stream = read_windows(make_tokens, tokens)
     total_D = torch.zeros((), dtype=torch.float64)
@@ -128,13 +128,13 @@ def spliced_models(
 
 
 class SplicingMeter:
-    """Accumulates `SplicedModel` for SAEs that write the same hooks; holds one pass's logits beside the clean ones.
+    """Accumulator of `SplicedModel` for SAEs that write the same hooks. Holds the clean logits and those of one pass.
 
     Args:
         language_model: the model.
-        hook: the hook written, or several, which are replaced at once.
-        names: the SAEs.
-        mean_D: mean activation, of several hooks side by side.
+        hook: the written hook, or several hooks, which are replaced at once.
+        names: names of the SAEs.
+        mean_D: mean activation; for several hooks, concatenated.
     """
 
     def __init__(
@@ -159,13 +159,13 @@ class SplicingMeter:
         clean_STV: Float[Tensor, "S T V"],
         reconstructions: Mapping[str, Float[Tensor, "N D"]],
     ) -> None:
-        """Take in some windows, given their clean pass and each SAE's reconstruction of the kept activations.
+        """Add windows, with their clean pass and each SAE's reconstruction of the kept activations.
 
         Args:
             windows: the windows.
-            hidden: their activations, by `HookPoint.name`; of one hook, those alone will do.
-            clean_STV: the undisturbed logits.
-            reconstructions: by SAE, of several hooks side by side.
+            hidden: their activations, by `HookPoint.name`; for one hook, also the tensor itself.
+            clean_STV: the clean logits.
+            reconstructions: reconstructions by SAE; for several hooks, concatenated.
         """
         own = [hidden if isinstance(hidden, Tensor) else hidden[hook.name] for hook in self._hooks]
         widths = [hidden_STD.shape[-1] for hidden_STD in own]
@@ -183,7 +183,7 @@ class SplicingMeter:
             sums.divergence += clean.divergence(changed)
 
     def values(self) -> dict[str, Spliced]:
-        """The figures by SAE; `Skipped` if no window had two tokens."""
+        """Return the results by SAE; `Skipped` if no window had two tokens."""
         n = self._tokens
         if n == 0:
             return {name: Skipped("no window of the text has a token and a next one") for name in self._names}
@@ -205,7 +205,7 @@ class SplicingMeter:
 
 @dataclass
 class _Sums:
-    """Over the positions scored so far, in nats."""
+    """Sums over the positions scored so far, in nats."""
 
     cross_entropy: float = 0.0
     divergence: float = 0.0
@@ -213,7 +213,7 @@ class _Sums:
 
 @dataclass(frozen=True, eq=False)
 class _Prediction:
-    """Next-token log-probabilities at the positions that are scored, and the tokens that came."""
+    """Next-token log-probabilities at the scored positions, and the actual next tokens."""
 
     log_p_NV: Tensor
     target_N: Tensor
@@ -228,13 +228,13 @@ class _Prediction:
         return -float(self.log_p_NV.gather(1, self.target_N.unsqueeze(1)).double().sum())
 
     def divergence(self, other: _Prediction) -> float:
-        """``KL(self || other)``, summed over positions. A probability of 0 on this side adds nothing."""
+        """Return ``KL(self || other)`` summed over positions. Terms where ``self`` has probability 0 are 0."""
         terms_NV = self.log_p_NV.exp() * (self.log_p_NV - other.log_p_NV)
         return float(terms_NV.masked_fill_(self.log_p_NV == -torch.inf, 0.0).sum(1).double().sum())
 
 
 def scored_positions(windows: Windows) -> Bool[Tensor, "S T-1"]:
-    """Positions that are no padding and whose next token is none."""
+    """Return which positions are scored: neither the token nor the next one is padding."""
     return windows.attention_mask_ST[:, :-1] & windows.attention_mask_ST[:, 1:]
 
 

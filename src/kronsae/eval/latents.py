@@ -1,4 +1,4 @@
-"""How often and how strongly each latent is active, and which of them to look at."""
+"""Activation statistics of each latent, and the selection of latents to show."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStatistics:
-    """Every latent over a set of tokens; tuples of length d_sae, by latent number.
+    """Statistics of every latent over a set of tokens; tuples of length d_sae, by latent index.
 
     Args:
-        tokens: size of the set.
-        active_tokens: on how many of them the latent is active. Divided by ``tokens``: its frequency.
-        min_activation: its smallest activation above 0; 0 where it is never active.
-        max_activation: its largest activation; 0 where it is never active.
-        mean_activation: mean of its activation over the tokens on which it is active; 0 where there is none.
+        tokens: number of tokens.
+        active_tokens: number of tokens on which each latent is active; divided by ``tokens``, its frequency.
+        min_activation: smallest activation above 0; 0 for a latent that is never active.
+        max_activation: largest activation; 0 for a latent that is never active.
+        mean_activation: mean over the tokens on which the latent is active; 0 for a latent that is never active.
     """
 
     tokens: int
@@ -39,16 +39,16 @@ class LatentStatistics:
 
     @property
     def frequencies(self) -> list[float]:
-        """Share of the tokens on which each latent is active."""
+        """The share of tokens on which each latent is active."""
         return [count / self.tokens for count in self.active_tokens]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return to_dict(self)
 
 
 class LatentMeter:
-    """Accumulates `LatentStatistics`: four numbers per latent, however many tokens."""
+    """Accumulator of `LatentStatistics`: four numbers per latent, independent of the number of tokens."""
 
     def __init__(self, d_sae: int) -> None:
         self.tokens = 0
@@ -58,7 +58,7 @@ class LatentMeter:
         self._sum_F = torch.zeros(d_sae, dtype=torch.float64)
 
     def update(self, codes: SparseCodes) -> None:
-        """Take in a batch of codes."""
+        """Add a batch of codes."""
         active = codes.active
         indices_E, values_E = codes.indices[active].cpu(), codes.values[active].detach().float().cpu()
         self.tokens += active.shape[:-1].numel()
@@ -68,19 +68,19 @@ class LatentMeter:
         self._sum_F.index_add_(0, indices_E, values_E.double())
 
     def update_dense(self, values_BC: Float[Tensor, "B C"], units: slice) -> None:
-        """Take in activations >= 0 of some units, on the CPU: for what has no codes. The caller counts `tokens`."""
+        """Add dense activations >= 0 of some units, on the CPU. The caller must update `tokens`."""
         if len(values_BC) == 0:
             return
         active_BC = values_BC > 0
         self.counts_F[units] += active_BC.sum(0)
-        infinite = torch.tensor(torch.inf, dtype=values_BC.dtype)  # a plain number would be cast element by element
+        infinite = torch.tensor(torch.inf, dtype=values_BC.dtype)  # a Python scalar would be cast per element
         smallest_C = torch.where(active_BC, values_BC, infinite).amin(0)
         self._min_F[units] = torch.minimum(self._min_F[units], smallest_C)
         self._max_F[units] = torch.maximum(self._max_F[units], values_BC.amax(0))
         self._sum_F[units] += values_BC.sum(0, dtype=torch.float64)
 
     def value(self) -> LatentStatistics:
-        """The statistics of the batches taken in."""
+        """Return the statistics over the batches added."""
         return LatentStatistics(
             tokens=self.tokens,
             active_tokens=tuple(self.counts_F.tolist()),
@@ -92,7 +92,7 @@ class LatentMeter:
 
 @torch.no_grad()
 def latent_statistics(sae: SAE, batches: Iterable[Tensor]) -> LatentStatistics:
-    """The statistics of all latents of ``sae`` over activations ``[B, d_in]``, one batch held at a time."""
+    """Return the statistics of all latents of ``sae`` over activations ``[B, d_in]``, one batch in memory at a time."""
     meter = LatentMeter(sae.d_sae)
     for x_BD in batches:
         meter.update(sae.encode(x_BD.to(sae.W_dec)))
@@ -101,21 +101,21 @@ def latent_statistics(sae: SAE, batches: Iterable[Tensor]) -> LatentStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryConfig:
-    """Which latents are shown with the text they are active on, and how much of it.
+    """Which latents are shown with contexts, and how many contexts.
 
     Args:
-        num_latents: latents in the sample, spread evenly over the frequencies of the living.
-        num_heads: heads shown whole (Kronecker encoders).
-        max_cells: at most so many latents in those heads together, but always one head.
-        top: contexts of the largest activations, per latent.
-        sampled: contexts of activations drawn at random, per latent: what the top ones do not show.
-        cell_contexts: contexts of the largest activations per cell, base and extension of a head.
-        quantiles: bands of equal numbers that a latent's activations are cut into, by size; 0: no bands.
-        quantile_contexts: contexts drawn at random from each band.
-        negatives: contexts drawn at random from windows in which the latent is not active, per latent.
-        latents: numbers of latents that are shown in any case, before the sample.
+        num_latents: number of sampled latents, spread evenly over the frequencies of the living latents.
+        num_heads: number of complete heads to show (Kronecker encoders).
+        max_cells: maximum total number of latents in those heads; at least one head is always shown.
+        top: number of contexts of the largest activations, per latent.
+        sampled: number of contexts of random activations, per latent; they show what the top contexts do not.
+        cell_contexts: number of contexts of the largest activations per cell, base and extension of a head.
+        quantiles: number of quantile bands of a latent's activations; 0 for no bands.
+        quantile_contexts: number of random contexts from each band.
+        negatives: number of random contexts from windows in which the latent is not active, per latent.
+        latents: indices of latents that are always shown, before the sample.
         window: tokens on either side of the activation (paper: 15).
-        seed: of the choice of latents, and of the contexts drawn.
+        seed: seed of the selection of latents and contexts.
     """
 
     num_latents: int = 24
@@ -140,10 +140,10 @@ class GalleryConfig:
 
 
 def choose_latents(counts_F: Int[Tensor, " F"], number: int, seed: int) -> list[int]:
-    """Living latents spread over the frequencies, from the most frequent to the rarest.
+    """Choose living latents spread over the frequencies, from the most frequent to the rarest.
 
-    The living are ordered by count (equal ones by number) and cut into ``number`` equal parts, and one is drawn from
-    each, seeded. Latents that are never active are not chosen; with fewer living ones than asked for, all are.
+    The living latents are sorted by count (ties by index) and split into ``number`` equal parts; one is drawn from each
+    part, seeded. Latents that are never active are not chosen. If fewer than ``number`` are living, all are chosen.
     """
     living = counts_F.argsort(descending=True, stable=True)[: int((counts_F > 0).sum())].tolist()
     if len(living) <= number:
@@ -157,10 +157,10 @@ def choose_latents(counts_F: Int[Tensor, " F"], number: int, seed: int) -> list[
 
 
 def choose_heads(counts_F: Int[Tensor, " F"], encoder: KroneckerEncoder, number: int) -> list[int]:
-    """The heads with the most living latents; of equals the one whose rarest latent is the most frequent.
+    """Choose the heads with the most living latents; ties go to the head whose rarest latent is the most frequent.
 
-    So a head is shown where its composition can be seen at work in every cell, if there is such a head. Heads
-    without a living latent are not chosen. Equal in all of this: the lower number first.
+    This prefers heads in which every cell shows how base and extension compose. Heads without a living latent are not
+    chosen. Remaining ties go to the lower index.
     """
     counts_HC = counts_F.view(encoder.num_heads, -1)
     living_H, rarest_H = (counts_HC > 0).sum(1).tolist(), counts_HC.amin(1).tolist()
@@ -169,5 +169,5 @@ def choose_heads(counts_F: Int[Tensor, " F"], encoder: KroneckerEncoder, number:
 
 
 def rounded(values: Iterable[float]) -> tuple[float, ...]:
-    """To 4 significant digits: enough to look at, half the file."""
+    """Round to 4 significant digits: enough for display, and half the file size."""
     return tuple(float(f"{value:.4g}") for value in values)

@@ -1,4 +1,4 @@
-"""Is one thing larger than another, measured side by side several times? One rule for every verdict."""
+"""Paired comparison of two series of measurements; the one significance rule of all comparisons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kronsae.support.errors import UserError
 
-LEVEL = 0.05  # of the two-sided t-test: how often no difference at all would be called one
+LEVEL = 0.05  # significance level (false positive rate) of the two-sided t-test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,13 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 where a is larger, -1 where b is, 0 where a paired t-test at `LEVEL` finds neither."""
+        """1 if a is significantly larger, -1 if b is, else 0: a paired t-test at `LEVEL`."""
         return self.sign_of_several(1)
 
     def sign_of_several(self, tests: int) -> int:
-        """The sign where this is one of several tests: each at ``LEVEL / tests``, so that all together err at `LEVEL`.
+        """Return the sign as one of several tests, each at ``LEVEL / tests`` (Bonferroni).
 
-        With few pairs the standard error is itself uncertain: Student's factor is 4.3 for 3 pairs, 2.0 for 60.
+        With few pairs the standard error is itself uncertain: Student's t factor is 4.3 for 3 pairs, 2.0 for 60.
         """
         from scipy.stats import t
 
@@ -41,13 +41,13 @@ class Difference:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Compare two equally long rows of figures place by place.
+    """Compare two series of equal length element by element.
 
     Raises:
-        UserError: fewer than two pairs, which have no spread, or rows of different length.
+        UserError: there are fewer than two pairs, which have no standard error, or the lengths differ.
     """
     if len(a) != len(b) or len(a) < 2:
-        raise UserError(f"a difference needs two rows of at least 2 figures each; got {len(a)} and {len(b)}.")
+        raise UserError(f"a and b must have equal lengths of at least 2; got {len(a)} and {len(b)}.")
     differences = [x - y for x, y in zip(a, b, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return Difference(mean=statistics.mean(differences), standard_error=error, pairs=len(differences))

@@ -1,8 +1,8 @@
-"""What a latent, a base or an extension is like, in a few numbers each: how often, how strongly, on which tokens.
+"""Profiles of latents, bases and extensions: frequency, activation, token entropy and multitoken ratio.
 
-All of it is taken in batch by batch. Latents come as sparse codes. Bases and extensions have no codes: their
-activations ``relu(u)`` and ``relu(v)`` are dense, about half of them above 0, so they are computed a few windows at a
-time, and one does well to take fewer tokens.
+Profiles are accumulated batch by batch. Latents are given as sparse codes. Bases and extensions have no sparse codes:
+their activations ``relu(u)`` and ``relu(v)`` are dense, with about half above 0. They are computed a few windows at a
+time and are best measured on fewer tokens.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from kronsae.eval.latents import LatentMeter, LatentStatistics, rounded
 from kronsae.eval.token_entropy import MAX_PAIRS, PairSums, dense_entropies
 from kronsae.support.config import to_dict
 
-DENSE_TOKENS, DENSE_UNITS = 512, 512  # bases or extensions looked at together: 1 MiB, which stays in the cache
-MAX_TABLE = 2**26  # sums of the dense token entropy, by token and pre-latent: 512 MiB
+DENSE_TOKENS, DENSE_UNITS = 512, 512  # block of dense activations: 1 MiB, which fits in the cache
+MAX_TABLE = 2**26  # entries of the table of sums by token and pre-latent for the dense token entropy: 512 MiB
 
 Optionals = tuple[float | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSummary:
-    """A profile in one line: medians over the living units (of two in the middle the upper); None where none lives.
+    """Summary of a profile: medians over the living units (the upper of two middle values); None if none is living.
 
     Args:
-        units: how many there are.
-        living: how many were active on at least one token.
+        units: number of units.
+        living: number of units active on at least one token.
         frequency, mean_activation, token_entropy, multitoken_ratio: medians.
     """
 
@@ -49,16 +49,16 @@ class ProfileSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Units (latents, bases or extensions) over a set of tokens; tuples by unit.
+    """Profile of units (latents, bases or extensions) over a set of tokens; tuples by unit.
 
     Args:
-        activity: how often and how strongly.
-        token_entropy: ``-sum_i p_i ln p_i`` in nats, ``p_i`` the share of the unit's total activation that falls on
-            token i of the vocabulary; None where it is never active or was not asked for.
-        entropy_tokens: size of the set that the token entropy is over: the first so many tokens.
-        entropy_units: for how many units it was computed.
-        multitoken_ratio: share of a window's tokens on which the unit is active, mean over the windows in which it
-            is; None where there is none. ``1 / length`` if it is active once per window.
+        activity: activation statistics.
+        token_entropy: ``-sum_i p_i ln p_i`` in nats, where ``p_i`` is the share of the unit's total activation on token
+            i of the vocabulary; None for units that are never active or were not measured.
+        entropy_tokens: number of tokens used for the token entropy: the first ones of the set.
+        entropy_units: number of units for which the token entropy was computed.
+        multitoken_ratio: share of a window's tokens on which the unit is active, mean over the windows in which it is
+            active; None if it is never active. A unit that is active once per window has ``1 / length``.
     """
 
     activity: LatentStatistics
@@ -68,7 +68,7 @@ class Profile:
     multitoken_ratio: Optionals
 
     def summary(self) -> ProfileSummary:
-        """The medians."""
+        """Return the medians over the living units."""
         living = [unit for unit, count in enumerate(self.activity.active_tokens) if count]
         return ProfileSummary(
             units=len(self.activity.active_tokens),
@@ -80,15 +80,15 @@ class Profile:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return to_dict(self)
 
 
 class ProfileMeter:
-    """Accumulates the `Profile` of an SAE's latents from codes.
+    """Accumulator of the `Profile` of an SAE's latents from codes.
 
-    Memory: six numbers per latent, and 16 bytes for each pair of a latent and a token on which it was active
-    (`PairSums`), at most ``max_pairs``.
+    Memory: six numbers per latent, and 16 bytes for each pair of a latent and a vocabulary token on which it was active
+    (`PairSums`), for at most ``max_pairs`` pairs.
     """
 
     def __init__(self, d_sae: int, vocabulary: int, max_pairs: int = MAX_PAIRS) -> None:
@@ -99,11 +99,11 @@ class ProfileMeter:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a latent and a token that are kept now."""
+        """Number of stored pairs of a latent and a token."""
         return self._pairs.num_pairs
 
     def update(self, windows: Windows, codes: SparseCodes) -> None:
-        """Take in whole windows, given the codes of the tokens that count."""
+        """Add whole windows, with the codes of their kept tokens."""
         self.activity.update(codes)
         active_NK = codes.active
         row_E = active_NK.nonzero()[:, 0].cpu()
@@ -115,7 +115,7 @@ class ProfileMeter:
         self._multitoken.update(latent_E, window_N[row_E], windows)
 
     def value(self) -> Profile:
-        """The profile of what was taken in."""
+        """Return the profile of the windows added."""
         return Profile(
             activity=self.activity.value(),
             token_entropy=_optional(self._pairs.entropies()),
@@ -126,16 +126,16 @@ class ProfileMeter:
 
 
 class PreLatentMeter:
-    """Accumulates the `Profile` of some bases or extensions of a Kronecker encoder, from activations.
+    """Accumulator of the `Profile` of bases or extensions of a Kronecker encoder, from activations.
 
-    Memory: few activations at a time, and for the token entropy a table of ``vocabulary`` times so many rows
-    as keep it below ``max_table``; they are drawn at random, seeded.
+    Memory: one block of dense activations, and for the token entropy a table of ``vocabulary`` times at most as many
+    rows as keep it below ``max_table`` entries. If not all rows fit, the measured ones are drawn at random, seeded.
 
     Args:
-        encoder: whose they are.
-        rows_R: which: row ``h*(M+N) + i`` is base i of head h, row ``h*(M+N) + M + j`` its extension j.
-        vocabulary: how many tokens there are.
-        seed: of the draw.
+        encoder: the encoder.
+        rows_R: rows to measure: row ``h*(M+N) + i`` is base i of head h, row ``h*(M+N) + M + j`` its extension j.
+        vocabulary: size of the vocabulary.
+        seed: seed of the drawn rows.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class PreLatentMeter:
 
     @torch.no_grad()
     def update(self, windows: Windows, x_ND: Float[Tensor, "N D"]) -> None:
-        """Take in whole windows, given the activations that count."""
+        """Add whole windows, with the activations of their kept tokens."""
         self.activity.tokens += len(x_ND)
         for part, rows in _portions(windows, DENSE_TOKENS):
             part_ND = x_ND[rows].to(self._weight_RD)
@@ -176,7 +176,7 @@ class PreLatentMeter:
         self._sums_VC[:, drawn].index_add_(0, token_N, chosen_NC.double())
 
     def value(self) -> Profile:
-        """The profile of what was taken in."""
+        """Return the profile of the windows added."""
         entropy_R = torch.full((len(self._bias_R),), math.nan, dtype=torch.float64)
         entropy_R[self._chosen_C] = dense_entropies(self._sums_VC)
         return Profile(
@@ -189,13 +189,13 @@ class PreLatentMeter:
 
 
 def pre_latent_rows(encoder: KroneckerEncoder) -> tuple[Int[Tensor, " HM"], Int[Tensor, " HN"]]:
-    """The rows of all bases and of all extensions, head by head."""
+    """Return the rows of all bases and the rows of all extensions, head by head."""
     rows_HP = torch.arange(encoder.bias.numel()).view(encoder.bias.shape)
     return rows_HP[:, : encoder.d_base].flatten(), rows_HP[:, encoder.d_base :].flatten()
 
 
 class _Multitoken:
-    """Sums of the share of active tokens over the windows in which a unit is active, and the number of these."""
+    """Accumulator of the multitoken ratio: per unit, the sum of shares of active tokens and the number of windows."""
 
     def __init__(self, units: int) -> None:
         self._sum_U = torch.zeros(units, dtype=torch.float64)
@@ -204,7 +204,7 @@ class _Multitoken:
     def update(self, unit_E: Tensor, window_E: Tensor, windows: Windows) -> None:
         units, share_S = len(self._sum_U), 1 / windows.keep_ST.sum(1).double()
         self._sum_U.index_add_(0, unit_E, share_S[window_E])
-        seen_SU = torch.zeros(len(windows), units, dtype=torch.bool)  # windows, not tokens: small
+        seen_SU = torch.zeros(len(windows), units, dtype=torch.bool)  # small: windows, not tokens
         seen_SU.view(-1)[window_E * units + unit_E] = True
         self._windows_U += seen_SU.sum(0)
 
@@ -220,7 +220,7 @@ class _Multitoken:
 
 
 def _portions(windows: Windows, tokens: int) -> Iterator[tuple[Windows, slice]]:
-    """Whole windows of about so many tokens that count, at least one, with their places among all that count."""
+    """Yield groups of whole windows of about ``tokens`` kept tokens, with their slice among all kept tokens."""
     size = max(1, tokens // max(1, windows.keep_ST.shape[1]))
     start = 0
     for part in windows.split(size):
@@ -229,7 +229,7 @@ def _portions(windows: Windows, tokens: int) -> Iterator[tuple[Windows, slice]]:
 
 
 def _optional(values: Tensor) -> Optionals:
-    """To 4 significant digits; None for NaN."""
+    """Round to 4 significant digits; NaN becomes None."""
     numbers = values.tolist()
     return tuple(None if math.isnan(value) else rounded([value])[0] for value in numbers)
 

@@ -1,8 +1,9 @@
-"""What each stretch of a Python source is, as Python's own ``ast`` and ``tokenize`` tell: labels that come for free.
+"""Labels for spans of Python source code, derived from the standard modules ``ast`` and ``tokenize``.
 
-`python_spans` gives overlapping spans for some `CONCEPTS`; `name_roles` gives every name one of the `ROLES`. What
-stands inside an f-string has no span of its own, only the ``f-string`` around it: Python 3.11 makes one token of it all
-and places its parts where the whole is, later versions look inside, and a label must not depend on who reads it.
+`python_spans` gives overlapping spans of the `CONCEPTS`; `name_roles` gives each name one of the `ROLES`. Code inside
+an f-string has no span of its own, only the ``f-string`` around it. The reason: Python 3.11 reads an f-string as one
+token and gives its parts the position of the whole, later versions tokenise its inside, and labels must not depend on
+the Python version.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ CONCEPTS: tuple[str, ...] = (
     "base class",
     "class body",
 )
-"""Of these a token may have several, or none."""
+"""Concepts of `python_spans`; a token may have several or none."""
 
 ROLES: tuple[str, ...] = (
     "keyword",
@@ -68,8 +69,8 @@ ROLES: tuple[str, ...] = (
     "docstring word",
     "string word",
 )
-"""What a name (or a word in a string or comment) can be, one for each; of several that fit, the first. Only what can
-be known when the name has been read: whether a name is called or indexed, the next token tells."""
+"""Roles of a name, or of a word in a string or comment; one per name, the first that applies. A role must be known once
+the name has been read. Whether a name is called or indexed is only known from the next token, so it is no role."""
 
 WORD = re.compile(r"[A-Za-z_]\w*")
 _FUNCTION = re.compile(r"(?:async\s+)?def\s+(\w+)")
@@ -80,15 +81,15 @@ _Functions = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def python_spans(source: str) -> list[Span]:
-    """The spans of every concept of `CONCEPTS` in a source; empty where it is no Python that can be parsed."""
+    """Return the spans of all `CONCEPTS` in a source; empty if it cannot be parsed as Python."""
     return [span for span in _all_spans(source) if span.label in CONCEPTS]
 
 
 def name_roles(source: str) -> list[Span]:
-    """One span for each name, and each word in comments and strings, with its role; names without one are left out.
+    """Return one span with its role for each name, and each word in comments and strings.
 
-    A name has the role of a span that covers exactly this name (``keyword argument``), a word that of the comment or
-    string around it.
+    A name has the role of a span that covers exactly this name (``keyword argument``); names without a role are
+    omitted. A word has the role of the comment or string around it.
     """
     spans = _all_spans(source)
     rank = {role: number for number, role in enumerate(ROLES)}
@@ -106,7 +107,7 @@ def name_roles(source: str) -> list[Span]:
 
 @dataclass(frozen=True)
 class _Source:
-    """A source and where its lines begin; ``ast`` counts columns in bytes of UTF-8, ``tokenize`` in characters."""
+    """A source with its line starts; ``ast`` counts columns in UTF-8 bytes, ``tokenize`` in characters."""
 
     text: str
     lines: tuple[str, ...]
@@ -121,24 +122,24 @@ class _Source:
         return _Source(text, lines, tuple(starts))
 
     def at(self, line: int, byte: int) -> int:
-        """The character at a 1-based line and a byte of it."""
+        """Return the character index of a byte column in a 1-based line."""
         row = self.lines[line - 1]
         return self.starts[line - 1] + (byte if row.isascii() else len(row.encode()[:byte].decode(errors="ignore")))
 
     def span(self, node: ast.AST, label: str) -> Span:
-        """The whole of a node."""
+        """Return the span of a whole node."""
         place = [getattr(node, name) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset")]
         return Span(start=self.at(place[0], place[1]), end=self.at(place[2], place[3]), label=label)
 
     def word(self, pattern: re.Pattern[str], node: ast.AST, label: str) -> Iterator[Span]:
-        """The first group of a pattern that is to match at the start of a node."""
+        """Yield the span of the first group of a pattern that matches at the start of a node."""
         match = pattern.match(self.text, self.span(node, "").start)
         if match is not None:
             yield Span(start=match.start(1), end=match.end(1), label=label)
 
 
 def _all_spans(text: str) -> list[Span]:
-    if "\r" in text or "\f" in text:  # ast and tokenize count these lines otherwise than the text does
+    if "\r" in text or "\f" in text:  # ast and tokenize split these lines differently
         return []
     try:
         tree = ast.parse(text)
@@ -154,7 +155,7 @@ def _all_spans(text: str) -> list[Span]:
 
 
 def _outside_f_strings(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, breadth first as `ast.walk` has them, but for those inside an f-string."""
+    """Yield all nodes in the breadth-first order of `ast.walk`, except those inside an f-string."""
     waiting = deque([tree])
     while waiting:
         node = waiting.popleft()
@@ -163,7 +164,7 @@ def _outside_f_strings(tree: ast.AST) -> Iterator[ast.AST]:
         yield node
 
 
-_F_STRING = {getattr(tokenize, "FSTRING_START", -1): 1, getattr(tokenize, "FSTRING_END", -1): -1}  # from 3.12 on
+_F_STRING = {getattr(tokenize, "FSTRING_START", -1): 1, getattr(tokenize, "FSTRING_END", -1): -1}  # Python >= 3.12
 
 
 def _lexical(source: _Source, tokens: list[tokenize.TokenInfo]) -> Iterator[Span]:

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs: explained variance, error, l0, dead latents."""
+"""Reconstruction metrics: explained variance, error, l0, dead latents."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """Reconstruction measured on a set of activations.
+    """Reconstruction metrics on a set of activations.
 
     Args:
-        tokens: size of the set.
-        explained_variance: ``1 - sum(||x - x_hat||^2) / sum(||x - mean||^2)``, sums over tokens and dimensions,
-            ``mean`` over the set: a ratio of sums, *the* explained variance of this library. None where the
-            activations do not vary.
-        explained_variance_per_token: mean over tokens of ``1 - ||x - x_hat||^2 / ||x - mean||^2``, the same mean;
-            the reading of the paper's listing. A token that equals the mean has no such ratio and is left out.
+        tokens: number of tokens.
+        explained_variance: ``1 - sum(||x - x_hat||^2) / sum(||x - mean||^2)``, sums over tokens and dimensions, with
+            ``mean`` over the set: a ratio of sums, *the* explained variance of this library. None if the activations
+            do not vary.
+        explained_variance_per_token: mean over tokens of ``1 - ||x - x_hat||^2 / ||x - mean||^2``, with the same mean,
+            as in the paper's listing. A token equal to the mean has no ratio and is excluded.
         mean_squared_error: ``||x - x_hat||^2`` summed over d_in, mean over tokens.
         cosine_similarity: ``x . x_hat / (||x|| ||x_hat||)``, mean over tokens.
         l0: active latents per token, mean over tokens.
-        dead_share: share of the latents that are active on none of these ``tokens`` tokens. It falls as the set
-            grows: compare it only between equal sets.
-        explained_variance_by_hook: where several hooks are written, the explained variance at each, in their order:
-            over all of them together those of the largest activations weigh most. Empty where there is one.
+        dead_share: share of the latents that are active on none of these ``tokens`` tokens. It falls as the number of
+            tokens grows: compare it only between sets of equal size.
+        explained_variance_by_hook: explained variance at each written hook, in order, if there are several. In the
+            joint explained variance, hooks with larger activations weigh more. Empty for one hook.
 
-    Of a transcoder ``x`` is what it is to write.
+    For a transcoder, ``x`` is the target activation at the hook it writes.
     """
 
     tokens: int
@@ -51,7 +51,7 @@ class Reconstruction:
     explained_variance_by_hook: tuple[float | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; figures by hook only where there are several."""
+        """Return the fields as JSON values; metrics by hook only if there are several hooks."""
         figures = to_dict(self)
         if not self.explained_variance_by_hook:
             del figures["explained_variance_by_hook"]
@@ -59,14 +59,14 @@ class Reconstruction:
 
 
 class ReconstructionMeter:
-    """Accumulates a `Reconstruction` in two passes over the same batches, in memory that does not grow with them.
+    """Accumulator of a `Reconstruction` in two passes over the same batches, in constant memory.
 
-    `update` is for the first pass; `update_per_token`, which needs the mean that only a whole pass gives, for the
-    second.
+    `update` is for the first pass. `update_per_token` is for the second pass, because it needs the mean over the whole
+    first pass.
 
     Args:
-        d_sae: latents.
-        widths: of the hooks written, where there are several.
+        d_sae: number of latents.
+        widths: widths of the written hooks, if there are several.
     """
 
     def __init__(self, d_sae: int, widths: tuple[int, ...] = ()) -> None:
@@ -78,7 +78,7 @@ class ReconstructionMeter:
         self._per_token_count = 0
 
     def update(self, x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"], codes: SparseCodes) -> None:
-        """Take in a batch of the first pass."""
+        """Add a batch of the first pass."""
         if len(x_BD) == 0:
             return
         self.variance.update(x_BD, x_hat_BD)
@@ -91,14 +91,14 @@ class ReconstructionMeter:
         self._active_F[codes.indices[codes.active].cpu()] = True
 
     def update_per_token(self, x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> None:
-        """Take in a batch of the second pass."""
+        """Add a batch of the second pass."""
         ratios_B = explained_variance_per_token(x_BD, x_hat_BD, self.variance.mean_D.to(x_BD.device))
         ratios_B = ratios_B[ratios_B.isfinite()]
         self._per_token += float(ratios_B.sum())
         self._per_token_count += len(ratios_B)
 
     def value(self) -> Reconstruction:
-        """The figures of the batches taken in; without a second pass there is no figure per token."""
+        """Return the metrics of the batches added; without a second pass, the per-token metric is None."""
         tokens = self.variance.tokens
         if tokens == 0:
             raise UserError("evaluation needs at least one token that is neither padding nor special; got none.")
@@ -119,11 +119,11 @@ def _or_none(value: float) -> float | None:
 
 
 def reconstruction(sae: SAE, batches: Iterable[Float[Tensor, "B D"]]) -> Reconstruction:
-    """Measure how ``sae`` reconstructs activations.
+    """Measure how well ``sae`` reconstructs activations.
 
     Args:
-        sae: any SAE that reconstructs what it reads.
-        batches: tensors ``[B, d_in]``, in any division into batches; read twice, one batch held at a time.
+        sae: an SAE that reconstructs the hook it reads.
+        batches: tensors ``[B, d_in]`` of any batch size; read twice, one batch in memory at a time.
 
     Raises:
         UserError: ``batches`` is empty, or can be read only once.
@@ -138,13 +138,13 @@ def reconstruction(sae: SAE, batches: Iterable[Float[Tensor, "B D"]]) -> Reconst
     """
     if isinstance(batches, Iterator):
         raise UserError(
-            f"batches must be readable twice; got a one-shot {type(batches).__name__}. Put it into a list, or give "
-            "an object whose __iter__ starts anew."
+            f"batches must be iterable twice; got a one-shot {type(batches).__name__}. Pass a list, or an object whose "
+            "__iter__ starts again."
         )
     if not sae.config.autoencodes:
         raise UserError(
-            "reconstruction measures what is reconstructed where it was read; this SAE writes at another hook. Use "
-            "`evaluate`, which runs the model and has both."
+            "reconstruction needs an SAE that writes the hook it reads; this SAE writes another hook. Use `evaluate`, "
+            "which runs the model and reads both hooks."
         )
     meter = ReconstructionMeter(sae.d_sae, sae.config.widths_written)
     for x_BD in batches:
@@ -157,7 +157,7 @@ def reconstruction(sae: SAE, batches: Iterable[Float[Tensor, "B D"]]) -> Reconst
 
 @torch.no_grad()
 def encode_decode(sae: SAE, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B O"], SparseCodes]:
-    """The reconstruction and the codes, on the SAE's device and in its dtype."""
+    """Return the reconstruction and the codes, on the SAE's device and in its dtype."""
     own_BD = x_BD.to(sae.W_dec)
     codes = sae.encode(own_BD)
     return sae.decode(codes, own_BD).to(x_BD.device), codes

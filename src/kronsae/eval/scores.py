@@ -1,4 +1,4 @@
-"""Right and wrong answers to yes-or-no questions, and the mean of a score over latents."""
+"""Balanced accuracy, and the mean of a score over latents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 def balanced_accuracy(*, true_positives: int, positives: int, true_negatives: int, negatives: int) -> float | None:
-    """``(TPR + TNR) / 2``: 0.5 is guessing, whatever the shares; None where one of the kinds has no example."""
+    """Return ``(TPR + TNR) / 2``; chance is 0.5 for any class balance. None if one class has no example."""
     if not positives or not negatives:
         return None
     return (true_positives / positives + true_negatives / negatives) / 2
@@ -16,12 +16,12 @@ def balanced_accuracy(*, true_positives: int, positives: int, true_negatives: in
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A score over latents.
+    """Mean and spread of a score over latents.
 
     Args:
-        mean: None where no latent has the score.
-        std: standard deviation over latents (n - 1 in the denominator); None below two.
-        n: latents that have the score.
+        mean: mean; None if no latent has the score.
+        std: standard deviation over latents (n - 1 in the denominator); None for n < 2.
+        n: number of latents that have the score.
     """
 
     mean: float | None
@@ -30,7 +30,7 @@ class Mean:
 
 
 def mean_of(values: Iterable[float | None]) -> Mean:
-    """The mean of the scores that are there; None is a latent without one."""
+    """Return the mean of the scores that are not None."""
     found: Sequence[float] = [value for value in values if value is not None]
     n = len(found)
     if n == 0:

@@ -1,4 +1,4 @@
-"""How far the tokens around a place tell, by a simple learned rule, whether a latent is active there."""
+"""Token rules: how well a logistic regression on the nearby tokens predicts whether a latent is active."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRuleConfig:
-    """Which latents, and what the rule sees.
+    """Settings of the token rule.
 
     Args:
-        latents: per SAE, drawn at random from those active on at least ``min_active_tokens`` tokens of both texts.
-        chosen: these instead, in every SAE.
-        tokens: of training and of held-out text each, at most.
-        examples: places where the latent is active, and as many where it is not, per text, at most.
-        near: the tokens up to so far to either side are known with their offset.
-        radius: those up to so far are known with their side.
-        inverse_penalty: C of the logistic regression: penalty ``|w|^2 / (2 C)`` against the sum of log losses.
-        min_active_tokens: a rarer latent is not drawn.
-        seed: of the choice of latents and of places.
+        latents: number of latents per SAE, drawn at random from those active on at least ``min_active_tokens`` tokens
+            of both texts.
+        chosen: indices of latents to use instead, in every SAE.
+        tokens: maximum number of tokens of the training text and of the held-out text.
+        examples: maximum number of places where the latent is active, and of places where it is not, per text.
+        near: tokens up to this distance on either side are features with their offset.
+        radius: tokens up to this distance are features with their side only.
+        inverse_penalty: C of the logistic regression: penalty ``|w|^2 / (2 C)`` plus the sum of log losses.
+        min_active_tokens: latents active on fewer tokens are not drawn.
+        seed: seed of the choice of latents and places.
     """
 
     latents: int = 100
@@ -54,20 +55,20 @@ class TokenRuleConfig:
         if self.radius < self.near:
             raise UserError(f"radius must be at least near; got {self.radius} with near={self.near}.")
         if len(set(self.chosen)) != len(self.chosen) or any(latent < 0 for latent in self.chosen):
-            raise UserError(f"latents must be different numbers from 0 on; got {', '.join(map(str, self.chosen))}.")
+            raise UserError(f"latents must be distinct indices from 0; got {', '.join(map(str, self.chosen))}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRule:
-    """How well the rule of one latent does on text it was not learned from.
+    """Held-out scores of the rule of one latent.
 
     Args:
-        latent: its number.
-        balanced_accuracy: of calling a place active where the rule gives it more than even odds.
-        auc: area under the ROC curve: how often an active place is ranked above another.
-        learned_from: places of either kind that the rule was learned from.
-        tested_on: places of either kind that it was tested on.
-        problem: why there are no figures; "" where there are.
+        latent: index of the latent.
+        balanced_accuracy: balanced accuracy of predicting "active" at probability above 0.5.
+        auc: area under the ROC curve: the probability that an active place is ranked above an inactive one.
+        learned_from: number of active training places, and of inactive ones.
+        tested_on: number of active held-out places, and of inactive ones.
+        problem: the reason why there are no scores; "" if there are.
     """
 
     latent: int
@@ -83,11 +84,11 @@ class TokenRules:
     """The rules of one SAE's latents.
 
     Args:
-        sae: its name.
-        latents: one by one, by number.
-        living: how many latents of the SAE are active in both texts.
-        eligible: how many are active on at least ``min_active_tokens`` tokens of both.
-        balanced_accuracy, auc: means over the latents that have them.
+        sae: name of the SAE.
+        latents: the rules, ordered by latent.
+        living: number of latents of the SAE that are active in both texts.
+        eligible: number of latents active on at least ``min_active_tokens`` tokens of both texts.
+        balanced_accuracy, auc: means over the latents that have the score.
     """
 
     sae: str
@@ -99,16 +100,17 @@ class TokenRules:
 
 
 def token_rule(train: tuple[FlatText, Firings], test: tuple[FlatText, Firings], config: TokenRuleConfig) -> TokenRule:
-    """Learn when a latent is active from one text, and test the rule on another.
+    """Fit a rule for when a latent is active on one text, and test it on another.
 
-    A place is described by which tokens stand around it: for each offset up to ``near`` the token there, and for each
-    side the set of tokens up to ``radius`` away. The rule is a logistic regression on these, with as many places where
-    the latent is active as where it is not; a token in a slot it never had in training says nothing.
+    The features of a place are indicators of the tokens around it: for each offset up to ``near`` the token at that
+    offset, and for each side the set of tokens up to ``radius`` away. The rule is a logistic regression on these
+    features, fitted on equal numbers of active and inactive places. Features that did not occur in training are
+    ignored.
 
     Args:
         train: a text, and the latent's activations in it.
-        test: of other documents.
-        config: sizes and seed.
+        test: a text of other documents, and the latent's activations in it.
+        config: settings.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -138,7 +140,7 @@ def token_rule(train: tuple[FlatText, Firings], test: tuple[FlatText, Firings], 
 
 
 def summarise_rules(sae: str, rules: Sequence[TokenRule], *, living: int, eligible: int) -> TokenRules:
-    """The rules of an SAE's latents, with the means over them."""
+    """Collect the rules of an SAE's latents, with the means over them."""
     return TokenRules(
         sae=sae,
         latents=tuple(sorted(rules, key=lambda rule: rule.latent)),
@@ -152,7 +154,7 @@ def summarise_rules(sae: str, rules: Sequence[TokenRule], *, living: int, eligib
 def _places(
     text: FlatText, firings: Firings, examples: int, rng: np.random.Generator
 ) -> tuple[Int64[np.ndarray, " E"], Bool[np.ndarray, " E"]]:
-    """As many places where the latent is active as where it is not, up to ``examples`` each; and which are."""
+    """Draw equal numbers of active and inactive places, up to ``examples`` each; return places and labels."""
     silent = np.setdiff1d(text.kept_N, firings.places_E, assume_unique=True)
     number = min(examples, len(firings.places_E), len(silent))
     active = rng.choice(firings.places_E, number, replace=False)
@@ -166,10 +168,11 @@ def _features(
     config: TokenRuleConfig,
     columns: Int64[np.ndarray, " C"] | None,
 ) -> tuple[csr_array, Int64[np.ndarray, " C"]]:
-    """One row per place, 1 in the column of each (slot, token) it has; ``columns`` are the known pairs, sorted.
+    """Return the indicator matrix, one row per place and one column per (slot, token), and the columns.
 
-    Slots: 0 the tokens before, 1 those after, then one per offset from ``-near`` to ``near``. A pair is numbered
-    ``token * slots + slot``: exactly, without the collisions of hashing.
+    Slots: 0 for the tokens before, 1 for those after, then one per offset from ``-near`` to ``near``. A (slot, token)
+    has the number ``token * slots + slot``; unlike hashing, this has no collisions. ``columns`` are the known numbers,
+    sorted; None takes those of these places.
     """
     from scipy.sparse import csr_array
 
@@ -190,5 +193,5 @@ def _features(
     shape = (len(places_E), len(columns))
     matrix = csr_array((np.ones(int(known.sum())), (rows[known], found[known])), shape=shape)
     matrix.sum_duplicates()
-    matrix.data[:] = 1.0  # a set of tokens, not a count
+    matrix.data[:] = 1.0  # indicators, not counts
     return matrix, columns

@@ -112,5 +112,5 @@ def test_what_cannot_train_is_refused() -> None:
     assert ON_LATENTS.batch == 4096
     with pytest.raises(UserError, match="batch and epochs must be at least 1"):
         ProbeTraining(epochs=0)
-    with pytest.raises(UserError, match="final_lr must lie between 0 and lr"):
+    with pytest.raises(UserError, match="final_lr must be above 0 and at most lr"):
         ProbeTraining(final_lr=1.0)

@@ -97,7 +97,7 @@ def test_cosines_ignore_lengths() -> None:
 
 
 def test_a_rule_that_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="share must lie between 0 and 1; got 0"):
+    with pytest.raises(UserError, match="share must be between 0 and 1; got 0"):
         AbsorptionRule(share=0)
     with pytest.raises(UserError, match="max_absorbers must be at least 1"):
         AbsorptionRule(max_absorbers=0)

@@ -260,8 +260,8 @@ def test_a_summary_by_hand() -> None:
     [
         ({"latents": 0}, "latents must be a whole number above 0; got 0"),
         ({"radius": -1}, "radius must be at least 0; got -1"),
-        ({"chosen": (3, 3)}, "latents must be different numbers from 0 on; got 3, 3"),
-        ({"chosen": (-1,)}, "latents must be different numbers from 0 on; got -1"),
+        ({"chosen": (3, 3)}, "latents must be distinct indices from 0; got 3, 3"),
+        ({"chosen": (-1,)}, "latents must be distinct indices from 0; got -1"),
     ],
 )
 def test_a_config_that_makes_no_sense(values: dict[str, int], message: str) -> None:

@@ -114,9 +114,11 @@ def test_text_without_enough_of_any_concept_is_refused() -> None:
     passages = [
         Passage(text="the quick fox", spans=(Span(start=0, end=3, label="x"),), held_out=i % 2 == 0) for i in (0, 1)
     ]
-    with pytest.raises(UserError, match="a concept needs 50 tokens with it and without it"):
+    with pytest.raises(
+        UserError, match="a concept needs 50 tokens with it and 50 without it, both for training and held out"
+    ):
         concept_text(passages, TOKENIZER, frame=([], []), context_length=9)
-    with pytest.raises(UserError, match="labelled text must hold tokens; found none"):
+    with pytest.raises(UserError, match="labelled text must contain tokens; found none"):
         concept_text([], TOKENIZER, frame=([], []), context_length=9)
-    with pytest.raises(UserError, match="ks must hold numbers above 0"):
+    with pytest.raises(UserError, match="ks must contain at least one number, all above 0"):
         ProbingConfig(ks=())

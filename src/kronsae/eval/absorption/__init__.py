@@ -1,4 +1,4 @@
-"""Absorption: how often the latents of a class stay off because more special ones have taken its place."""
+"""Absorption: how often the latents of a class are inactive because more specific latents carry the class."""
 
 from kronsae.eval.absorption.measure import (
     Absorption,

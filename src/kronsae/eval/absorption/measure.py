@@ -1,4 +1,4 @@
-"""Absorption of one SAE: from the activations of labelled words to SAEBench's three figures."""
+"""Absorption of one SAE: SAEBench's three metrics from the activations of labelled words."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
 
 CLASSES_TO_PASS, CLASSES_OF = 20, 26
-"""SAEBench's gate: so many of the 26 letters must be told by their probes; the same share of as many classes as there
-are, be it other classes or the letters that a vocabulary has words of."""
+"""SAEBench's requirement: the probes of at least 20 of the 26 letters must be accurate. With another number of classes,
+the same share of them is required."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbsorptionConfig:
-    """How absorption is measured; the defaults are SAEBench's.
+    """Settings of the absorption measurement; the defaults are SAEBench's.
 
     Args:
         probe: training of the probes on activations.
         latent_probe: training of the L1 probe on latents.
-        max_k: latents that may stand for a class, at most.
-        jump: by which F1 must rise for one more latent to count.
-        min_f1: F1 above which a class's probe is believed.
-        min_classes: how many classes must be believed; None: 20 in 26 of those there are, rounded up.
-        rule: when a latent absorbs.
-        scaled: divide activations, and codes with them, by the root mean square of the activations learnt from, so
-            that the probes learn from activations of any size. SAEBench does not. Absorption itself is a ratio.
-        seed: of the probes.
+        max_k: maximum number of latents that represent a class.
+        jump: increase in F1 required for one more latent to count.
+        min_f1: a class counts if the F1 of its probe is above this value.
+        min_classes: number of classes that must count; None requires 20/26 of all classes, rounded up.
+        rule: when a latent counts as absorbing.
+        scaled: divide activations and codes by the root mean square of the training activations, so that the probes
+            can be trained on activations of any scale. SAEBench does not do this. Absorption itself is a ratio.
+        seed: seed of the probes.
     """
 
     probe: ProbeTraining = field(default_factory=ProbeTraining)
@@ -60,10 +60,10 @@ class AbsorptionConfig:
             raise UserError(f"min_classes must be at least 1; got {self.min_classes}.")
 
     def needed(self, classes: int) -> int:
-        """How many of so many classes must be believed.
+        """Return how many of ``classes`` classes must have an accurate probe.
 
         Raises:
-            UserError: ``min_classes`` is more than there are.
+            UserError: ``min_classes`` is larger than ``classes``.
         """
         if self.min_classes is None:
             return math.ceil(classes * CLASSES_TO_PASS / CLASSES_OF)
@@ -76,7 +76,7 @@ class AbsorptionConfig:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Examples:
-    """Activations of labelled words, divided into those to learn from and those to score on."""
+    """Activations of labelled words, split into training and held-out examples."""
 
     x_ED: Float[Tensor, "E D"]
     labels_E: Int[Tensor, " E"]
@@ -84,13 +84,13 @@ class Examples:
     classes: tuple[str, ...]
 
     def has_EC(self) -> Bool[Tensor, "E C"]:
-        """Which class each example has, one-hot."""
+        """Return the class of each example, one-hot."""
         return self.labels_E.unsqueeze(1) == torch.arange(len(self.classes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedClasses:
-    """The probes of all classes, of activations times ``factor``, and each one's F1 on the held-out examples."""
+    """The probes of all classes, which read activations times ``factor``, and their F1 on the held-out examples."""
 
     probe: LinearProbe
     factor: float
@@ -102,10 +102,10 @@ class ClassAbsorption:
     """Absorption in one class.
 
     Args:
-        name: of the class.
-        probe_f1: of the probe on activations, held-out examples.
-        words: held-out examples of the class that its probe gets right; the means are over these.
-        latents: the latents that stand for the class.
+        name: name of the class.
+        probe_f1: F1 of the probe on activations, on the held-out examples.
+        words: number of held-out examples of the class that its probe classifies correctly; the means are over these.
+        latents: the latents that represent the class.
         f1_by_k: F1 of the k-sparse probes, k = 1, 2, ...
         fraction: mean absorption fraction.
         full: share of the words that are fully absorbed.
@@ -122,15 +122,15 @@ class ClassAbsorption:
 
 @dataclass(frozen=True, kw_only=True)
 class Absorption:
-    """Absorption of one SAE, mean over the classes whose probe is believed.
+    """Absorption of one SAE, mean over the classes whose probe is accurate.
 
     Args:
         mean_absorption_fraction: SAEBench's ``mean_absorption_fraction_score``, from 0 to 1.
-        mean_full_absorption: its ``mean_full_absorption_score``, share of the words.
-        mean_num_split_latents: its ``mean_num_split_features``; 1 is no splitting.
-        spread_of_fraction: standard deviation of the fraction over classes; None with a single class.
-        mean_f1: F1 of the best single latent, mean over classes: what absorption takes away.
-        classes: one by one.
+        mean_full_absorption: SAEBench's ``mean_full_absorption_score``, share of the words.
+        mean_num_split_latents: SAEBench's ``mean_num_split_features``; 1 is no splitting.
+        spread_of_fraction: standard deviation of the fraction over classes; None for a single class.
+        mean_f1: F1 of the best single latent, mean over classes; absorption lowers it.
+        classes: results by class.
     """
 
     mean_absorption_fraction: float
@@ -141,35 +141,35 @@ class Absorption:
     classes: tuple[ClassAbsorption, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return to_dict(self)
 
 
 def probe_classes(
     examples: Examples, config: AbsorptionConfig, progress: Callable[[int, int], None] | None = None
 ) -> ProbedClasses:
-    """Train the probes on activations and see to it that enough classes can be told at all.
+    """Train the probes on activations and check that enough of them are accurate.
 
-    ``progress`` is told (epochs done, epochs to do).
+    ``progress`` is called with (epochs done, total epochs).
 
     Raises:
-        UserError: fewer classes than `AbsorptionConfig.needed` have an F1 above ``min_f1``, or there are fewer; it says
-            the F1 of each.
+        UserError: fewer classes than `AbsorptionConfig.needed` have an F1 above ``min_f1``, or there are fewer classes.
+            The message lists the F1 of each class.
     """
     needed = config.needed(len(examples.classes))
     train_E, held_out_E = ~examples.held_out_E, examples.held_out_E
     has_EC = examples.has_EC()
     factor = 1 / root_mean_square(examples.x_ED[train_E]) if config.scaled else 1.0
     probe = train_probe(examples.x_ED[train_E] * factor, has_EC[train_E], config.probe, config.seed, progress)
-    said_EC = probe.scores(examples.x_ED[held_out_E] * factor) > 0
-    scores = tuple(f1(said_EC[:, c], has_EC[held_out_E][:, c]) for c in range(len(examples.classes)))
-    told = sum(score > config.min_f1 for score in scores)
-    if told < needed:
-        weak = [f"{visible(name)} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
+    predicted_EC = probe.scores(examples.x_ED[held_out_E] * factor) > 0
+    scores = tuple(f1(predicted_EC[:, c], has_EC[held_out_E][:, c]) for c in range(len(examples.classes)))
+    accurate = sum(score > config.min_f1 for score in scores)
+    if accurate < needed:
+        listed = [f"{visible(name)} {score:.2f}" for name, score in zip(examples.classes, scores, strict=True)]
         raise UserError(
-            f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of the {len(scores)} classes "
-            f"there are; {told} have it ({', '.join(weak)}). Choose a task that this model knows at this hook, give "
-            "more examples, or set the number of classes yourself (min_classes)."
+            f"absorption needs probes with F1 > {config.min_f1} for at least {needed} of the {len(scores)} classes; "
+            f"got {accurate} ({', '.join(listed)}). Choose a task that this model represents at this hook, give more "
+            "examples, or lower the required number of classes (min_classes)."
         )
     return ProbedClasses(probe=probe, factor=factor, f1=scores)
 
@@ -181,11 +181,11 @@ def absorption(
     config: AbsorptionConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> Absorption:
-    """Measure one SAE: split latents by k-sparse probes, then `word_absorption` on the words the probes get right.
+    """Measure one SAE: split latents by k-sparse probes, then `word_absorption` on correctly classified words.
 
-    SAEBench draws new prompts for the words of the last step; here they are the held-out examples themselves, so that
-    a figure depends on nothing but its inputs. Memory: the codes of the examples, ``E * K * 12`` bytes. ``progress`` is
-    told (done, to do), where each epoch of the probe on latents is one and each class that counts another.
+    For the last step SAEBench draws new prompts; here the held-out examples are used, so that the result depends on the
+    inputs only. Memory: the codes of the examples, ``E * K * 12`` bytes. ``progress`` is called with (steps done, total
+    steps); each epoch of the probe on latents and each counted class is a step.
     """
     held_out_E = examples.held_out_E
     codes = scaled(encode_rows(sae, examples.x_ED), probed.factor)
@@ -193,13 +193,13 @@ def absorption(
     has_EC = examples.has_EC()
     counted = [c for c, score in enumerate(probed.f1) if score > config.min_f1]
     epochs = config.latent_probe.epochs
-    tell = progress or (lambda done, total: None)
+    report = progress or (lambda done, total: None)
     weight_CF = train_latent_probe(
         train,
         has_EC[~held_out_E],
         config.latent_probe,
         config.seed,
-        lambda done, _: tell(done, epochs + len(counted)),
+        lambda done, _: report(done, epochs + len(counted)),
     ).weight_CI
     x_ED = examples.x_ED[held_out_E] * probed.factor
     scores_EC = probed.probe.scores(x_ED)
@@ -228,12 +228,12 @@ def absorption(
                 full=float(of_words.full_E.double().mean()),
             )
         )
-        tell(epochs + number, epochs + len(counted))
+        report(epochs + number, epochs + len(counted))
     return summary(found)
 
 
 def summary(classes: list[ClassAbsorption]) -> Absorption:
-    """The means over classes."""
+    """Return the means over classes."""
     fractions = [one.fraction for one in classes]
     return Absorption(
         mean_absorption_fraction=mean(fractions),

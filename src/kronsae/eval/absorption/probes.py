@@ -1,4 +1,4 @@
-"""One-vs-rest linear probes, on activations or on sparse codes, trained by Adam as SAEBench trains them."""
+"""One-vs-rest linear probes on activations or on sparse codes, trained with Adam as in SAEBench."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTraining:
-    """How a probe is trained; the defaults are SAEBench's for the probe on activations.
+    """Training settings of a probe; the defaults are SAEBench's for the probe on activations.
 
     Args:
-        batch: examples in a step.
-        epochs: passes over the examples, in a new random order each.
-        lr, final_lr: learning rate of the first epoch, and what it falls to exponentially after the last.
-        weight_decay: of Adam (added to the gradient), biases included.
+        batch: number of examples per step.
+        epochs: number of passes over the examples, each in a new random order.
+        lr, final_lr: learning rate of the first epoch, and the rate to which it decays exponentially after the last.
+        weight_decay: Adam's weight decay (added to the gradient), also on biases.
         l1: weight of ``mean over classes of sum |w|`` in the loss.
     """
 
@@ -38,22 +38,22 @@ class ProbeTraining:
         if self.batch < 1 or self.epochs < 1:
             raise UserError(f"batch and epochs must be at least 1; got {self.batch} and {self.epochs}.")
         if not 0 < self.final_lr <= self.lr:
-            raise UserError(f"final_lr must lie between 0 and lr; got {self.final_lr} with lr={self.lr}.")
+            raise UserError(f"final_lr must be above 0 and at most lr; got {self.final_lr} with lr={self.lr}.")
 
 
 ON_LATENTS = ProbeTraining(batch=4096, weight_decay=1e-6, l1=0.01)
-"""SAEBench's settings for the probe on latents, whose weights choose the latents of a class."""
+"""SAEBench's settings for the probe on latents; its weights select the latents of a class."""
 
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """``score = x W^T + b``; a class is said to be there where its score is above 0."""
+    """Linear probe ``score = x W^T + b``; it predicts a class where the score is above 0."""
 
     weight_CI: Float[Tensor, "C I"]
     bias_C: Float[Tensor, " C"]
 
     def scores(self, x_EI: Float[Tensor, "E I"]) -> Float[Tensor, "E C"]:
-        """The scores of activations."""
+        """Return the scores of activations."""
         return x_EI.to(self.weight_CI) @ self.weight_CI.T + self.bias_C
 
 
@@ -64,15 +64,15 @@ def train_probe(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> LinearProbe:
-    """Train a linear probe per class on activations.
+    """Train one linear probe per class on activations.
 
-    ``loss = BCE(x W^T + b, y) with pos_weight = negatives / positives of each class``, mean over examples and classes.
-    Starts from torch's start of a linear layer; equal seeds give equal probes.
+    ``loss = BCE(x W^T + b, y)`` with ``pos_weight = negatives / positives`` of each class, mean over examples and
+    classes. Weights are initialised as torch initialises a linear layer; equal seeds give equal probes.
 
     Args:
         x_EI: activations, in the dtype to train in.
-        y_EC: which classes each example has.
-        progress: told (epochs done, epochs to do).
+        y_EC: classes of each example.
+        progress: called with (epochs done, total epochs).
     """
 
     def logits(weight_CI: Tensor, bias_C: Tensor, rows_B: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def train_latent_probe(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> LinearProbe:
-    """The same on sparse codes, which are never spread out: ``score = b + sum_k value_k W[:, index_k]``."""
+    """Train probes as `train_probe` does, on sparse codes, never dense: ``score = b + sum_k value_k W[:, index_k]``."""
 
     def logits(weight_CF: Tensor, bias_C: Tensor, rows_B: Tensor) -> Tensor:
         values_BK, indices_BK = codes.values[rows_B], codes.indices[rows_B]
@@ -109,11 +109,11 @@ def _train(
     examples, classes = y_EC.shape
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(inputs)
-    # drawn in float32 whatever the dtype, as torch's linear layer is
+    # drawn in float32 for every dtype, as in torch's linear layer
     weight_CI = torch.empty(classes, inputs).uniform_(-bound, bound, generator=generator).to(dtype)
     bias_C = torch.empty(classes).uniform_(-bound, bound, generator=generator).to(dtype)
     positives_C = y_EC.sum(0)
-    # a class without positives has no say in them, whatever they weigh
+    # the weight of a class without positives has no effect
     pos_weight_C = ((examples - positives_C) / positives_C.clamp_min(1)).to(dtype)
     y_EC = y_EC.to(dtype)
     parameters = (weight_CI.requires_grad_(), bias_C.requires_grad_())
@@ -137,6 +137,6 @@ def _train(
 
 
 def f1(predicted_E: Bool[Tensor, " E"], true_E: Bool[Tensor, " E"]) -> float:
-    """``2 tp / (2 tp + fp + fn)``; 0 where there is neither a prediction nor a positive."""
+    """Return ``2 tp / (2 tp + fp + fn)``; 0 if there is neither a prediction nor a positive."""
     total = int(predicted_E.sum()) + int(true_E.sum())
     return 2 * int((predicted_E & true_E).sum()) / total if total else 0.0

@@ -1,4 +1,4 @@
-"""Which latents stand for a class: k-sparse probes, and the number k at which they stop getting better."""
+"""Selection of the latents that represent a class: k-sparse probes, and the k at which F1 stops improving."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class SparseProbes:
     """The k-sparse probes of one class.
 
     Args:
-        latents: those of the largest weights, the largest first.
-        f1_by_k: F1 on held-out examples of a logistic regression on the first k of them, k = 1, 2, ...
-        split: how many of them stand for the class, see `num_split`.
+        latents: latents with the largest weights, largest first.
+        f1_by_k: F1 on held-out examples of a logistic regression on the first k latents, k = 1, 2, ...
+        split: how many of the latents represent the class, see `num_split`.
     """
 
     latents: tuple[int, ...]
@@ -31,12 +31,12 @@ class SparseProbes:
 
     @property
     def main(self) -> tuple[int, ...]:
-        """The latents that stand for the class."""
+        """The latents that represent the class."""
         return self.latents[: self.split]
 
 
 def num_split(f1_by_k: Sequence[float], jump: float) -> int:
-    """The largest k up to which every further latent raised F1 by more than ``jump``; 1 if the second did not."""
+    """Return the largest k such that each latent after the first raised F1 by more than ``jump``; at least 1."""
     k = 1
     while k < len(f1_by_k) and f1_by_k[k] > f1_by_k[k - 1] + jump:
         k += 1
@@ -53,13 +53,13 @@ def sparse_probes(
     max_k: int,
     jump: float,
 ) -> SparseProbes:
-    """The latents of one class and how well the first k of them tell it.
+    """Select the latents of one class and fit the k-sparse probes on them.
 
     Args:
-        weight_F: the class's weights in an L1 probe on the latents; the largest, signed, are taken.
-        train, train_true_E: codes and whether they have the class, to fit the regressions to.
-        held_out, held_out_true_E: the same, to score them on.
-        max_k: how many latents at most.
+        weight_F: the class's weights in an L1 probe on the latents; the largest (signed) are selected.
+        train, train_true_E: codes and labels to fit the regressions on.
+        held_out, held_out_true_E: codes and labels to score them on.
+        max_k: maximum number of latents.
         jump: see `num_split`.
     """
     chosen = weight_F.topk(min(max_k, len(weight_F))).indices.tolist()
@@ -72,14 +72,14 @@ def sparse_probes(
 
 
 def logistic_regression(x_EK: Float[Tensor, "E K"], true_E: Int[Tensor, " E"]) -> tuple[Tensor, float]:
-    """Weights and bias of scikit-learn's ``LogisticRegression(max_iter=500, class_weight="balanced")``, float32."""
+    """Fit scikit-learn's ``LogisticRegression(max_iter=500, class_weight="balanced")``; return weights and bias."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     if bool(true_E.all()) or not bool(true_E.any()):
-        return torch.zeros(x_EK.shape[1]), -1.0  # nothing to tell apart: never there
+        return torch.zeros(x_EK.shape[1]), -1.0  # a single class: always predict "absent"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 500 steps are the definition, converged or not
+        warnings.simplefilter("ignore", ConvergenceWarning)  # SAEBench's definition: 500 steps, converged or not
         fitted = LogisticRegression(max_iter=500, class_weight="balanced").fit(
             x_EK.float().numpy(), true_E.to(torch.int64).numpy()
         )

@@ -1,4 +1,4 @@
-"""Whether, on a word, other latents stand in for those of its class: the two absorption measures of SAEBench."""
+"""SAEBench's two absorption measures per word: whether other latents carry the word's class."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class AbsorptionRule:
-    """When a latent counts as absorbing; the defaults are SAEBench's.
+    """When latents count as absorbing; the defaults are SAEBench's.
 
     Args:
-        share: of the probe's projection that absorbers must contribute.
-        max_absorbers: how many latents may share in an absorption (fraction only).
-        fraction_cosine: least cosine of an absorber to the probe (fraction only).
-        full_cosine: least cosine of the single absorber to the probe (full absorption only).
-        off: a latent of the class is off below this activation (full absorption only).
+        share: minimum share of the probe's projection that absorbing latents must contribute.
+        max_absorbers: maximum number of absorbing latents per word (fraction only).
+        fraction_cosine: minimum cosine between an absorbing latent and the probe (fraction only).
+        full_cosine: minimum cosine between the single absorbing latent and the probe (full absorption only).
+        off: a latent of the class is inactive below this activation (full absorption only).
     """
 
     share: float = 0.4
@@ -34,21 +34,21 @@ class AbsorptionRule:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise UserError(f"share must lie between 0 and 1; got {self.share}.")
+            raise UserError(f"share must be between 0 and 1; got {self.share}.")
         if self.max_absorbers < 1:
             raise UserError(f"max_absorbers must be at least 1; got {self.max_absorbers}.")
 
 
 @dataclass(frozen=True, eq=False)
 class WordAbsorption:
-    """Of each word: the share of the class that other latents carry, and whether one of them carries it alone."""
+    """Absorption of each word: share of the class carried by other latents, and whether a single one carries it."""
 
     fraction_E: Float[Tensor, " E"]
     full_E: Bool[Tensor, " E"]
 
 
 def probe_cosines(direction_D: Float[Tensor, " D"], W_dec_FD: Float[Tensor, "F D"]) -> Float[Tensor, " F"]:
-    """Cosine of a probe's direction with every row of the dictionary, in the dictionary's dtype."""
+    """Return the cosine between a probe's direction and each row of the dictionary, in the dictionary's dtype."""
     return cosine_similarity((direction_D / direction_D.norm()).to(W_dec_FD), W_dec_FD, dim=-1)
 
 
@@ -59,17 +59,18 @@ def word_absorption(
     main: Sequence[int],
     rule: AbsorptionRule | None = None,
 ) -> WordAbsorption:
-    """Absorption on each word (SAEBench 0.6.0, ``feature_absorption_calculator``; Chanin et al. 2024).
+    """Return the absorption of each word (SAEBench 0.6.0, ``feature_absorption_calculator``; Chanin et al. 2024).
 
     With ``p = a . d`` and ``c_i = f_i cos(d, W_dec_i)``: main = sum of c over the class's latents, absorbers = sum of
-    the 3 largest c > 0 among the others with a cosine of at least 0.1.
+    the 3 largest c > 0 among the other latents with a cosine of at least 0.1.
     Fraction: 0 if main >= p or absorbers / p < 0.4; else 1 if main <= 0; else A / (A + main) with
     A = min(absorbers, p - main).
-    Full: all the class's latents are off, the latent of the largest c has a cosine of at least 0.025, and c / p >= 0.4.
-    A word with p <= 0 has none of it (SAEBench divides by zero at p = 0).
+    Full: all the class's latents are inactive, the latent of the largest c has a cosine of at least 0.025, and
+    c / p >= 0.4.
+    A word with p <= 0 has neither (SAEBench divides by zero at p = 0).
 
     Args:
-        codes: of the words' activations a.
+        codes: codes of the words' activations a.
         projection_E: p, with d the unit direction of the class's probe.
         cosine_F: `probe_cosines` of d.
         main: the class's latents.

@@ -1,8 +1,8 @@
-"""Automated interpretability: a language model explains a latent from examples, and is tested on its explanation.
+"""Automated interpretability: a language model explains a latent from examples, and its explanation is scored.
 
-Explanation, detection and fuzzing after Paulo et al. 2024, *Automatically Interpreting Millions of Features in Large
-Language Models* (arXiv 2410.13928), with the sizes of the KronSAE paper (arXiv 2505.22255). Whom to ask is the
-caller's: anything that takes instructions and content and gives text.
+Explanation, detection and fuzzing follow Paulo et al. 2024, *Automatically Interpreting Millions of Features in Large
+Language Models* (arXiv 2410.13928), with the sizes of the KronSAE paper (arXiv 2505.22255). The caller supplies the
+language model: any callable that takes instructions and content and returns text.
 """
 
 from kronsae.eval.autointerp.examples import Example, LatentExamples, draw_examples

@@ -1,4 +1,4 @@
-"""Windows of text on which a latent is active, and windows on which it is not, drawn at random."""
+"""Random windows of text in which a latent is active, and windows in which it is not."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kronsae.eval.display import TokenText
 from kronsae.eval.firings import Firings, FlatText
 
 _CHUNK = 4096
-_PATIENCE = 20_000  # candidates looked at per kind; a latent that is always active has no windows far enough apart
+_PATIENCE = 20_000  # maximum candidates per kind; a latent that is always active may not have enough disjoint windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A window of text: its tokens as text, and on which of them the latent is active."""
+    """A window of text: its tokens as strings, and whether the latent is active on each."""
 
     tokens: tuple[str, ...]
     active: tuple[bool, ...]
@@ -24,14 +24,14 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentExamples:
-    """What a latent is explained from and tested on; no two windows share a token.
+    """Examples that a latent is explained from and scored on; no two windows share a token.
 
     Args:
-        latent: its number.
-        active_tokens: on how many tokens of the text it is active.
-        explained: active, around places of at least the median activation.
-        positives: active, around any place where it is.
-        negatives: without any activation of the latent.
+        latent: index of the latent.
+        active_tokens: number of tokens of the text on which it is active.
+        explained: windows for the explanation, around places of at least the median activation.
+        positives: windows for scoring, around any place where the latent is active.
+        negatives: windows for scoring in which the latent is not active.
     """
 
     latent: int
@@ -52,10 +52,10 @@ def draw_examples(
     radius: int,
     seed: int,
 ) -> LatentExamples:
-    """Draw up to so many of each kind, first those to explain from; the same seed and text draw the same.
+    """Draw up to the given number of examples of each kind, deterministic given seed and text.
 
-    Places are drawn uniformly among those that qualify, and passed over where their window overlaps one already
-    drawn: an explanation is never tested on text it was made from.
+    Places are drawn uniformly among those that qualify, those for the explanation first. A place is skipped if its
+    window overlaps one already drawn, so an explanation is never scored on the text that it was made from.
     """
     rng = np.random.default_rng([seed, firings.latent])
     taken: list[tuple[int, int]] = []
@@ -84,7 +84,7 @@ def _apart(
     *,
     without: Firings | None = None,
 ) -> list[tuple[int, int]]:
-    """The windows of the first ``number`` places that overlap none in ``taken``, which grows by them."""
+    """Return the windows of the first ``number`` places that do not overlap any in ``taken``; add them to ``taken``."""
     found: list[tuple[int, int]] = []
     for begin in range(0, min(len(places_E), _PATIENCE), _CHUNK):
         first_E, stop_E = text.around(places_E[begin : begin + _CHUNK], radius)

@@ -1,4 +1,4 @@
-"""One latent at a time: explain it, test the explanation twice, count what went wrong."""
+"""Interpretation of one latent at a time: explain it, score the explanation by two tests, count failures."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from kronsae.eval.scores import Mean, balanced_accuracy, mean_of
 from kronsae.support.errors import UserError
 
 PLACEHOLDER = json.dumps({"explanation": "x" * 240})
-"""An answer for whoever only counts what would be asked: an explanation of common length, and no judgement."""
+"""A placeholder answer for estimating the number of prompts: an explanation of typical length, and no judgements."""
 
 
 class Ask(Protocol):
-    """Whoever answers; None where no answer is to be had."""
+    """Callable that answers a prompt; returns None if there is no answer."""
 
     async def __call__(self, instructions: str, content: str) -> str | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutointerpConfig:
-    """Which latents are interpreted, from how much text.
+    """Settings of automated interpretation.
 
     Args:
-        latents: per SAE, drawn at random from those active on at least ``min_active_tokens`` tokens.
-        chosen: these instead, in every SAE.
-        tokens: of held-out text to find examples in; fewer where the text ends.
-        radius: tokens on either side of the place an example is drawn for (paper: 15, so 31 in all).
-        explained: examples an explanation is made from, at or above the median activation (paper: 16).
-        tested: examples of either kind per test, at most (paper: 64).
-        per_prompt: examples judged in one prompt (paper: 8).
-        min_active_tokens: a rarer latent is not drawn; it would have too few examples.
-        seed: of the choice of latents and examples, and of their order.
+        latents: number of latents per SAE, drawn at random from those active on at least ``min_active_tokens`` tokens.
+        chosen: indices of latents to use instead, in every SAE.
+        tokens: maximum number of held-out tokens to search for examples.
+        radius: tokens on either side of the place an example is drawn for (paper: 15, so 31 in total).
+        explained: number of examples for an explanation, at or above the median activation (paper: 16).
+        tested: maximum number of positive examples, and of negative ones, per test (paper: 64).
+        per_prompt: number of examples judged in one prompt (paper: 8).
+        min_active_tokens: latents active on fewer tokens are not drawn, because they have too few examples.
+        seed: seed of the choice and order of latents and examples.
     """
 
     latents: int = 20
@@ -67,24 +67,24 @@ class AutointerpConfig:
         if self.radius < 0:
             raise UserError(f"radius must be at least 0; got {self.radius!r}.")
         if len(set(self.chosen)) != len(self.chosen) or any(latent < 0 for latent in self.chosen):
-            raise UserError(f"latents must be different numbers from 0 on; got {', '.join(map(str, self.chosen))}.")
+            raise UserError(f"latents must be distinct indices from 0; got {', '.join(map(str, self.chosen))}.")
 
     @property
     def positives(self) -> int:
-        """Active examples drawn for the tests: detection's, and half as many again to be mislabelled in fuzzing."""
+        """Number of positive examples drawn for the tests: those of detection, and half as many again for fuzzing."""
         return self.tested + self.tested // 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A test's outcome.
+    """Result of a test.
 
     Args:
-        balanced_accuracy: `kronsae.eval.scores.balanced_accuracy` of the examples that were judged.
-        true_positives, positives, true_negatives, negatives: the counts it rests on.
-        batches: prompts of the test.
-        dropped: of these, how many came back unreadable, too short or too long; dropped whole.
-        failed: of these, how many came back not at all.
+        balanced_accuracy: `kronsae.eval.scores.balanced_accuracy` of the judged examples.
+        true_positives, positives, true_negatives, negatives: the counts behind it.
+        batches: number of prompts of the test.
+        dropped: number of prompts whose answer was unreadable, too short or too long; these are dropped entirely.
+        failed: number of prompts without an answer.
     """
 
     balanced_accuracy: float | None = None
@@ -99,15 +99,15 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentInterpretation:
-    """A latent, its explanation, and how well that stands its tests.
+    """A latent, its explanation, and the scores of the explanation.
 
     Args:
-        latent: its number.
-        active_tokens: on how many tokens of the text it is active.
-        explanation: what the language model says it is active on; "" where there is none.
-        problem: why there is none; "" where there is.
-        detection: told active examples from others.
-        fuzzing: told rightly highlighted examples from wrongly highlighted ones.
+        latent: index of the latent.
+        active_tokens: number of tokens of the text on which it is active.
+        explanation: the language model's explanation; "" if there is none.
+        problem: the reason why there is no explanation; "" if there is one.
+        detection: score of distinguishing active examples from inactive ones.
+        fuzzing: score of distinguishing correctly highlighted examples from incorrectly highlighted ones.
     """
 
     latent: int
@@ -120,16 +120,16 @@ class LatentInterpretation:
 
 @dataclass(frozen=True, kw_only=True)
 class Interpretation:
-    """The latents of one SAE that were interpreted.
+    """The interpreted latents of one SAE.
 
     Args:
-        sae: its name.
-        latents: one by one, by number.
-        eligible: how many latents of the SAE are active on at least ``min_active_tokens`` tokens.
-        living: how many are active at all.
-        detection, fuzzing: mean balanced accuracy over the latents that have one.
-        unexplained: latents without an explanation.
-        dropped, failed: batches of both tests without a readable answer, and without any.
+        sae: name of the SAE.
+        latents: the interpretations, ordered by latent.
+        eligible: number of latents of the SAE that are active on at least ``min_active_tokens`` tokens.
+        living: number of latents that are active on at least one token.
+        detection, fuzzing: mean balanced accuracy over the latents that have the score.
+        unexplained: number of latents without an explanation.
+        dropped, failed: number of prompts of both tests without a readable answer, and without any answer.
     """
 
     sae: str
@@ -145,14 +145,14 @@ class Interpretation:
 
 @dataclass(frozen=True)
 class Trial:
-    """An example to be judged, what is highlighted in it, and the right judgement."""
+    """An example to be judged, its highlighted tokens, and the correct judgement."""
 
     example: Highlighted
     truth: bool
 
 
 def detection_trials(examples: LatentExamples, tested: int, rng: np.random.Generator) -> list[Trial]:
-    """As many active examples as others, up to ``tested`` each, nothing highlighted, in random order."""
+    """Return equal numbers of active and inactive examples, up to ``tested`` each, unhighlighted, in random order."""
     n = min(tested, len(examples.positives), len(examples.negatives))
     trials = [Trial(_plain(example), True) for example in examples.positives[:n]]
     trials += [Trial(_plain(example), False) for example in examples.negatives[:n]]
@@ -160,10 +160,11 @@ def detection_trials(examples: LatentExamples, tested: int, rng: np.random.Gener
 
 
 def fuzzing_trials(examples: LatentExamples, tested: int, rng: np.random.Generator) -> list[Trial]:
-    """Half rightly highlighted, a quarter active with other tokens highlighted, a quarter not active.
+    """Return fuzzing examples: half correct, a quarter active with other tokens highlighted, a quarter inactive.
 
-    At most ``tested`` are rightly highlighted. In the wrong ones as many tokens are highlighted, at random, as are
-    active in the example, or in one of the right ones. Of examples active on every token none can be mislabelled.
+    At most ``tested`` are highlighted correctly. An incorrect example has as many tokens highlighted at random as are
+    active in it; an inactive one, as many as are active in one of the correct examples. Examples that are active on
+    every token cannot be highlighted incorrectly.
     """
     pool = examples.positives
     mislabelable = [place for place, example in enumerate(pool) if not all(example.active)]
@@ -180,7 +181,7 @@ def fuzzing_trials(examples: LatentExamples, tested: int, rng: np.random.Generat
 
 
 async def interpret_latent(examples: LatentExamples, ask: Ask, config: AutointerpConfig) -> LatentInterpretation:
-    """Ask for an explanation, then put it to both tests at once."""
+    """Ask for an explanation, then run both tests concurrently."""
     found = LatentInterpretation(latent=examples.latent, active_tokens=examples.active_tokens)
     if not examples.explained:
         return replace(found, problem="never active in the text")
@@ -200,7 +201,7 @@ async def interpret_latent(examples: LatentExamples, ask: Ask, config: Autointer
 
 
 def summarise(sae: str, latents: Sequence[LatentInterpretation], *, living: int, eligible: int) -> Interpretation:
-    """The latents of an SAE, with the means over them."""
+    """Collect the interpretations of an SAE's latents, with the means over them."""
     scores = [score for latent in latents for score in (latent.detection, latent.fuzzing)]
     return Interpretation(
         sae=sae,
@@ -223,7 +224,7 @@ async def _judged(instructions: str, explanation: str, trials: list[Trial], ask:
 
 
 def score(batches: Sequence[Sequence[Trial]], answers: Sequence[str | None]) -> Score:
-    """Compare answers with the truth, batch by batch; a batch that has no readable answer is dropped whole."""
+    """Compare answers with the labels, batch by batch; a batch without a readable answer is dropped entirely."""
     judged: list[tuple[bool, bool]] = []
     dropped = 0
     for batch, answer in zip(batches, answers, strict=True):
@@ -252,7 +253,7 @@ def _plain(example: Example) -> Highlighted:
 
 
 def _elsewhere(example: Example, rng: np.random.Generator) -> tuple[bool, ...]:
-    """As many tokens as are active, drawn from those that are not (all of these, where they are fewer)."""
+    """Highlight inactive tokens at random, as many as are active, or all inactive ones if these are fewer."""
     silent = [place for place, active in enumerate(example.active) if not active]
     drawn = set(rng.permutation(silent)[: sum(example.active)].tolist())
     return tuple(place in drawn for place in range(len(example.active)))

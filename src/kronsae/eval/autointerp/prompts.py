@@ -1,9 +1,9 @@
-"""What is asked, and how answers are read.
+"""Prompts for the language model, and parsing of its answers.
 
-Text of tokens is data. The content of every prompt is one JSON document, so the text stays within its strings whatever
-it contains; what is highlighted is told by the document's structure and not by marks that text could imitate:
-``["The quick", [" fox"], " jumps"]`` is a text in which `` fox`` is highlighted. Answers are read as JSON of the one
-expected shape, and never executed.
+Token text is treated as data. The content of each prompt is one JSON document, so the text stays inside its strings.
+Highlights are expressed by the structure of the document, not by markers that the text could imitate:
+``["The quick", [" fox"], " jumps"]`` is a text in which `` fox`` is highlighted. Answers are parsed as JSON of the
+expected shape and never executed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from kronsae.eval.display import visible
 
 MAX_TOKEN_CHARACTERS = 64
-"""A longer token is cut off: no single token may fill a prompt."""
+"""Maximum length of a token; longer ones are truncated, so that a single token cannot fill a prompt."""
 MAX_EXPLANATION_CHARACTERS = 1000
 
 _DATA = (
@@ -54,23 +54,23 @@ Highlighted = tuple[tuple[str, ...], tuple[bool, ...]]
 
 
 def explain_prompt(excerpts: Sequence[Highlighted]) -> tuple[str, str]:
-    """Instructions and content that ask for an explanation."""
+    """Return the instructions and the content that ask for an explanation."""
     return EXPLAIN, _document([("excerpts", [_segments(*excerpt) for excerpt in excerpts])])
 
 
 def judge_prompt(instructions: str, explanation: str, excerpts: Sequence[Highlighted]) -> tuple[str, str]:
-    """Instructions (`DETECT` or `FUZZ`) and content that ask for one 0 or 1 per excerpt."""
+    """Return the instructions (`DETECT` or `FUZZ`) and the content that ask for one 0 or 1 per excerpt."""
     n = len(excerpts)
-    told = instructions.replace("$N", str(n)).replace("$SAMPLE", json.dumps([(i + 1) % 2 for i in range(n)]))
+    filled = instructions.replace("$N", str(n)).replace("$SAMPLE", json.dumps([(i + 1) % 2 for i in range(n)]))
     content: list[tuple[str, Any]] = [
         ("explanation", explanation),
         ("excerpts", [_segments(*excerpt) for excerpt in excerpts]),
     ]
-    return told, _document(content)
+    return filled, _document(content)
 
 
 def read_explanation(answer: str) -> str | None:
-    """The explanation of an answer ``{"explanation": "..."}``, made visible and cut to length; None of any other."""
+    """Parse an answer ``{"explanation": "..."}``; return the explanation, visible and truncated, else None."""
     found = _json(answer)
     text = found.get("explanation") if isinstance(found, dict) else None
     if not isinstance(text, str) or not text.strip():
@@ -79,7 +79,7 @@ def read_explanation(answer: str) -> str | None:
 
 
 def read_judgements(answer: str, n: int) -> tuple[bool, ...] | None:
-    """The answer's ``n`` zeros and ones; None if it is anything else, too short or too long."""
+    """Parse an answer of exactly ``n`` zeros and ones; None for any other answer."""
     found = _json(answer)
     if not isinstance(found, list) or len(found) != n:
         return None
@@ -89,7 +89,7 @@ def read_judgements(answer: str, n: int) -> tuple[bool, ...] | None:
 
 
 def _json(answer: str) -> Any:
-    """The answer as JSON, within one fence of code or none; None if it is not."""
+    """Parse an answer as JSON, with or without one code fence; None if it is not JSON."""
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n?```", answer.strip(), flags=re.DOTALL)
     try:
         return json.loads(fenced[1] if fenced else answer)
@@ -98,7 +98,7 @@ def _json(answer: str) -> Any:
 
 
 def _segments(tokens: tuple[str, ...], highlighted: tuple[bool, ...]) -> list[str | list[str]]:
-    """Text as strings; each run of highlighted tokens as a list of its tokens."""
+    """Return text as strings, and each run of highlighted tokens as a list of its tokens."""
     segments: list[str | list[str]] = []
     for token, marked in zip(tokens, highlighted, strict=True):
         shown = token if len(token) <= MAX_TOKEN_CHARACTERS else f"{token[:MAX_TOKEN_CHARACTERS]}…"
@@ -113,7 +113,7 @@ def _segments(tokens: tuple[str, ...], highlighted: tuple[bool, ...]) -> list[st
 
 
 def _document(parts: Sequence[tuple[str, Any]]) -> str:
-    """A JSON object, each entry of a list on a line of its own."""
+    """Return a JSON object with each entry of a list on its own line."""
     lines = []
     for name, value in parts:
         if isinstance(value, list):
@@ -125,11 +125,11 @@ def _document(parts: Sequence[tuple[str, Any]]) -> str:
 
 
 def _text(value: Any) -> str:
-    r"""JSON in which no special token of a chat template can stand: ``<`` is always ``\u003c``.
+    r"""Return JSON that cannot contain a special token of a chat template: ``<`` is always ``\u003c``.
 
-    Servers put a prompt into a template as text and read tokens such as ``<|im_end|>``, ``</s>`` or ``[INST]`` in it
-    as their own, wherever they come from.
+    Servers insert a prompt into a template as text. They interpret tokens such as ``<|im_end|>``, ``</s>`` or
+    ``[INST]`` in it as special tokens, whatever their origin.
     """
     whole = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
-    whole = whole.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no UTF-8
+    whole = whole.encode("utf-8", "backslashreplace").decode()  # a lone surrogate is not valid UTF-8
     return re.sub(r"\[(?=/?[A-Z_]+\])", "\\\\u005b", whole)

@@ -1,4 +1,4 @@
-"""How the latents of a head belong together: correlations, what they inherit, and how much of an AND the gate is."""
+"""Interaction within heads: correlations, inheritance from parents, and how closely the gate implements an AND."""
 
 from __future__ import annotations
 

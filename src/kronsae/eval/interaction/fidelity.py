@@ -1,4 +1,4 @@
-"""How much of an AND a trained gate is."""
+"""AND fidelity: how closely a trained gate implements a binary AND of its parents."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from kronsae.eval.interaction.spread import significant
 TOP_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 RATIOS = (1, 2, 4, 16, 64, 256)
-SAMPLED_TOKENS = 16_384  # at which each parent's quantiles are taken: the top 1% are then known to within 0.1%
-_BINS, _REACH = 512, 32.0  # of log2(u / v)
+SAMPLED_TOKENS = 16_384  # tokens for each parent's quantiles: the top 1% is then accurate to within 0.1%
+_BINS, _REACH = 512, 32.0  # histogram of log2(u / v)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """The kept activations of the sampled heads, held against a binary AND of their parents.
+    """Comparison of the kept activations of the sampled heads with a binary AND of their parents.
 
     Args:
-        activations: how many there are (pairs of a token and a latent).
-        both_top: by share s of `TOP_SHARES`, the share of them at which base and extension are both among the largest
-            s of their own activations over all tokens. 1 for an AND of two detectors that fire on s of the tokens.
-        false_positive_mass: by threshold t of `THRESHOLDS`, the share of their summed activation at which one parent
-            is at most t times the mean of its own positive activations: what a binary AND of parents, thresholded
-            there, would not have let through. At t = 0: a parent that is not even positive.
-        false_positive_share: the same, each activation counting 1.
-        log2_imbalance: quantiles (5, 25, 50, 75, 95%, to 1/8) of ``log2(u / v)`` where both parents are positive.
+        activations: number of kept activations (pairs of a token and a latent).
+        both_top: for each share s of `TOP_SHARES`, the share of these activations at which base and extension are both
+            among the top s of their own activations over all tokens. 1 for an AND of two detectors that are active on
+            a share s of the tokens.
+        false_positive_mass: for each threshold t of `THRESHOLDS`, the share of the summed activation at which one
+            parent is at most t times the mean of its own positive activations. A binary AND of the parents with that
+            threshold would be 0 there. At t = 0 the parent is not positive.
+        false_positive_share: as ``false_positive_mass``, with each activation counted as 1.
+        log2_imbalance: quantiles (5, 25, 50, 75, 95%, resolution 1/8) of ``log2(u / v)`` where both parents are
+            positive.
         balance_mean, balance_deviation: mean and standard deviation of ``gate(u, v) / gate(g, g)`` with
-            ``g = sqrt(u v)``: the gate's output relative to that of equal parents with the same product. 1 and 0
-            where only the product counts.
+            ``g = sqrt(u v)``: the gate's output relative to that for equal parents with the same product. They are 1
+            and 0 if the gate depends on the product only.
         at_product: ``(r, gate(g sqrt(r), g / sqrt(r)) / gate(g, g))`` for the ratios r of `RATIOS`, at the mean g of
             these activations: the gate's output at a fixed product.
     """
@@ -50,9 +52,9 @@ class Fidelity:
 
 
 class ParentScale:
-    """What is large for each parent, from a first pass: its quantiles and the mean of its positive activations.
+    """Accumulator of each parent's scale in a first pass: quantiles and the mean of the positive activations.
 
-    The quantiles are those over every n-th token, at most `SAMPLED_TOKENS`; the mean is over all tokens.
+    Quantiles are over every n-th token, at most `SAMPLED_TOKENS`; the mean is over all tokens.
     """
 
     def __init__(self, sample: HeadSample, tokens: int) -> None:
@@ -65,7 +67,7 @@ class ParentScale:
         self._sample = sample
 
     def update(self, values: HeadValues) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         active_BP = torch.cat([values.u_BRM, values.v_BRN], dim=-1).flatten(1).relu()
         self._sum_P += active_BP.sum(0, dtype=torch.float64)
         self._count_P += (active_BP > 0).sum(0)
@@ -73,19 +75,19 @@ class ParentScale:
         self._seen += len(active_BP)
 
     def mean(self) -> Float[Tensor, "R P"]:
-        """Of the positive activations of each parent; 0 where there is none."""
+        """Return the mean of each parent's positive activations; 0 if there is none."""
         mean_P = self._sum_P / self._count_P.clamp_min(1)
         return mean_P.float().view(self._sample.bias_RP.shape)
 
     def at_top(self, *shares: float) -> Float[Tensor, "S R P"]:
-        """The activation that each parent exceeds on each share of the tokens, or on fewer where it is rare."""
+        """Return the threshold that each parent exceeds on each share of tokens, or on fewer if it is rarely active."""
         sampled_BP = torch.cat(self._sampled).sort(dim=0, descending=True).values
         places = [min(len(sampled_BP) - 1, round(share * len(sampled_BP))) for share in shares]
         return sampled_BP[places].view(len(shares), *self._sample.bias_RP.shape)
 
 
 class FidelityMeter:
-    """Accumulates a `Fidelity` in a second pass: a few numbers for each threshold."""
+    """Accumulator of a `Fidelity` in a second pass; stores a few numbers per threshold."""
 
     def __init__(self, sample: HeadSample, scale: ParentScale) -> None:
         self._sample, self._mean_RP = sample, scale.mean()
@@ -99,7 +101,7 @@ class FidelityMeter:
 
     @torch.no_grad()
     def update(self, values: HeadValues) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         token_E, column_E = (values.kept_BC > 0).nonzero(as_tuple=True)
         grid = self._sample.grid
         head_E, cell_E = column_E // grid.cells, column_E % grid.cells
@@ -127,7 +129,7 @@ class FidelityMeter:
         self._positive += len(u_E)
         self._geometric += float(g_E.sum())
         self._balance += float(ratio_E.sum())
-        self._balance_squared += float((ratio_E - 1).square().sum())  # about 1, which it is near: no cancellation
+        self._balance_squared += float((ratio_E - 1).square().sum())  # centred at 1 to avoid cancellation
 
     def _gate(self, u: Tensor, v: Tensor) -> Tensor:
         device = self._sample.bias_RP.device
@@ -135,7 +137,7 @@ class FidelityMeter:
 
     @torch.no_grad()
     def value(self) -> Fidelity:
-        """The fidelity of the activations taken in."""
+        """Return the fidelity of the activations added."""
         number, mass, positive = max(1, self._number), self._mass or 1.0, self._positive
         about_one = (self._balance / positive - 1) if positive else 0.0
         variance = max(0.0, self._balance_squared / positive - about_one**2) if positive else 0.0

@@ -1,4 +1,4 @@
-"""Some heads of a Kronecker encoder, looked at whole: their pre-latents, what these compose to, and what is kept."""
+"""Values of sampled heads of a Kronecker encoder: pre-latents, post-latents, and kept activations."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.heads import HeadGrid, head_grid
 
-TOKENS = 2048  # looked at together
+TOKENS = 2048  # tokens per block
 
 
 def sample_heads(num_heads: int, cells: int, max_cells: int, seed: int) -> list[int]:
-    """Heads drawn at random, seeded, in order: as many as have ``max_cells`` cells together, at least one."""
+    """Draw heads at random, seeded, at least one and with at most ``max_cells`` cells in total; return them sorted."""
     number = max(1, min(num_heads, max_cells // cells))
     return torch.randperm(num_heads, generator=torch.Generator().manual_seed(seed))[:number].sort().values.tolist()
 
 
 @dataclass(frozen=True)
 class HeadValues:
-    """The sampled heads on some tokens; float32 on the CPU. ``R`` heads, each with M bases and N extensions.
+    """Values of the sampled heads on some tokens; float32 on the CPU. ``R`` heads with M bases and N extensions each.
 
     Args:
         u_BRM: pre-latents of the bases, before ReLU.
         v_BRN: pre-latents of the extensions.
         composed_BC: post-latents ``gate(u, v)``, before the sparsifier, row-major by head, base, extension.
-        kept_BC: what the sparsifier left of them.
+        kept_BC: the post-latents that the sparsifier kept, else 0.
     """
 
     u_BRM: Float[Tensor, "B R M"]
@@ -39,7 +39,7 @@ class HeadValues:
 
 
 class HeadSample:
-    """Computes `HeadValues` of the heads ``heads_R``; C = R * M * N columns."""
+    """Function from activations and codes to `HeadValues` of the heads ``heads_R``; C = R * M * N columns."""
 
     def __init__(self, encoder: KroneckerEncoder, heads: list[int]) -> None:
         grid = head_grid(encoder.config)
@@ -53,7 +53,7 @@ class HeadSample:
 
     @property
     def latents_C(self) -> Int[Tensor, " C"]:
-        """The number of each column's latent."""
+        """The latent index of each column."""
         cells = self.grid.cells
         return (self.heads_R.unsqueeze(1) * cells + torch.arange(cells)).flatten()
 
@@ -68,7 +68,7 @@ class HeadSample:
         return self._rows(self.grid.d_base, self.grid.d_extension)
 
     def narrow(self, codes: SparseCodes) -> SparseCodes:
-        """The codes of the sampled heads alone, numbered by column; all others become padding."""
+        """Restrict codes to the sampled heads, with column numbers as indices; other codes become padding."""
         column_BK = self._column_of(codes)
         inside_BK = column_BK >= 0
         values_BK = torch.where(inside_BK, codes.values, 0.0)
@@ -76,7 +76,7 @@ class HeadSample:
 
     @torch.no_grad()
     def of(self, x_BD: Float[Tensor, "B D"], codes: SparseCodes) -> HeadValues:
-        """The values on some tokens, given their codes."""
+        """Return the values on some tokens, given their codes."""
         x_BD = x_BD.to(self.weight_RPD)
         pre_BP = torch.addmm(self.bias_RP.flatten(), x_BD, self.weight_RPD.flatten(0, 1).T)
         pre_BRP = pre_BP.view(len(x_BD), *self.bias_RP.shape)

@@ -1,4 +1,4 @@
-"""How some numbers are spread: mean, mean size and quantiles."""
+"""Summary statistics of a set of values: mean, mean absolute value and quantiles."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Of ``number`` values; all else is None where there is none.
+    """Summary of ``number`` values; the other fields are None if there is no value.
 
     Args:
-        number: how many values.
+        number: number of values.
         mean: their mean.
         mean_abs: mean of their absolute values.
-        quantiles: at `QUANTILES`, the nearest value below.
+        quantiles: quantiles at `QUANTILES`; between two values, the lower one.
     """
 
     number: int
@@ -29,7 +29,7 @@ class Spread:
 
     @staticmethod
     def of(values_N: Float[Tensor, " N"]) -> Spread:
-        """The spread of values; none of them may be NaN."""
+        """Summarise values; none may be NaN."""
         if not len(values_N):
             return Spread(number=0, mean=None, mean_abs=None, quantiles=None)
         ordered_N = values_N.double().sort().values
@@ -43,12 +43,12 @@ class Spread:
 
 
 def significant(value: float) -> float:
-    """To 6 significant digits: below them, the order of a sum shows."""
+    """Round to 6 significant digits; further digits depend on the summation order."""
     return float(f"{value:.6g}")
 
 
 def pearson(x_N: Float[Tensor, " N"], y_N: Float[Tensor, " N"]) -> float | None:
-    """Pearson's r over the places where both are known (not NaN); None where one does not vary."""
+    """Return Pearson's r over the entries where neither is NaN; None if one does not vary."""
     known_N = ~(x_N.isnan() | y_N.isnan())
     x_N, y_N = x_N[known_N].double(), y_N[known_N].double()
     if len(x_N) < 2:
@@ -59,9 +59,9 @@ def pearson(x_N: Float[Tensor, " N"], y_N: Float[Tensor, " N"]) -> float | None:
 
 
 def effective_number(mass_AB: Float[Tensor, "A B"]) -> Float[Tensor, " A"]:
-    """``exp(-sum_b p_b ln p_b)`` with ``p_b = mass[a, b] / sum_b mass[a, b]``; NaN where a row has no mass.
+    """Return ``exp(-sum_b p_b ln p_b)`` with ``p_b = mass[a, b] / sum_b mass[a, b]``; NaN for a row without mass.
 
-    1: all of it in one place; B: evenly spread over all.
+    It is 1 if all mass is in one entry, and B if it is spread evenly.
     """
     p_AB = mass_AB.double() / mass_AB.double().sum(1, keepdim=True)
     entropy_A: Tensor = torch.special.entr(p_AB).sum(1)

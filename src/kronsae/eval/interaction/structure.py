@@ -1,4 +1,4 @@
-"""Which cells of the heads live, how many meanings a parent carries, and what latents inherit of their parents."""
+"""Structure of heads: living cells, number of meanings per parent, and what latents inherit from their parents."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OF_PARENTS = ("base", "extension", "mean", "product", "mand")
 
 @dataclass(frozen=True, kw_only=True)
 class LivingCells:
-    """The grid of M x N cells over all H heads.
+    """Living cells of the M x N grid over all H heads.
 
     Args:
-        heads_by_living: how many heads have 0, 1, ..., M*N living cells.
-        share_by_cell: for each base and extension, the share of heads in which that cell lives.
+        heads_by_living: number of heads with 0, 1, ..., M*N living cells.
+        share_by_cell: for each base and extension, the share of heads in which that cell is living.
     """
 
     heads_by_living: tuple[int, ...]
@@ -32,7 +32,7 @@ class LivingCells:
 
 
 def living_cells(statistics: LatentStatistics, grid: HeadGrid) -> LivingCells:
-    """Which cells were active on at least one token."""
+    """Count the living cells: those active on at least one token."""
     alive_HMN = grid.of(torch.tensor(statistics.active_tokens) > 0)
     return LivingCells(
         heads_by_living=tuple(torch.bincount(alive_HMN.flatten(1).sum(1), minlength=grid.cells + 1).tolist()),
@@ -42,17 +42,17 @@ def living_cells(statistics: LatentStatistics, grid: HeadGrid) -> LivingCells:
 
 @dataclass(frozen=True, kw_only=True)
 class Meanings:
-    """On how many partners the activation of a base (or of an extension) falls.
+    """Number of partners over which the activation of a base (or of an extension) is spread.
 
-    With ``p_j`` the share of a base's activation mass (the sum over tokens of its N latents) that is in its latent with
-    extension j, its effective number of meanings is ``exp(-sum_j p_j ln p_j)``: 1 if all of it is in one latent, N if
-    it is spread evenly. Parents without a living latent are left out.
+    Let ``p_j`` be the share of a base's activation mass (the sum of its N latents over tokens) that is in its latent
+    with extension j. The base's effective number of meanings is ``exp(-sum_j p_j ln p_j)``: 1 if all mass is in one
+    latent, N if it is spread evenly. Dead parents (without a living latent) are excluded.
 
     Args:
-        possible: the largest it can be: N for a base, M for an extension.
-        effective_number: over the parents.
-        largest_share: ``max_j p_j``, over the parents.
-        each: the effective number of every parent, head by head; None for the dead.
+        possible: the maximum: N for a base, M for an extension.
+        effective_number: summary of the effective number over the parents.
+        largest_share: summary of ``max_j p_j`` over the parents.
+        each: the effective number of every parent, head by head; None for dead parents.
     """
 
     possible: int
@@ -62,7 +62,7 @@ class Meanings:
 
 
 def meanings(mass_AB: Float[Tensor, "A B"]) -> Meanings:
-    """Of A parents, given the activation mass that each shares with its B partners."""
+    """Return the `Meanings` of A parents, given the activation mass that each shares with its B partners."""
     number_A = effective_number(mass_AB)
     living_A = ~number_A.isnan()
     largest_A = (mass_AB.double() / mass_AB.double().sum(1, keepdim=True)).amax(1)
@@ -75,14 +75,14 @@ def meanings(mass_AB: Float[Tensor, "A B"]) -> Meanings:
 
 
 def activation_mass(statistics: LatentStatistics, grid: HeadGrid) -> Float[Tensor, "H M N"]:
-    """The sum over tokens of each latent's activation."""
+    """Return the sum of each latent's activation over tokens."""
     mean_F = torch.tensor(statistics.mean_activation, dtype=torch.float64)
     return grid.of(mean_F * torch.tensor(statistics.active_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownGrid:
-    """One sampled head: for each base and extension, how often the cell is active, and its share of the base's mass."""
+    """One sampled head: for each base and extension, the frequency of the cell and its share of the base's mass."""
 
     head: int
     frequency: tuple[tuple[float, ...], ...]
@@ -90,7 +90,7 @@ class ShownGrid:
 
 
 def shown_grids(statistics: LatentStatistics, grid: HeadGrid, heads: list[int]) -> tuple[ShownGrid, ...]:
-    """The grids of some heads."""
+    """Return the grids of the given heads."""
     frequency_HMN = grid.of(torch.tensor(statistics.active_tokens) / statistics.tokens)
     mass_HMN = activation_mass(statistics, grid)
     share_HMN = (mass_HMN / mass_HMN.sum(2, keepdim=True)).nan_to_num(0.0)
@@ -106,13 +106,14 @@ def shown_grids(statistics: LatentStatistics, grid: HeadGrid, heads: list[int]) 
 
 @dataclass(frozen=True, kw_only=True)
 class Inheritance:
-    """What latents inherit: Pearson's r between a property of latents and the same property of their parents.
+    """Inheritance: Pearson's r between a property of latents and the same property of their parents.
 
     Args:
-        latents: how many latents it is over: those of the sampled heads active on at least ``least_active`` tokens.
-        least_active: see there.
-        r: by property (`PROPERTIES`), then by what of the parents it is compared with (`OF_PARENTS`: the base's a, the
-            extension's b, (a + b) / 2, a * b, sqrt(a * b)); None where one of the two does not vary.
+        latents: number of latents: those of the sampled heads that are active on at least ``least_active`` tokens.
+        least_active: minimum number of active tokens.
+        r: r by property (`PROPERTIES`), then by the function of the parents' properties it is compared with
+            (`OF_PARENTS`: the base's a, the extension's b, (a + b) / 2, a * b, sqrt(a * b)); None if one of the two
+            does not vary.
     """
 
     latents: int
@@ -123,7 +124,7 @@ class Inheritance:
 def inheritance(
     latents: Profile, bases: Profile, extensions: Profile, grid: HeadGrid, least_active: int
 ) -> Inheritance:
-    """Compare the latents of ``grid.num_heads`` heads with these heads' bases and extensions, all head by head."""
+    """Compare the latents of ``grid.num_heads`` heads with the bases and extensions of these heads, head by head."""
     used_C = torch.tensor(latents.activity.active_tokens) >= least_active
     number_C = torch.arange(len(used_C))
     base_C = number_C // grid.d_extension
@@ -148,7 +149,7 @@ def _of_parents(a_C: Tensor, b_C: Tensor) -> Mapping[str, Tensor]:
 
 
 def _properties(profile: Profile) -> dict[str, Tensor]:
-    """By name, NaN where unknown."""
+    """Return the properties by name; NaN where undefined."""
     activity = profile.activity
     columns = (
         activity.frequencies,

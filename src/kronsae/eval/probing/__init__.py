@@ -1,4 +1,4 @@
-"""Sparse probing: which concepts single latents, pairs and few latents tell, and what goes when they are taken away."""
+"""Sparse probing: how well single latents, pairs and few latents detect concepts, and the effect of ablating them."""
 
 from kronsae.eval.probing.measure import ConceptProbing, Probing, ProbingConfig, probing
 from kronsae.eval.probing.pairs import Pair

@@ -1,6 +1,6 @@
-"""All active latents of some tokens as one list, by latent and activation: what every count here is made from.
+"""All activations on some tokens as one list, sorted by latent and value; the basis of all counts in this package.
 
-Counts are kept for latents x concepts, never for tokens x latents.
+Counts have the size latents x concepts; no array of tokens x latents is built.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy as np
 
 from kronsae.core.codes import SparseCodes
 
-CELLS = 2**23  # entries times concepts looked at together: a few arrays of 64 MB
+CELLS = 2**23  # entries times concepts per chunk: a few arrays of 64 MB
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entries:
-    """A activations, latent by latent and within a latent the largest first.
+    """A activations, sorted by latent and within a latent by descending value.
 
     Args:
-        token_A, value_A: the token each is of, and how large it is.
-        first_F: where a latent's activations begin; one longer than d_sae.
-        tokens: how many tokens they are of.
+        token_A, value_A: token and value of each activation.
+        first_F: index of each latent's first activation; length d_sae + 1.
+        tokens: number of tokens.
     """
 
     token_A: np.ndarray
@@ -32,7 +32,7 @@ class Entries:
 
     @staticmethod
     def of(codes: SparseCodes) -> Entries:
-        """The active latents of codes ``[N, K]``."""
+        """Return the entries of codes ``[N, K]``."""
         token_A, k_A = (place.numpy() for place in codes.active.nonzero(as_tuple=True))
         latent_A = codes.indices.numpy()[token_A, k_A]
         value_A = codes.values.float().numpy()[token_A, k_A]
@@ -46,11 +46,11 @@ class Entries:
         return len(self.first_F) - 1
 
     def of_latent(self, latent: int) -> slice:
-        """Where a latent's activations are."""
+        """Return the slice of a latent's activations."""
         return slice(int(self.first_F[latent]), int(self.first_F[latent + 1]))
 
     def chunks(self, concepts: int) -> Iterator[tuple[np.ndarray, slice]]:
-        """Latents that are active at all, some at a time, and where their activations are (they lie together)."""
+        """Yield chunks of latents that are active at least once, with the slice of their (contiguous) activations."""
         sizes_F = np.diff(self.first_F)
         alive = np.flatnonzero(sizes_F)
         limit = max(1, CELLS // concepts)
@@ -65,9 +65,9 @@ class Entries:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Thresholds:
-    """For every latent and concept the best threshold on the tokens learnt from: ``active >= threshold``.
+    """The best threshold of each latent for each concept on the training tokens: ``activation >= threshold``.
 
-    ``f1_FL`` is its F1 there; a latent that is never active has F1 0 and an infinite threshold.
+    ``f1_FL`` is the F1 on these tokens; a latent that is never active has F1 0 and an infinite threshold.
     """
 
     threshold_FL: np.ndarray
@@ -75,7 +75,7 @@ class Thresholds:
 
 
 def best_thresholds(entries: Entries, labels_NL: np.ndarray) -> Thresholds:
-    """Over all thresholds, exactly: F1 = 2 tp / (predicted + positives) after each activation, largest first."""
+    """Return the exact best thresholds: F1 = 2 tp / (predicted + positives) at each activation, largest first."""
     concepts = labels_NL.shape[1]
     f1_FL = np.zeros((entries.d_sae, concepts), dtype=np.float32)
     threshold_FL = np.full((entries.d_sae, concepts), np.inf, dtype=np.float32)
@@ -87,7 +87,7 @@ def best_thresholds(entries: Entries, labels_NL: np.ndarray) -> Thresholds:
         tp_AL -= before_GL[of_latent_A]
         predicted_A = np.arange(len(value_A)) - starts[of_latent_A] + 1
         score_AL = (2 * tp_AL / (predicted_A[:, None] + positives_L)).astype(np.float32)
-        # a threshold takes all equal activations in: it stands at the last of them
+        # a threshold includes all equal activations, so it is evaluated at the last of them
         tied_A = np.append((value_A[1:] == value_A[:-1]) & (of_latent_A[1:] == of_latent_A[:-1]), False)
         score_AL[tied_A] = -1.0
         best_GL = np.maximum.reduceat(score_AL, starts)
@@ -98,7 +98,7 @@ def best_thresholds(entries: Entries, labels_NL: np.ndarray) -> Thresholds:
 
 
 def scores(entries: Entries, labels_NL: np.ndarray, threshold_FL: np.ndarray) -> np.ndarray:
-    """F1 of every latent and concept at given thresholds, ``[F, L]``."""
+    """Return F1 of each latent for each concept at given thresholds, ``[F, L]``."""
     f1_FL = np.zeros(threshold_FL.shape, dtype=np.float32)
     positives_L = labels_NL.sum(0)
     for latents, place in entries.chunks(labels_NL.shape[1]):
@@ -111,7 +111,7 @@ def scores(entries: Entries, labels_NL: np.ndarray, threshold_FL: np.ndarray) ->
 
 
 def mean_difference(entries: Entries, labels_NL: np.ndarray) -> np.ndarray:
-    """Mean activation on the tokens with a concept minus that on those without, ``[F, L]``."""
+    """Return the mean activation on tokens with a concept minus that on tokens without, ``[F, L]``."""
     positives_L = labels_NL.sum(0)
     found_FL = np.zeros((entries.d_sae, labels_NL.shape[1]), dtype=np.float32)
     for latents, place in entries.chunks(labels_NL.shape[1]):
@@ -123,7 +123,7 @@ def mean_difference(entries: Entries, labels_NL: np.ndarray) -> np.ndarray:
 
 
 def _grouped(entries: Entries, latents: np.ndarray, place: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values of a chunk, where each latent begins in it, and which of the latents each value is of."""
+    """Return the values of a chunk, each latent's start in it, and the latent of each value."""
     starts = entries.first_F[latents] - place.start
     sizes = entries.first_F[latents + 1] - entries.first_F[latents]
     return entries.value_A[place], starts, np.repeat(np.arange(len(latents)), sizes)

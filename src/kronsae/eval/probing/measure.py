@@ -27,16 +27,17 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ProbingConfig:
-    """How it is measured.
+    """Settings of sparse probing.
 
     Args:
         ks: sizes of the k-sparse probes.
-        ablated: how many latents of a concept targeted perturbation takes away.
-        bars: F1 that a concept's best latent must exceed to be found.
-        sample: tokens with, and as many without, each concept that probes learn from; half as many score them.
-        draws: random parts of the dictionary per size.
+        ablated: numbers of latents of a concept that targeted perturbation ablates.
+        bars: F1 thresholds; a concept is recalled if its best latent exceeds the threshold.
+        sample: number of training tokens with each concept, and of tokens without it, for the probes; half as many are
+            used for scoring.
+        draws: number of random subsets of the dictionary per size.
         probe: training of the probes on activations.
-        seed: of the samples, the parts and the probes.
+        seed: seed of the samples, subsets and probes.
     """
 
     ks: tuple[int, ...] = (1, 2, 5)
@@ -50,24 +51,25 @@ class ProbingConfig:
     def __post_init__(self) -> None:
         for name in ("ks", "ablated", "bars"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                raise UserError(f"{name} must hold numbers above 0; got {getattr(self, name)}.")
+                raise UserError(f"{name} must contain at least one number, all above 0; got {getattr(self, name)}.")
         if self.sample < 2 or self.draws < 1:
             raise UserError(f"sample must be at least 2 and draws at least 1; got {self.sample} and {self.draws}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptProbing:
-    """One concept in one SAE; all figures are on the held-out tokens.
+    """Results for one concept in one SAE, on the held-out tokens.
 
     Args:
-        name: of the concept.
-        share: of the held-out tokens that have it. (A latent that is always on has F1 ``2 share / (1 + share)``.)
-        latent, threshold: the latent, and the activation from which on it says so, of the best F1 where they are
-            learnt.
-        f1: of that latent.
-        pair: the best AND or OR of two.
-        accuracy_by_k: accuracy of logistic regressions on the k latents of the largest difference in mean activation,
-            on as many tokens with the concept as without: 0.5 is chance.
+        name: name of the concept.
+        share: share of the held-out tokens that have the concept. (A latent that is always active has F1
+            ``2 share / (1 + share)``.)
+        latent, threshold: latent and threshold with the best F1 on the training tokens; the latent detects the concept
+            at activations of at least ``threshold``.
+        f1: F1 of that latent.
+        pair: the best AND or OR of two latents.
+        accuracy_by_k: accuracy of logistic regressions on the k latents with the largest difference in mean activation,
+            on equal numbers of tokens with and without the concept: chance is 0.5.
     """
 
     name: str
@@ -81,15 +83,15 @@ class ConceptProbing:
 
 @dataclass(frozen=True, kw_only=True)
 class Probing:
-    """Sparse probing of one SAE.
+    """Results of sparse probing for one SAE.
 
     Args:
-        mean_f1: of the best latent, mean over concepts.
-        mean_pair_f1: of the best pair, mean over concepts.
-        mean_accuracy_by_k: of the k-sparse probes, mean over concepts.
+        mean_f1: F1 of the best latent, mean over concepts.
+        mean_pair_f1: F1 of the best pair, mean over concepts.
+        mean_accuracy_by_k: accuracy of the k-sparse probes, mean over concepts.
         recall: rows of `recall_by_size`, the whole dictionary first.
-        perturbation: for each number of latents taken away.
-        concepts: one by one.
+        perturbation: targeted perturbation, for each number of ablated latents.
+        concepts: results by concept.
     """
 
     mean_f1: float
@@ -100,7 +102,7 @@ class Probing:
     concepts: tuple[ConceptProbing, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; keys of dictionaries become strings."""
+        """Return the fields as JSON values; dictionary keys become strings."""
         found = to_dict(self)
         for row, one in zip(found["perturbation"], self.perturbation, strict=True):
             row["score"] = one.score
@@ -113,7 +115,7 @@ class Probing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Baseline:
-    """What all SAEs are compared on: the sampled tokens, and the probes on their own activations times ``factor``."""
+    """Data shared by all SAEs: the sampled tokens, and probes on their activations times ``factor``."""
 
     train: list[Tensor]
     held_out: list[Tensor]
@@ -131,20 +133,20 @@ def probing(
     config: ProbingConfig,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Probing], dict[str, float]]:
-    """Probe some SAEs on the same tokens, read once.
+    """Probe several SAEs on the same tokens, which are read once.
 
-    Memory: the codes of all tokens, ``N * K * 12`` bytes for each SAE; the activations of the sampled tokens; counts
-    for latents x concepts.
+    Memory: the codes of all tokens, ``N * K * 12`` bytes per SAE; the activations of the sampled tokens; counts of
+    size latents x concepts.
 
     Args:
-        saes: by name.
+        saes: SAEs by name.
         text: the tokens and their concepts.
-        activations: of the text's windows, in their order.
-        config: how it is measured.
-        say: told when an SAE is done.
+        activations: activations of the text's windows, in order.
+        config: settings.
+        say: called with a message when an SAE is done.
 
     Returns:
-        The figures by SAE, and the accuracy of a probe on the activations themselves by concept.
+        The results by SAE; and by concept, the accuracy of a probe on the activations themselves.
     """
     rng = np.random.default_rng(config.seed)
     held_out_N = text.held_out_N
@@ -172,7 +174,7 @@ def _baseline(
 ) -> _Baseline:
     row_of_N = wanted_N.cumsum(0) - 1
     learnt = torch.unique(torch.cat(train))
-    factor = 1 / root_mean_square(x[row_of_N[learnt]])  # held-out tokens have no say in what probes learn
+    factor = 1 / root_mean_square(x[row_of_N[learnt]])  # held-out tokens must not influence training
     x = x * factor
     scored = torch.unique(torch.cat(held_out))
     probe = train_probe(x[row_of_N[learnt]], text.labels_NL[learnt], config.probe, config.seed)
@@ -194,14 +196,14 @@ def _baseline(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Detectors:
-    """One SAE's latents as detectors of the concepts: learnt on one side of the text, scored on the held-out one.
+    """One SAE's latents as detectors of the concepts, fitted on the training tokens and scored on the held-out ones.
 
     Args:
-        codes: of all tokens, in the probes' units.
-        entries, labels: their activations and the concepts, by side (held out or not).
-        best: every latent's best threshold for every concept, and its F1, where they are learnt.
-        held_out_f1_FL: F1 at those thresholds on the held-out tokens.
-        difference_FL: mean activation with the concept less that without, where they are learnt.
+        codes: codes of all tokens, in the probes' units.
+        entries, labels: activations and concepts by split (key: held out or not).
+        best: best threshold of each latent for each concept, and its F1, on the training tokens.
+        held_out_f1_FL: F1 at these thresholds on the held-out tokens.
+        difference_FL: mean activation with the concept minus that without, on the training tokens.
     """
 
     codes: SparseCodes
@@ -226,7 +228,7 @@ class _Detectors:
         )
 
     def pair(self, c: int) -> Pair | None:
-        """The best AND or OR of two latents for one concept."""
+        """Return the best AND or OR of two latents for one concept."""
         return best_pair(
             self.entries[False],
             self.labels[False][:, c],

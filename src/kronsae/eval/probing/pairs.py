@@ -1,4 +1,4 @@
-"""Two latents together: the best AND and OR of a concept."""
+"""Pairs of latents: the best AND or OR of two latents as a detector of a concept."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from kronsae.eval.probing.entries import Entries
 
-CANDIDATES = 12  # latents of the best F1 of their own; each at its threshold, and at "active at all"
+CANDIDATES = 12  # latents with the best single-latent F1; each at its best threshold and at any activation above 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """``AND`` or ``OR`` of two latents being at their thresholds; ``f1`` is on the held-out tokens."""
+    """``AND`` or ``OR`` of two latents reaching their thresholds; ``f1`` is on the held-out tokens."""
 
     operation: Literal["and", "or"]
     latents: tuple[int, int]
@@ -23,13 +23,13 @@ class Pair:
     f1: float
 
     def in_units(self, factor: float) -> Pair:
-        """The same pair of latents whose activations are ``factor`` times as large."""
+        """Return the pair for activations multiplied by ``factor``: the thresholds are multiplied too."""
         return replace(self, thresholds=(self.thresholds[0] * factor, self.thresholds[1] * factor))
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Boolean signals: a latent and a threshold each, with the tokens that reach it."""
+    """Boolean signals, one per latent and threshold: whether each token reaches the threshold."""
 
     latents: np.ndarray
     thresholds: np.ndarray
@@ -50,12 +50,13 @@ def best_pair(
     f1_F: np.ndarray,
     threshold_F: np.ndarray,
 ) -> Pair | None:
-    """The pair of the best F1 on the tokens learnt from, scored on the held-out ones; None with fewer than two latents.
+    """Return the pair with the best F1 on the training tokens, scored on the held-out ones; None if fewer than two.
 
-    Sought among the `CANDIDATES` latents with the best F1 of their own, each at its best threshold and at any activity.
+    The pair is searched among the `CANDIDATES` latents with the best single-latent F1, each at its best threshold and
+    at any activation above 0.
 
     Args:
-        f1_F, threshold_F: of each latent for this concept, from the tokens learnt from.
+        f1_F, threshold_F: best F1 and threshold of each latent for this concept, on the training tokens.
     """
     alive = np.flatnonzero(f1_F > 0)
     chosen = alive[np.argsort(-f1_F[alive], kind="stable")[:CANDIDATES]]
@@ -78,7 +79,7 @@ def best_pair(
 
 
 def _pair_scores(signals_NC: np.ndarray, true_N: np.ndarray) -> np.ndarray:
-    """F1 of the AND (first) and the OR of every two columns, ``[2, C, C]``."""
+    """Return F1 of the AND (index 0) and the OR (index 1) of each pair of columns, ``[2, C, C]``."""
     both_CC = signals_NC.T @ signals_NC
     both_true_CC = signals_NC[true_N].T @ signals_NC[true_N]
     number_C, true_C = np.diagonal(both_CC), np.diagonal(both_true_CC)
@@ -95,10 +96,11 @@ def _pair_scores(signals_NC: np.ndarray, true_N: np.ndarray) -> np.ndarray:
 def recall_by_size(
     train_f1_FL: np.ndarray, held_out_f1_FL: np.ndarray, *, bars: Sequence[float], draws: int, seed: int
 ) -> list[dict[str, float]]:
-    """Share of the concepts with a latent above each bar, in random parts of the dictionary.
+    """Return the share of concepts that have a latent above each F1 threshold, in random subsets of the dictionary.
 
-    A concept's latent is the one of the best F1 on the tokens learnt from among those in the part; the bar is held
-    against its F1 on the held-out tokens. Parts are a half, a quarter, ... down to 1/16, each the mean of ``draws``.
+    A concept's latent is the one in the subset with the best F1 on the training tokens; its F1 on the held-out tokens
+    is compared with the thresholds ``bars``. Subsets have 1/2, 1/4, ..., 1/16 of the latents; each is the mean over
+    ``draws`` subsets.
 
     Returns:
         Rows ``{"latents", "recall_<bar>", ...}``, the whole dictionary first.

@@ -1,4 +1,4 @@
-"""Targeted perturbation: take a concept's latents away and see which probes still find their concepts."""
+"""Targeted perturbation: ablate a concept's latents and measure the change in the accuracy of all probes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kronsae.eval.example_codes import columns
 
 @dataclass(frozen=True, kw_only=True)
 class Perturbation:
-    """What ablating the ``latents`` most important latents of each concept does to the probes.
+    """Effect on the probes of ablating the most important latents of each concept.
 
     Args:
-        latents: how many are ablated.
-        own: by how much the accuracy of the concept's own probe falls, mean over concepts.
-        others: by how much that of the other concepts' probes falls, mean over pairs of concepts.
-        score: ``own - others``; large where the latents are this concept's and no other's.
+        latents: number of ablated latents.
+        own: decrease in accuracy of the concept's own probe, mean over concepts.
+        others: decrease in accuracy of the other concepts' probes, mean over pairs of concepts.
+        score: ``own - others``; large if the latents are specific to the concept.
     """
 
     latents: int
@@ -39,7 +39,7 @@ class Perturbation:
 def important_latents(
     difference_FL: np.ndarray, W_dec_FD: Float[Tensor, "F D"], probe: LinearProbe
 ) -> Float[Tensor, "F L"]:
-    """How much of a probe's contrast a latent makes: ``(mean activation with - without the concept) * W_dec_i . w``."""
+    """Return each latent's contribution to a probe's contrast: ``(mean activation with - without) * W_dec_i . w``."""
     along_FL = W_dec_FD @ probe.weight_CI.to(W_dec_FD).T
     return torch.from_numpy(difference_FL).to(along_FL) * along_FL
 
@@ -53,19 +53,19 @@ def perturbations(
     along_FL: Float[Tensor, "F L"],
     sizes: Sequence[int],
 ) -> tuple[Perturbation, ...]:
-    """Ablate each concept's latents in turn (the error term stays) and score every probe on its balanced sample.
+    """Ablate each concept's latents in turn (keeping the error term) and score each probe on its balanced sample.
 
-    Without latents S the activation is ``x - sum_{i in S} f_i W_dec_i``, so a probe's logit changes by
-    ``- sum_{i in S} f_i W_dec_i . w``: no activation is built anew.
+    Without the latents S the activation is ``x - sum_{i in S} f_i W_dec_i``, so a probe's logit changes by
+    ``- sum_{i in S} f_i W_dec_i . w``. Activations need not be recomputed.
 
     Args:
-        codes: of the sampled tokens.
-        logits_NL: of the probes on the tokens' own activations.
-        labels_NL: which concepts they have.
-        samples: for each concept the rows it is scored on, as many with it as without.
-        importance_FL: `important_latents`; the largest are ablated.
+        codes: codes of the sampled tokens.
+        logits_NL: logits of the probes on the original activations.
+        labels_NL: concepts of the tokens.
+        samples: for each concept, the rows it is scored on; equal numbers with and without the concept.
+        importance_FL: `important_latents`; those with the largest values are ablated.
         along_FL: ``W_dec_i . w`` of each latent and probe.
-        sizes: how many latents to ablate.
+        sizes: numbers of latents to ablate.
     """
     concepts = labels_NL.shape[1]
     before_L = _accuracies(logits_NL, labels_NL, samples)
@@ -88,7 +88,7 @@ def _accuracies(logits_NL: Tensor, labels_NL: Tensor, samples: Sequence[Tensor])
 
 
 def balanced_samples(labels_NL: Tensor, among_N: Tensor, each: int, rng: np.random.Generator) -> list[Tensor]:
-    """For each concept, rows among some tokens: as many with it as without, at most ``each`` of either."""
+    """Draw rows for each concept among the tokens ``among_N``: equal numbers with and without, at most ``each``."""
     found = []
     for concept in range(labels_NL.shape[1]):
         has_N = labels_NL[:, concept]

@@ -1,4 +1,4 @@
-"""Tokens with any number of concepts each: the windows the model reads, and a table of what every token is."""
+"""Text whose tokens have any number of concepts: the windows for the model, and a table of labels."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class ConceptText:
     """N tokens of text with L concepts.
 
     Args:
-        concepts: their names.
+        concepts: names of the concepts.
         windows: ``keep_ST`` marks the N tokens of text; the rows below are in their order.
-        labels_NL: which concepts each token has.
-        held_out_N: which tokens are scored on; the others are learnt from.
+        labels_NL: concepts of each token.
+        held_out_N: which tokens are held out for scoring; the others are for training.
     """
 
     concepts: tuple[str, ...]
@@ -43,7 +43,7 @@ class ConceptText:
     held_out_N: Bool[Tensor, " N"]
 
     def digest(self) -> str:
-        """A name for the very content: tokens, labels and split."""
+        """Return a hash of the content: tokens, labels and split."""
         content = hashlib.blake2b("\0".join(self.concepts).encode(), digest_size=16)
         for windows in self.windows:
             content.update(repr(tuple(windows.input_ids_ST.shape)).encode() + windows.input_ids_ST.numpy().tobytes())
@@ -62,14 +62,14 @@ def concept_text(
     at_least: int = 50,
     seed: int = 0,
 ) -> ConceptText:
-    """Draw windows of some passages; a token has a concept where it overlaps a span of it.
+    """Draw windows of the passages; a token has a concept if it overlaps a span with that label.
 
     Args:
-        passages: texts with spans; those without any span count as well, as text without concepts.
-        concepts: in this order, and no others; None takes all labels in alphabetical order.
-        windows: to learn from; a quarter as many are scored on.
-        at_least: a concept that fewer tokens have, or lack, on one side is left out.
-        seed: of the windows drawn.
+        passages: texts with spans; passages without spans are used too, as text without concepts.
+        concepts: the concepts to use, in this order; None uses all labels in alphabetical order.
+        windows: number of training windows; a quarter as many are held out.
+        at_least: a concept is left out if, in either split, fewer tokens have it or fewer lack it.
+        seed: seed of the windows drawn.
 
     Raises:
         UserError: no concept has enough tokens.
@@ -86,14 +86,14 @@ def concept_text(
     order = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     chosen = [row for row in order if not row[0]][:windows] + [row for row in order if row[0]][: -(-windows // 4)]
     if not chosen:
-        raise UserError("labelled text must hold tokens; found none. Give more text.")
+        raise UserError("labelled text must contain tokens; found none. Give more text.")
     labels_NL = np.concatenate([row[2] for row in chosen])
     held_out_N = np.concatenate([np.full(len(row[1]), row[0]) for row in chosen])
     usable = _usable(labels_NL, held_out_N, at_least)
     if not usable.any():
         raise UserError(
-            f"a concept needs {at_least} tokens with it and without it to learn from, and as many to score on; none of "
-            f"{len(names)} has them. Give more labelled text."
+            f"a concept needs {at_least} tokens with it and {at_least} without it, both for training and held out; "
+            f"none of {len(names)} has them. Give more labelled text."
         )
     return ConceptText(
         concepts=tuple(name for name, use in zip(names, usable, strict=True) if use),
