@@ -69,7 +69,7 @@ def test_the_pages_words_come_from_the_figures() -> None:
     }
     page = script("synthetic_results").markdown(kept)
     assert "| kron | 0.255 ± 0.007 |" in page
-    assert "- Over 2 pairs, Kronecker encoders lose in MCC (−0.250 ± 0.000)." in page
+    assert "- Over 2 pairs, Kronecker encoders are significantly worse in MCC (−0.250 ± 0.000)." in page
     assert "9 features in width 3, 2.5 of them on per token; 2,000 training tokens" in page
     assert "Measured in 90 s on 2 core(s) of a processor, commit abc" in page
 

@@ -185,7 +185,7 @@ def test_failures_are_told_kept_and_made_good_later(run: Run) -> None:
         assert unanswered.questions > 0
         assert 'HTTP 400: "filtered" x' in lines[-1]
         section = section_of(run)
-        assert any("left without an answer" in note for note in section.notes)
+        assert any("prompts have no answer" in note for note in section.notes)
         broken, number = False, len(stub.requests)
         again = interpreted(run, stub, asking=patient)
         assert len(stub.requests) == number + unanswered.questions

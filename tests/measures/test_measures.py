@@ -98,7 +98,7 @@ def test_a_damaged_result_is_told_with_a_remedy(run: Run, text: str) -> None:
 @pytest.mark.parametrize("name", MEASUREMENTS)
 @pytest.mark.parametrize("kept", [{"settings": {}, "result": {}}, [1], {"settings": None, "result": {"saes": 3}}])
 def test_a_result_of_another_make_is_no_page(name: str, kept: Any) -> None:
-    with pytest.raises(UserError, match=f"the kept result of '{name}' is not what this version writes") as refused:
+    with pytest.raises(UserError, match=f"the stored result of '{name}' must have this version's format") as refused:
         sections({name: kept}, ["topk"])
     assert f"measure again: kronsae eval {name}." in str(refused.value)
 

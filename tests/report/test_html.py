@@ -158,7 +158,7 @@ def test_a_latent_that_lost_against_others_says_so() -> None:
     shown["top"][0]["values"][1] = 0.0
     (line, *_), _ = lines_of(shown)
     assert line.before[1].style == "--b:0.33;--e:0.33"
-    assert line.before[1].title == "0: not among the largest (base 1, extension 0.25)"
+    assert line.before[1].title == "0: not kept by the sparsifier (base 1, extension 0.25)"
 
 
 def test_inactive_tokens_are_joined_and_indentation_is_short() -> None:

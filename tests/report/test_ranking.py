@@ -1,12 +1,12 @@
-"""The sentence on who leads, by hand-made figures: clear, a tie, within chance, too few."""
+"""The ranking sentence, on hand-made values: significant, a tie, not significant, too few."""
 
 from __future__ import annotations
 
 import pytest
 
-from kronsae.report.ranking import who_leads
+from kronsae.report.ranking import ranking_sentence
 
-SEED = " Each SAE is one training, with one seed: another may order them otherwise."
+SEED = " Each SAE was trained with one seed; other seeds may rank them differently."
 LOW, HIGH = (0.10, 0.21, 0.29, 0.40), (0.20, 0.30, 0.40, 0.50)  # apart by 0.1 in each part
 WIDE = (0.50, 0.10, 0.50, 0.06)  # a larger mean than LOW's, but not in every part
 
@@ -18,38 +18,39 @@ WIDE = (0.50, 0.10, 0.50, 0.06)  # a larger mean than LOW's, but not in every pa
         (
             {"a": LOW, "b": HIGH},
             True,
-            "a has the least mean x, 0.250, and a paired t-test over the 4 parts at 0.05 tells it from every other."
-            + SEED,
+            "a has the smallest mean x, 0.250. The difference from each other SAE is significant (paired t-test over "
+            "4 parts at level 0.05)." + SEED,
         ),
         (
             {"a": LOW, "b": HIGH},
             False,
-            "b has the largest mean x, 0.350, and a paired t-test over the 4 parts at 0.05 tells it from every other."
-            + SEED,
+            "b has the largest mean x, 0.350. The difference from each other SAE is significant (paired t-test over "
+            "4 parts at level 0.05)." + SEED,
         ),
-        ({"a": LOW, "b": LOW, "c": LOW[::-1]}, True, "All have the same mean x, 0.250."),
+        ({"a": LOW, "b": LOW, "c": LOW[::-1]}, True, "All SAEs have the same mean x, 0.250."),
         (
             {"b": HIGH, "a": LOW, "c": LOW},
             True,
-            "a and c share the least mean x, 0.250, and a paired t-test over the 4 parts at 0.05, corrected for 2 "
-            "comparisons, tells them from every other." + SEED,
+            "a and c have the smallest mean x, 0.250. The difference from each other SAE is significant (paired t-test "
+            "over 4 parts at level 0.05, corrected for 2 comparisons)." + SEED,
         ),
         (
             {"a": LOW, "b": HIGH, "w": WIDE},
             True,
-            "a has the least mean x, 0.250, but not by more than chance: a paired t-test over the 4 parts at 0.05, "
-            "corrected for 2 comparisons, does not tell w from a." + SEED,
+            "a has the smallest mean x, 0.250. The difference from w is not significant (paired t-test over 4 parts at "
+            "level 0.05, corrected for 2 comparisons)." + SEED,
         ),
         (
             {"a": (0.2,), "b": (0.3,)},
             True,
-            "a has the least mean x, 0.200; with one of the parts alone, nothing says whether by more than chance.",
+            "a has the smallest mean x, 0.200; the significance cannot be tested, because there are fewer than two "
+            "parts.",
         ),
     ],
 )
 def test_no_louder_than_the_figures(values: dict[str, tuple[float, ...]], less: bool, expected: str) -> None:
-    assert who_leads(values, figure="x", over="parts", less_is_better=less) == expected
+    assert ranking_sentence(values, figure="x", over="parts", less_is_better=less) == expected
 
 
 def test_names_are_made_visible() -> None:
-    assert "\u202e" not in who_leads({"a\u202e": LOW, "b": HIGH}, figure="x", over="parts", less_is_better=True)
+    assert "\u202e" not in ranking_sentence({"a\u202e": LOW, "b": HIGH}, figure="x", over="parts", less_is_better=True)

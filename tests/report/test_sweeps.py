@@ -10,7 +10,7 @@ from tests.report.pages import Page
 
 from kronsae.report import render, sweep_page
 from kronsae.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Series
-from kronsae.report.sweeps import SweepPage, in_words, summaries, summary
+from kronsae.report.sweeps import SweepPage, format_summary, summaries, summary
 
 
 def row(name: str, seed: int, ev: float, **changes: Any) -> dict[str, Any]:
@@ -62,12 +62,12 @@ def test_a_seed_that_diverged_is_counted_and_in_no_mean() -> None:
     assert "diverged" not in [heading for heading, _ in page_of(rows[1:3], settings).table.headings]
 
 
-def test_a_figure_in_words() -> None:
+def test_a_figure_format_summary() -> None:
     text = "{:.2f}".format
-    assert in_words(summary([0.5, 0.7]), text) == "0.60 ± 0.14"
-    assert in_words(summary([0.5, 0.501]), text) == "0.50"
-    assert in_words(summary([0.5]), text) == "0.50"
-    assert in_words(None, text) == "–"
+    assert format_summary(summary([0.5, 0.7]), text) == "0.60 ± 0.14"
+    assert format_summary(summary([0.5, 0.501]), text) == "0.50"
+    assert format_summary(summary([0.5]), text) == "0.50"
+    assert format_summary(None, text) == "–"
 
 
 def settings_of(kind: str, **words: Any) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_l0_and_budget() -> None:
     assert budget is not None
     assert list(budget) == ["topk, k 8", "topk, k 16"]
     assert [x for x, _ in budget["topk, k 8"]] == [1e9, 2e9]
-    assert "one seed, so no spread is known" in found.plots[0].about
+    assert "one seed, so there are no error bars" in found.plots[0].about
 
 
 def test_an_l0_that_only_drifts_is_no_axis() -> None:
@@ -184,7 +184,7 @@ def test_dots_bars_and_a_logarithmic_axis() -> None:
 
 def test_saes_of_different_hooks_are_not_ranked() -> None:
     rows = [row("a", 0, 0.5), row("b", 0, 0.7)]
-    warning = "SAEs of different hooks are not to be ranked by EV: they reconstruct different activations."
+    warning = "Do not rank SAEs of different hooks by EV: they reconstruct different activations."
     alike = page_of(rows, {"a": settings_of("topk", k=1), "b": settings_of("topk", k=2)})
     apart = page_of(rows, {"a": settings_of("topk"), "b": settings_of("topk", read="layers.1")})
     assert warning not in alike.notes

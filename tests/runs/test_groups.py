@@ -239,7 +239,7 @@ def test_evaluation_and_report(together: Run) -> None:
     for text in (
         f"{MLP_IN} → {MLP_OUT}",
         "layers.0 + layers.2",
-        "belong to different hooks",
+        "have different hooks",
         "crosscoder at each hook",
         "kronecker-batch_topk-skip_transcoder, saved as jumprelu",
     ):

@@ -1,1 +1,1 @@
-"""Formats of other libraries: a room to come."""
+"""Interoperability with other libraries."""

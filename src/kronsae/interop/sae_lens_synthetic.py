@@ -1,6 +1,6 @@
 """The synthetic benchmark of sae-lens as a source of known features (optional: ``pip install sae-lens``).
 
-The settings are SynthSAEBench's, for any number of features; nothing is downloaded.
+The settings are those of SynthSAEBench, for any number of features. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SaeLensConfig:
-    """SynthSAEBench, of which the published size is 16,384 features in width 768.
+    """Config of SynthSAEBench; its published size is 16,384 features with d_in = 768.
 
     Args:
-        features: G.
-        d_in: D, width of the activations.
-        seed: of the features and of the tokens.
+        features: number of features, G.
+        d_in: width of the activations, D.
+        seed: seed of the features and tokens.
     """
 
     features: int = 512
@@ -38,7 +38,7 @@ class SaeLensConfig:
             )
 
     def build(self) -> SaeLensFeatures:
-        """The features themselves.
+        """Create the features.
 
         Raises:
             UserError: sae-lens is not installed.
@@ -47,16 +47,18 @@ class SaeLensConfig:
 
 
 class SaeLensFeatures:
-    """`sae_lens.synthetic.SyntheticModel`: one hierarchy per 128 features (4 children, 3 levels, exclusive), rest free.
+    """Features of `sae_lens.synthetic.SyntheticModel`.
 
-    Firing by Zipf's law (exponent 0.5, from 0.4 down to 0.0005), correlated by a matrix of rank 25; magnitudes around 5
-    to 4; directions after 100 steps of orthogonalisation.
+    There is one hierarchy per 128 features (4 children, 3 levels, mutually exclusive); the other features are free.
+    Firing probabilities follow Zipf's law (exponent 0.5, from 0.4 down to 0.0005), with a correlation matrix of rank
+    25. Mean magnitudes range from 5 to 4. Directions are orthogonalised for 100 steps.
     """
 
     def __init__(self, config: SaeLensConfig) -> None:
         if importlib.util.find_spec("sae_lens") is None:
             raise UserError(
-                "sae-lens is not installed; install it with: pip install sae-lens, or use the source 'own'."
+                "sae-lens must be installed; it was not found. Install it with: pip install sae-lens, or use source "
+                "'own'."
             )
         from sae_lens.synthetic import (
             FeatureDictionary,
@@ -71,9 +73,9 @@ class SaeLensFeatures:
         )
 
         self.config = config
-        # hashed: an SAE started with the same number would draw the very directions it is to find
+        # hashed, because an SAE initialised with the same seed would draw the directions it has to recover
         seed = _seed(config.seed)
-        directions = FeatureDictionary(  # made here: left to the model it would show a progress bar
+        directions = FeatureDictionary(  # created here, because the model would show a progress bar
             num_features=config.features,
             hidden_dim=config.d_in,
             initializer=orthogonal_initializer(num_steps=100, lr=3e-4),
@@ -115,9 +117,9 @@ class SaeLensFeatures:
         self.edges = {"hierarchy": torch.tensor(sorted(edges), dtype=torch.int64).reshape(-1, 2)}
 
     def sample(self, tokens: int, *, held_out: bool, number: int) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B G"]]:
-        """Batch ``number`` of the training or the held-out tokens: x, and the activations it is made of.
+        """Return batch ``number`` of the training or held-out tokens: x, and the feature activations that compose it.
 
-        sae-lens draws from torch's global generator, which is seeded for each batch and left as it was.
+        sae-lens draws from torch's global generator. It is seeded for each batch, and its state is restored.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.config.seed, 1 + held_out, number))
@@ -126,5 +128,5 @@ class SaeLensFeatures:
 
 
 def _seed(*words: int) -> int:
-    """A seed below 2^31 that depends on all the words."""
+    """Return a seed below 2^31 that depends on all ``words``."""
     return int(np.random.SeedSequence(words).generate_state(1)[0]) >> 1

@@ -1,4 +1,4 @@
-"""The report: what was measured of a run, or of a sweep, as one self-contained HTML page."""
+"""The report: the results of a run or a sweep as one self-contained HTML page."""
 
 from kronsae.report.analysis import ReportData, report_data
 from kronsae.report.html import render, write

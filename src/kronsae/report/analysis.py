@@ -1,4 +1,4 @@
-"""From the files of a run, as plain data, to what the page shows: figures formatted, compared and put into words."""
+"""Conversion of a run's files (as plain data) to the content of its page: formatted metrics, comparisons, sentences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_POINTS = 300  # per curve
 
 @dataclass(frozen=True)
 class SAELatents:
-    """The latents of one SAE that are shown: its `kronsae.eval.Gallery` as JSON values, and its statistics in words."""
+    """The shown latents of one SAE: its `kronsae.eval.Gallery` as JSON values, and a summary of its statistics."""
 
     name: str
     series: int
@@ -30,7 +30,7 @@ class SAELatents:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All that the page shows; text still unescaped, which is the page's business."""
+    """The content of the page; text is unescaped, because the template escapes it."""
 
     title: str
     verdict: tuple[str, ...]
@@ -55,23 +55,22 @@ def report_data(
     measures: Mapping[str, Mapping[str, Any]] | None = None,
     title: str = "",
 ) -> ReportData:
-    """Gather what the page shows.
+    """Build the content of a run's page.
 
     Args:
         run: contents of ``run.json``: ``{"kronsae_version", "config"}``.
-        rows: ``evaluation.json``'s rows, one per SAE: the figures by name; a figure that is missing or None shows as
-            a dash.
+        rows: rows of ``evaluation.json``, one per SAE: metrics by name; a missing metric or None shows as a dash.
         metrics: the lines of ``metrics.jsonl``.
-        latents: by SAE, `kronsae.eval.Evaluation.latents`: ``{"statistics", "gallery"}``.
-        measures: kept results of `kronsae.measures` by name, each to become a section.
-        title: of the page; empty: made of the model and the hook.
+        latents: `kronsae.eval.Evaluation.latents` by SAE: ``{"statistics", "gallery"}``.
+        measures: stored results of `kronsae.measures` by name; each becomes a section.
+        title: title of the page; if empty, made from the model and the hook.
     """
     config = run.get("config", {})
     names = tuple(visible(str(row["name"])) for row in rows)
     model, hook = visible(str(entry(config, "model", "name"))), _hooks(config, rows)
     latents = latents or {}
     saes = [
-        SAELatents(name, number, _in_words(latents[str(row["name"])]), latents[str(row["name"])]["gallery"])
+        SAELatents(name, number, _density_summary(latents[str(row["name"])]), latents[str(row["name"])]["gallery"])
         for number, (name, row) in enumerate(zip(names, rows, strict=True))
         if str(row["name"]) in latents
     ]
@@ -92,7 +91,7 @@ def report_data(
 
 
 def _hooks(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The places the SAEs belong to, each once; of rows that do not say, the run's hook."""
+    """Return the distinct hooks of the SAEs; if the rows have none, the run's hook."""
     return ", ".join(filter(None, dict.fromkeys(map(hooks, rows)))) or visible(str(config.get("hook", "?")))
 
 
@@ -100,7 +99,7 @@ def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str]
     config = run.get("config", {})
     loop = config.get("loop", {})
     revision = entry(config, "model", "revision")
-    tokens = {row["tokens"] for row in rows if row.get("tokens") is not None}  # where they differ, the table has them
+    tokens = {row["tokens"] for row in rows if row.get("tokens") is not None}  # if they differ, they are in the table
     found = [
         ("model", str(entry(config, "model", "name")) + (f" @ {revision}" if revision not in (None, "?") else "")),
         ("hook", _hooks(config, rows)),
@@ -128,10 +127,10 @@ def _figure(value: float) -> str:
 
 
 _CURVES: tuple[tuple[str, str, str, Callable[[float], str], str], ...] = (
-    ("explained_variance", "Explained variance", "of the training batch", "{:.4f}".format, ""),
+    ("explained_variance", "Explained variance", "on the training batch", "{:.4f}".format, ""),
     ("loss", "Loss", "‖x − x̂‖² summed over d_in, with AuxK; log scale", _figure, "log"),
     ("l0", "l0", "active latents per token", "{:.2f}".format, "from zero"),
-    ("dead_share", "Dead share", "of the latents, as training counts them", "{:.2%}".format, "from zero"),
+    ("dead_share", "Dead share", "share of dead latents, as defined in training", "{:.2%}".format, "from zero"),
 )
 
 
@@ -166,7 +165,7 @@ def _curves(names: Sequence[str], metrics: Sequence[Row]) -> tuple[Chart, ...]:
 
 
 def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """At most `MAX_POINTS`, evenly over their number, the last one among them."""
+    """Return at most `MAX_POINTS` points, evenly spaced by index and including the last."""
     step = math.ceil(len(points) / MAX_POINTS)
     return tuple(points[::-step][::-1])
 
@@ -195,8 +194,8 @@ def _density(rows: Sequence[Row], latents: Mapping[str, Mapping[str, Any]]) -> C
         series.append(Series(visible(name), number, (*points, (high / BINS_PER_DECADE, points[-1][1]))))
     return Chart(
         key="density",
-        title="How often latents are active",
-        about="share of the latents (the dead are not in it), by the share of tokens on which they are active",
+        title="Activation frequency of latents",
+        about="share of latents by the share of tokens on which they are active; dead latents are not shown",
         x_label="share of tokens, log scale",
         series=tuple(series),
         text="{:.2%}".format,
@@ -206,14 +205,14 @@ def _density(rows: Sequence[Row], latents: Mapping[str, Mapping[str, Any]]) -> C
     )
 
 
-def _in_words(latents: Mapping[str, Any]) -> str:
+def _density_summary(latents: Mapping[str, Any]) -> str:
     statistics = latents["statistics"]
     counts, tokens = statistics["active_tokens"], statistics["tokens"]
     living = sorted(count for count in counts if count)
     if not living:
         return f"None of {len(counts):,} latents was active on {tokens:,} tokens."
-    median, often = living[len(living) // 2] / tokens, sum(count > tokens / 10 for count in counts)
+    median, frequent = living[len(living) // 2] / tokens, sum(count > tokens / 10 for count in counts)
     return (
-        f"{len(living):,} of {len(counts):,} latents were active on at least one of {tokens:,} held-out tokens; half "
-        f"of these on less than {median:.2%} of them, {often:,} on more than 10%."
+        f"{len(living):,} of {len(counts):,} latents were active on at least one of {tokens:,} held-out tokens. Their "
+        f"median frequency is {median:.2%} of tokens; {frequent:,} were active on more than 10%."
     )

@@ -1,4 +1,4 @@
-"""Line and step charts as SVG text: they need no script, and the script only adds reading off values."""
+"""Line and step charts as SVG text. They need no script; the page's script adds a display of values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
-SETTLED = 0.05  # the first share of a curve does not set the scale: it would flatten the rest
+SETTLED = 0.05  # this initial share of a curve is ignored for the y scale, because it would flatten the rest
 
 
 @dataclass(frozen=True)
 class Series:
-    """A named curve; ``number`` chooses its colour; points in order of x.
+    """A named curve; ``number`` selects its colour; points are ordered by x.
 
-    ``spread`` is the standard deviation at each point, drawn as a bar on either side; none where it is empty.
+    ``spread`` is the standard deviation at each point, drawn as an error bar; no bars if it is empty.
     """
 
     name: str
@@ -28,26 +28,26 @@ class Series:
     spread: tuple[float, ...] = ()
 
     def with_spread(self) -> list[tuple[float, float, float]]:
-        """The points that have a spread, with it."""
+        """Return the points that have a spread, as (x, y, spread)."""
         pairs = zip(self.points, self.spread, strict=bool(self.spread))
         return [(x, y, spread) for (x, y), spread in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Some curves over one axis.
+    """Several curves over a shared x axis.
 
     Args:
-        key: distinguishes the chart within its page.
-        title, about, x_label: what is shown, in words.
-        series: the curves, all with a point at least.
-        text: a value as text; ``percent``: the axis is labelled in percent.
-        log_y: logarithmic values (all above 0).
-        log_x: logarithmic x (all above 0).
-        dots: the points were measured one by one: each is marked, and the first ones count as much as the others.
-        x_text: an x as text.
+        key: identifier of the chart, unique within its page.
+        title, about, x_label: heading, description and label of the x axis.
+        series: the curves, each with at least one point.
+        text: formats a value; ``percent``: the y axis is labelled in percent.
+        log_y: logarithmic y axis (all values above 0).
+        log_x: logarithmic x axis (all x above 0).
+        dots: points are separate measurements: each is marked, and all of them determine the scale.
+        x_text: formats an x value.
         steps: a histogram: each value holds until the next x, and x is log10 of a share.
-        from_zero: whether 0 is on the scale in any case.
+        from_zero: whether the y axis always includes 0.
     """
 
     key: str
@@ -66,7 +66,7 @@ class Chart:
 
     @property
     def scale(self) -> Scale:
-        """From values to places in the SVG."""
+        """Return the mapping from values to SVG coordinates."""
         xs = [math.log10(x) if self.log_x else x for series in self.series for x, _ in series.points]
         start, end = min(xs), max(xs)
         settled = start + SETTLED * (end - start)
@@ -80,7 +80,7 @@ class Chart:
             low, high = math.log10(low), math.log10(high)
         room = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
         floor = low if self.from_zero and low == 0 else low - room
-        margin = 0.04 * (end - start) if self.dots else 0.0  # half a dot would be cut off at the edge
+        margin = 0.04 * (end - start) if self.dots else 0.0  # keeps dots at the edge from being clipped
         return Scale(
             start - margin,
             end + margin if end > start else start + 1,
@@ -91,7 +91,7 @@ class Chart:
         )
 
     def data(self) -> dict[str, Any]:
-        """What the script needs to show values under the pointer."""
+        """Return the data that the script needs to show values at the pointer."""
         scale = self.scale
         return {
             "steps": self.steps,
@@ -116,11 +116,11 @@ class Chart:
         return f"{10**x:.2g} to {10**end:.2g} of tokens"
 
     def svg(self) -> Markup:
-        """The chart as an ``<svg>`` element."""
+        """Return the chart as an ``<svg>`` element."""
         scale = self.scale
         parts = [
             Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-                WIDTH, HEIGHT, f"{self.title}, {self.about}; {self._in_words()}"
+                WIDTH, HEIGHT, f"{self.title}, {self.about}; {self._values_as_text()}"
             ),
             Markup('<clipPath id="clip-{}"><rect x="{}" y="{}" width="{}" height="{}"/></clipPath>').format(
                 self.key, LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -132,7 +132,7 @@ class Chart:
         ]
         return Markup("\n").join(parts)
 
-    def _in_words(self) -> str:
+    def _values_as_text(self) -> str:
         return ", ".join(
             f"{series.name} {'at most' if self.steps else 'ends at'} "
             + self.text(max(y for _, y in series.points) if self.steps else series.points[-1][1])
@@ -196,7 +196,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Scale:
-    """Linear from ``start..end`` and ``low..high`` to SVG coordinates; log10 of y if ``log``, of x if ``log_x``."""
+    """Linear map from ``start..end``, ``low..high`` to SVG coordinates; of log10 y if ``log``, log10 x if ``log_x``."""
 
     start: float
     end: float
@@ -211,14 +211,14 @@ class Scale:
         return LEFT + (WIDTH - LEFT - RIGHT) * along / (self.end - self.start)
 
     def y(self, value: float) -> float:
-        """Vertical place, kept within ten heights of the chart so that no coordinate is absurd."""
+        """Return the vertical coordinate, clamped to ten chart heights to avoid extreme coordinates."""
         level = (math.log10(value) if self.log else value) - self.low
         share = max(-10.0, min(10.0, level / (self.high - self.low)))
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
 
 
 def si(value: float) -> str:
-    """A count in short: ``1.5M``."""
+    """Format a count with an SI suffix: ``1.5M``."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -226,7 +226,7 @@ def si(value: float) -> str:
 
 
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round values between ``low`` and ``high``, about ``wanted`` of them."""
+    """Return about ``wanted`` round values between ``low`` and ``high``."""
     step = 10 ** math.floor(math.log10((high - low) / wanted))
     step *= min((m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= wanted), default=10)
     first = math.ceil(low / step - 1e-9)
@@ -234,7 +234,7 @@ def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """log10 of round values: 1, 2, 5 times the powers of ten, or only these over a long range."""
+    """Return log10 of round values: 1, 2 and 5 times powers of ten, or only powers of ten over a long range."""
     steps = (1, 2, 5) if high - low < 2.5 else (1,)
     if high - low < 0.5:
         return [math.log10(value) for value in _ticks(10**low, 10**high, 4)]

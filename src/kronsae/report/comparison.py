@@ -1,4 +1,4 @@
-"""The table that compares the SAEs of a run, and what may fairly be said of it."""
+"""The table that compares the SAEs of a run, with its notes and summary sentences."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kronsae.eval.display import visible
 
 Row = Mapping[str, Any]
 
-L0_TOLERANCE = 0.02  # relative; SAEs further apart in l0 are not ranked by how well they reconstruct
+L0_TOLERANCE = 0.02  # relative; SAEs with a larger difference in l0 are not ranked by reconstruction
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure as text; ``best`` where it is the best of its column, ``note`` for its tooltip."""
+    """A table cell; ``best`` if it is the best of its column, ``note`` for its tooltip."""
 
     text: str
     best: bool = False
@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of a table; ``series`` is the number of the SAE's colour, None for a row of differences."""
+    """A row of a table; ``series`` is the index of the SAE's colour, None for a row of differences."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -34,7 +34,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Headings with their explanations, and rows."""
+    """A table: headings with their explanations, and rows."""
 
     headings: tuple[tuple[str, str], ...]
     rows: tuple[TableRow, ...]
@@ -71,13 +71,13 @@ def _signed(text: str) -> str:
 
 
 def hooks(row: Row) -> str:
-    """Where an SAE belongs: ``"a"``, ``"a + b"`` for a crosscoder, ``"a → b"`` for a transcoder; ``""`` if unknown."""
+    """Return an SAE's hooks: ``"a"``, ``"a + b"`` for a crosscoder, ``"a → b"`` for a transcoder; ``""`` if unknown."""
     read, written = (" + ".join(map(str, row.get(key) or ())) for key in ("hooks_read", "hooks_written"))
     return visible(read if read == written else f"{read} → {written}")
 
 
 def architecture(row: Row) -> str:
-    """What was trained, and what it is on disk: ``"dense-batch_topk, saved as jumprelu"``."""
+    """Return the architecture as trained and as saved: ``"dense-batch_topk, saved as jumprelu"``."""
     trained, saved = row.get("architecture"), row.get("saved_as")
     if trained is None:
         return "–"
@@ -85,11 +85,11 @@ def architecture(row: Row) -> str:
 
 
 def differ_in_hooks(rows: Sequence[Row]) -> bool:
-    """Whether the SAEs belong to different places, so that their figures of reconstruction are of different things."""
+    """Return whether the SAEs have different hooks, so that their reconstruction metrics are not comparable."""
     return len({hooks(row) for row in rows}) > 1
 
 
-_HOOKS = _Column("hooks_read", "hooks", "read, and after the arrow written", str)
+_HOOKS = _Column("hooks_read", "hooks", "hooks read → hooks written", str)
 _ARCHITECTURE = _Column("architecture", "architecture", "encoder-sparsifier, as trained", str)
 _COLUMNS = (
     _ARCHITECTURE,
@@ -99,12 +99,12 @@ _COLUMNS = (
     _Column(
         "training_flops",
         "training FLOPs",
-        "counted, not measured: 6 per multiply-add of a forward pass and token",
+        "calculated, not measured: 6 per multiply-add of the forward pass, per token",
         lambda value: f"{value:.2e}",
         0,
         _ratio,
     ),
-    _Column("tokens", "tokens", "trained on", "{:,}".format, 0, _ratio),
+    _Column("tokens", "tokens", "training tokens", "{:,}".format, 0, _ratio),
     _Column(
         "explained_variance",
         "EV",
@@ -135,7 +135,7 @@ _COLUMNS = (
     _Column(
         "ce_recovered",
         "CE recovered",
-        "(CE zeroed − CE spliced) / (CE zeroed − CE clean); 1 is perfect, 0 is as bad as zeroing the hook",
+        "(CE zeroed − CE spliced) / (CE zeroed − CE clean); 1 is perfect, 0 is as bad as zero ablation",
         "{:.4f}".format,
         +1,
         _points(4),
@@ -150,18 +150,18 @@ _COLUMNS = (
         _points(4),
         True,
     ),
-    _Column("seconds", "seconds", "spent in this SAE's training steps, on this machine", "{:,.0f}".format, 0, _ratio),
+    _Column("seconds", "seconds", "time of this SAE's training steps on this machine", "{:,.0f}".format, 0, _ratio),
 )
 
 
 def comparison(rows: Sequence[Row]) -> Table:
-    """Every SAE's figures, the best marked where there is one, and Kronecker against dense."""
+    """Build the table: metrics of each SAE with the best marked, and differences between Kronecker and dense SAEs."""
     ranked = _equal_l0(rows) and not differ_in_hooks(rows)
     columns = (_COLUMNS[0], _HOOKS, *_COLUMNS[1:]) if differ_in_hooks(rows) else _COLUMNS
     best: dict[str, str] = {}
     for column in _COLUMNS:
         if column.better and (ranked or not column.of_quality) and all(is_figure(row, column.key) for row in rows):
-            # what is equal as shown is no better
+            # values that are equal as displayed are not ranked
             texts = {column.text(row[column.key]) for row in rows}
             top = max(rows, key=lambda row: column.better * row[column.key])
             best[column.key] = column.text(top[column.key]) if len(texts) > 1 else ""
@@ -188,7 +188,7 @@ def _difference(column: _Column, row: Row, other: Row) -> str:
 
 
 def losses(rows: Sequence[Row]) -> Table | None:
-    """The losses behind CE and KL recovered; None where none was measured."""
+    """Build the table of losses behind CE and KL recovered; None if none was measured."""
     measured = [(number, row) for number, row in enumerate(rows) if entry(row, "language_model", "kind") == "measured"]
     if not measured:
         return None
@@ -210,17 +210,17 @@ def losses(rows: Sequence[Row]) -> Table | None:
 
 
 def notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """What a reader should know before believing the table."""
+    """Return the caveats of the table."""
     found = []
     if len(rows) > 1 and not _equal_l0(rows):
         found.append(
-            "The SAEs differ in l0 by more than 2%: more latents per token reconstruct better by themselves, so no "
-            "best is marked among the measures of reconstruction."
+            "The SAEs differ in l0 by more than 2%. Reconstruction improves with l0, so no best value is marked for "
+            "reconstruction metrics."
         )
     if differ_in_hooks(rows):
         found.append(
-            "The SAEs belong to different hooks and reconstruct different things, so no best is marked among the "
-            "measures of reconstruction."
+            "The SAEs have different hooks and reconstruct different activations, so no best value is marked for "
+            "reconstruction metrics."
         )
     found += filter(None, map(_by_hook, rows))
     reasons = {str(entry(row, "language_model", "reason")) for row in rows if row.get("ce_recovered") is None}
@@ -228,16 +228,16 @@ def notes(rows: Sequence[Row]) -> tuple[str, ...]:
     sizes = sorted({row["evaluation_tokens"] for row in rows if row.get("evaluation_tokens") is not None})
     if sizes:
         found.append(
-            f"Dead: active on none of {', '.join(f'{size:,}' for size in sizes)} held-out tokens. A latent rarer than "
-            "that counts as dead here."
+            f"Dead latents are active on none of {', '.join(f'{size:,}' for size in sizes)} held-out tokens. Very rare "
+            "latents may count as dead."
         )
     if len(rows) > 1:
-        found.append("Each SAE was trained once. Whether a small difference is more than chance, a second seed tells.")
+        found.append("Each SAE was trained with one seed. Small differences may be due to the seed; train more seeds.")
     return tuple(found)
 
 
 def _by_hook(row: Row) -> str:
-    """What a crosscoder explains at each hook it writes."""
+    """Return a sentence with a crosscoder's explained variance at each hook it writes."""
     explained = row.get("explained_variance_by_hook") or ()
     parts = [
         f"{visible(str(hook))} {value:.4f}"
@@ -248,7 +248,7 @@ def _by_hook(row: Row) -> str:
 
 
 def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Each Kronecker SAE with the dense one to compare it to: same sparsifier and hooks, same width if there is one."""
+    """Pair each Kronecker SAE with a dense SAE of the same sparsifier and hooks, preferably of the same d_sae."""
     found = []
     for row in rows:
         encoder, _, sparsifier = str(row.get("architecture", "")).partition("-")
@@ -263,7 +263,7 @@ def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 
 def verdicts(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The comparison of each Kronecker SAE in a sentence."""
+    """Return a sentence for each Kronecker SAE that compares it with its dense counterpart."""
     return tuple(filter(None, (_verdict(row, other) for row, other in _pairs(rows))))
 
 
@@ -279,7 +279,7 @@ def _verdict(row: Row, other: Row) -> str:
         parts.append(text)
     if is_figure(row, "ce_recovered") and is_figure(other, "ce_recovered"):
         parts.append(
-            f"of the language model's loss they recover {row['ce_recovered']:.2%} and {other['ce_recovered']:.2%}"
+            f"CE recovered is {row['ce_recovered']:.2%} for {name} and {other['ce_recovered']:.2%} for {rival}"
         )
     if is_figure(row, "encoder_parameters") and other.get("encoder_parameters"):
         share = row["encoder_parameters"] / other["encoder_parameters"]
@@ -293,7 +293,7 @@ def _equal_l0(rows: Sequence[Row]) -> bool:
 
 
 def is_figure(row: Row, key: str) -> bool:
-    """Whether a row has a finite number under ``key``."""
+    """Return whether a row has a finite number under ``key``."""
     value = row.get(key)
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -304,7 +304,7 @@ def _missing(row: Row, key: str) -> str:
 
 
 def entry(data: Mapping[str, Any], *path: str) -> Any:
-    """A nested entry, or ``"?"``."""
+    """Return a nested entry, or ``"?"`` if it is missing."""
     value: Any = data
     for key in path:
         value = value.get(key, "?") if isinstance(value, Mapping) else "?"

@@ -1,7 +1,7 @@
-"""The page: one self-contained HTML file, nothing fetched, everything that was given escaped.
+"""Rendering of the page: one self-contained HTML file that fetches nothing and escapes all input.
 
-Text reaches the page through Jinja's autoescape alone, after `visible` made control characters harmless. The page
-forbids itself all network and every script but its own (Content-Security-Policy with the script's hash).
+All text passes through Jinja's autoescape, after `visible` has replaced control characters. The page's
+Content-Security-Policy forbids network access and any script other than its own (by the script's hash).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 class Span(NamedTuple):
-    """A piece of a context: plain text where ``style`` is empty."""
+    """A piece of a context; plain text if ``style`` is empty."""
 
     text: str
     style: str
@@ -35,7 +35,7 @@ class Span(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A context as a line around its peak."""
+    """A context as a line of text, split at its peak."""
 
     before: list[Span]
     peak: Span
@@ -43,14 +43,14 @@ class Line(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """The contexts of a latent, as `kronsae.eval.ShownLatent` has them."""
+    """The contexts of a latent: top and sampled, as in `kronsae.eval.ShownLatent`."""
 
     top: list[Line]
     sampled: list[Line]
 
 
 def render(data: ReportData | SweepPage) -> str:
-    """The page as text: ``page.html`` of a run, ``sweep.html`` of a sweep."""
+    """Render the page: template ``page.html`` for a run, ``sweep.html`` for a sweep."""
     template = "sweep.html" if isinstance(data, SweepPage) else "page.html"
     script = _resource("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -86,7 +86,7 @@ def _resource(name: str) -> str:
 
 
 def lines_of(shown: Mapping[str, Any]) -> Lines:
-    """A shown latent, base or extension (JSON values of `kronsae.eval`) as lines, shaded on scales of its own."""
+    """Return the contexts of a latent, base or extension (JSON values of `kronsae.eval`) as lines, shaded per unit."""
     top, sampled = shown["top"], shown.get("sampled", [])
     highest = [
         max((value for context in (*top, *sampled) for value in context[key]), default=0.0)
@@ -109,7 +109,7 @@ def _line(context: Mapping[str, Any], highest: Sequence[float]) -> Line:
 
 
 def peak_tokens(contexts: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
-    """The different tokens at the peaks, the strongest first: a name for a latent, for want of a better one."""
+    """Return the distinct tokens at the peaks, strongest first; they serve as a name for the latent."""
     found = dict.fromkeys(
         (_shown(context["tokens"][context["peak"]]).strip() or "␣") for context in contexts if context["tokens"]
     )
@@ -117,13 +117,13 @@ def peak_tokens(contexts: Sequence[Mapping[str, Any]], most: int = 3) -> list[st
 
 
 def strongest(head: Mapping[str, Any]) -> int:
-    """The place of a head's most frequent cell: the one to show first."""
+    """Return the index of a head's most frequent cell, which is shown first."""
     frequencies = [cell["frequency"] for cell in head["cells"]]
     return frequencies.index(max(frequencies))
 
 
 def share(value: float) -> str:
-    """A share as a percentage with two significant digits."""
+    """Format a share as a percentage with two significant digits."""
     percent = 100 * value
     return f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%" if percent >= 0.01 or percent == 0 else "<0.01%"
 
@@ -143,10 +143,10 @@ def _explained(value: float, base: float, extension: float, *, has_parents: bool
         return f"{value:.3g}"
     parents = f"base {base:.3g}, extension {extension:.3g}"
     if value == 0 and base > 0 and extension > 0:
-        return f"0: not among the largest ({parents})"
+        return f"0: not kept by the sparsifier ({parents})"
     return f"{value:.3g} ({parents})"
 
 
 def _shown(token: str) -> str:
-    """A token on one line: runs of three spaces and more, the indentation of code, as ``␣₈``."""
+    """Return a token for one line of text: runs of at least three spaces (code indentation) become ``␣₈``."""
     return re.sub(" {3,}", lambda run: f"␣{str(len(run[0])).translate(SUBSCRIPTS)}", visible(token))

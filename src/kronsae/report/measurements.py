@@ -1,10 +1,10 @@
 """The measurements of ``kronsae eval`` by name, and their results in a run folder.
 
-`MEASUREMENTS` is the only list of them. The measurement ``some-name`` consists of
+`MEASUREMENTS` is the only list of measurements. The measurement ``some-name`` consists of
 
 - ``kronsae/measures/some_name.py``: its settings, ``measure(run, settings)`` and the Typer app ``app`` of its verb;
-- ``kronsae/report/sections/some_name.py``: ``REVISION``, which rises when the shape of the result changes or what a
-  figure in it means, and ``section(kept, names)``, its section of the report.
+- ``kronsae/report/sections/some_name.py``: ``section(kept, names)``, its section of the report, and ``REVISION``, which
+  increases when the structure of the result or the meaning of a metric changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEASUREMENTS: tuple[str, ...] = (
     "absorption",
     "probing",
 )
-"""In the order of the command line's help and of the report."""
+"""Names of all measurements, in the order of the command line's help and of the report."""
 
 
 def module_name(measurement: str) -> str:
@@ -44,7 +44,7 @@ def section_module(measurement: str) -> Any:
 
 
 def result_path(folder: Path, name: str) -> Path:
-    """Return where the result of the measurement ``name`` is kept in a run folder."""
+    """Return the path of the result of the measurement ``name`` in a run folder."""
     return folder / "measures" / f"{name}.json"
 
 
@@ -57,7 +57,7 @@ def keep_result(folder: Path, name: str, settings: Mapping[str, Any], result: Ma
 
 
 def known_result(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the kept result of exactly these settings and the current revision, or None.
+    """Return the stored result if it has exactly these settings and the current revision, else None.
 
     The SAEs of a finished run never change, so such a result need not be measured again.
     """
@@ -72,10 +72,10 @@ def known_result(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[s
 
 
 def kept_results(folder: Path) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    """Return the kept results of the current revision by name, and the names of the outdated ones.
+    """Return the stored results of the current revision by name, and the names of the outdated ones.
 
-    Each result is ``{"measure", "settings", "provenance", "result", ...}``. The figures of an outdated one, written
-    under another revision, may mean something else.
+    Each result is ``{"measure", "settings", "provenance", "result", ...}``. The metrics of an outdated result, written
+    by another revision, may have another meaning.
     """
     paths = sorted((folder / "measures").glob("*.json"))
     found = {path.stem: _read(path) for path in paths if path.stem in MEASUREMENTS}

@@ -1,4 +1,4 @@
-"""Which SAE is ahead, said no louder than the figures allow."""
+"""A sentence that ranks SAEs by a mean, with a significance test."""
 
 from __future__ import annotations
 
@@ -9,48 +9,50 @@ from kronsae.eval.display import visible
 from kronsae.eval.paired import LEVEL, paired_difference
 
 
-def who_leads(values: Mapping[str, Sequence[float]], *, figure: str, over: str, less_is_better: bool = False) -> str:
-    """A sentence on the best mean; ``""`` for a single SAE.
+def ranking_sentence(
+    values: Mapping[str, Sequence[float]], *, figure: str, over: str, less_is_better: bool = False
+) -> str:
+    """Return a sentence that names the SAEs with the best mean; ``""`` for a single SAE.
 
-    SAEs whose means are equal as shown share the lead. Any other is behind only if a paired t-test over the parts
-    (classes, concepts) says so, at `LEVEL` divided by the number of such tests; where it does not, the sentence does.
-    That test knows nothing of what another training would have given, and the sentence says that too.
+    SAEs whose means are equal as displayed are ranked equal. Each other SAE is compared with them by a paired t-test
+    over the parts (classes, concepts), at `LEVEL` divided by the number of tests. The sentence says which differences
+    are not significant. It also says that the test does not cover the variation between training seeds.
 
     Args:
-        values: by SAE, its figure in each part; the same parts in the same order.
-        figure: what the mean is of, such as ``absorption fraction``.
-        over: the parts, such as ``classes``.
-        less_is_better: the smallest mean leads.
+        values: for each SAE, its metric in each part; the same parts in the same order.
+        figure: name of the metric, such as ``absorption fraction``.
+        over: name of the parts, such as ``classes``.
+        less_is_better: whether the smallest mean is the best.
     """
     if len(values) < 2:
         return ""
     sign = -1 if less_is_better else 1
     means = {name: mean(parts) for name, parts in values.items()}
     shown = f"{sign * max(sign * value for value in means.values()):.3f}"
-    leaders = [name for name, value in means.items() if f"{value:.3f}" == shown]
-    others = [name for name in values if name not in leaders]
+    best = [name for name, value in means.items() if f"{value:.3f}" == shown]
+    others = [name for name in values if name not in best]
     if not others:
-        return f"All have the same mean {figure}, {shown}."
-    number = len(values[leaders[0]])
+        return f"All SAEs have the same mean {figure}, {shown}."
+    number = len(values[best[0]])
     start = (
-        f"{_listed(leaders)} {'has' if len(leaders) == 1 else 'share'} the {'least' if less_is_better else 'largest'} "
+        f"{_listed(best)} {'has' if len(best) == 1 else 'have'} the {'smallest' if less_is_better else 'largest'} "
         f"mean {figure}, {shown}"
     )
     if number < 2:
-        return f"{start}; with one of the {over} alone, nothing says whether by more than chance."
-    tests = len(leaders) * len(others)
-    near = [
+        return f"{start}; the significance cannot be tested, because there are fewer than two {over}."
+    tests = len(best) * len(others)
+    similar = [
         other
         for other in others
-        if any(paired_difference(values[leader], values[other]).sign_of_several(tests) != sign for leader in leaders)
+        if any(paired_difference(values[one], values[other]).sign_of_several(tests) != sign for one in best)
     ]
-    corrected = "" if tests == 1 else f", corrected for {tests} comparisons,"
-    test = f"a paired t-test over the {number} {over} at {LEVEL:g}{corrected}"
-    if not near:
-        told = f", and {test} tells {'it' if len(leaders) == 1 else 'them'} from every other"
+    corrected = "" if tests == 1 else f", corrected for {tests} comparisons"
+    test = f"(paired t-test over {number} {over} at level {LEVEL:g}{corrected})"
+    if not similar:
+        outcome = f". The difference from each other SAE is significant {test}"
     else:
-        told = f", but not by more than chance: {test} does not tell {_listed(near)} from {_listed(leaders)}"
-    return f"{start}{told}. Each SAE is one training, with one seed: another may order them otherwise."
+        outcome = f". The difference from {_listed(similar)} is not significant {test}"
+    return f"{start}{outcome}. Each SAE was trained with one seed; other seeds may rank them differently."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// Reading values off charts, and choosing a cell of a head. The page is whole without it.
+// Shows chart values at the pointer and selects cells of a head. The page is complete without it.
 
 document.documentElement.classList.add("js");
 

@@ -1,4 +1,4 @@
-"""A section of the page for one measurement: words, tables, charts."""
+"""A section of the page for one measurement: text, tables, charts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from kronsae.report.comparison import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What the page shows of one measurement.
+    """The section of one measurement.
 
     Args:
-        key: short, unique on the page; its address is ``#measure-<key>``.
+        key: short identifier, unique on the page; the section's anchor is ``#measure-<key>``.
         title: the heading.
-        paragraphs: plain text, what was measured and what came out; the template escapes it.
-        tables: heading of the first column, and the table.
-        charts: their series are numbered as the page's SAEs are.
-        notes: small print, such as sizes and seeds.
+        paragraphs: what was measured, and the results, as plain text; the template escapes it.
+        tables: pairs of the heading of the first column and the table.
+        charts: charts; their series have the same numbers as the page's SAEs.
+        notes: notes in small print, such as sizes and seeds.
     """
 
     key: str
@@ -32,12 +32,12 @@ class Section:
 
 
 def mean_text(mean: Mapping[str, Any]) -> str:
-    """A kept `kronsae.eval.scores.Mean` in words: the mean, and the standard deviation where there is one."""
+    """Format a stored `kronsae.eval.scores.Mean`: the mean, and the standard deviation if there is one."""
     if mean["mean"] is None:
         return "–"
     return f"{mean['mean']:.3f}" + ("" if mean["std"] is None else f" ± {mean['std']:.3f}")
 
 
 def series_of(sae: str, names: Sequence[str]) -> int | None:
-    """The number of an SAE's colour on a page with these SAEs; None for one that is not on it."""
+    """Return the index of an SAE's colour on a page with the SAEs ``names``; None if it is not on the page."""
     return list(names).index(sae) if sae in names else None

@@ -1,4 +1,4 @@
-"""From the rows of a sweep, as plain data, to its page: means over seeds, the paper's plots, one table."""
+"""Conversion of a sweep's rows (as plain data) to its page: means over seeds, the paper's plots, one table."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kronsae.report.comparison import Cell, Row, Table, TableRow, is_figure
 
 COLOURS = 10
 FIGURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-    ("explained_variance", "EV", "explained variance of the held-out tokens", "{:.4f}".format),
+    ("explained_variance", "EV", "explained variance on the held-out tokens", "{:.4f}".format),
     ("l0", "l0", "active latents per token, mean", "{:.2f}".format),
     ("dead_share", "dead share", "share of the latents active on none of the held-out tokens", "{:.1%}".format),
     ("ce_recovered", "CE recovered", "(CE zeroed − CE spliced) / (CE zeroed − CE clean)", "{:.4f}".format),
     ("kl_recovered", "KL recovered", "1 − KL(clean ‖ spliced) / KL(clean ‖ zeroed)", "{:.4f}".format),
     ("tokens", "tokens", "trained on", "{:,.0f}".format),
-    ("training_flops", "training FLOPs", "counted, not measured", "{:.2e}".format),
-    ("seconds", "seconds", "spent in its training steps, on this machine", "{:,.0f}".format),
+    ("training_flops", "training FLOPs", "calculated, not measured", "{:.2e}".format),
+    ("seconds", "seconds", "time of its training steps on this machine", "{:,.0f}".format),
 )
-"""Key, heading, explanation and text of each figure of the table."""
+"""Key, heading, explanation and formatter of each metric of the table."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A figure over the seeds: mean, standard deviation (n - 1 in the denominator; 0 of one), number."""
+    """A metric over the seeds: mean, standard deviation (n - 1 in the denominator; 0 for n = 1), and n."""
 
     mean: float
     std: float
@@ -37,14 +37,14 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """An SAE of the grid over its seeds.
+    """Means of one SAE of the grid over its seeds.
 
     Args:
-        name: as in the rows.
-        settings: what was given for it, by word, with its ``kind``.
-        figures: those that every seed has, of the seeds that did not diverge.
-        seeds: how many these are.
-        diverged: how many diverged.
+        name: name of the SAE, as in the rows.
+        settings: settings given for it by name, including its ``kind``.
+        figures: metrics that all seeds have, over the seeds that did not diverge.
+        seeds: number of seeds that did not diverge.
+        diverged: number of seeds that diverged.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart, and how to read it."""
+    """A chart and its explanation."""
 
     chart: Chart
     about: str
@@ -64,7 +64,7 @@ class Plot:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPage:
-    """All that the page shows; text still unescaped, which is the page's business."""
+    """The content of the page; text is unescaped, because the template escapes it."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
@@ -81,14 +81,14 @@ def sweep_page(
     facts: Mapping[str, Any],
     config: Mapping[str, Any],
 ) -> SweepPage:
-    """Gather what the page shows.
+    """Build the content of a sweep's page.
 
     Args:
-        rows: one per SAE and seed, with at least ``name``, ``seed``, ``num_heads`` and the figures; of one that
-            diverged with a sentence as ``diverged``, and in no mean.
-        settings: by name of an SAE, what was given for it, by word; ``kind`` is its name without what varies.
-        facts: shown on top.
-        config: the sweep's, shown at the end.
+        rows: one row per SAE and seed, with at least ``name``, ``seed``, ``num_heads`` and the metrics. A row that
+            diverged has a sentence under ``diverged`` and is in no mean.
+        settings: by SAE name, the settings given for it; ``kind`` is its name without the settings that vary.
+        facts: facts shown at the top.
+        config: the sweep's config, shown at the end.
     """
     means = summaries(rows, settings)
     shown = {name: value for name, value in facts.items() if value is not None}
@@ -103,7 +103,7 @@ def sweep_page(
 
 
 def summaries(rows: Sequence[Row], settings: Mapping[str, Mapping[str, Any]]) -> list[Mean]:
-    """The rows of each name over their seeds, in the order of the rows."""
+    """Return the means over seeds for each name, in the order of the rows."""
     found = []
     for name in dict.fromkeys(str(row["name"]) for row in rows):
         alike = [row for row in rows if row["name"] == name]
@@ -117,12 +117,12 @@ def summaries(rows: Sequence[Row], settings: Mapping[str, Mapping[str, Any]]) ->
 
 
 def divergences(rows: Sequence[Row]) -> list[str]:
-    """A line for each row whose training diverged."""
+    """Return a sentence for each row whose training diverged."""
     return [f"Seed {row['seed']}: {row['diverged']}" for row in rows if row.get("diverged")]
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Mean, standard deviation and number."""
+    """Return mean, standard deviation and number of values."""
     return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
 
@@ -130,7 +130,7 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def _by_heads(means: Sequence[Mean]) -> Plot | None:
-    """EV against h by m (paper, fig. 3)."""
+    """Plot EV against h for each m (paper, figure 3)."""
     with_heads = [mean for mean in means if "num_heads" in mean.figures]
     return _plot(
         with_heads,
@@ -177,10 +177,10 @@ def _plot(
     x_label: str,
     x_text: Callable[[float], str],
 ) -> Plot | None:
-    """EV over ``x_key``, a curve for each value of all that varies but ``follow``; None where x does not vary.
+    """Plot EV over ``x_key``, with one curve per combination of the varying settings except ``follow``.
 
-    Of the settings that x follows, all but the first tell curves apart where a curve would else have two values at
-    one x.
+    ``follow`` are the settings that x depends on. If a curve would have two values at the same x, it is split by all of
+    these settings but the first. Returns None if x does not vary.
     """
     usable = [mean for mean in means if {x_key, "explained_variance"} <= mean.figures.keys()]
     usable = [mean for mean in usable if mean.figures[x_key].mean > 0]
@@ -203,7 +203,7 @@ def _plot(
     chart = Chart(
         key=key,
         title=title,
-        about="explained variance of held-out tokens",
+        about="explained variance on held-out tokens",
         x_label=x_label,
         series=tuple(series),
         text="{:.4f}".format,
@@ -212,18 +212,18 @@ def _plot(
         x_text=x_text,
     )
     counts = sorted({mean.figures["explained_variance"].n for mean in usable})
-    seeds = "one seed, so no spread is known" if counts == [1] else "bars: one standard deviation over the seeds"
+    seeds = "one seed, so there are no error bars" if counts == [1] else "bars: one standard deviation over the seeds"
     return Plot(chart, f"Each dot is the mean over n = {', '.join(map(str, counts))}; {seeds}.")
 
 
 def varying_settings(means: Sequence[Mean]) -> list[str]:
-    """The settings that differ between the SAEs, the kind first."""
+    """Return the settings that differ between the SAEs, ``kind`` first."""
     names = dict.fromkeys(["kind", *(name for mean in means for name in mean.settings)])
     return [name for name in names if len({repr(mean.settings.get(name)) for mean in means}) > 1]
 
 
 def _curves(means: Sequence[Mean], follow: Sequence[str]) -> dict[str, list[Mean]]:
-    """The SAEs by kind and by whatever varies within it, but for what x follows."""
+    """Group the SAEs into curves by kind and by the settings that vary within it, except ``follow``."""
     found: dict[str, list[Mean]] = {}
     for kind in dict.fromkeys(str(mean.settings["kind"]) for mean in means):
         alike = [mean for mean in means if mean.settings["kind"] == kind]
@@ -242,25 +242,25 @@ def _doubled(curve: Sequence[Mean], x_key: str) -> bool:
 
 
 def mean_table(means: Sequence[Mean]) -> Table:
-    """What varies of each SAE's settings, and its figures with their spread."""
+    """Build the table of each SAE's varying settings and its metrics with their spread."""
     axes = [name for name in varying_settings(means) if name != "kind"]
     keys = [figure for figure in FIGURES if any(figure[0] in mean.figures for mean in means)]
     headings = tuple((name, "setting") for name in axes)
     headings = (*headings, *((heading, about) for _, heading, about, _ in keys), ("seeds", "n"))
     lost = any(mean.diverged for mean in means)
     if lost:
-        headings = (*headings, ("diverged", "seeds whose training diverged: they are in no mean"))
+        headings = (*headings, ("diverged", "seeds whose training diverged; not included in the means"))
     rows = []
     for mean in means:
         cells = [Cell(visible(str(mean.settings.get(name, "–")))) for name in axes]
-        cells += [Cell(in_words(mean.figures.get(key), text)) for key, _, _, text in keys]
+        cells += [Cell(format_summary(mean.figures.get(key), text)) for key, _, _, text in keys]
         cells += [Cell(str(count)) for count in ((mean.seeds, mean.diverged) if lost else (mean.seeds,))]
         rows.append(TableRow(visible(mean.name), tuple(cells)))
     return Table(headings, tuple(rows))
 
 
-def in_words(found: Summary | None, text: Callable[[float], str]) -> str:
-    """``0.8123 ± 0.0010``, without the spread where it is 0 as shown or there was one seed; a dash for None."""
+def format_summary(found: Summary | None, text: Callable[[float], str]) -> str:
+    """Format as ``0.8123 ± 0.0010``; no spread if it is displayed as 0 or there is one seed; a dash for None."""
     if found is None:
         return "–"
     shown, spread = text(found.mean), text(found.std)
@@ -270,13 +270,13 @@ def in_words(found: Summary | None, text: Callable[[float], str]) -> str:
 def _notes(means: Sequence[Mean]) -> tuple[str, ...]:
     found = ["± is one standard deviation over the seeds (n − 1 in the denominator)."]
     if all(mean.seeds + mean.diverged == 1 for mean in means):
-        found = ["Each SAE was trained once. Whether a small difference is more than chance, --seeds 3 tells."]
+        found = ["Each SAE was trained with one seed. Small differences may be due to the seed; use --seeds 3."]
     sizes = sorted({size.mean for mean in means if (size := mean.figures.get("evaluation_tokens")) is not None})
     if sizes:
-        found.append(f"Dead: active on none of {', '.join(si(size) for size in sizes)} held-out tokens.")
+        found.append(f"Dead latents are active on none of {', '.join(si(size) for size in sizes)} held-out tokens.")
     levels = [level.mean for mean in means if (level := mean.figures.get("l0")) is not None]
     if {"hook", "read", "write"} & {*varying_settings(means)}:
-        found.append("SAEs of different hooks are not to be ranked by EV: they reconstruct different activations.")
+        found.append("Do not rank SAEs of different hooks by EV: they reconstruct different activations.")
     if levels and max(levels) - min(levels) > 0.02 * max(levels):
-        found.append("SAEs of different l0 are not to be ranked by EV: more latents per token reconstruct better.")
+        found.append("Do not rank SAEs of different l0 by EV: reconstruction improves with l0.")
     return tuple(found)

@@ -1,4 +1,4 @@
-"""A report's table elsewhere than on the page: in a terminal, in Markdown."""
+"""Rendering of report tables for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def rich_table(found: Table, first: str) -> RichTable:
-    """For a terminal; ``first`` heads the column of names. Brackets are text, not markup: names are a user's."""
+    """Return the table for a terminal; ``first`` is the heading of the names. Brackets in names are not markup."""
     from rich.table import Column
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -24,7 +24,7 @@ def rich_table(found: Table, first: str) -> RichTable:
 
 
 def markdown_table(found: Table, first: str) -> str:
-    """For a document; ``first`` heads the column of names."""
+    """Return the table in Markdown; ``first`` is the heading of the names."""
     headings = [first, *(heading for heading, _ in found.headings)]
     lines = [headings, ["---"] * len(headings), *([row.name, *(cell.text for cell in row.cells)] for row in found.rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -100,9 +100,7 @@ def test_equal_seeds_give_equal_digits() -> None:
 def test_classes_that_no_probe_tells_end_it() -> None:
     data = examples()
     mixed = replace(data, labels_E=torch.arange(480) // 7 % 3)
-    with pytest.raises(
-        UserError, match=r"F1 > 0.6 for at least 3 of the 3 classes; got \d \(a 0\.\d\d, b"
-    ):
+    with pytest.raises(UserError, match=r"F1 > 0.6 for at least 3 of the 3 classes; got \d \(a 0\.\d\d, b"):
         probe_classes(mixed, CONFIG)
     assert probe_classes(data, CONFIG).f1 == (1.0, 1.0, 1.0)
 

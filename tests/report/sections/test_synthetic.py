@@ -33,13 +33,15 @@ def result(kron: tuple[float, ...], dense: tuple[float, ...] = (0.6, 0.61, 0.62)
 
 def test_losing_is_said_first_and_plainly() -> None:
     told = list(verdict(result((0.5, 0.52, 0.51))))
-    assert told[0].startswith("Over 3 pairs, Kronecker encoders lose in MCC (−0.100 ±")
-    assert told[1].startswith("Over 3 pairs, Kronecker encoders win in absorbed by children (−0.110 ±")
-    assert (
-        told[2] == "Over 3 pairs, Kronecker encoders neither win nor lose visibly in F1 (+0.000 ± 0.000), "
-        "missed without (+0.000 ± 0.000)."
+    assert told[0].startswith("Over 3 pairs, Kronecker encoders are significantly worse in MCC (−0.100 ±")
+    assert told[1].startswith(
+        "Over 3 pairs, Kronecker encoders are significantly better in absorbed by children (−0.110 ±"
     )
-    assert told[3] == "In MCC behind with every seed: kron (against topk)."
+    assert (
+        told[2] == "Over 3 pairs, Kronecker encoders are not significantly different in F1 (+0.000 ± 0.000), "
+        "missed without child (+0.000 ± 0.000)."
+    )
+    assert told[3] == "Lower MCC with every seed: kron (against topk)."
     assert len(told) == 4
 
 
@@ -67,15 +69,15 @@ def test_seeds_of_one_pair_are_no_further_pairs_where_there_are_several() -> Non
         told.append(list(verdict({"about": [], "rows": rows})))
     assert told[0] == told[1]
     assert told[0][0].startswith(
-        "Over 3 pairs, Kronecker encoders neither win nor lose visibly in MCC (+0.100 ± 0.055)"
+        "Over 3 pairs, Kronecker encoders are not significantly different in MCC (+0.100 ± 0.055)"
     )
 
 
 def test_winning_and_neither() -> None:
     better = list(verdict(result((0.7, 0.72, 0.73))))
-    assert "win in MCC" in better[0]
+    assert "are significantly better in MCC" in better[0]
     mixed = list(verdict(result((0.5, 0.61, 0.72))))
-    assert "neither win nor lose visibly in MCC" in mixed[1]
+    assert "are not significantly different in MCC" in mixed[1]
     assert not any("with every seed" in sentence for sentence in mixed)
 
 
@@ -89,7 +91,7 @@ def test_only_the_same_family_is_compared() -> None:
 def test_the_table_has_what_was_measured() -> None:
     found = table(result((0.5, 0.52, 0.51)), ["kron", "topk"])
     headings = [heading for heading, _ in found.headings]
-    assert headings == ["MCC", "MCC untrained", "F1", "absorbed by children", "missed without", "l0"]
+    assert headings == ["MCC", "MCC untrained", "F1", "absorbed by children", "missed without child", "l0"]
     assert [(one.name, one.series) for one in found.rows] == [("topk", 1), ("kron", 0)]
     assert [cell.text for cell in found.rows[1].cells][:2] == ["0.510 ± 0.010", "0.300 ± 0.000"]
     never = table({"about": [], "rows": [row("topk", 0, 0.5, 0.1), row("kron", 0, 0.5)]})
@@ -99,5 +101,5 @@ def test_the_table_has_what_was_measured() -> None:
 def test_the_section() -> None:
     kept = {"result": result((0.5, 0.52, 0.51)), "settings": {"steps": 10, "batch": 200, "source": "own"}}
     [section] = sections({"synthetic": kept}, ["topk", "kron"])
-    assert "9 known features in width 3" in section.paragraphs[0]
+    assert "9 known features in 3 dimensions" in section.paragraphs[0]
     assert "2,000 training tokens, source own" in section.notes[0]

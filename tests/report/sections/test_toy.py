@@ -63,9 +63,9 @@ def sentences(seeds: int = 2, **changes: float) -> str:
 @pytest.mark.parametrize(
     ("kron", "expected"),
     [
-        (0.4, "KronSAEs recover the correlation better"),
-        (0.2, "no difference between KronSAEs and TopK shows"),
-        (0.1, "TopK recovers the correlation better"),
+        (0.4, "KronSAEs recover the correlation significantly better than TopK"),
+        (0.2, "the difference between KronSAEs and TopK is not significant"),
+        (0.1, "TopK recovers the correlation significantly better than KronSAEs"),
     ],
 )
 def test_the_claim(kron: float, expected: str) -> None:
@@ -78,16 +78,16 @@ def test_the_claim(kron: float, expected: str) -> None:
 def test_seeds_of_one_setup_are_no_further_pairs() -> None:
     few, many = (next(verdict(result(seeds, kron=0.1995))) for seeds in (2, 200))
     assert few == many
-    assert "no difference between KronSAEs and TopK shows" in few
+    assert "the difference between KronSAEs and TopK is not significant" in few
     assert "over 3 setups" in few
 
 
 @pytest.mark.parametrize(
     ("untrained", "expected"),
     [
-        (0.2, "so the shape alone does not explain"),
-        (0.6, "training lowers it: the shape alone gives more"),
-        (0.403, "what training adds does not show"),
+        (0.2, "training increases the KronSAE's value, so its structure alone does not explain the recovery"),
+        (0.6, "training decreases the KronSAE's value, so its structure alone recovers more"),
+        (0.403, "training does not change the KronSAE's value significantly"),
     ],
 )
 def test_is_it_the_shape(untrained: float, expected: str) -> None:
@@ -95,34 +95,33 @@ def test_is_it_the_shape(untrained: float, expected: str) -> None:
 
 
 def test_the_shape_before_training() -> None:
-    assert "an untrained KronSAE is above chance by more" in sentences(kron_untrained=0.5)
-    assert "untrained, no difference between KronSAE and TopK shows" in sentences()
-    assert "an untrained KronSAE is above chance by less" in sentences(kron_untrained=0.1)
+    assert "an untrained KronSAE is further above chance than an untrained TopK" in sentences(kron_untrained=0.5)
+    assert "the difference between an untrained KronSAE and an untrained TopK is not significant" in sentences()
+    assert "an untrained KronSAE is less far above chance than" in sentences(kron_untrained=0.1)
 
 
 def test_whatever_the_truth() -> None:
     assert "no: a KronSAE is further above chance for its own truth" in sentences()
-    assert (
-        "it may: that a KronSAE is further above chance for its own truth than for another does not show"
-        in sentences(kron_mismatched=0.4005)
+    assert "possibly: for a KronSAE, the difference between its own truth and another is not significant" in sentences(
+        kron_mismatched=0.4005
     )
     assert "yes: a KronSAE is further above chance" in sentences(kron_mismatched=0.6)
-    assert "within its error" in sentences(topk_mismatched=0.1995)
-    assert "which counts" in sentences(topk_mismatched=0.1)
+    assert ", not significant." in sentences(topk_mismatched=0.1995)
+    assert ", significant." in sentences(topk_mismatched=0.1)
 
 
 def test_independent_features() -> None:
-    assert "in RV TopK is ahead" in sentences(independent_topk=0.7)
-    assert "in RV neither is ahead" in sentences(independent_kron=0.4975)
-    assert "in RV KronSAEs are ahead" in sentences(independent_kron=0.8)
+    assert "in RV, TopK is better" in sentences(independent_topk=0.7)
+    assert "in RV, the difference is not significant" in sentences(independent_kron=0.4975)
+    assert "in RV, KronSAEs are better" in sentences(independent_kron=0.8)
 
 
 def test_blocks_that_fit_heads() -> None:
-    assert "is larger than where none has" in sentences(fitting=0.2)
-    assert "is smaller than where none has" in sentences(fitting=-0.2)
+    assert "is larger than the gain in setups without such blocks" in sentences(fitting=0.2)
+    assert "is smaller than the gain in setups without such blocks" in sentences(fitting=-0.2)
     nothing_fits = result()
     nothing_fits["setups"][0]["blocks"] = [6, 10]
-    assert not any("head's size" in sentence for sentence in verdict(nothing_fits))
+    assert not any("the size of a head" in sentence for sentence in verdict(nothing_fits))
 
 
 def test_the_tables() -> None:

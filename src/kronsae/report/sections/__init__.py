@@ -1,7 +1,7 @@
-"""The section of the report for each measurement, one module each.
+"""Sections of the page, one module per measurement.
 
-A section's builder takes ``{"measure", "settings", "provenance", "result"}`` as `kronsae.report.measurements` keeps it,
-and the names of the page's SAEs in order: their places are the numbers of their colours.
+A section's builder takes a stored result ``{"measure", "settings", "provenance", "result"}``, as
+`kronsae.report.measurements` keeps it, and the names of the page's SAEs in order (their indices select their colours).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from kronsae.support.errors import UserError
 
 
 def sections(kept: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> tuple[Section, ...]:
-    """Build the sections of the results that are there, in the order of `MEASUREMENTS`.
+    """Build the sections of the given results, in the order of `MEASUREMENTS`.
 
     Raises:
-        UserError: a result is not what this version keeps.
+        UserError: a result does not have this version's format.
     """
     return tuple(_section(name, kept[name], names) for name in MEASUREMENTS if name in kept)
 
@@ -30,7 +30,7 @@ def _section(name: str, kept: Mapping[str, Any], names: Sequence[str]) -> Sectio
         raise
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise UserError(
-            f"the kept result of '{name}' is not what this version writes ({type(error).__name__}: {error}). "
+            f"the stored result of '{name}' must have this version's format ({type(error).__name__}: {error}). "
             f"Delete measures/{name}.json in the run folder, or measure again: kronsae eval {name}."
         ) from None
     return built

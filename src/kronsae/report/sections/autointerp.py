@@ -10,29 +10,29 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section, mean_text, series_of
 
 REVISION = 1
-"""Of the kept result; see `kronsae.report.measurements`."""
+"""Revision of the stored result; see `kronsae.report.measurements`."""
 
 _SUMMARY = (
     (
         "detection",
-        "balanced accuracy of telling active text from other text by the explanation; 0.5 is guessing",
+        "balanced accuracy of distinguishing active from inactive text by the explanation; chance is 0.5",
     ),
-    ("fuzzing", "balanced accuracy of telling rightly from wrongly highlighted tokens by the explanation"),
-    ("latents", "latents with a detection score; of those active often enough to be drawn"),
-    ("unexplained", "latents for which there is no explanation that can be read"),
-    ("dropped", "prompts whose answer could not be read, or was too short or too long; they count for nothing"),
-    ("failed", "prompts that were never answered"),
+    ("fuzzing", "balanced accuracy of distinguishing correct from incorrect highlights by the explanation"),
+    ("latents", "latents with a detection score, of those active often enough to be drawn"),
+    ("unexplained", "latents without a readable explanation"),
+    ("dropped", "prompts whose answer was unreadable, too short or too long; they are not scored"),
+    ("failed", "prompts without an answer"),
 )
 _LATENTS = (
     ("latent", "its number"),
-    ("detection", "balanced accuracy, and of how many examples"),
-    ("fuzzing", "balanced accuracy, and of how many examples"),
-    ("explanation", "in the language model's words"),
+    ("detection", "balanced accuracy (number of examples)"),
+    ("fuzzing", "balanced accuracy (number of examples)"),
+    ("explanation", "the language model's explanation"),
 )
 
 
 def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
-    """Means per SAE, then each latent with its explanation; all words that come from data are made visible."""
+    """Build the section: means per SAE, then each latent with its explanation. Text from data is made visible."""
     config, result = kept["settings"]["config"], kept["result"]
     saes = result["saes"]
     model = visible(str(kept["settings"]["model"]["model"]))
@@ -43,15 +43,15 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
         "± is the standard deviation over latents.",
     ]
     if unanswered:
-        notes.append(f"{unanswered:,} questions were left without an answer, so the figures rest on fewer examples.")
+        notes.append(f"{unanswered:,} prompts have no answer, so the scores are based on fewer examples.")
     return Section(
         key="autointerp",
         title="Explanations by a language model",
         paragraphs=(
-            f"For each of some latents drawn at random, a language model saw up to {config['explained']} examples of "
-            "the latent's stronger activations and said in a sentence what it is active on. The sentence was then "
-            "tested on examples it was not made from: can a reader of it tell text on which the latent is active "
-            "from other text (detection), and rightly from wrongly highlighted tokens (fuzzing)?",
+            f"For each of several random latents, a language model saw up to {config['explained']} examples of the "
+            "latent's stronger activations and explained in one sentence what it is active on. The explanation was "
+            "then scored on other examples: can a language model use it to distinguish text on which the latent is "
+            "active from other text (detection), and correctly from incorrectly highlighted tokens (fuzzing)?",
             " ".join(_outcome(one) for one in saes),
         ),
         tables=(

@@ -1,4 +1,4 @@
-"""The section on what goes on within the heads of Kronecker encoders."""
+"""The section of ``kronsae eval interaction``: structure within the heads of Kronecker encoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
 REVISION = 3
-"""Of the kept result; see `kronsae.report.measurements`."""
+"""Revision of the stored result; see `kronsae.report.measurements`."""
 
 Figure = Callable[[Mapping[str, Any]], float | None]
 
@@ -42,10 +42,10 @@ _ROWS: tuple[tuple[str, Figure, str], ...] = (
     ("… between, untrained twin", _of_pairs("twin", "composed", "between"), "{:.4f}"),
     ("cosine of decoder rows, same base", _of_pairs("trained", "directions", "same_base"), "{:.4f}"),
     ("… same extension", _of_pairs("trained", "directions", "same_extension"), "{:.4f}"),
-    ("… neither in common", _of_pairs("trained", "directions", "neither"), "{:.4f}"),
+    ("… no common parent", _of_pairs("trained", "directions", "neither"), "{:.4f}"),
     ("… between heads", _of_pairs("trained", "directions", "between"), "{:.4f}"),
     ("… within a head, untrained twin", _of_pairs("twin", "directions", "within"), "{:.4f}"),
-    ("both parents among their top 10%", _at("both_top", 0.1), "{:.1%}"),
+    ("both parents in their top 10%", _at("both_top", 0.1), "{:.1%}"),
     ("mass with a parent not positive", _at("false_positive_mass", 0.0), "{:.1%}"),
     ("mass with a parent below 0.1 of its mean", _at("false_positive_mass", 0.1), "{:.1%}"),
     ("mass with a parent below 0.5 of its mean", _at("false_positive_mass", 0.5), "{:.1%}"),
@@ -59,21 +59,21 @@ _ROWS: tuple[tuple[str, Figure, str], ...] = (
 
 
 def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
-    """From a kept result of `kronsae.measures.interaction`."""
+    """Build the section from a stored result of `kronsae.measures.interaction`."""
     result = kept["result"]
     return Section(
         key="interaction",
-        title="Within the heads",
+        title="Interaction within heads",
         paragraphs=(
-            *(_in_words(name, found) for name, found in result["saes"].items()),
+            *(_summary_sentences(name, found) for name, found in result["saes"].items()),
             *(f"{visible(name)}: {reason}" for name, reason in result["not_applicable"].items()),
         ),
-        tables=(("figure", summary_table(result)),),
+        tables=(("metric", summary_table(result)),),
         notes=(
-            f"On {result['tokens']:,} held-out tokens, seed {kept['settings']['seed']}. "
+            f"Measured on {result['tokens']:,} held-out tokens, seed {kept['settings']['seed']}. "
             + " ".join(
-                f"{visible(name)}: correlations, parents and gate on {len(found['sampled_heads']):,} of "
-                f"{found['heads']:,} heads drawn at random; the twin has fresh weights of seed {found['twin_seed']}."
+                f"{visible(name)}: correlations, parents and gate were measured on {len(found['sampled_heads']):,} of "
+                f"{found['heads']:,} heads, drawn at random. The twin was initialised with seed {found['twin_seed']}."
                 for name, found in result["saes"].items()
             ),
         ),
@@ -81,7 +81,7 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:
-    """A row for each figure, a column for each SAE."""
+    """Build the table with a row per metric and a column per SAE."""
     saes = result["saes"]
     headings = tuple((visible(name), f"gate {found['gate']}") for name, found in saes.items())
     rows = tuple(
@@ -94,29 +94,29 @@ def _cell(value: float | None, form: str) -> Cell:
     return Cell("–" if value is None else form.format(value))
 
 
-def _in_words(name: str, found: Mapping[str, Any]) -> str:
+def _summary_sentences(name: str, found: Mapping[str, Any]) -> str:
     sentences = [f"{visible(name)} (gate {found['gate']})."]
     kept = {whose: found[whose]["kept"] for whose in ("trained", "twin")}
     within, between = kept["trained"]["within"]["mean"], kept["trained"]["between"]["mean"]
     if within is not None and between is not None:
         twin = kept["twin"]["within"]["mean"]
-        before = "" if twin is None else f", before training {twin:.3f} within"
+        before = "" if twin is None else f" In an untrained twin the mean correlation within a head is {twin:.3f}."
         sentences.append(
-            f"Latents of one head correlate by {within:.3f} on average, of different heads {between:.3f}{before}."
+            f"The mean correlation of latents is {within:.3f} within a head and {between:.3f} between heads.{before}"
         )
     fidelity = found["fidelity"]
     if fidelity["activations"]:
         weak = next(y for x, y in fidelity["false_positive_mass"] if x == 0.1)
         sentences.append(
-            f"{weak:.1%} of the activation comes with a parent that is hardly on (at most a tenth of its own mean): a "
-            "binary AND would not have let it through."
+            f"{weak:.1%} of the total activation occurs where a parent is weak (at most a tenth of its own mean). A "
+            "binary AND with that threshold would be 0 there."
         )
     living, cells = found["living"]["heads_by_living"], len(found["living"]["heads_by_living"]) - 1
-    sentences.append(f"In {living[cells]:,} of {found['heads']:,} heads every cell lives, in {living[0]:,} none does.")
+    sentences.append(f"In {living[cells]:,} of {found['heads']:,} heads all cells are living; in {living[0]:,}, none.")
     number = found["bases"]["effective_number"]["mean"]
     if number is not None:
         sentences.append(
-            f"A base's activation is spread over {number:.1f} of {found['bases']['possible']} extensions (effective "
-            "number)."
+            f"A base's activation is spread over an effective number of {number:.1f} of {found['bases']['possible']} "
+            "extensions."
         )
     return " ".join(sentences)

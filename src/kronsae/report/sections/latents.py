@@ -1,4 +1,4 @@
-"""The section on the statistics of all latents, bases and extensions."""
+"""The section of ``kronsae eval latents``: statistics of all latents, bases and extensions."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
 REVISION = 1
-"""Of the kept result; see `kronsae.report.measurements`."""
+"""Revision of the stored result; see `kronsae.report.measurements`."""
 
 _HEADINGS = (
-    ("number", "how many there are"),
-    ("dead", "share that was active on none of the tokens; a base is dead if all latents it is a parent of are"),
-    ("frequency", "share of the tokens on which it is active; median over the living"),
-    ("activation", "mean where it is active; median over the living"),
-    ("token entropy", "in nats, of how its activation falls on the tokens of the vocabulary; median over the living"),
-    ("multitoken ratio", "share of a window's tokens on which it is active, where it is at all; median"),
+    ("number", "total number"),
+    ("dead", "share that is active on none of the tokens; a base, extension or head is dead if all its latents are"),
+    ("frequency", "share of tokens on which it is active; median over the living"),
+    ("activation", "mean over the tokens on which it is active; median over the living"),
+    ("token entropy", "entropy in nats of its activation over the vocabulary; median over the living"),
+    ("multitoken ratio", "share of active tokens per window in which it is active; median over the living"),
 )
 _PARTS = ("latents", "bases", "extensions")
 
 
 def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
-    """From a kept result of `kronsae.measures.latents`."""
+    """Build the section from a stored result of `kronsae.measures.latents`."""
     result = kept["result"]
     return Section(
         key="latents",
         title="All latents",
         paragraphs=(
-            *(_in_words(name, found) for name, found in result["saes"].items()),
-            "A token entropy of 0 is a latent that is active on one token of the vocabulary alone; exp of it is an "
-            "effective number of tokens. Bases and extensions are taken before composition, where each is active on a "
-            "good part of all tokens: their figures show how much the composition narrows.",
+            *(_summary_sentence(name, found) for name, found in result["saes"].items()),
+            "A latent with token entropy 0 is active on a single token of the vocabulary; exp(token entropy) is an "
+            "effective number of tokens. Bases and extensions are measured before the gate, where each is active on a "
+            "large share of tokens. Comparing them with the latents shows how much the composition narrows activity.",
         ),
         tables=(("SAE", summary_table(result, names)),),
         notes=(
-            f"Latents on {result['tokens']:,} held-out tokens, bases and extensions on the first "
-            f"{result['pre_latent_tokens']:,}; examples from the first {result['example_tokens']:,}. "
+            f"Latents were measured on {result['tokens']:,} held-out tokens, bases and extensions on the first "
+            f"{result['pre_latent_tokens']:,}. Examples are from the first {result['example_tokens']:,}. "
             f"Seed {kept['settings']['seed']}.",
             *_limits(result),
         ),
@@ -46,7 +46,7 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
 
 
 def summary_table(result: Mapping[str, Any], names: Sequence[str] = ()) -> Table:
-    """One row for the latents of each SAE, its bases, its extensions and its heads."""
+    """Build the table with a row each for an SAE's latents, bases, extensions and heads."""
     order = list(names)
     rows = []
     for name, found in result["saes"].items():
@@ -77,36 +77,36 @@ def _cell(value: float | None, text: Callable[[float], str]) -> Cell:
     return Cell("–" if value is None else text(value))
 
 
-def _in_words(name: str, found: Mapping[str, Any]) -> str:
+def _summary_sentence(name: str, found: Mapping[str, Any]) -> str:
     summary, dead = found["summary"]["latents"], found["dead"]
     if not summary["living"]:
         return f"{visible(name)}: no latent was active."
     words = (
-        f"{visible(name)}: {dead['latents']:.1%} of its latents are dead on these tokens. Of the living, half have a "
-        f"token entropy below {summary['token_entropy']:.2f} nats"
+        f"{visible(name)}: {dead['latents']:.1%} of the latents are dead on these tokens. The living latents have a "
+        f"median token entropy of {summary['token_entropy']:.2f} nats"
     )
     if dead["bases"] is not None:
         words += (
-            f"; dead are {dead['bases']:.1%} of its bases, {dead['extensions']:.1%} of its extensions and "
-            f"{dead['heads']:.1%} of its heads"
+            f". {dead['bases']:.1%} of the bases, {dead['extensions']:.1%} of the extensions and {dead['heads']:.1%} "
+            "of the heads are dead"
         )
     return words + "."
 
 
 def _limits(result: Mapping[str, Any]) -> list[str]:
-    """What was measured on less than all of it."""
+    """Return a note for each metric that was measured on a subset of tokens or units."""
     found = []
     for name, sae in result["saes"].items():
         profile = sae["latents"]
         if profile["entropy_tokens"] < result["tokens"]:
             found.append(
-                f"{visible(name)}: token entropy of the latents over the first {profile['entropy_tokens']:,} tokens, "
-                "where the bound on memory was reached."
+                f"{visible(name)}: the token entropy of the latents is over the first {profile['entropy_tokens']:,} "
+                "tokens, because the memory limit was reached."
             )
         for part in ("bases", "extensions"):
             if sae[part] is not None and sae[part]["entropy_units"] < sae["summary"][part]["units"]:
                 found.append(
-                    f"{visible(name)}: token entropy of {sae[part]['entropy_units']:,} {part}, drawn at random, "
-                    f"of {sae['summary'][part]['units']:,}."
+                    f"{visible(name)}: the token entropy of the {part} is over {sae[part]['entropy_units']:,} of "
+                    f"{sae['summary'][part]['units']:,}, drawn at random."
                 )
     return found

@@ -8,27 +8,25 @@ from typing import Any
 
 from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
-from kronsae.report.ranking import who_leads
+from kronsae.report.ranking import ranking_sentence
 from kronsae.report.section import Section, series_of
 
 REVISION = 1
-"""Of the kept result; see `kronsae.report.measurements`."""
+"""Revision of the stored result; see `kronsae.report.measurements`."""
 
 
 def table(result: Mapping[str, Any], names: Sequence[str] = ()) -> Table:
-    """One row per SAE; ``names`` are those of a page, whose colours they take."""
+    """Build the table with one row per SAE; ``names`` are the page's SAEs, for their colours."""
     first = next(iter(result["saes"].values()))
     headings = [
         ("latents", "d_sae"),
-        ("F1, best latent", "of each concept, held-out tokens; mean over concepts"),
+        ("F1, best latent", "best latent of each concept, held-out tokens; mean over concepts"),
         ("F1, best pair", "AND or OR of two latents; mean over concepts"),
     ]
-    headings += [(f"accuracy, k = {k}", "of a probe on k latents; 0.5 is chance") for k in first["mean_accuracy_by_k"]]
+    headings += [(f"accuracy, k = {k}", "probe on k latents; chance is 0.5") for k in first["mean_accuracy_by_k"]]
+    headings += [(f"recall at {bar}", "share of concepts whose best latent has a larger F1") for bar in result["bars"]]
     headings += [
-        (f"recall at {bar}", "share of the concepts whose best latent has a larger F1") for bar in result["bars"]
-    ]
-    headings += [
-        (f"perturbation, {one['latents']}", "fall of the concept's own probe less that of the others, accuracy")
+        (f"perturbation, {one['latents']}", "decrease in accuracy of the concept's own probe minus that of the others")
         for one in first["perturbation"]
     ]
     rows = []
@@ -42,16 +40,17 @@ def table(result: Mapping[str, Any], names: Sequence[str] = ()) -> Table:
 
 
 def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
-    """The SAEs, recall against the size of the dictionary, and the concepts."""
+    """Build the section: SAEs, recall by dictionary size, and concepts."""
     result = kept["result"]
     scores = {name: [one["f1"] for one in found["concepts"]] for name, found in result["saes"].items()}
     accuracy = mean(result["probe_accuracy"].values())
     paragraphs = [
-        "Which concepts do single latents tell? Every latent was tried as a detector of every concept, its threshold "
-        "chosen on one part of the text and its F1 taken on another; then pairs of latents, small probes, and what "
-        "happens to the probes of all concepts when one concept's latents are taken away (the error term stays).",
+        "Which concepts do single latents detect? Each latent was tested as a detector of each concept: the threshold "
+        "was chosen on training text, and F1 was measured on held-out text. The table also has pairs of latents, "
+        "k-sparse probes, and targeted perturbation: the change in the probes of all concepts when the latents of one "
+        "concept are ablated (the error term is kept).",
     ]
-    if leads := who_leads(scores, figure="F1 of the best latents", over="concepts"):
+    if leads := ranking_sentence(scores, figure="F1 of the best latents", over="concepts"):
         paragraphs.append(leads)
     return Section(
         key="probing",
@@ -59,21 +58,21 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
         paragraphs=tuple(paragraphs),
         tables=(
             ("SAE", table(result, names)),
-            ("part of the dictionary", _recall(result)),
+            ("dictionary subset", _recall(result)),
             ("concept", _concepts(result)),
         ),
         notes=(
             f"Task '{visible(str(result['task']))}': {len(result['concepts'])} concepts, "
-            f"{result['tokens']['learnt_from']:,} tokens to learn from, {result['tokens']['scored_on']:,} held-out "
-            f"ones. A probe on the activations themselves has accuracy {accuracy:.3f}.",
+            f"{result['tokens']['learnt_from']:,} training tokens, {result['tokens']['scored_on']:,} held-out tokens. "
+            f"A probe on the activations themselves has accuracy {accuracy:.3f}.",
         ),
     )
 
 
 def _recall(result: Mapping[str, Any]) -> Table:
-    """Recall in random parts of each dictionary."""
-    headings = [("latents", "in the part")]
-    headings += [(f"recall at {bar}", "share of the concepts; mean over random parts") for bar in result["bars"]]
+    """Build the table of recall in random subsets of each dictionary."""
+    headings = [("latents", "in the subset")]
+    headings += [(f"recall at {bar}", "share of concepts; mean over random subsets") for bar in result["bars"]]
     rows = []
     for name, one in result["saes"].items():
         for number, row in enumerate(one["recall"]):
@@ -84,9 +83,9 @@ def _recall(result: Mapping[str, Any]) -> Table:
 
 
 def _concepts(result: Mapping[str, Any]) -> Table:
-    """F1 of the best latent for every concept, by SAE."""
+    """Build the table of the best latent's F1 for each concept, by SAE."""
     saes = {name: {one["name"]: one for one in found["concepts"]} for name, found in result["saes"].items()}
-    headings = [("share", "of the held-out tokens"), ("probe", "accuracy of a probe on the activations themselves")]
+    headings = [("share", "share of held-out tokens"), ("probe", "accuracy of a probe on the activations themselves")]
     headings += [(visible(name), "F1 of the best latent") for name in saes]
     rows = []
     for concept in result["concepts"]:

@@ -10,32 +10,32 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section, mean_text, series_of
 
 REVISION = 1
-"""Of the kept result; see `kronsae.report.measurements`."""
+"""Revision of the stored result; see `kronsae.report.measurements`."""
 
 _HEADINGS = (
-    ("balanced accuracy", "of calling a place active or not; mean over latents ± standard deviation; 0.5 is guessing"),
-    ("AUC", "how often the rule ranks an active place above another; mean over latents ± standard deviation"),
-    ("latents", "latents with a rule; of those active often enough in both texts to be drawn"),
+    ("balanced accuracy", "of predicting activity; mean over latents ± standard deviation; chance is 0.5"),
+    ("AUC", "probability of ranking active above inactive; mean over latents ± standard deviation; chance is 0.5"),
+    ("latents", "latents with a rule, of those active often enough in both texts to be drawn"),
 )
 
 
 def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
-    """One row per SAE."""
+    """Build the section with one row per SAE."""
     config, saes = kept["settings"]["config"], kept["result"]["saes"]
     return Section(
         key="token-rule",
-        title="How far nearby tokens tell",
+        title="Token rule: prediction from nearby tokens",
         paragraphs=(
-            "For each of some latents drawn at random, a simple rule learned from the tokens around a place, in "
-            "training documents, whether the latent is active there; it was tested on held-out documents. A latent "
-            "that stands for certain tokens is near 1; one that depends on more than which tokens are near is lower.",
+            "For each of several random latents, a logistic regression was fitted on training documents to predict "
+            "from the nearby tokens whether the latent is active. It was tested on held-out documents. Scores near 1 "
+            "mean that nearby tokens determine the latent; lower scores mean that it depends on more than those.",
             " ".join(f"{visible(one['sae'])}: AUC {mean_text(one['auc'])}." for one in saes),
         ),
         tables=(("SAE", Table(_HEADINGS, tuple(_row(one, names) for one in saes))),),
         notes=(
-            f"Logistic regression on the tokens up to {config['near']} away with their offset and up to "
-            f"{config['radius']} away with their side; up to {config['examples']:,} places of either kind from each "
-            f"text; seed {config['seed']}.",
+            f"Features: tokens up to {config['near']} away, with their offset, and up to {config['radius']} away, with "
+            f"their side. Up to {config['examples']:,} active and as many inactive places from each text. Seed "
+            f"{config['seed']}.",
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The toy model of correlation: its table, and what its figures say, each sentence by a rule."""
+"""The section of ``kronsae eval toy``: tables of the toy model of correlation, and sentences generated from them."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
 REVISION = 1
-"""Of the kept result; see `kronsae.report.measurements`."""
+"""Revision of the stored result; see `kronsae.report.measurements`."""
 
 AUTOENCODER, TOPK, KRON = "autoencoder", "topk", "kron"
-"""Names of dictionaries; a KronSAE's begins with the last."""
+"""Names of dictionaries; KRON is the prefix of a KronSAE's name."""
 
 Row = Mapping[str, Any]
 Figure = Callable[[Row], float]
 
 
 def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
-    """The section of a kept result; the SAEs are the measurement's own, so ``names`` is not asked."""
+    """Build the section from a stored result. The SAEs are not those of the page, so ``names`` is unused."""
     result = kept["result"]
     seeds = len({row["seed"] for row in result["rows"]})
     return Section(
         key="toy",
         title="Toy model of correlation",
         paragraphs=(
-            "Features with a known block covariance, kept in superposition by a small autoencoder; SAEs trained on its "
-            "hidden states. Does the Gram matrix of an SAE's dictionary show which features go together? These SAEs "
-            "are the measurement's own, not this run's.",
+            "A small autoencoder represents features with a known block covariance in superposition, and SAEs are "
+            "trained on its hidden states. Does the Gram matrix of an SAE's dictionary show which features are "
+            "correlated? These SAEs are trained by the measurement; they are not this run's.",
             *map(visible, verdict(result)),
         ),
         tables=(("dictionary", table(result)),),
         notes=(
             f"Mean ± standard deviation over {len(result['setups']) - 1} covariances and {seeds} seeds, without the "
-            "independent features; a difference counts when a t-test at "
-            f"{LEVEL:g}, paired by covariance, says so.",
+            f"independent features. Significance is by a t-test paired by covariance, at level {LEVEL:g}.",
         ),
     )
 
@@ -46,20 +45,25 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
 _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("RV", "trained", "rv", "RV coefficient with the truth; rows matched by structure (the paper's FAQ)"),
     ("RV by direction", "trained", "rv_by_direction", "the same, rows matched by their directions"),
-    ("chance", "trained", "rv_permuted", "mean RV over all orders of the truth"),
-    ("RV untrained", "untrained", "rv", "the same SAE as it started, matched by structure"),
-    ("RV by direction untrained", "untrained", "rv_by_direction", "the same SAE as it started, matched by direction"),
-    ("RV mismatched", "mismatched", "rv", "against the truth of another setup, matched to that one's autoencoder"),
+    ("chance", "trained", "rv_permuted", "mean RV over all permutations of the true features"),
+    ("RV untrained", "untrained", "rv", "the same SAE at initialisation, matched by structure"),
+    (
+        "RV by direction untrained",
+        "untrained",
+        "rv_by_direction",
+        "the same SAE at initialisation, matched by direction",
+    ),
+    ("RV mismatched", "mismatched", "rv", "with the truth of another setup, matched to that setup's autoencoder"),
     ("RV by direction mismatched", "mismatched", "rv_by_direction", "the same, matched by direction"),
     ("effective rank", "trained", "effective_rank", "of the dictionary's Gram matrix"),
-    ("rank difference", "trained", "rank_difference", "to the truth's effective rank"),
+    ("rank difference", "trained", "rank_difference", "absolute difference from the truth's effective rank"),
     ("mean correlation", "trained", "mean_correlation", "mean |cosine| of two rows"),
     ("mean cosine", "trained", "mean_cosine", "with the autoencoder's rows, matched by direction"),
 )
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """Mean ± standard deviation over the correlated setups and seeds, one row per dictionary."""
+    """Build the table of mean ± standard deviation over the correlated setups and seeds, one row per dictionary."""
     shown = []
     for name in dictionaries(result):
         rows = list(_rows(result, name))
@@ -70,7 +74,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def setup_table(result: Mapping[str, Any]) -> Table:
-    """RV (matched by structure) of every dictionary in every setup, mean ± standard deviation over seeds."""
+    """Build the table of RV (matched by structure) by setup and dictionary, mean ± standard deviation over seeds."""
     names = dictionaries(result)
     shown = []
     for setup in result["setups"]:
@@ -82,20 +86,20 @@ def setup_table(result: Mapping[str, Any]) -> Table:
 
 
 def dictionaries(result: Mapping[str, Any]) -> list[str]:
-    """Names of the dictionaries, in order."""
+    """Return the names of the dictionaries, in order."""
     return list(dict.fromkeys(row["dictionary"] for row in result["rows"]))
 
 
 def verdict(result: Mapping[str, Any]) -> Iterator[str]:
-    """What the figures say of the claim and of each doubt, one sentence each.
+    """Yield one sentence on the paper's claim and one on each control.
 
-    KronSAEs are taken together (the mean over their shapes) and compared with TopK, or with themselves, pair by pair:
-    one pair is one setup, the mean over its seeds, because seeds of one setup are no independent evidence about
-    others. "Above chance" is RV minus its mean over all orders of the truth.
+    KronSAEs are averaged over their shapes and compared with TopK, or with themselves, by a paired test. A pair is a
+    setup, averaged over its seeds, because seeds of one setup are not independent evidence about other setups. "Above
+    chance" is RV minus its mean over all permutations of the true features.
     """
-    for ask in (_claim, _shape_alone, _any_truth):
+    for compare in (_claim, _shape_alone, _any_truth):
         for how, key in _MATCHINGS.items():
-            yield ask(result, how, key)
+            yield compare(result, how, key)
     yield _independent(result)
     if sentence := _fit(result):
         yield sentence
@@ -106,12 +110,12 @@ _MATCHINGS = {"by structure, as in the paper": "rv", "by direction": "rv_by_dire
 
 def _claim(result: Mapping[str, Any], how: str, key: str) -> str:
     gain = paired_difference(_kron(result, _trained(key)), _topk(result, _trained(key)))
-    says = {
-        1: "KronSAEs recover the correlation better than TopK",
-        0: "no difference between KronSAEs and TopK shows",
-        -1: "TopK recovers the correlation better than KronSAEs",
+    outcome = {
+        1: "KronSAEs recover the correlation significantly better than TopK",
+        0: "the difference between KronSAEs and TopK is not significant",
+        -1: "TopK recovers the correlation significantly better than KronSAEs",
     }[gain.sign]
-    return f"RV, matched {how}: {says} ({gain} over {gain.pairs} setups)."
+    return f"RV, matched {how}: {outcome} ({gain} over {gain.pairs} setups)."
 
 
 def _shape_alone(result: Mapping[str, Any], how: str, key: str) -> str:
@@ -119,31 +123,33 @@ def _shape_alone(result: Mapping[str, Any], how: str, key: str) -> str:
     start = paired_difference(_kron(result, untrained), _topk(result, untrained))
     learned = paired_difference(_kron(result, trained), _kron(result, untrained))
     head = {
-        1: "an untrained KronSAE is above chance by more than an untrained TopK",
-        0: "untrained, no difference between KronSAE and TopK shows",
-        -1: "an untrained KronSAE is above chance by less than an untrained TopK",
+        1: "an untrained KronSAE is further above chance than an untrained TopK",
+        0: "the difference between an untrained KronSAE and an untrained TopK is not significant",
+        -1: "an untrained KronSAE is less far above chance than an untrained TopK",
     }[start.sign]
     tail = {
-        1: "training raises it, so the shape alone does not explain what is recovered",
-        0: "what training adds does not show: the shape alone may explain what is recovered",
-        -1: "training lowers it: the shape alone gives more",
+        1: "training increases the KronSAE's value, so its structure alone does not explain the recovery",
+        0: "training does not change the KronSAE's value significantly, so its structure may explain the recovery",
+        -1: "training decreases the KronSAE's value, so its structure alone recovers more",
     }[learned.sign]
-    return f"Is it the shape alone? Matched {how}, {head} ({start}); {tail} ({learned})."
+    return (
+        f"Does the Kronecker structure alone explain the recovery? Matched {how}, {head} ({start}); {tail} ({learned})."
+    )
 
 
 def _any_truth(result: Mapping[str, Any], how: str, key: str) -> str:
     trained, mismatched = _above("trained", key), _above("mismatched", key)
     own = paired_difference(_kron(result, trained), _kron(result, mismatched))
     topk = paired_difference(_topk(result, trained), _topk(result, mismatched))
-    says = {
+    outcome = {
         1: "no: a KronSAE is further above chance for its own truth than for another",
-        0: "it may: that a KronSAE is further above chance for its own truth than for another does not show",
-        -1: "yes: a KronSAE is further above chance for a truth it never saw than for its own",
+        0: "possibly: for a KronSAE, the difference between its own truth and another is not significant",
+        -1: "yes: a KronSAE is further above chance for another truth than for its own",
     }[own.sign]
-    same = "which counts" if topk.sign else "within its error"
+    significance = "significant" if topk.sign else "not significant"
     return (
-        f"Does the picture look the same whatever the truth? Matched {how}, {says} ({own}); of TopK the difference is "
-        f"{topk}, {same}."
+        f"Is the Gram matrix similar for every truth? Matched {how}, {outcome} ({own}). For TopK the difference is "
+        f"{topk}, {significance}."
     )
 
 
@@ -153,15 +159,18 @@ def _independent(result: Mapping[str, Any]) -> str:
     for what, figure in (("RV", _trained("rv")), ("mean cosine with the true directions", _trained("mean_cosine"))):
         kron, topk = (_means(_by(result, names, "seed", [name]), figure) for names in (_krons(result), [TOPK]))
         if len(kron) < 2:
-            return f"Independent features: {len(kron)} seed is too few to compare."
+            return f"Independent features: {len(kron)} seed is too few for a comparison."
         gain = paired_difference(topk, kron)
-        says = {1: "TopK is ahead", 0: "neither is ahead", -1: "KronSAEs are ahead"}[gain.sign]
-        parts.append(f"in {what} {says} ({gain})")
-    return f"On independent features, where TopK should win, {', '.join(parts)}."
+        outcome = {1: "TopK is better", 0: "the difference is not significant", -1: "KronSAEs are better"}[gain.sign]
+        parts.append(f"in {what}, {outcome} ({gain})")
+    return f"Independent features, where TopK is expected to be better: {'; '.join(parts)}."
 
 
 def _fit(result: Mapping[str, Any]) -> str:
-    """Is the gain over TopK larger where every block has a head's size than where none has? Empty: no such setups."""
+    """Compare the gain over TopK between setups in which all blocks have a head's size and setups in which none has.
+
+    Returns "" if there are no such setups.
+    """
     plain = {
         setup["name"]: set(setup["blocks"])
         for setup in result["setups"][:-1]
@@ -178,15 +187,15 @@ def _fit(result: Mapping[str, Any]) -> str:
     if len(fitting) < 2:
         return ""
     more = paired_difference(fitting, others)
-    says = {1: "is larger than", 0: "does not differ visibly from", -1: "is smaller than"}[more.sign]
+    outcome = {1: "larger than", 0: "not significantly different from", -1: "smaller than"}[more.sign]
     return (
-        f"Where the true blocks have a head's size the gain in RV over TopK {says} where none has ({more} over "
-        f"{more.pairs} shapes)."
+        f"In setups whose blocks all have the size of a head, the gain in RV over TopK is {outcome} the gain in setups "
+        f"without such blocks ({more} over {more.pairs} shapes)."
     )
 
 
 def _gain(result: Mapping[str, Any], name: str, setups: Sequence[str]) -> float:
-    """A dictionary's mean RV over setups and seeds less that of TopK."""
+    """Return a dictionary's mean RV over setups and seeds minus that of TopK."""
     own, topk = (_means(_by(result, [one], "setup", setups), _trained("rv")) for one in (name, TOPK))
     return statistics.mean(own) - statistics.mean(topk)
 
@@ -216,7 +225,7 @@ def _correlated(result: Mapping[str, Any]) -> list[str]:
 
 
 def _by(result: Mapping[str, Any], names: Sequence[str], key: str, setups: Sequence[str]) -> list[list[Row]]:
-    """The rows of some dictionaries in some setups, put together by ``key``."""
+    """Return the rows of the given dictionaries and setups, grouped by ``key``."""
     found: dict[Any, list[Row]] = {}
     for row in result["rows"]:
         if row["setup"] in setups and row["dictionary"] in names:
