@@ -97,7 +97,7 @@ def test_the_command_needs_no_run(tiny_result: dict[str, Any], monkeypatch: pyte
     assert "27 autoencoders and 135 SAEs of 256 latents" in told.stderr
     told = CliRunner().invoke(app, ["eval", "toy", "--quiet"], catch_exceptions=False)
     assert "kron-h2-m2-n4" in told.stdout
-    assert "Is it the shape alone?" in told.stderr
+    assert "Does the Kronecker structure alone explain the recovery?" in told.stderr
 
 
 def test_a_run_keeps_the_result(
