@@ -6,16 +6,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONSTRAINTS := constraints.txt
 ARGS ?=
+# Test processes; 0: none but pytest's own.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+# Each makes another instruction set do the arithmetic, as on another processor.
+CPU_SETTINGS := ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=generic
 
 # Two names for two generations of pip: either one pins what builds the package as well as what it needs.
 PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format lock clean
+.PHONY: help setup quickstart test test-all test-cpus check format lock clean
 
 help: ## show this list
 	@echo "make <target>:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s%s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## make .venv with the pinned packages of constraints.txt
 	@echo "$(VENV) is ready."
@@ -23,8 +28,22 @@ setup: $(STAMP) ## make .venv with the pinned packages of constraints.txt
 quickstart: $(STAMP) ## train a TopK SAE and a KronSAE on the bundled language model, compare them
 	$(BIN)/kronsae quickstart $(ARGS)
 
-test: $(STAMP) ## run the tests; some of them: make test ARGS="tests/core -m 'not slow'"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests but the slow ones; some of them: make test ARGS="tests/core -k gradient"
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## run every test, core and kernels also under each of the CPU settings
+	@status=0; \
+	$(MAKE) --no-print-directory test-cpus || status=1; \
+	$(PYTEST) $(ARGS) || status=1; \
+	exit $$status
+
+test-cpus: $(STAMP) ## run the tests of core and kernels under each of the CPU settings
+	@status=0; \
+	for setting in $(CPU_SETTINGS); do \
+	  echo "tests/core and tests/kernels under $$setting"; \
+	  env $$setting $(PYTEST) --quiet tests/core tests/kernels || { status=1; echo "failed under $$setting"; }; \
+	done; \
+	exit $$status
 
 check: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -7,8 +7,11 @@ import shlex
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports torch: waiting threads sleep instead of spinning. Test processes run side by side, and a
+# thread that spins takes the core from the one it waits for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +38,12 @@ if TYPE_CHECKING:
 
     from kronsae.runs.config import RunConfig
     from kronsae.runs.run import Run
+
+
+def pytest_collection_finish() -> None:
+    """Leave what imports and collection made out of every later garbage collection: it lives until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ def python_of(page: Path) -> str:
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if python_of(page)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_blocks_run(page: Path, tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tests.command_line import Kronsae
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -48,6 +51,76 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     result = runs.step(SMALL, rounds=2)
     assert result.unavailable == {"sparsify": "eai-sparsify is not installed (pip install 'kronsae[bench]')"}
     assert set(result.timings) == {"encoder_product"}
+
+
+PEERS = {
+    "sparsify": """
+import torch
+print("sparsify prints when imported")
+
+class SparseCoderConfig:
+    def __init__(self, **sizes):
+        print("sparsify prints when built")
+
+class SparseCoder(torch.nn.Module):
+    def __init__(self, d_in, config, device, dtype):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(d_in))
+
+    def forward(self, x_BD):
+        print("sparsify prints in a step")
+        self.fvu = (x_BD * self.weight).square().mean()
+        return self
+
+    def set_decoder_norm_to_unit_norm(self):
+        pass
+""",
+    "sae_lens": """
+import sys, types
+import torch
+print("sae_lens prints when imported")
+sae = types.ModuleType("sae_lens.saes.sae")
+sae.TrainStepInput = dict
+sys.modules |= {"sae_lens.saes": types.ModuleType("sae_lens.saes"), sae.__name__: sae}
+
+class TopKTrainingSAEConfig:
+    def __init__(self, **sizes):
+        print("sae_lens prints when built")
+        self.sizes = sizes
+
+class TopKTrainingSAE(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.W_dec = torch.nn.Parameter(torch.ones(config.sizes["d_sae"], config.sizes["d_in"]))
+
+    def training_forward_pass(self, given):
+        print("sae_lens prints in a step")
+        self.loss = (given["sae_in"] @ self.W_dec.T).square().mean()
+        return self
+""",
+}
+
+
+@pytest.fixture
+def printing_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stand-ins for the packages of the ``bench`` extra, which print on stdout."""
+    for name, source in PEERS.items():
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] in PEERS]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("printing_peers")
+def test_what_other_packages_print_does_not_get_into_the_json(kronsae: Kronsae) -> None:
+    peers = ("--only", "sparsify", "--only", "saelens")
+    outcome = kronsae("bench", "step", *SIZES, *OWN, *peers, "--rounds", 2, "--json")
+    assert outcome.status == 0
+    for name in PEERS:
+        assert outcome.json[name.replace("_", "")] > 0
+        for when in ("when imported", "when built", "in a step"):
+            assert f"{name} prints {when}" in outcome.err
 
 
 def test_nothing_is_reported_when_an_operation_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +194,7 @@ def test_interleaving_takes_turns() -> None:
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(peak_bytes() is None, reason="needs Linux to tell a process's peak memory")
 def test_memory_and_scaling_in_processes_of_their_own() -> None:
     result = runs.memory(SMALL)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -52,8 +54,10 @@ def step(shape: Shape, rounds: int = 15, seed: int = 0, only: Sequence[str] = ()
     entries = [entry for entry in REGISTRY if not only or entry.name in only]
     unavailable = {entry.name: reason for entry in entries if (reason := entry.missing()) is not None}
     torch.manual_seed(seed)
-    subjects = {entry.name: entry.build(shape) for entry in entries if entry.name not in unavailable}
-    return StepResult(shape, interleaved(subjects, shape.batch, shape.d_in, rounds, seed), unavailable)
+    with contextlib.redirect_stdout(sys.stderr):  # other libraries print when imported; stdout is for the figures
+        subjects = {entry.name: entry.build(shape) for entry in entries if entry.name not in unavailable}
+        timings = interleaved(subjects, shape.batch, shape.d_in, rounds, seed)
+    return StepResult(shape, timings, unavailable)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ Other libraries get PyTorch's fused AdamW, the fastest one for dense gradients.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -161,11 +159,10 @@ class SAELens:
     """SAELens' TopK training SAE (PyPI sae-lens) with the loss of its trainer."""
 
     def __init__(self, shape: Shape) -> None:
-        with _quiet():
-            from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
-            config = TopKTrainingSAEConfig(d_in=shape.d_in, d_sae=shape.d_sae, k=shape.k, dtype="float32", device="cpu")
-            self.sae: Any = TopKTrainingSAE(config)
+        config = TopKTrainingSAEConfig(d_in=shape.d_in, d_sae=shape.d_sae, k=shape.k, dtype="float32", device="cpu")
+        self.sae: Any = TopKTrainingSAE(config)
         self.optimizer = torch.optim.AdamW(self.sae.parameters(), lr=LR, fused=True)
 
     def step(self, x_BD: Float[Tensor, "B D"]) -> None:
@@ -204,10 +201,3 @@ REGISTRY = (
     Entry("sparsify", Sparsify, ("sparsify", "eai-sparsify")),
     Entry("saelens", SAELens, ("sae_lens", "sae-lens")),
 )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress what a package prints on import."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
