@@ -20,9 +20,10 @@ from time import perf_counter
 import torch
 
 from kronsae.bench.measure import Timing
-from kronsae.data.buffer import Activations, RowReader
+from kronsae.data.buffer import ActivationRows, Activations
 from kronsae.data.harvest import ActivationStream
 from kronsae.data.model import ModelConfig
+from kronsae.data.shuffle import BlockReader
 from kronsae.data.stream import State
 from kronsae.data.text import TextConfig
 from kronsae.runs.config import RunConfig
@@ -64,10 +65,10 @@ def parts(config: RunConfig) -> dict[str, Callable[[], object]]:
 
     block: Block = list(islice(source.batches(None), config.loop.steps))
     make_activations = partial(ActivationStream, source.language_model, config.hooks, source.tokens(held_out=False))
-    reader = RowReader(make_activations, config.buffer_tokens)
+    reader = BlockReader(make_activations, ActivationRows(config.buffer_tokens))
     found: dict[str, Callable[[], object]] = {
         "group": partial(of_group, members(), iter(source.batches(None))),
-        "model pass": reader.read,
+        "model pass": partial(reader.read, torch.arange(config.buffer_tokens)),
     }
     for member in members():
         found[member.name] = partial(lambda one: train([one], iter(block)), member)

@@ -35,7 +35,10 @@ def write_jsonl(path: Path, number: int = 60) -> Path:
 
 
 def tiny_config(model: Path, text: Path, **changes: Any) -> RunConfig:
-    """20 steps of 64 tokens; a checkpoint every 5, a buffer of 5 batches, latents that die and are revived by AuxK."""
+    """20 steps of 64 tokens; a checkpoint every 5, latents that die and are revived by AuxK.
+
+    The pool holds 8 batches of windows, the buffer 5 batches of activations.
+    """
     config = RunConfig(
         model=ModelConfig(name=str(model), device="cpu"),
         text=TextConfig(source=str(text)),
@@ -47,6 +50,7 @@ def tiny_config(model: Path, text: Path, **changes: Any) -> RunConfig:
         loop=LoopConfig(tokens=64 * STEPS, batch_tokens=64, log_every=3, checkpoint_every=5),
         context_length=32,
         model_batch=4,
+        window_pool_tokens=1024,
         buffer_tokens=320,
         eval_tokens=100,
         held_out_share=0.2,

@@ -13,7 +13,7 @@ import torch
 from tests.tiny_models import TEXT
 from torch import Tensor
 
-from kronsae.data.buffer import Activations, RowReader, ShuffleBuffer, TensorStream
+from kronsae.data.buffer import Activations, ShuffleBuffer, TensorStream
 from kronsae.data.harvest import ActivationStream
 from kronsae.data.model import ModelConfig, load_model
 from kronsae.data.stream import State
@@ -53,12 +53,12 @@ def numbers(batches: list[tuple[Activations, State]]) -> list[int]:
 
 
 class TestShuffleBuffer:
-    def test_each_block_serves_each_of_its_rows_once(self) -> None:
-        batches = list(itertools.islice(buffer(), 21))
-        for block in range(3):  # 30 rows hold 7 batches of 4
-            served = numbers(batches[7 * block : 7 * block + 7])
-            assert sorted(served) == list(range(28 * block, 28 * block + 28))
-            assert served != sorted(served)
+    def test_each_row_is_served_once(self) -> None:
+        """30 rows hold 7 batches of 4, so that blocks are of 3 batches; rows that are left over come later."""
+        served = numbers(list(itertools.islice(buffer(), 40)))
+        assert len(set(served)) == len(served)
+        assert set(range(40 * 4 - 24)) <= set(served)
+        assert served != sorted(served)
 
     def test_all_hooks_are_permuted_alike(self) -> None:
         for values, _ in itertools.islice(buffer(), 20):
@@ -78,9 +78,9 @@ class TestShuffleBuffer:
         orders = [tuple(numbers(list(itertools.islice(buffer(seed=seed), 7)))) for seed in (0, 1, 0)]
         assert orders[0] == orders[2] != orders[1]
 
-    def test_two_blocks_are_permuted_differently(self) -> None:
-        order = numbers(list(itertools.islice(buffer(), 14)))
-        assert [number + 28 for number in order[:28]] != order[28:]
+    def test_two_units_are_permuted_differently(self) -> None:
+        order = numbers(list(itertools.islice(buffer(), 12)))
+        assert [number + 12 for number in order[36:48]] != order[24:36]
 
     @pytest.mark.parametrize("sizes", [(4, 30), (4, 4), (5, 100), (30, 40)])
     @pytest.mark.parametrize("items", [None, 20])
@@ -94,9 +94,22 @@ class TestShuffleBuffer:
             assert batches(json.loads(json.dumps(state)), 9) == whole[at + 1 : at + 10]
 
     def test_a_served_block_is_not_read_again(self) -> None:
-        states = [state for _, state in itertools.islice(buffer(), 7)]
-        assert [state["block"] for state in states] == [0] * 6 + [1]
-        assert states[-1] == {"upstream": {"item": 4}, "rows": 3, "block": 1, "batch": 0}
+        states = [state for _, state in itertools.islice(buffer(), 9)]
+        assert [(state["unit"], state["batch"]) for state in states] == [
+            *((1, 0), (1, 1), (2, 0), (2, 1), (2, 2)),  # units of 1, 2 and then always 3 batches
+            *((3, 0), (3, 1), (3, 2), (4, 0)),
+        ]
+        assert all(state["upstream"] is None for state in states[:5])
+        assert states[5] == {
+            "upstream": {"item": 2},
+            "rows": 4,
+            "unit": 3,
+            "batch": 0,
+        }  # row 12
+
+    def test_no_more_is_read_than_is_asked_for(self) -> None:
+        served = numbers(list(buffer(batches=9)))
+        assert sorted(served) == list(range(36))
 
     def test_a_stream_that_ends_drops_less_than_a_batch(self) -> None:
         total = sum(SIZES[number % len(SIZES)] for number in range(10))
@@ -120,18 +133,30 @@ class TestShuffleBuffer:
         with pytest.raises(UserError, match=r"batch_size must be at least 1; got 0"):
             buffer(batch_size=0)
 
-    def test_memory_is_one_block(self) -> None:
-        reader = RowReader(partial(CountingStream, None), 30)
-        first = reader.read()["a"]
-        assert first.shape == (30, 2)
-        storage = first.untyped_storage()
-        assert storage.nbytes() == 30 * 2 * 4
-        assert reader.read()["a"].untyped_storage().data_ptr() == storage.data_ptr()
+    def test_memory_is_allocated_once_and_no_more_than_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        allocated: list[tuple[int, ...]] = []
+        new_empty = Tensor.new_empty
+
+        def watched(self: Tensor, shape: tuple[int, ...]) -> Tensor:
+            allocated.append(tuple(shape))
+            return new_empty(self, shape)
+
+        monkeypatch.setattr(Tensor, "new_empty", watched)
+        list(itertools.islice(buffer(), 60))
+        assert allocated == [(24, 2), (24, 1)]  # of 30 rows, 24 in whole batches of a staggered order
 
     def test_the_whole_pipeline_goes_on_bit_for_bit(self, tiny_model_folder: Callable[[str], Path]) -> None:
         language_model = load_model(ModelConfig(name=str(tiny_model_folder("gpt_neox")), device="cpu"))
         text = partial(TextStream, [text + str(n) for n in range(6) for text in TEXT], held_out_share=0.3)
-        make_tokens = partial(TokenStream, text, language_model.tokenizer, context_length=16, batch_sequences=3)
+        make_tokens = partial(
+            TokenStream,
+            text,
+            language_model.tokenizer,
+            context_length=16,
+            batch_sequences=3,
+            pool_tokens=300,
+            seed=3,
+        )
         activations = partial(ActivationStream, language_model, ["layers.1", "layers.2"], make_tokens)
 
         def batches(state: State | None, count: int) -> list[tuple[list[Tensor], State]]:

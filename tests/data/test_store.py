@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kronsae.data import store
 from kronsae.data.buffer import Activations
 from kronsae.data.store import MANIFEST, StoredActivations, read_manifest, write_activations
 from kronsae.data.stream import State
@@ -45,20 +47,98 @@ def test_the_manifest_says_what_is_there(folder: Path) -> None:
 
 
 def test_an_epoch_serves_each_row_once_and_mixes_shards(folder: Path) -> None:
-    stream = StoredActivations(folder, batch_size=10, buffer_tokens=100, repeat=False)
+    stream = StoredActivations(folder, batch_size=10, repeat=False)
     batches = [values for values, _ in stream]
     served = [number for values in batches for number in numbers(values)]
     assert sorted(served) == list(range(100))
-    assert len({number // 30 for number in served[:20]}) >= 3
+    assert all(len({number // 30 for number in numbers(values)}) >= 2 for values in batches)
     assert all(torch.equal(values["a"][:, :1], -values["b"]) for values in batches)
 
 
-def test_epochs_take_the_shards_in_another_order(folder: Path) -> None:
-    batches = list(itertools.islice(StoredActivations(folder, batch_size=10, buffer_tokens=10), 40))
-    first_rows = [min(numbers(values)) for values, _ in batches]
-    epochs = [first_rows[10 * epoch : 10 * epoch + 10] for epoch in range(4)]
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert all(sorted(epoch) == list(range(0, 100, 10)) for epoch in epochs)
+def test_epochs_differ_and_drop_what_does_not_fill_a_batch(folder: Path) -> None:
+    batches = list(itertools.islice(StoredActivations(folder, batch_size=8), 36))
+    epochs = [[number for values, _ in batches[12 * e : 12 * e + 12] for number in numbers(values)] for e in range(3)]
+    assert all(len(set(epoch)) == 96 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [state for _, state in batches[10:14]] == [
+        {"epoch": 0, "batch": 11},
+        {"epoch": 0, "batch": 12},
+        {"epoch": 1, "batch": 1},
+        {"epoch": 1, "batch": 2},
+    ]
+
+
+def test_every_shard_has_its_share_of_every_batch(tmp_path: Path) -> None:
+    """Rows of a shard in a batch of 400 of 40 shards: hypergeometric, mean 10, variance about 9.5.
+
+    Read a shard at a time, a batch would hold 400 of one. The variance of 40 * 40 counts is within 6 of its standard
+    deviations, of about sqrt(2 / 1600).
+    """
+    write_activations(activations(1600, 10), tmp_path / "acts", tokens=16_000, shard_tokens=400)
+    batches = [numbers(values) for values, _ in StoredActivations(tmp_path / "acts", batch_size=400, repeat=False)]
+    counts = torch.stack([torch.bincount(torch.tensor(batch) // 400, minlength=40) for batch in batches]).double()
+    assert counts.shape == (40, 40)
+    expected = 10 * (1 - 1 / 40) * (16_000 - 400) / (16_000 - 1)
+    assert float(counts.var()) == pytest.approx(expected, rel=6 * (2 / 1600) ** 0.5)
+
+
+def test_batches_are_owned_and_aligned(folder: Path) -> None:
+    batches = [values for values, _ in StoredActivations(folder, batch_size=9, repeat=False)]
+    kept = [values["a"].clone() for values in batches]
+    assert all(rows.data_ptr() % 64 == 0 for values in batches for rows in values.values())
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert all(torch.equal(values["a"], rows) for values, rows in zip(batches, kept, strict=True))
+
+
+def test_only_the_rows_of_a_batch_are_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening and reading allocates a batch, not a shard: the shards are maps of their files."""
+    write_activations(activations(20, 1000), tmp_path / "acts", tokens=20_000, shard_tokens=10_000)
+    largest = 0
+    empty = torch.empty
+
+    def watched(*sizes: Any, **options: Any) -> torch.Tensor:
+        nonlocal largest
+        found = empty(*sizes, **options)
+        largest = max(largest, found.shape[0])
+        return found
+
+    monkeypatch.setattr(torch, "empty", watched)
+    stream = iter(StoredActivations(tmp_path / "acts", batch_size=100))
+    next(stream)
+    assert largest == 100
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert maps.read_text(encoding="utf-8").count(str(tmp_path)) == 2
+
+
+def test_a_folder_of_another_hook_s_rows_is_read_by_hook(folder: Path) -> None:
+    values, _ = next(iter(StoredActivations(folder, batch_size=10, hooks=["b"])))
+    assert list(values) == ["b"]
+    both, _ = next(iter(StoredActivations(folder, batch_size=10)))
+    assert torch.equal(both["b"], values["b"])
+
+
+def test_files_are_checked_before_the_first_batch_and_again_only_if_they_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    digest = store._sha256
+    monkeypatch.setattr(store, "_sha256", lambda path: (read.append(path.name), digest(path))[1])
+    next(iter(StoredActivations(folder, batch_size=10)))
+    assert sorted(read) == [shard.file for shard in read_manifest(folder).shards]
+    next(iter(StoredActivations(folder, batch_size=10)))
+    assert len(read) == 4
+    flip_a_byte(folder)
+    os.utime(folder / "activations-00002.safetensors", ns=(0, 0))
+    with pytest.raises(UserError, match="it is damaged"):
+        next(iter(StoredActivations(folder, batch_size=10)))
+    assert read[4:] == ["activations-00002.safetensors"]
+
+
+def test_a_state_of_the_order_by_shards_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^state must have the keys epoch, batch; got upstream, .*Another version"):
+        StoredActivations(folder, batch_size=10, state={"upstream": None, "rows": 0, "block": 0, "batch": 3})
 
 
 @pytest.mark.parametrize("repeat", [True, False])
@@ -78,8 +158,11 @@ def test_half_precision_halves_the_files_and_comes_back_as_float32(dtype: str, t
         write_activations(activations(200), tmp_path / name, tokens=1400, dtype=precision)
     sizes = [(tmp_path / name / "activations-00000.safetensors").stat().st_size for name in ("full", "half")]
     assert sizes[1] < 0.6 * sizes[0]
-    values, _ = next(iter(StoredActivations(tmp_path / "half", batch_size=8)))
-    assert values["a"].dtype == torch.float32
+    for batch_size in (8, 1400):
+        values, _ = next(iter(StoredActivations(tmp_path / "half", batch_size=batch_size)))
+        full, _ = next(iter(StoredActivations(tmp_path / "full", batch_size=batch_size)))
+        assert values["a"].dtype == torch.float32
+        assert torch.equal(values["a"], full["a"].to(getattr(torch, dtype)).float())
 
 
 def test_a_value_beyond_the_precision_is_an_error(tmp_path: Path) -> None:

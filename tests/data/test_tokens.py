@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from kronsae.data import tokens as tokens_module
 from kronsae.data.stream import State
 from kronsae.data.text import TextStream
-from kronsae.data.tokens import TokenBatch, TokenStream
+from kronsae.data.tokens import TokenBatch, TokenStream, WindowStream
 from kronsae.support.errors import UserError
 
 TEXTS = [TEXT[number % 4] * (1 + number % 3) + str(number) for number in range(11)]
@@ -26,6 +26,8 @@ def stream(
     repeat: bool = False,
     context_length: int = 12,
     batch_sequences: int = 3,
+    pool_tokens: int = 0,
+    seed: int = 0,
     state: State | None = None,
 ) -> TokenStream:
     return TokenStream(
@@ -33,6 +35,8 @@ def stream(
         tokenizer,
         context_length=context_length,
         batch_sequences=batch_sequences,
+        pool_tokens=pool_tokens,
+        seed=seed,
         state=state,
     )
 
@@ -91,11 +95,12 @@ def test_padding_is_on_the_right_masked_and_never_kept(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 @pytest.mark.parametrize("repeat", [False, True])
-def test_each_state_goes_on_exactly_after_its_batch(kind: str, repeat: bool) -> None:
+@pytest.mark.parametrize("pool_tokens", [0, 100, 300])
+def test_each_state_goes_on_exactly_after_its_batch(kind: str, repeat: bool, pool_tokens: int) -> None:
     tokenizer = make_tokenizer(kind)
 
     def items(state: State | None, count: int) -> list[tuple[list[Any], Any]]:
-        batches = itertools.islice(stream(tokenizer, repeat=repeat, state=state), count)
+        batches = itertools.islice(stream(tokenizer, repeat=repeat, pool_tokens=pool_tokens, state=state), count)
         return [([batch.input_ids_ST.tolist(), batch.documents, batch.offsets], state) for batch, state in batches]
 
     whole = items(None, 30 if repeat else 1000)
@@ -146,3 +151,73 @@ def test_a_context_without_room_for_text_is_an_error(kind: str, least: int) -> N
 def test_a_batch_holds_at_least_one_window() -> None:
     with pytest.raises(UserError, match=r"batch_sequences must be at least 1; got 0"):
         stream(make_tokenizer("gpt2"), batch_sequences=0)
+
+
+def rows(batches: list[TokenBatch]) -> list[tuple[str, int, tuple[int, ...], tuple[bool, ...]]]:
+    """Every window, without its padding."""
+    return [
+        (
+            document,
+            offset,
+            tuple(batch.input_ids_ST[row][: int(batch.attention_mask_ST[row].sum())].tolist()),
+            tuple(batch.keep_ST[row][: int(batch.attention_mask_ST[row].sum())].tolist()),
+        )
+        for batch in batches
+        for row, (document, offset) in enumerate(zip(batch.documents, batch.offsets, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("pool_tokens", [36, 100, 101, 300, 10_000])
+def test_a_pool_serves_the_windows_of_the_text_each_once_in_another_order(kind: str, pool_tokens: int) -> None:
+    tokenizer = make_tokenizer(kind)
+    in_order = rows([batch for batch, _ in stream(tokenizer)])
+    shuffled = rows([batch for batch, _ in stream(tokenizer, pool_tokens=pool_tokens)])
+    assert sorted(shuffled) == sorted(in_order)
+    assert shuffled != in_order
+    other = rows([batch for batch, _ in stream(tokenizer, pool_tokens=pool_tokens, seed=1)])
+    assert sorted(other) == sorted(in_order)
+    assert other != shuffled
+
+
+def test_a_pool_mixes_documents() -> None:
+    """A document's share of a batch varies as if windows were drawn at random, not as in runs of one document.
+
+    40 documents of 30 windows each, batches of 20: in order of the text a batch holds one or two documents, and the
+    variance of a document's count is near 20 * (mean of its squared share); drawn at random it is about 20 / 40.
+    """
+    tokenizer = make_tokenizer("gpt2")
+    document = " ".join(TEXT)
+    length = len(tokenizer(document, add_special_tokens=False)["input_ids"])
+    texts = [document * (30 * 7 // length + 1) + str(number) for number in range(40)]
+
+    def variance(pool_tokens: int) -> float:
+        counts = [
+            [batch.documents.count(one) for one in set(all_documents)]
+            for batch, _ in stream(tokenizer, texts, context_length=8, batch_sequences=20, pool_tokens=pool_tokens)
+            if len(batch.documents) == 20
+        ]
+        return float(torch.tensor(counts).double().var())
+
+    all_documents = [document for batch, _ in stream(tokenizer, texts) for document in batch.documents]
+    assert variance(0) > 5
+    assert variance(8 * 20 * 200) < 1
+
+
+def test_ids_of_a_pool_take_four_bytes_each() -> None:
+    make = partial(TextStream, TEXTS, held_out_share=0.0, repeat=False)
+    windows = [window for some, _ in WindowStream(make, make_tokenizer("bert"), context_length=12) for window in some]
+    assert len(windows) > 20
+    for window in windows:
+        assert window.ids.dtype == "int32"
+        assert window.ids.base is None, "a view would keep the ids of the whole document"
+
+
+def test_the_pool_is_checked() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^pool_tokens must be 0 or at least the 36 tokens of a batch; got 35\. Give at least 576 to mix well\.$",
+    ):
+        stream(make_tokenizer("gpt2"), pool_tokens=35)
+    with pytest.raises(UserError, match=r"^state must have the keys upstream, rows; got upstream, window\. Another"):
+        stream(make_tokenizer("gpt2"), state={"upstream": None, "window": 3})

@@ -42,12 +42,13 @@ def test_the_figures_are_the_sums(config: RunConfig, tmp_path: Path) -> None:
     assert topk.flops == 6 * (WIDTH * 32 + 4 * WIDTH) * 64 * STEPS
     assert topk.state_bytes == 16 * topk.parameters
     assert plan.buffer_bytes == 320 * WIDTH * 4
+    assert plan.window_pool_bytes == 1024 * 4
     model: Any = Source(config).language_model.model
     expected = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     assert plan.language_model_bytes == expected
     state = topk.state_bytes + kron.state_bytes
     work = max(plan.model_work_bytes, topk.work_bytes, kron.work_bytes)
-    assert plan.memory_bytes == expected + plan.buffer_bytes + state + work
+    assert plan.memory_bytes == expected + 1024 * 4 + plan.buffer_bytes + state + work
     assert plan.disk_bytes == 28 * (topk.parameters + kron.parameters) + 16 * 64
     assert plan.seconds is None
     assert not (tmp_path / "r").exists()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kronsae.bench.runs import GridPoint
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMES = {"kronsae": "KronSAE", "topk": "TopK"}
 STYLES = {"kronsae": "-", "topk": "--"}
@@ -56,6 +60,11 @@ def plot_grid(points: Sequence[GridPoint], path: Path) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure of matplotlib atomically; an SVG of the same figure has the same bytes."""
     import matplotlib
 
     with atomic_path(path) as temporary, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kronsae"}):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kronsae.data.stream import MakeStream, State
+from kronsae.data.random import LazyPermutation
+from kronsae.data.shuffle import LET_GO, StaggeredOrder, StaggeredShuffle
+from kronsae.data.stream import MakeStream, State, check_state
 from kronsae.support.errors import UserError
 
 Activations: TypeAlias = dict[str, Float[Tensor, "N D"]]
@@ -22,74 +23,65 @@ PLAIN = "values"
 """The hook name of a tensor that was given without one."""
 
 
-class RowReader:
-    """Read a stream of activations in blocks of exactly so many rows.
-
-    Blocks do not end where the stream's items end: an item that does not fit is divided, and
-    ``position = {"upstream": state before the current item, "rows": rows taken of it}`` says where.
+class ActivationRows:
+    """Keeps rows of activations: a `kronsae.data.shuffle.RowStore`.
 
     Args:
-        make_upstream: Makes the stream of activations.
-        capacity: Rows in a block; its memory, ``capacity * d_in * 4`` bytes per hook, is allocated once.
-        position: Where to begin; None is the beginning.
+        capacity: Number of places. Their memory, ``capacity * d_in * 4`` bytes per hook, is allocated once, on the
+            device of the first activations.
     """
 
-    def __init__(
-        self, make_upstream: MakeStream[Mapping[str, Tensor]], capacity: int, position: State | None = None
-    ) -> None:
-        self.position: State = {"upstream": None, "rows": 0} if position is None else position
-        self._items = iter(make_upstream(state=self.position["upstream"]))
+    def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._item: tuple[Mapping[str, Tensor], State] | None = None
-        self._storage: Activations | None = None
+        self._storage: Activations = {}
 
-    def read(self, at_most: int | None = None) -> Activations:
-        """Return the next rows: a full block, or less at the stream's end; the next call overwrites them."""
-        wanted = self._capacity if at_most is None else min(self._capacity, at_most)
-        count = 0
-        while count < wanted:
-            self._item = self._item or next(self._items, None)
-            if self._item is None:
-                break
-            values, after = self._item
-            start = self.position["rows"]
-            rows = _num_rows(values)
-            taken = min(rows - start, wanted - count)
-            self._store(values, start, taken, count)
-            count += taken
-            if start + taken == rows:
-                self.position = {"upstream": after, "rows": 0}
-                self._item = None
-            else:
-                self.position = {**self.position, "rows": start + taken}
-        return {hook: block[:count] for hook, block in (self._storage or {}).items()}
+    def count(self, item: Mapping[str, Tensor]) -> int:
+        """Number of rows of the activations of each hook."""
+        return next((len(rows) for rows in item.values()), 0)
 
-    def _store(self, values: Mapping[str, Tensor], start: int, taken: int, at: int) -> None:
-        if self._storage is None:
-            self._storage = {hook: rows.new_empty((self._capacity, *rows.shape[1:])) for hook, rows in values.items()}
-        for hook, block in self._storage.items():
-            block[at : at + taken] = values[hook][start : start + taken]
+    def put(self, item: Mapping[str, Tensor], start: int, places: Int64[Tensor, "N"]) -> None:
+        """Keep the rows from ``start`` on at these places, all hooks alike."""
+        kept = places != LET_GO
+        for hook, rows in item.items():
+            if hook not in self._storage:
+                self._storage[hook] = rows.new_empty((self._capacity, *rows.shape[1:]))
+            arrived = rows[start : start + len(places)]
+            self._storage[hook][places[kept].to(rows.device)] = arrived[kept.to(rows.device)]
+
+    def take(self, places: Int64[Tensor, "N"]) -> Activations:
+        """Return a copy of the rows at these places."""
+        return {hook: block[places.to(block.device)] for hook, block in self._storage.items()}
+
+    def first(self, count: int) -> Activations:
+        """Return the rows at places 0 to ``count - 1``; the next ``put`` may overwrite them."""
+        return {hook: block[:count] for hook, block in self._storage.items()}
+
+
+def buffer_order(batch_size: int, buffer_tokens: int, seed: int) -> StaggeredOrder:
+    """Return the order in which a `ShuffleBuffer` serves activations."""
+    return StaggeredOrder(batch_size=batch_size, capacity=buffer_tokens, seed=seed, purpose="activations")
 
 
 class ShuffleBuffer:
-    """Yield ``({hook: values_BD}, state)`` in batches of one size, mixed across documents.
+    """Yield ``({hook: values_BD}, state)`` in batches of one size, mixed across the stream.
 
-    Fills a block of rows, serves each of its rows once in a seeded random order, fills the next. All hooks
-    are permuted alike. The state says where the block began and how far it was served,
-    ``{"upstream", "rows", "block", "batch"}``, and holds nothing of the block: going on from it reads one
-    block again.
+    The order is that of `StaggeredOrder`: of the C rows in the buffer a share of about ``sqrt(2 * batch_size / C)`` is
+    exchanged at a time, so that the distribution of the batches changes slowly. All hooks are permuted alike. The state
+    holds nothing of the buffer; going on from it reads at most 2C rows again.
 
     Args:
         make_upstream: Makes the stream of activations, such as
             ``partial(ActivationStream, language_model, hooks, make_tokens)``.
         batch_size: Rows in a batch. A remainder smaller than this, at the end of a stream, is dropped.
-        buffer_tokens: Rows in a block, rounded down to whole batches; takes ``buffer_tokens * d_in * 4`` bytes
-            per hook on the activations' device.
+        buffer_tokens: Rows that are held at most; take ``buffer_tokens * d_in * 4`` bytes per hook on the
+            activations' device. The first batch is there when about ``sqrt(2 * buffer_tokens * batch_size)`` are read.
         seed: Seed of the order.
+        batches: How many batches will be asked for: no more rows are read than these hold. None reads all there is.
         state: Go on after the batch that this state came with.
 
     Raises:
-        UserError: If the buffer is smaller than a batch, or the stream ends before the first batch is full.
+        UserError: If the buffer is smaller than a batch, the stream ends before the first batch is full, or the state
+            is of another version.
     """
 
     def __init__(
@@ -99,6 +91,7 @@ class ShuffleBuffer:
         batch_size: int,
         buffer_tokens: int,
         seed: int = 0,
+        batches: int | None = None,
         state: State | None = None,
     ) -> None:
         _check_batch_size(batch_size)
@@ -107,37 +100,12 @@ class ShuffleBuffer:
                 f"buffer_tokens must be at least batch_size; got {buffer_tokens} with {batch_size}. "
                 f"Give at least {16 * batch_size} to mix well."
             )
-        self._make_upstream = make_upstream
-        self._batch_size = batch_size
-        self._capacity = buffer_tokens // batch_size * batch_size
-        self._seed = seed
-        self._state: State = {"upstream": None, "rows": 0, "block": 0, "batch": 0} if state is None else state
+        order = buffer_order(batch_size, buffer_tokens, seed)
+        rows = ActivationRows(order.held_rows)
+        self._shuffled = StaggeredShuffle(make_upstream, rows, order, batches=batches, state=state)
 
     def __iter__(self) -> Iterator[tuple[Activations, State]]:
-        block, first = self._state["block"], self._state["batch"]
-        begin = {key: self._state[key] for key in ("upstream", "rows")}
-        reader = RowReader(self._make_upstream, self._capacity, begin)
-        while True:
-            begin = reader.position
-            values = reader.read()
-            count = _num_rows(values)
-            batches = count // self._batch_size
-            if batches == 0 and begin == {"upstream": None, "rows": 0}:
-                raise UserError(
-                    f"batch_size must not exceed the activations there are; got {self._batch_size} with {count}. "
-                    "Give more text or a smaller batch_size."
-                )
-            if batches == 0:
-                return
-            order = permutation(count, self._seed, block)
-            for batch in range(first, batches):
-                rows = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-                if batch + 1 < batches:
-                    state = {**begin, "block": block, "batch": batch + 1}
-                else:  # a served block need not be read again
-                    state = {**reader.position, "block": block + 1, "batch": 0}
-                yield {hook: take(tensor, rows) for hook, tensor in values.items()}, state
-            block, first = block + 1, 0
+        return iter(self._shuffled)
 
 
 class TensorStream:
@@ -178,46 +146,64 @@ class TensorStream:
                 f"values must be [tokens, d_in] with as many tokens at every hook; got {shapes}. "
                 "Flatten sequences to rows."
             )
-        self._count = next(iter(shapes.values()))[0]
-        if self._count < batch_size:
+        self._rows = EpochRows(
+            next(iter(shapes.values()))[0], batch_size=batch_size, seed=seed, repeat=repeat, state=state
+        )
+
+    def __iter__(self) -> Iterator[tuple[Activations, State]]:
+        for rows, state in self._rows:
+            yield {hook: _take(tensor, rows).float() for hook, tensor in self._values.items()}, state
+
+
+class EpochRows:
+    """Yield ``(rows_B, state)``: the rows of each batch where every epoch takes all rows in a new random order.
+
+    The state is ``{"epoch", "batch"}``. The order is a `LazyPermutation`: no memory per row is needed.
+
+    Args:
+        count: Rows there are.
+        batch_size: Rows in a batch. Those that do not fill the last batch of an epoch are dropped from it.
+        seed: Seed of the order.
+        repeat: Whether to begin anew at the end, without end.
+        state: Go on after the batch that this state came with.
+
+    Raises:
+        UserError: If there are fewer rows than a batch, or the state is of another version.
+    """
+
+    def __init__(
+        self, count: int, *, batch_size: int, seed: int = 0, repeat: bool = True, state: State | None = None
+    ) -> None:
+        _check_batch_size(batch_size)
+        if count < batch_size:
             raise UserError(
-                f"batch_size must not exceed the activations there are; got {batch_size} with {self._count}. "
+                f"batch_size must not exceed the activations there are; got {batch_size} with {count}. "
                 "Give more activations or a smaller batch_size."
             )
+        self._count = count
         self._batch_size = batch_size
         self._seed = seed
         self._repeat = repeat
         self._state: State = {"epoch": 0, "batch": 0} if state is None else state
+        check_state(self._state, ("epoch", "batch"))
 
-    def __iter__(self) -> Iterator[tuple[Activations, State]]:
+    def __iter__(self) -> Iterator[tuple[npt.NDArray[np.int64], State]]:
         epoch, first = self._state["epoch"], self._state["batch"]
         while True:
-            order = permutation(self._count, self._seed, epoch)
+            order = LazyPermutation(self._count, self._seed, "epoch", epoch)
             for batch in range(first, self._count // self._batch_size):
-                rows = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-                values = {hook: take(tensor, rows).float() for hook, tensor in self._values.items()}
-                yield values, {"epoch": epoch, "batch": batch + 1}
+                rows = order.part(batch * self._batch_size, (batch + 1) * self._batch_size)
+                yield rows, {"epoch": epoch, "batch": batch + 1}
             if not self._repeat:
                 return
             epoch, first = epoch + 1, 0
 
 
-def permutation(count: int, seed: int, *parts: int) -> Tensor:
-    """Return a random order of ``count`` things, a function of the seed and the parts alone."""
-    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    return torch.randperm(count, generator=generator)
-
-
-def take(values: Tensor | npt.NDArray[Any], rows: Tensor) -> Tensor:
+def _take(values: Tensor | npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Tensor:
     """Return a copy of the given rows; of a memory-mapped array only these are read."""
     if isinstance(values, np.ndarray):
-        return torch.from_numpy(values[rows.numpy()])
-    return values[rows.to(values.device)]
-
-
-def _num_rows(values: Mapping[str, Tensor]) -> int:
-    return next((len(rows) for rows in values.values()), 0)
+        return torch.from_numpy(values[rows])
+    return values[torch.from_numpy(rows).to(values.device)]
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Harvested activations on disk: safetensors shards and a manifest, read back as a shuffled stream.
+"""Harvested activations on disk: safetensors shards and a manifest, read back in random order.
 
 A folder holds ``activations-00000.safetensors``, ... with one tensor ``[tokens, d_in]`` per hook, and
 ``manifest.json``: format, dtype, tokens, width of every hook, size and SHA-256 of every shard, and what the
@@ -8,27 +8,32 @@ writer was told about the model and the text. The manifest comes last: a folder 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kronsae.data.buffer import Activations, RowReader, ShuffleBuffer, permutation
+from kronsae.data.buffer import ActivationRows, Activations, EpochRows
 from kronsae.data.model import DTYPES
+from kronsae.data.shuffle import BlockReader
 from kronsae.data.stream import State
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import atomic_path, check_folder_place, read_json, write_json
 
 FORMAT = "kronsae-activations-1"
 MANIFEST = "manifest.json"
-# Rows read from a shard at once: a shard need not fit into memory.
-CHUNK_ROWS = 8192
+# Shards checked against their SHA-256 at once: more threads than this read no faster.
+CHECKING_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,18 +125,19 @@ def _write(
     metadata: dict[str, Any],
     written: list[Path],
 ) -> Manifest:
-    reader = RowReader(lambda *, state=None: stream, min(shard_tokens, tokens))
+    store = ActivationRows(min(shard_tokens, tokens))
+    reader = BlockReader(lambda *, state=None: stream, store)
     shards: list[Shard] = []
     d_in: dict[str, int] = {}
     left = tokens
     while left > 0:
-        rows = reader.read(at_most=left)
-        count = next((len(values) for values in rows.values()), 0)
+        count = reader.read(torch.arange(min(shard_tokens, left)))
         if count == 0:
             raise UserError(
                 f"tokens must not exceed what the text gives; got {tokens}, and it ended after {tokens - left}. "
                 "Give more text or fewer tokens."
             )
+        rows = store.first(count)
         path = folder / f"activations-{len(shards):05d}.safetensors"
         written.append(path)
         with atomic_path(path) as temporary:
@@ -184,15 +190,15 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 class StoredActivations:
-    """Yield ``({hook: values_BD}, state)`` from a folder of activations, shuffled.
+    """Yield ``({hook: values_BD}, state)`` from a folder of activations, in a random order over all of its rows.
 
-    Every epoch takes the shards in a new random order, and rows are mixed by a ShuffleBuffer on the way. Each
-    shard's SHA-256 is compared with the manifest when it is first opened.
+    Every epoch takes all rows of all shards in a new order; the state is ``{"epoch", "batch"}``. Shards are
+    memory-mapped, and of each only the rows of a batch are read: memory is that of a batch, whatever the size of the
+    folder. Each shard's SHA-256 is compared with the manifest before the first batch, which reads every file once.
 
     Args:
         folder: What ``write_activations`` wrote.
-        batch_size: Rows in a batch.
-        buffer_tokens: Rows to mix among each other; None takes as many as the largest shard holds.
+        batch_size: Rows in a batch. Those that do not fill the last batch of an epoch are dropped from it.
         seed: Seed of the order.
         repeat: Whether to begin anew at the end, without end.
         device: Where to put the batches.
@@ -200,8 +206,8 @@ class StoredActivations:
         state: Go on after the batch that this state came with.
 
     Raises:
-        UserError: If the folder or one of its files is missing or damaged, or it lacks a hook or holds less than a
-            batch.
+        UserError: If the folder or one of its files is missing or damaged, it lacks a hook or holds less than a
+            batch, or the state is of another version.
     """
 
     def __init__(
@@ -209,7 +215,6 @@ class StoredActivations:
         folder: Path | str,
         *,
         batch_size: int,
-        buffer_tokens: int | None = None,
         seed: int = 0,
         repeat: bool = True,
         device: torch.device | str = "cpu",
@@ -217,86 +222,83 @@ class StoredActivations:
         state: State | None = None,
     ) -> None:
         self.manifest = read_manifest(folder)
-        hooks = tuple(self.manifest.d_in if hooks is None else hooks)
-        for hook in hooks:
+        self._folder = Path(folder)
+        self._hooks = tuple(self.manifest.d_in if hooks is None else hooks)
+        for hook in self._hooks:
             if hook not in self.manifest.d_in:
                 raise UserError(
                     f"hooks must be among those harvested into {folder}: {', '.join(self.manifest.d_in)}; got '{hook}'."
                     f"{nearest(hook, self.manifest.d_in)}"
                 )
-        largest = max(shard.tokens for shard in self.manifest.shards)
-        self._buffer = ShuffleBuffer(
-            partial(_ShardStream, Path(folder), self.manifest, hooks, seed, repeat, torch.device(device)),
+        self._device = torch.device(device)
+        self._rows = EpochRows(
+            sum(shard.tokens for shard in self.manifest.shards),
             batch_size=batch_size,
-            buffer_tokens=max(largest, batch_size) if buffer_tokens is None else buffer_tokens,
             seed=seed,
+            repeat=repeat,
             state=state,
         )
 
     def __iter__(self) -> Iterator[tuple[Activations, State]]:
-        return iter(self._buffer)
+        shards = self._open()
+        ends = np.cumsum([shard.tokens for shard in self.manifest.shards])
+        for rows, state in self._rows:
+            yield {hook: _take(shards[hook], ends, rows).to(self._device) for hook in self._hooks}, state
 
-
-class _ShardStream:
-    """Yield the shards in the order of each epoch, chunk by chunk; state ``{"epoch", "shard", "row"}``."""
-
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        hooks: tuple[str, ...],
-        seed: int,
-        repeat: bool,
-        device: torch.device,
-        *,
-        state: State | None = None,
-    ) -> None:
-        self._folder = folder
-        self._manifest = manifest
-        self._hooks = hooks
-        self._seed = seed
-        self._repeat = repeat
-        self._device = device
-        self._state: State = {"epoch": 0, "shard": 0, "row": 0} if state is None else state
-        self._trusted: set[str] = set()
-
-    def __iter__(self) -> Iterator[tuple[Activations, State]]:
-        epoch, first, row = (self._state[key] for key in ("epoch", "shard", "row"))
-        shards = self._manifest.shards
-        while True:
-            order = permutation(len(shards), self._seed, epoch).tolist()
-            for place in range(first, len(shards)):
-                for values, after in self._chunks(shards[order[place]], row):
-                    yield values, {"epoch": epoch, "shard": place, "row": after}
-                row = 0
-            if not self._repeat:
-                return
-            epoch, first = epoch + 1, 0
-
-    def _chunks(self, shard: Shard, start: int) -> Iterator[tuple[Activations, int]]:
-        path = self._folder / shard.file
-        self._verify(path, shard)
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = {hook: file.get_slice(hook) for hook in self._hooks}
-                for begin in range(start, shard.tokens, CHUNK_ROWS):
-                    end = min(begin + CHUNK_ROWS, shard.tokens)
-                    yield {hook: self._load(rows[begin:end]) for hook, rows in slices.items()}, end
-        except SafetensorError as error:
-            raise _damaged(path) from error
-
-    def _load(self, rows: Tensor) -> Tensor:
-        return rows.to(self._device).float()
-
-    def _verify(self, path: Path, shard: Shard) -> None:
-        if shard.file not in self._trusted:
-            if not path.is_file() or _sha256(path) != shard.sha256:
+    def _open(self) -> dict[str, list[Tensor]]:
+        """The shards of each hook, memory-mapped and checked."""
+        paths = [self._folder / shard.file for shard in self.manifest.shards]
+        with ThreadPoolExecutor(min(CHECKING_THREADS, os.cpu_count() or 1)) as threads:
+            list(threads.map(_verify, paths, self.manifest.shards))
+        shards: dict[str, list[Tensor]] = {hook: [] for hook in self._hooks}
+        for path, shard in zip(paths, self.manifest.shards, strict=True):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for hook, found in shards.items():
+                        found.append(file.get_tensor(hook))
+            except SafetensorError as error:
+                raise _damaged(path) from error
+            if any(found[-1].shape != (shard.tokens, self.manifest.d_in[hook]) for hook, found in shards.items()):
                 raise _damaged(path)
-            self._trusted.add(shard.file)
+        return shards
+
+
+def _take(shards: Sequence[Tensor], ends: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Tensor:
+    """Return a copy, in float32, of rows that are numbered through all shards; each shard is read from front to back.
+
+    Args:
+        shards: The values of one hook.
+        ends: For each shard, the rows up to its end.
+        rows: Which rows.
+    """
+    values = torch.empty((len(rows), shards[0].shape[1]))
+    order = np.argsort(rows)
+    of_shard = np.searchsorted(ends, rows[order], side="right")
+    for number in np.unique(of_shard):
+        chosen = order[of_shard == number]
+        within = rows[chosen] - ends[number] + len(shards[number])
+        values[torch.from_numpy(chosen)] = shards[number][torch.from_numpy(within)].float()
+    return values
+
+
+def _verify(path: Path, shard: Shard) -> None:
+    try:
+        about = path.stat()
+        matches = _sha256_at(path, about.st_size, about.st_mtime_ns) == shard.sha256
+    except OSError:
+        matches = False
+    if not matches:
+        raise _damaged(path)
 
 
 def _damaged(path: Path) -> UserError:
     return UserError(f"'{path}' must be as it was written; it is damaged. Harvest again.")
+
+
+@cache
+def _sha256_at(path: Path, size: int, modified_ns: int) -> str:
+    """The digest of a file as it was at that time: a plan and the training after it read a large folder once."""
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -8,8 +8,10 @@ the inner states to start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol, TypeAlias, TypeVar
+
+from kronsae.support.errors import UserError
 
 State: TypeAlias = dict[str, Any]
 Item_co = TypeVar("Item_co", covariant=True)
@@ -19,3 +21,16 @@ class MakeStream(Protocol[Item_co]):
     """Makes a stage that goes on after ``state``; None starts from the beginning."""
 
     def __call__(self, *, state: State | None = None) -> Iterable[tuple[Item_co, State]]: ...
+
+
+def check_state(state: State, keys: Collection[str]) -> None:
+    """Refuse a state of another stage, or of this one in a version that served another order.
+
+    Raises:
+        UserError: The state has other keys.
+    """
+    if set(state) != set(keys):
+        raise UserError(
+            f"state must have the keys {', '.join(keys)}; got {', '.join(state)}. Another version of kronsae wrote it, "
+            "which read the data in another order: go on with that version, or begin anew in another folder."
+        )

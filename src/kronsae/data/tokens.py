@@ -3,6 +3,7 @@
 A window holds consecutive tokens of one document, never of two. Encoders in the manner of BERT (a tokenizer
 with ``cls`` and ``sep``) get ``cls ... sep`` around every window; other models get ``bos`` in front where the
 tokenizer has one, and nothing where it has none. Batches are padded on the right to their longest window.
+For training, windows of many documents are shuffled in a pool before the model sees them.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int32, Int64
 from torch import Tensor
 
 from kronsae.data.corpus import Document
-from kronsae.data.stream import MakeStream, State
+from kronsae.data.shuffle import LET_GO, START, BlockReader, StaggeredOrder, StaggeredShuffle
+from kronsae.data.stream import MakeStream, State, check_state
 from kronsae.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,25 +71,31 @@ class TokenBatch:
         return int(self.keep_ST.sum())
 
 
-@dataclass(frozen=True)
-class _Window:
-    ids: list[int]
-    keep: list[bool]
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Consecutive tokens of one document, with the special tokens around them.
+
+    Args:
+        ids: Token ids; 4 bytes each, since many windows are held at once.
+        document: The document's id.
+        offset: As in `TokenBatch`.
+    """
+
+    ids: Int32[np.ndarray, "T"]
     document: str
     offset: int
 
 
-class TokenStream:
-    """Yield ``(TokenBatch, state)`` from a stream of documents.
+class WindowStream:
+    """Yield ``(windows, state)``: the windows of one document after another, in order.
 
-    The state is ``{"upstream": state before the last window's document, "window": windows taken of it}``.
+    The state is the text stream's. Windows without a token whose activation counts are left out.
 
     Args:
         make_text: Makes the stream of documents, such as ``partial(TextStream, config)``.
         tokenizer: Any Hugging Face tokenizer.
         context_length: Tokens in a full window, special ones included.
-        batch_sequences: Windows in a batch; the last batch of a text that ends may hold fewer.
-        state: Go on after the batch that this state came with.
+        state: Go on after the document that this state came with.
 
     Raises:
         UserError: If a window has no room for text, or the text has no usable token.
@@ -97,50 +107,35 @@ class TokenStream:
         tokenizer: PreTrainedTokenizerBase,
         *,
         context_length: int,
-        batch_sequences: int,
         state: State | None = None,
     ) -> None:
         self._make_text = make_text
         self._tokenizer = tokenizer
-        self._prefix, self._suffix = special_frame(tokenizer)
-        self._content = context_length - len(self._prefix) - len(self._suffix)
+        prefix, suffix = special_frame(tokenizer)
+        self._content = context_length - len(prefix) - len(suffix)
         if self._content < 1:
             raise UserError(
-                f"context_length must leave room for text beside {len(self._prefix + self._suffix)} special "
+                f"context_length must leave room for text beside {len(prefix + suffix)} special "
                 f"tokens; got {context_length}. Give at least {context_length - self._content + 1}."
             )
-        if batch_sequences < 1:
-            raise UserError(f"batch_sequences must be at least 1; got {batch_sequences}.")
-        self._batch_sequences = batch_sequences
-        self._special = frozenset(tokenizer.all_special_ids)
-        self._padding = _padding_id(tokenizer)
-        self._state: State = {"upstream": None, "window": 0} if state is None else state
+        self._prefix, self._suffix = np.array(prefix, dtype=np.int32), np.array(suffix, dtype=np.int32)
+        self._special = np.array(tokenizer.all_special_ids, dtype=np.int32)
+        self._state = state
 
-    def __iter__(self) -> Iterator[tuple[TokenBatch, State]]:
-        for group in _groups(self._windows(), self._batch_sequences):
-            yield self._batch([window for window, _ in group]), group[-1][1]
-
-    def _windows(self) -> Iterator[tuple[_Window, State]]:
-        before = self._state["upstream"]
-        done = self._state["window"]
-        resumed = before is not None or done > 0
+    def __iter__(self) -> Iterator[tuple[list[Window], State]]:
         documents = barren = 0
-        for document, ids, after in self._tokenised(before):
+        for document, ids, after in self._tokenised():
             documents += 1
-            barren += 1
-            windows = enumerate(self._cut(document.id, ids), 1)
-            for number, window in itertools.islice(windows, done, None):
-                if any(window.keep):
-                    barren = 0
-                    yield window, {"upstream": before, "window": number}
+            windows = list(self._cut(document.id, ids))
+            barren = 0 if windows else barren + 1
+            yield windows, after
             if barren == PATIENCE_DOCUMENTS:
                 raise _no_usable_tokens(documents)
-            before, done = after, 0
-        if documents == barren and not resumed:
+        if documents == barren and self._state is None:
             raise _no_usable_tokens(documents)
 
-    def _tokenised(self, state: State | None) -> Iterator[tuple[Document, list[int], State]]:
-        for group in _groups(self._make_text(state=state), GROUP_DOCUMENTS):
+    def _tokenised(self) -> Iterator[tuple[Document, Int32[np.ndarray, "T"], State]]:
+        for group in _groups(self._make_text(state=self._state), GROUP_DOCUMENTS):
             encoded = self._tokenizer(
                 [document.text for document, _ in group],
                 add_special_tokens=False,
@@ -149,32 +144,131 @@ class TokenStream:
                 verbose=False,  # no warning of documents longer than the model's context
             )
             for (document, after), ids in zip(group, encoded["input_ids"], strict=True):
-                yield document, ids, after
+                yield document, np.array(ids, dtype=np.int32), after
 
-    def _cut(self, document: str, ids: list[int]) -> Iterator[_Window]:
+    def _cut(self, document: str, ids: Int32[np.ndarray, "T"]) -> Iterator[Window]:
         for start in range(0, len(ids), self._content):
             content = ids[start : start + self._content]
-            framed = [*self._prefix, *content, *self._suffix]
-            keep = [token not in self._special for token in framed]
-            yield _Window(framed, keep, document, start - len(self._prefix))
+            if not np.isin(content, self._special).all():
+                framed = np.concatenate([self._prefix, content, self._suffix])
+                yield Window(framed, document, start - len(self._prefix))
 
-    def _batch(self, windows: list[_Window]) -> TokenBatch:
+
+class WindowRows:
+    """Keeps windows: a `kronsae.data.shuffle.RowStore`.
+
+    Args:
+        capacity: Number of places.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._windows: list[Window | None] = [None] * capacity
+
+    def count(self, item: list[Window]) -> int:
+        """Number of windows."""
+        return len(item)
+
+    def put(self, item: list[Window], start: int, places: Int64[Tensor, "N"]) -> None:
+        """Keep the windows from ``start`` on at these places."""
+        for window, place in zip(item[start:], places.tolist(), strict=False):
+            if place != LET_GO:
+                self._windows[place] = window
+
+    def take(self, places: Int64[Tensor, "N"]) -> list[Window]:
+        """Return the windows at these places."""
+        return [window for place in places.tolist() if (window := self._windows[place]) is not None]
+
+
+class TokenStream:
+    """Yield ``(TokenBatch, state)`` from a stream of documents: windows in the order of the text, or shuffled.
+
+    In the order of the text the state is ``{"upstream": state before the last window's document, "rows": windows taken
+    of it}``. Shuffled windows are served in a `kronsae.data.shuffle.StaggeredOrder`, and the state is that of a
+    `StaggeredShuffle`: going on from it tokenises at most two pools again.
+
+    Args:
+        make_text: Makes the stream of documents, such as ``partial(TextStream, config)``.
+        tokenizer: Any Hugging Face tokenizer.
+        context_length: Tokens in a full window, special ones included.
+        batch_sequences: Windows in a batch; the last batch of a text that ends may hold fewer.
+        pool_tokens: Tokens in the pool from which shuffled windows are drawn, at least a batch; 0: no pool, the order
+            of the text. Takes 4 bytes a token.
+        seed: Seed of the order of shuffled windows.
+        state: Go on after the batch that this state came with.
+
+    Raises:
+        UserError: If a window has no room for text, the pool is smaller than a batch, the text has no usable token, or
+            the state is of another version.
+    """
+
+    def __init__(
+        self,
+        make_text: MakeStream[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context_length: int,
+        batch_sequences: int,
+        pool_tokens: int = 0,
+        seed: int = 0,
+        state: State | None = None,
+    ) -> None:
+        if batch_sequences < 1:
+            raise UserError(f"batch_sequences must be at least 1; got {batch_sequences}.")
+        batch_tokens = batch_sequences * context_length
+        if pool_tokens != 0 and pool_tokens < batch_tokens:
+            raise UserError(
+                f"pool_tokens must be 0 or at least the {batch_tokens} tokens of a batch; got {pool_tokens}. "
+                f"Give at least {16 * batch_tokens} to mix well."
+            )
+        make_windows = partial(WindowStream, make_text, tokenizer, context_length=context_length)
+        make_windows(state=None)  # checks the context length
+        self._special = np.array(tokenizer.all_special_ids, dtype=np.int32)
+        self._padding = _padding_id(tokenizer)
+        if pool_tokens == 0:
+            self._groups: Iterable[tuple[list[Window], State]] = _InOrder(make_windows, batch_sequences, state)
+            return
+        order = StaggeredOrder(
+            batch_size=batch_sequences, capacity=pool_tokens // context_length, seed=seed, purpose="windows"
+        )
+        self._groups = StaggeredShuffle(
+            make_windows, WindowRows(order.held_rows), order, drop_remainder=False, state=state
+        )
+
+    def __iter__(self) -> Iterator[tuple[TokenBatch, State]]:
+        for windows, state in self._groups:
+            yield self._batch(windows), state
+
+    def _batch(self, windows: list[Window]) -> TokenBatch:
         shape = (len(windows), max(len(window.ids) for window in windows))
-        input_ids_ST = torch.full(shape, self._padding)
-        attention_mask_ST = torch.zeros(shape, dtype=torch.int64)
-        keep_ST = torch.zeros(shape, dtype=torch.bool)
+        input_ids_ST = np.full(shape, self._padding, dtype=np.int64)
+        attention_mask_ST = np.zeros(shape, dtype=np.int64)
         for row, window in enumerate(windows):
-            length = len(window.ids)
-            input_ids_ST[row, :length] = torch.tensor(window.ids)
-            attention_mask_ST[row, :length] = 1
-            keep_ST[row, :length] = torch.tensor(window.keep)
+            input_ids_ST[row, : len(window.ids)] = window.ids
+            attention_mask_ST[row, : len(window.ids)] = 1
+        keep_ST = (attention_mask_ST == 1) & ~np.isin(input_ids_ST, self._special)
         return TokenBatch(
-            input_ids_ST=input_ids_ST,
-            attention_mask_ST=attention_mask_ST,
-            keep_ST=keep_ST,
+            input_ids_ST=torch.from_numpy(input_ids_ST),
+            attention_mask_ST=torch.from_numpy(attention_mask_ST),
+            keep_ST=torch.from_numpy(keep_ST),
             documents=tuple(window.document for window in windows),
             offsets=tuple(window.offset for window in windows),
         )
+
+
+class _InOrder:
+    """Yield so many windows at a time, in the order of the text."""
+
+    def __init__(self, make_windows: MakeStream[list[Window]], count: int, state: State | None) -> None:
+        self._make_windows = make_windows
+        self._count = count
+        self._state = START if state is None else state
+        check_state(self._state, tuple(START))
+
+    def __iter__(self) -> Iterator[tuple[list[Window], State]]:
+        rows, places = WindowRows(self._count), torch.arange(self._count)
+        reader = BlockReader(self._make_windows, rows, self._state)
+        while found := reader.read(places):
+            yield rows.take(places[:found]), reader.position
 
 
 def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -27,7 +27,11 @@ class RunConfig:
         activations: folder of harvested activations to train on instead of running the model; None runs it.
         context_length: T, tokens of text the model sees at once.
         model_batch: S, sequences per forward pass of the model.
-        buffer_tokens: tokens shuffled together; memory is ``buffer_tokens * 4`` bytes times the widths of all `hooks`.
+        window_pool_tokens: tokens in the pool of windows that are shuffled before the model reads them, 4 bytes each; 0
+            reads the windows in the order of the text.
+        buffer_tokens: tokens whose activations are shuffled together; memory is ``buffer_tokens * 4`` bytes times the
+            widths of all `hooks`. Harvested activations are read in a random order over all of them: a run on
+            `activations` has neither pool nor buffer, and says so.
         eval_tokens: held-out tokens to evaluate on.
         held_out_share: share of documents kept for evaluation.
         seed: of the order of the activations.
@@ -41,6 +45,7 @@ class RunConfig:
     activations: str | None = None
     context_length: int = 256
     model_batch: int = 32
+    window_pool_tokens: int = 2**20
     buffer_tokens: int = 2**18
     eval_tokens: int = 262_144
     held_out_share: float = 0.05
@@ -55,7 +60,16 @@ class RunConfig:
         if len(set(names)) < len(names):
             raise UserError(f"saes must have different names; got {', '.join(names)}. Give name= to each.")
         check_reference(self.loop.same_flops_as, names)
-        if self.buffer_tokens < self.loop.batch_tokens:
+        if self.window_pool_tokens != 0:
+            check_count("window_pool_tokens", self.window_pool_tokens)
+        batch_of_windows = self.model_batch * self.context_length
+        if 0 < self.window_pool_tokens < batch_of_windows:
+            raise UserError(
+                "window_pool_tokens must be 0 or at least model_batch * context_length; "
+                f"got {self.window_pool_tokens} with {batch_of_windows}. Enlarge the pool, or give 0 to read the windows "
+                "in the order of the text."
+            )
+        if self.activations is None and self.buffer_tokens < self.loop.batch_tokens:
             raise UserError(
                 f"buffer_tokens must be at least batch_tokens; got {self.buffer_tokens} with "
                 f"batch_tokens={self.loop.batch_tokens}. Enlarge the buffer or shrink the batch."

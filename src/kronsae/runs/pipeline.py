@@ -60,8 +60,13 @@ class Source:
         """Width of the activations of all these hooks together: what is kept of a token."""
         return sum(self.widths.values())
 
-    def tokens(self, *, held_out: bool, repeat: bool = True) -> MakeStream[TokenBatch]:
-        """Makes the stream of token batches of the training or of the held-out documents."""
+    def tokens(self, *, held_out: bool, repeat: bool = True, shuffled: bool = False) -> MakeStream[TokenBatch]:
+        """Makes the stream of token batches of the training or of the held-out documents.
+
+        Args:
+            held_out, repeat: as `TextStream` takes them.
+            shuffled: whether to draw the windows from the run's pool, as training does, or to keep the text's order.
+        """
         config = self.config
         text = partial(
             TextStream,
@@ -76,6 +81,8 @@ class Source:
             self.language_model.tokenizer,
             context_length=config.context_length,
             batch_sequences=config.model_batch,
+            pool_tokens=config.window_pool_tokens if shuffled else 0,
+            seed=config.seed,
         )
 
     def activations(self, *, held_out: bool, repeat: bool = True, hook: str | None = None) -> ActivationStream:
@@ -83,24 +90,30 @@ class Source:
         hook = self.config.hook if hook is None else hook
         return ActivationStream(self.language_model, hook, self.tokens(held_out=held_out, repeat=repeat))
 
-    def batches(self, state: State | None) -> ShuffleBuffer | StoredActivations:
-        """Shuffled batches of activations for training, carrying on after ``state``."""
+    def batches(self, state: State | None, batches: int | None = None) -> ShuffleBuffer | StoredActivations:
+        """Shuffled batches of activations for training, carrying on after ``state``.
+
+        Args:
+            state: None begins anew.
+            batches: how many the whole training takes, so that the model is run on no more; None: no end is known.
+        """
         config, batch_tokens = self.config, self.config.loop.batch_tokens
         if config.activations is not None:
             return StoredActivations(
                 config.activations,
                 batch_size=batch_tokens,
-                buffer_tokens=config.buffer_tokens,
                 seed=config.seed,
                 device=self.device,
                 hooks=config.hooks,
                 state=state,
             )
-        activations = partial(ActivationStream, self.language_model, config.hooks, self.tokens(held_out=False))
+        tokens = self.tokens(held_out=False, shuffled=True)
+        activations = partial(ActivationStream, self.language_model, config.hooks, tokens)
         return ShuffleBuffer(
             activations,
             batch_size=batch_tokens,
             buffer_tokens=config.buffer_tokens,
             seed=config.seed,
+            batches=batches,
             state=state,
         )

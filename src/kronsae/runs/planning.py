@@ -15,8 +15,8 @@ from kronsae.core.experts import gate_of
 from kronsae.core.flops import training_flops
 from kronsae.core.gates import GATES
 from kronsae.core.sae import SAEConfig, count_parameters
+from kronsae.data.buffer import buffer_order
 from kronsae.data.harvest import ActivationStream
-from kronsae.data.store import read_manifest
 from kronsae.kernels.portable import PRODUCT_ELEMENTS
 from kronsae.runs.config import RunConfig
 from kronsae.runs.pipeline import Source
@@ -74,7 +74,10 @@ class Plan:
     """What a run will take; ``str()`` says it in lines. With fewer of its members it is the plan of these alone.
 
     Args:
-        model, batch_tokens, buffer_tokens: the run.
+        model, batch_tokens: the run.
+        window_pool_tokens, buffer_tokens: what is shuffled together before and after the model; 0 for harvested
+            activations.
+        first_tokens: tokens that the model reads before the first step.
         steps_done: steps that an interrupted run has behind it.
         members: the SAEs, each with its own number of steps; the run is as long as the longest.
         language_model_bytes: its weights, loaded by now; 0 for harvested activations.
@@ -86,7 +89,9 @@ class Plan:
 
     model: str
     batch_tokens: int
+    window_pool_tokens: int
     buffer_tokens: int
+    first_tokens: int
     steps_done: int
     members: tuple[MemberPlan, ...]
     language_model_bytes: int
@@ -123,6 +128,21 @@ class Plan:
         return 4 * self.buffer_tokens * self.d_in
 
     @property
+    def window_pool_bytes(self) -> int:
+        """Of the pool of windows."""
+        return 4 * self.window_pool_tokens
+
+    @property
+    def start(self) -> str:
+        """What happens before the first step, in a sentence."""
+        if self.buffer_tokens == 0:
+            return (
+                "Checking the harvested activations against their checksums; they are read in a random order over all "
+                "of them, without window pool or shuffle buffer."
+            )
+        return f"Running the model on the first {self.first_tokens:,} tokens."
+
+    @property
     def disk_bytes(self) -> int:
         """Checkpoints (two at a time) and the saved SAEs."""
         return sum(member.disk_bytes for member in self.members)
@@ -142,7 +162,7 @@ class Plan:
         """Memory for everything at once; the work spaces are used in turn."""
         work = max(self.model_work_bytes, *(member.work_bytes for member in self.members))
         state = sum(member.state_bytes for member in self.members)
-        return self.language_model_bytes + self.buffer_bytes + state + work
+        return self.language_model_bytes + self.window_pool_bytes + self.buffer_bytes + state + work
 
     @property
     def seconds(self) -> float | None:
@@ -151,6 +171,11 @@ class Plan:
             return None
         own = ((max(0, member.steps - self.steps_done), member.step_seconds or 0.0) for member in self.members)
         return (self.steps - self.steps_done) * self.batch_seconds + sum(steps * each for steps, each in own)
+
+    @property
+    def first_seconds(self) -> float:
+        """Time before the first step of a run that begins, as far as it is known; of harvested activations it is not."""
+        return (self.batch_seconds or 0.0) * self.first_tokens / self.batch_tokens
 
     @property
     def fits_memory(self) -> bool:
@@ -197,15 +222,17 @@ class Plan:
         lines.append(f"Disk: about {in_bytes(self.disk_bytes)} of {in_bytes(self.disk_free_bytes)}.")
         if self.seconds is not None and self.batch_seconds is not None:
             share = (self.steps - self.steps_done) * self.batch_seconds / self.seconds
-            lines.append(f"Time: about {in_time(self.seconds)}, {share:.0%} of it for the activations.")
+            first = f" The first step comes after about {in_time(self.first_seconds)}." if self.first_seconds else ""
+            lines.append(f"Time: about {in_time(self.seconds)}, {share:.0%} of it for the activations.{first}")
         return "\n".join(lines)
 
     def _memory_parts(self) -> str:
         state = sum(member.state_bytes for member in self.members)
-        rest = self.memory_bytes - state - self.buffer_bytes - self.language_model_bytes
+        rest = self.memory_bytes - state - self.buffer_bytes - self.window_pool_bytes - self.language_model_bytes
         parts = {
             "SAEs with gradients and Adam's moments": state,
             "shuffle buffer": self.buffer_bytes,
+            "window pool": self.window_pool_bytes,
             "language model": self.language_model_bytes,
             "work space": rest,
         }
@@ -232,12 +259,16 @@ def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
     shapes = {member.name: member.shape(source.widths, config.hook) for member in config.saes}
     steps = member_steps(config.loop, shapes)
     members = tuple(_member_plan(member, source, shapes[member.name], steps[member.name]) for member in config.saes)
-    weights, work = (0, 0) if config.activations is not None else _language_model_bytes(source)
+    live = config.activations is None
+    weights, work = _language_model_bytes(source) if live else (0, 0)
+    order = buffer_order(config.loop.batch_tokens, config.buffer_tokens, config.seed)
     available = _available_bytes(source.device)
     return Plan(
         model=config.model.name,
         batch_tokens=config.loop.batch_tokens,
-        buffer_tokens=config.buffer_tokens,
+        window_pool_tokens=config.window_pool_tokens if live else 0,
+        buffer_tokens=config.buffer_tokens if live else 0,
+        first_tokens=order.block_rows if live else 0,
         steps_done=steps_done,
         members=members,
         language_model_bytes=weights,
@@ -325,10 +356,11 @@ def _first_rows(source: Source, count: int) -> tuple[dict[str, Tensor], float]:
     """So many rows of every hook's activations, on a stream of their own, and the seconds that one token took."""
     config = source.config
     if config.activations is not None:
+        stream = iter(source.batches(None))
+        next(stream)  # the first one checks all files
         started = perf_counter()
-        batch, _ = next(iter(source.batches(None)))  # reads a whole buffer
-        read = min(config.buffer_tokens, read_manifest(config.activations).tokens)
-        return dict(batch), (perf_counter() - started) / read
+        batch, _ = next(stream)
+        return dict(batch), (perf_counter() - started) / config.loop.batch_tokens
     items = (
         values for values, _ in ActivationStream(source.language_model, config.hooks, source.tokens(held_out=False))
     )

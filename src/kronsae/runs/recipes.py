@@ -49,13 +49,17 @@ def quickstart() -> RunConfig:
 def shortened(config: RunConfig, tokens: int) -> RunConfig:
     """``config`` on ``tokens`` tokens, with batch, shuffle buffer and evaluation no larger than that.
 
-    Filling a buffer and evaluating would otherwise take most of the time of a short try.
+    Evaluating, or filling a window pool of more than a few times the tokens, would otherwise take most of the time of a
+    short try.
     """
     check_count("tokens", tokens)
     batch = min(config.loop.batch_tokens, tokens)
     return replace(
         config,
         loop=replace(config.loop, tokens=tokens, batch_tokens=batch),
+        window_pool_tokens=min(
+            config.window_pool_tokens, max(4 * tokens, config.model_batch * config.context_length)
+        ),
         buffer_tokens=min(config.buffer_tokens, tokens // batch * batch),  # a remainder would be thrown away
         eval_tokens=min(config.eval_tokens, tokens),
     )

@@ -177,10 +177,9 @@ def _carry_out(
     if progress.step == plan.steps:  # stopped between the last step and the saving of what was trained
         _finish(run, members, progress)
         return
-    if config.activations is None:
-        say(f"Filling the shuffle buffer with the activations of {config.buffer_tokens:,} tokens.")
+    say(plan.start)
     filling = perf_counter()
-    stream = iter(source.batches(progress.stream))
+    stream = iter(source.batches(progress.stream, plan.steps))
     first = next(stream)  # text, model and activations are known to work before anything is written
     progress = replace(progress, seconds=progress.seconds + perf_counter() - filling)
     if problem := _nothing_held_out(config):
@@ -220,7 +219,7 @@ def check_folder(run: Run, config: RunConfig) -> None:
         if any(not path.name.startswith(".") for path in run.folder.iterdir()):
             raise UserError(f"out must be a new or empty folder or a run; {run.folder} holds other files.")
         return
-    changed = differences(run._about["config"], to_dict(config))
+    changed = differences(to_dict(run.config), to_dict(config))  # fields that are younger than the run: their defaults
     if changed:
         raise UserError(
             f"{run.folder} already holds a different run ({'; '.join(changed[:3])}"
@@ -275,7 +274,10 @@ def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[s
 
 
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
-    known = {"activations", "context_length", "model_batch", "buffer_tokens", "eval_tokens", "held_out_share", "seed"}
+    known = {
+        *("activations", "context_length", "model_batch", "window_pool_tokens", "buffer_tokens"),
+        *("eval_tokens", "held_out_share", "seed"),
+    }
     for name in options:
         if name not in known:
             raise UserError(f"'{name}' is not an argument of train.{nearest(name, known)}")

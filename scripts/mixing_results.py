@@ -1,0 +1,224 @@
+"""What shuffling windows and refilling the buffer in part does to training: docs/results/mixing.json, .svg and table.
+
+.venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 300000] [--threads 1] [--table-only]
+
+Trains quickstart's two SAEs on the bundled model, with every step logged, from this checkout and from the last commit
+before the change (`BEFORE`, in a temporary git worktree), one process each, in turn within every seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from study_parts import END, RESULTS, ROOT, made_with, markdown_rows, mean_and_range
+
+from kronsae.bench.plot import save_figure
+from kronsae.data.buffer import buffer_order
+from kronsae.runs.recipes import quickstart
+from kronsae.support.files import write_json, write_marked
+from kronsae.support.provenance import provenance
+from kronsae.support.terminal import say
+
+BEFORE = "5248738"
+RESULT = RESULTS / "mixing.json"
+PLOT = RESULTS / "mixing.svg"
+PAGE = RESULTS / "README.md"
+START = "<!-- results:mixing -->"
+SMOOTHED_STEPS = 16
+"""Steps on either side of a refill whose EV is averaged, over the seeds too: that of one batch varies too much."""
+
+
+@contextmanager
+def worktree(commit: str) -> Iterator[Path]:
+    """A checkout of a commit, for as long as it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "before"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", str(path), commit], check=True)
+        try:
+            yield path
+        finally:
+            subprocess.run([*git, "remove", "--force", str(path)], check=True)
+
+
+def train(source: Path, seed: int, tokens: int, threads: int) -> dict[str, Any]:
+    """One training in a process of its own, with the package of a checkout."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-m", "kronsae", "train", "--recipe", "quickstart", "--seed", str(seed), "--quiet"]
+        command += ["--tokens", str(tokens), "--set", "loop.log_every=1", "--out", str(out)]
+        started = perf_counter()
+        environment = {**os.environ, "PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": str(threads)}
+        pid = os.spawnve(os.P_NOWAIT, command[0], command, environment)
+        _, status, usage = os.wait4(pid, 0)
+        if status != 0:
+            raise SystemExit(f"the training from {source} failed with status {status}")
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_step = {name: [row for row in rows if row["sae"] == name] for name in dict.fromkeys(row["sae"] for row in rows)}
+    last = rows[-1]
+    return {
+        "seed": seed,
+        "tokens": last["tokens"],
+        "first_step_seconds": rows[0]["seconds"],
+        "training_seconds": last["seconds"],
+        "tokens_per_second": last["tokens"] / last["seconds"],
+        "wall_seconds": perf_counter() - started,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_memory_gb": usage.ru_maxrss / 2**20,
+        "ev": {name: [round(row["explained_variance"], 5) for row in of] for name, of in by_step.items()},
+    }
+
+
+def refills(order: str, batch_tokens: int, buffer_tokens: int, steps: int) -> list[int]:
+    """Steps after which the buffer is refilled: all of it before, a part of it now."""
+    if order == "before":
+        every = buffer_tokens // batch_tokens
+        return list(range(every, steps, every))
+    parts = buffer_order(batch_tokens, buffer_tokens, 0).parts
+    found = [0]
+    while found[-1] < steps:
+        found.append(found[-1] + min(len(found), parts))
+    return found[1:-1]
+
+
+def mean_ev(runs: list[dict[str, Any]], name: str) -> list[float]:
+    """EV of each step's batch, mean over the seeds."""
+    return [statistics.mean(values) for values in zip(*(run["ev"][name] for run in runs), strict=True)]
+
+
+def drops(ev: list[float], places: list[int]) -> list[float]:
+    """For each place, the mean of `SMOOTHED_STEPS` steps before it minus that of as many after it."""
+    n = SMOOTHED_STEPS
+    inside = [place for place in places if n <= place <= len(ev) - n]
+    return [statistics.mean(ev[place - n : place]) - statistics.mean(ev[place : place + n]) for place in inside]
+
+
+def figures(kept: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each order and SAE the drops at refills; for each order what it costs."""
+    settings, found = kept["settings"], []
+    for order, runs in kept["runs"].items():
+        steps = settings["tokens"] // settings["batch_tokens"]
+        places = refills(order, settings["batch_tokens"], settings["buffer_tokens"], steps)
+        for name in runs[0]["ev"]:
+            ev = mean_ev(runs, name)
+            at_refills = drops(ev, places)
+            found.append(
+                {
+                    "order": order,
+                    "sae": name,
+                    "refills": len(at_refills),
+                    "largest_drop": max(at_refills),
+                    "largest_drop_anywhere": max(drops(ev, list(range(len(ev))))),
+                    "last_ev": statistics.mean(ev[-SMOOTHED_STEPS:]),
+                }
+            )
+    return found
+
+
+def markdown(kept: dict[str, Any]) -> str:
+    """The generated part of the page."""
+    settings, runs = kept["settings"], kept["runs"]
+    rows = [
+        [
+            row["order"],
+            row["sae"],
+            str(row["refills"]),
+            f"{row['largest_drop']:.4f}".replace("-", "−"),
+            f"{row['largest_drop_anywhere']:.4f}".replace("-", "−"),
+            f"{row['last_ev']:.4f}",
+        ]
+        for row in figures(kept)
+    ]
+    cost = [
+        [
+            order,
+            mean_and_range([run["first_step_seconds"] for run in of], "{:.1f} s"),
+            f"{statistics.median(run['tokens_per_second'] for run in of):,.0f}",
+            mean_and_range([run["tokens_per_second"] for run in of], "{:,.0f}"),
+            mean_and_range([run["processor_seconds"] for run in of], "{:.0f} s"),
+            mean_and_range([run["peak_memory_gb"] for run in of], "{:.2f} GB"),
+        ]
+        for order, of in runs.items()
+    ]
+    headings = ["order", "SAE", "refills", "largest drop of EV at a refill", "at any step", "EV of the last steps"]
+    costs = ["order", "first step after", "tokens/s, median", "tokens/s, mean", "processor time", "peak memory"]
+    return "\n".join(
+        [
+            *markdown_rows(headings, rows),
+            "",
+            f"Drop: mean training EV of the {SMOOTHED_STEPS} steps before minus that of as many steps after, "
+            f"over {len(runs['after'])} seeds; a negative drop is a rise. {settings['tokens']:,} tokens, "
+            f"{settings['batch_tokens']:,} a step, buffer of {settings['buffer_tokens']:,}, pool of "
+            f"{settings['window_pool_tokens']:,}.",
+            "",
+            *markdown_rows(costs, cost),
+            "",
+            f"Mean, range in brackets; {settings['threads']} thread(s), trained in turn, on a machine that others used too. "
+            f"Before: commit {kept['before']}. {made_with(kept['provenance'], RESULT, '.')}",
+        ]
+    )
+
+
+def plot(kept: dict[str, Any]) -> None:
+    """EV of every step against tokens, a panel for each SAE, with the refills."""
+    from matplotlib.figure import Figure
+
+    settings, names = kept["settings"], list(kept["runs"]["after"][0]["ev"])
+    figure = Figure(figsize=(9, 3.2 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), sharex=True), names, strict=True):
+        for order, color, place in (("before", "tab:red", 0.0), ("after", "tab:blue", 0.06)):
+            ev = mean_ev(kept["runs"][order], name)
+            tokens = [settings["batch_tokens"] * (step + 1) for step in range(len(ev))]
+            axes.plot(tokens, ev, color=color, linewidth=1, label=order)
+            for step in refills(order, settings["batch_tokens"], settings["buffer_tokens"], len(ev)):
+                axes.axvline(step * settings["batch_tokens"], place, place + 0.05, color=color, linewidth=1)
+        axes.set(ylabel=f"EV, {name}", ylim=(0.4, None))
+        axes.legend(loc="center right")
+    axes.set_xlabel("training tokens; marks below: refills of the buffer")
+    save_figure(figure, PLOT)
+
+
+def main() -> None:
+    """Train seed by seed, write the result, then table and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table-only", action="store_true", help="only write table and plot from the result file")
+    asked = parser.parse_args()
+    if not asked.table_only:
+        recipe = quickstart()
+        settings = {
+            "tokens": asked.tokens // recipe.loop.batch_tokens * recipe.loop.batch_tokens,
+            "batch_tokens": recipe.loop.batch_tokens,
+            "buffer_tokens": recipe.buffer_tokens,
+            "window_pool_tokens": recipe.window_pool_tokens,
+            "threads": asked.threads,
+        }
+        about = provenance()
+        runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+        with worktree(BEFORE) as before:
+            for seed in asked.seeds:
+                for order, source in (("before", before), ("after", ROOT)):
+                    runs[order].append(train(source, seed, settings["tokens"], asked.threads))
+                    say(f"Seed {seed}, {order}: {runs[order][-1]['wall_seconds']:.0f} s.")
+        kept = {"provenance": about, "before": BEFORE, "settings": settings, "runs": runs}
+        write_json(RESULT, kept | {"figures": figures(kept)})
+    kept = json.loads(RESULT.read_text(encoding="utf-8"))
+    plot(kept)
+    write_marked(PAGE, START, END, markdown(kept))
+
+
+if __name__ == "__main__":
+    main()

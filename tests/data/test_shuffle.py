@@ -1,0 +1,226 @@
+"""The staggered order: every row once, in bounded memory, resumable after every batch, well mixed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kronsae.data.shuffle import LET_GO, StaggeredOrder, StaggeredShuffle
+from kronsae.data.stream import State
+from kronsae.support.errors import UserError
+
+Batch = list[int]
+
+
+class Numbers:
+    """Items of the given sizes, over and over if they repeat; rows are numbered through."""
+
+    def __init__(self, sizes: list[int], repeat: bool, *, state: State | None) -> None:
+        self.sizes, self.repeat = sizes, repeat
+        self.start = 0 if state is None else state["item"]
+
+    def __iter__(self) -> Iterator[tuple[list[int], State]]:
+        sizes = itertools.cycle(self.sizes) if self.repeat else self.sizes
+        first = 0
+        for item, size in enumerate(sizes):
+            if item >= self.start:
+                yield list(range(first, first + size)), {"item": item + 1}
+            first += size
+
+
+class Cells:
+    """A `RowStore` of numbers that refuses to lose one: a place must be served before it is filled again.
+
+    Where a stream goes on, batches of its first unit may have been served before: then nothing is refused.
+    """
+
+    def __init__(self, capacity: int, goes_on: bool = False) -> None:
+        self.cells: list[int | None] = [None] * capacity
+        self.goes_on = goes_on
+        self.read = 0
+
+    def count(self, item: list[int]) -> int:
+        return len(item)
+
+    def put(self, item: list[int], start: int, places: Tensor) -> None:
+        for number, place in zip(item[start:], places.tolist(), strict=False):
+            self.read += 1
+            if place != LET_GO:
+                assert self.cells[place] is None or self.goes_on
+                self.cells[place] = number
+
+    def take(self, places: Tensor) -> Batch:
+        taken = [self.cells[place] for place in places.tolist()]
+        for place in places.tolist():
+            self.cells[place] = None
+        assert None not in taken
+        return [number for number in taken if number is not None]
+
+
+def order(batch_size: int, capacity: int, seed: int = 0, purpose: str = "numbers") -> StaggeredOrder:
+    return StaggeredOrder(batch_size=batch_size, capacity=capacity, seed=seed, purpose=purpose)
+
+
+def shuffled(
+    sizes: list[int], the_order: StaggeredOrder, *, repeat: bool = False, **options: Any
+) -> StaggeredShuffle[list[int], Batch]:
+    cells = Cells(the_order.held_rows, goes_on=options.get("state") is not None)
+    return StaggeredShuffle(partial(Numbers, sizes, repeat), cells, the_order, **options)
+
+
+orders = st.builds(
+    lambda batch_size, batches, odd, seed: order(batch_size, batch_size * batches + odd % batch_size, seed),
+    st.integers(1, 5),
+    st.integers(1, 22),
+    st.integers(0, 4),
+    st.integers(0, 5),
+)
+streams = st.lists(st.integers(0, 13), min_size=1, max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=streams, the_order=orders, drop=st.booleans())
+def test_every_row_is_served_once_and_the_remainder_is_less_than_a_batch(
+    sizes: list[int], the_order: StaggeredOrder, drop: bool
+) -> None:
+    total, size = sum(sizes), the_order.batch_size
+    stream = shuffled(sizes, the_order, drop_remainder=drop)
+    if drop and total < size:
+        with pytest.raises(UserError, match=rf"^batch_size must not exceed the numbers there are; got {size} with"):
+            list(stream)
+        return
+    batches = [batch for batch, _ in stream]
+    served = [number for batch in batches for number in batch]
+    assert len(set(served)) == len(served) == (total // size * size if drop else total)
+    assert set(served) <= set(range(total))
+    assert all(len(batch) == size for batch in batches[: None if drop else -1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=streams, the_order=orders, repeat=st.booleans(), limit=st.none() | st.integers(1, 40), drop=st.booleans())
+def test_it_goes_on_exactly_after_every_batch(
+    sizes: list[int], the_order: StaggeredOrder, repeat: bool, limit: int | None, drop: bool
+) -> None:
+    repeat = repeat and sum(sizes) > 0
+    if drop and not repeat and sum(sizes) < the_order.batch_size:
+        return
+    options: dict[str, Any] = {"repeat": repeat, "batches": limit, "drop_remainder": drop}
+    whole = list(itertools.islice(shuffled(sizes, the_order, **options), 30))
+    for at, (_, state) in enumerate(whole):
+        again = shuffled(sizes, the_order, state=json.loads(json.dumps(state)), **options)
+        following = list(itertools.islice(again, 4))
+        assert following[: len(whole) - at - 1] == whole[at + 1 : at + 5]
+        if len(whole) < 30:
+            assert len(following) == min(4, len(whole) - at - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(the_order=orders, batches=st.integers(1, 60))
+def test_no_more_is_read_than_the_batches_that_are_asked_for_take(the_order: StaggeredOrder, batches: int) -> None:
+    cells = Cells(the_order.held_rows)
+    stream = StaggeredShuffle(partial(Numbers, [7, 3], True), cells, the_order, batches=batches)
+    served = [number for batch, _ in stream for number in batch]
+    assert sorted(served) == list(range(batches * the_order.batch_size))
+    assert cells.read == len(served)
+
+
+@settings(max_examples=60, deadline=None)
+@given(the_order=orders)
+def test_what_is_held_fits_and_going_on_reads_two_capacities_at_most(the_order: StaggeredOrder) -> None:
+    assert the_order.held_rows <= the_order.capacity
+    parts = the_order.parts
+    assert (parts + 1) * (parts + 2) // 2 * the_order.batch_size > the_order.capacity
+    _, state = next(itertools.islice(shuffled([7, 3], the_order, repeat=True), 100, None))
+    cells = Cells(the_order.held_rows, goes_on=True)
+    next(iter(StaggeredShuffle(partial(Numbers, [7, 3], True), cells, the_order, state=state)))
+    assert cells.read <= parts * the_order.block_rows + 7 < 2 * the_order.capacity + 7
+
+
+def test_a_unit_exchanges_a_part_of_what_is_held() -> None:
+    """64 batches of capacity: blocks of 10 batches, of which each batch is served in another of 10 units."""
+    the_order = order(8, 8 * 64)
+    assert (the_order.parts, the_order.block_rows, the_order.held_rows) == (10, 80, 440)
+    batches = [batch for batch, _ in itertools.islice(shuffled([1], the_order, repeat=True), 300)]
+    units = [batch for unit in range(10) for batch in batches[sum(range(unit + 1)) :][: unit + 1]]
+    assert units == batches[:55], "the first units serve 1, 2, ... 10 batches"
+    for start in range(55, 295, 10):
+        blocks = [number // 80 for batch in batches[start : start + 10] for number in batch]
+        newest = max(blocks)
+        assert sorted(blocks) == [block for block in range(newest - 9, newest + 1) for _ in range(8)]
+
+
+def old_order(rows: int, batch_size: int, capacity: int) -> list[Batch]:
+    """A buffer that is filled, served in a random order to its end, and filled anew."""
+    generator = torch.Generator().manual_seed(0)
+    found: list[Batch] = []
+    for start in range(0, rows - capacity + 1, capacity):
+        places = (start + torch.randperm(capacity, generator=generator)).tolist()
+        found += [places[at : at + batch_size] for at in range(0, capacity, batch_size)]
+    return found
+
+
+def largest_jump(batches: list[Batch], window: int) -> float:
+    """Largest difference of the mean row number between neighbouring windows of batches: where the text changes."""
+    means = torch.tensor([sum(batch) / len(batch) for batch in batches])
+    return max(
+        float((means[at : at + window].mean() - means[at - window : at].mean()).abs())
+        for at in range(window, len(means) - window)
+    )
+
+
+def test_the_distribution_of_the_batches_changes_slowly() -> None:
+    """Documents follow one another in the text; in a buffer filled all at once, all of them change at a refill."""
+    batch_size, capacity, rows = 16, 16 * 64, 16 * 64 * 8
+    before = old_order(rows, batch_size, capacity)
+    now = [batch for batch, _ in itertools.islice(shuffled([9, 4], order(batch_size, capacity), repeat=True), 500)]
+    # A window of 8 batches moves on by 8 batches of text; the old one by a whole buffer of 64 at each refill.
+    assert largest_jump(before, 8) > 0.9 * capacity
+    assert largest_jump(now[55:], 8) < 0.5 * capacity
+
+
+def test_a_batch_holds_rows_of_as_much_text_as_there_are_places() -> None:
+    """The spread of a batch over the text: a buffer of C rows filled at once spans C, this one r^2 batches < 2 C."""
+    batch_size, capacity = 16, 16 * 64
+    now = [batch for batch, _ in itertools.islice(shuffled([9, 4], order(batch_size, capacity), repeat=True), 400)]
+    spread = torch.tensor([float(torch.tensor(batch).float().std()) for batch in now[55:]]).mean()
+    before = torch.tensor([float(torch.tensor(b).float().std()) for b in old_order(8 * capacity, batch_size, capacity)])
+    assert spread > 1.3 * before.mean()
+
+
+def test_orders_of_two_purposes_are_unrelated() -> None:
+    one, other, again = (
+        [
+            number
+            for batch, _ in itertools.islice(shuffled([5], order(8, 512, purpose=purpose), repeat=True), 200)
+            for number in batch
+        ]
+        for purpose in ("windows", "activations", "windows")
+    )
+    assert one == again
+    assert sum(a == b for a, b in zip(one, other, strict=True)) < 0.02 * len(one)
+
+
+def test_a_stream_that_became_shorter_is_noticed() -> None:
+    the_order = order(2, 20)
+    _, state = next(itertools.islice(shuffled([3] * 40, the_order), 25, None))
+    with pytest.raises(UserError, match=r"^the stream must be the one that its state is of; it ended earlier\. Begin"):
+        list(shuffled([3] * 3, the_order, state=state))
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        shuffled([3], order(2, 20), state={"upstream": None, "rows": 0, "block": 1, "batch": 2})
+    assert str(caught.value) == (
+        "state must have the keys upstream, rows, unit, batch; got upstream, rows, block, batch. Another version of "
+        "kronsae wrote it, which read the data in another order: go on with that version, or begin anew in another "
+        "folder."
+    )
