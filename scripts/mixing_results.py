@@ -2,8 +2,8 @@
 
 .venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 300000] [--threads 1] [--table-only]
 
-Trains quickstart's two SAEs on the bundled model, with every step logged, from this checkout and from the last commit
-before the change (`BEFORE`, in a temporary git worktree), one process each, in turn within every seed.
+Trains quickstart's two SAEs on the bundled model, with every step logged, from this commit and from the last one before
+the change (`BEFORE`), each in a temporary git worktree and in a process of its own, in turn within every seed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SMOOTHED_STEPS = 16
 def worktree(commit: str) -> Iterator[Path]:
     """A checkout of a commit, for as long as it is needed."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "before"
+        path = Path(folder) / "checkout"
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", str(path), commit], check=True)
         try:
@@ -164,7 +164,7 @@ def markdown(kept: dict[str, Any]) -> str:
             "",
             *markdown_rows(costs, cost),
             "",
-            f"Mean, range in brackets; {settings['threads']} thread(s), trained in turn, on a machine that others used too. "
+            f"Mean, range in brackets; {settings['threads']} thread(s), trained in turn, on a machine in use. "
             f"Before: commit {kept['before']}. {made_with(kept['provenance'], RESULT, '.')}",
         ]
     )
@@ -208,9 +208,9 @@ def main() -> None:
         }
         about = provenance()
         runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-        with worktree(BEFORE) as before:
+        with worktree(BEFORE) as before, worktree("HEAD") as after:
             for seed in asked.seeds:
-                for order, source in (("before", before), ("after", ROOT)):
+                for order, source in (("before", before), ("after", after)):
                     runs[order].append(train(source, seed, settings["tokens"], asked.threads))
                     say(f"Seed {seed}, {order}: {runs[order][-1]['wall_seconds']:.0f} s.")
         kept = {"provenance": about, "before": BEFORE, "settings": settings, "runs": runs}
