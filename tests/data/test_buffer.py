@@ -107,10 +107,6 @@ class TestShuffleBuffer:
             "batch": 0,
         }  # row 12
 
-    def test_no_more_is_read_than_is_asked_for(self) -> None:
-        served = numbers(list(buffer(batches=9)))
-        assert sorted(served) == list(range(36))
-
     def test_a_stream_that_ends_drops_less_than_a_batch(self) -> None:
         total = sum(SIZES[number % len(SIZES)] for number in range(10))
         served = numbers(list(buffer(10)))

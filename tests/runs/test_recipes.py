@@ -39,10 +39,13 @@ def test_a_short_try_is_short() -> None:
     whole = quickstart()
     short = shortened(whole, 7000)
     assert (short.loop.tokens, short.loop.batch_tokens, short.loop.steps) == (7000, 2048, 3)
-    assert (short.buffer_tokens, short.eval_tokens) == (3 * 2048, 7000)
+    assert (short.window_pool_tokens, short.buffer_tokens, short.eval_tokens) == (28_000, 2048, 7000)
+    assert shortened(whole, 100).window_pool_tokens == whole.model_batch * whole.context_length
+    assert shortened(whole, 100_000).buffer_tokens == 25_000
     assert shortened(whole, 100).loop.batch_tokens == 100
     longer = shortened(whole, 10_000_000)
     assert (longer.buffer_tokens, longer.eval_tokens) == (whole.buffer_tokens, whole.eval_tokens)
+    assert longer.window_pool_tokens == whole.window_pool_tokens
     assert short.saes == whole.saes
     with pytest.raises(UserError, match=r"^tokens must be a whole number above 0; got 0\.$"):
         shortened(whole, 0)

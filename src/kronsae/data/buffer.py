@@ -76,7 +76,6 @@ class ShuffleBuffer:
         buffer_tokens: Rows that are held at most; take ``buffer_tokens * d_in * 4`` bytes per hook on the
             activations' device. The first batch is there when about ``sqrt(2 * buffer_tokens * batch_size)`` are read.
         seed: Seed of the order.
-        batches: How many batches will be asked for: no more rows are read than these hold. None reads all there is.
         state: Go on after the batch that this state came with.
 
     Raises:
@@ -91,7 +90,6 @@ class ShuffleBuffer:
         batch_size: int,
         buffer_tokens: int,
         seed: int = 0,
-        batches: int | None = None,
         state: State | None = None,
     ) -> None:
         _check_batch_size(batch_size)
@@ -102,7 +100,7 @@ class ShuffleBuffer:
             )
         order = buffer_order(batch_size, buffer_tokens, seed)
         rows = ActivationRows(order.held_rows)
-        self._shuffled = StaggeredShuffle(make_upstream, rows, order, batches=batches, state=state)
+        self._shuffled = StaggeredShuffle(make_upstream, rows, order, state=state)
 
     def __iter__(self) -> Iterator[tuple[Activations, State]]:
         return iter(self._shuffled)

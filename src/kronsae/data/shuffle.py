@@ -171,7 +171,6 @@ class StaggeredShuffle(Generic[Item, Rows]):
         make_upstream: Makes the stream of items.
         store: Keeps the rows, at ``order.held_rows`` places.
         order: The order.
-        batches: How many batches will be asked for; no more is read than these take. None reads to the stream's end.
         drop_remainder: Whether to drop what does not fill a batch at the stream's end, instead of serving it.
         state: Go on after the batch that this state came with.
     """
@@ -182,14 +181,12 @@ class StaggeredShuffle(Generic[Item, Rows]):
         store: RowStore[Item, Rows],
         order: StaggeredOrder,
         *,
-        batches: int | None = None,
         drop_remainder: bool = True,
         state: State | None = None,
     ) -> None:
         self._make_upstream = make_upstream
         self._store = store
         self._order = order
-        self._limit = None if batches is None else batches * order.batch_size
         self._drop_remainder = drop_remainder
         self._state = {**START, "unit": 0, "batch": 0} if state is None else state
         check_state(self._state, ("upstream", "rows", "unit", "batch"))
@@ -200,7 +197,7 @@ class StaggeredShuffle(Generic[Item, Rows]):
         positions = deque[State](maxlen=order.parts)  # where the blocks began of which a part is held
         for block in itertools.count(order.first_block(unit)):
             positions.append(reader.position)
-            count = reader.read(order.places(block, unit)[: self._wanted(block)])
+            count = reader.read(order.places(block, unit))
             last = count < order.block_rows
             if block < unit:
                 if last:
@@ -221,7 +218,3 @@ class StaggeredShuffle(Generic[Item, Rows]):
             if last:
                 return
             unit, first = unit + 1, 0
-
-    def _wanted(self, block: int) -> int:
-        rows = self._order.block_rows
-        return rows if self._limit is None else max(0, min(rows, self._limit - block * rows))

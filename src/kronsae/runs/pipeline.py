@@ -90,12 +90,10 @@ class Source:
         hook = self.config.hook if hook is None else hook
         return ActivationStream(self.language_model, hook, self.tokens(held_out=held_out, repeat=repeat))
 
-    def batches(self, state: State | None, batches: int | None = None) -> ShuffleBuffer | StoredActivations:
+    def batches(self, state: State | None) -> ShuffleBuffer | StoredActivations:
         """Shuffled batches of activations for training, carrying on after ``state``.
 
-        Args:
-            state: None begins anew.
-            batches: how many the whole training takes, so that the model is run on no more; None: no end is known.
+        They are the same whatever the length of the training, so that an SAE sees the same ones beside any others.
         """
         config, batch_tokens = self.config, self.config.loop.batch_tokens
         if config.activations is not None:
@@ -114,6 +112,5 @@ class Source:
             batch_size=batch_tokens,
             buffer_tokens=config.buffer_tokens,
             seed=config.seed,
-            batches=batches,
             state=state,
         )

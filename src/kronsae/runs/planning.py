@@ -140,6 +140,9 @@ class Plan:
                 "Checking the harvested activations against their checksums; they are read in a random order over all "
                 "of them, without window pool or shuffle buffer."
             )
+        if self.steps_done:
+            most = min(2 * self.buffer_tokens, self.tokens)
+            return f"Running the model again on what the shuffle buffer held, at most {most:,} tokens."
         return f"Running the model on the first {self.first_tokens:,} tokens."
 
     @property

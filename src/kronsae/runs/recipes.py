@@ -47,10 +47,10 @@ def quickstart() -> RunConfig:
 
 
 def shortened(config: RunConfig, tokens: int) -> RunConfig:
-    """``config`` on ``tokens`` tokens, with batch, shuffle buffer and evaluation no larger than that.
+    """``config`` on ``tokens`` tokens, with batch and evaluation no larger than that.
 
-    Evaluating, or filling a window pool of more than a few times the tokens, would otherwise take most of the time of a
-    short try.
+    The shuffle buffer holds at most a quarter of them, the window pool four times as many. What these hold at the end
+    was read for nothing; it would otherwise take most of the time of a short try, as evaluating would.
     """
     check_count("tokens", tokens)
     batch = min(config.loop.batch_tokens, tokens)
@@ -60,7 +60,7 @@ def shortened(config: RunConfig, tokens: int) -> RunConfig:
         window_pool_tokens=min(
             config.window_pool_tokens, max(4 * tokens, config.model_batch * config.context_length)
         ),
-        buffer_tokens=min(config.buffer_tokens, tokens // batch * batch),  # a remainder would be thrown away
+        buffer_tokens=max(batch, min(config.buffer_tokens, tokens // 4)),
         eval_tokens=min(config.eval_tokens, tokens),
     )
 

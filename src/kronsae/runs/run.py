@@ -179,7 +179,7 @@ def _carry_out(
         return
     say(plan.start)
     filling = perf_counter()
-    stream = iter(source.batches(progress.stream, plan.steps))
+    stream = iter(source.batches(progress.stream))
     first = next(stream)  # text, model and activations are known to work before anything is written
     progress = replace(progress, seconds=progress.seconds + perf_counter() - filling)
     if problem := _nothing_held_out(config):
