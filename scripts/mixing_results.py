@@ -1,8 +1,8 @@
 """What shuffling windows and refilling the buffer in part does to training: docs/results/mixing.json, .svg and table.
 
-.venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 300000] [--threads 1] [--table-only]
+.venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 200000] [--threads 1] [--table-only]
 
-Trains quickstart's two SAEs on the bundled model, with every step logged, from this commit and from the last one before
+Trains two small SAEs on quickstart's model and text, with every step logged, from this commit and from the last one before
 the change (`BEFORE`), each in a temporary git worktree and in a process of its own, in turn within every seed.
 """
 
@@ -25,7 +25,7 @@ from study_parts import END, RESULTS, ROOT, made_with, markdown_rows, mean_and_r
 
 from kronsae.bench.plot import save_figure
 from kronsae.data.buffer import buffer_order
-from kronsae.runs.recipes import quickstart
+from kronsae.runs.recipes import quickstart, short_run_lr
 from kronsae.support.files import write_json, write_marked
 from kronsae.support.provenance import provenance
 from kronsae.support.terminal import say
@@ -35,6 +35,10 @@ RESULT = RESULTS / "mixing.json"
 PLOT = RESULTS / "mixing.svg"
 PAGE = RESULTS / "README.md"
 START = "<!-- results:mixing -->"
+SAES = tuple(
+    f"{words} d_sae=1024 k=32 lr={short_run_lr(1024):.3g}" for words in ("topk", "kron d_base=2 d_extension=4")
+)
+BUFFER_TOKENS = 65_536
 SMOOTHED_STEPS = 16
 """Steps on either side of a refill whose EV is averaged, over the seeds too: that of one batch varies too much."""
 
@@ -57,7 +61,8 @@ def train(source: Path, seed: int, tokens: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "kronsae", "train", "--recipe", "quickstart", "--seed", str(seed), "--quiet"]
-        command += ["--tokens", str(tokens), "--set", "loop.log_every=1", "--out", str(out)]
+        command += ["--tokens", str(tokens), "--set", "loop.log_every=1", "--set", f"buffer_tokens={BUFFER_TOKENS}"]
+        command += [word for sae in SAES for word in ("--sae", sae)] + ["--out", str(out)]
         started = perf_counter()
         environment = {**os.environ, "PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": str(threads)}
         pid = os.spawnve(os.P_NOWAIT, command[0], command, environment)
@@ -193,7 +198,7 @@ def main() -> None:
     """Train seed by seed, write the result, then table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table-only", action="store_true", help="only write table and plot from the result file")
     asked = parser.parse_args()
@@ -202,7 +207,8 @@ def main() -> None:
         settings = {
             "tokens": asked.tokens // recipe.loop.batch_tokens * recipe.loop.batch_tokens,
             "batch_tokens": recipe.loop.batch_tokens,
-            "buffer_tokens": recipe.buffer_tokens,
+            "saes": SAES,
+            "buffer_tokens": BUFFER_TOKENS,
             "window_pool_tokens": recipe.window_pool_tokens,
             "threads": asked.threads,
         }
