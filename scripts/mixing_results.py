@@ -2,8 +2,8 @@
 
 .venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 200000] [--threads 1] [--table-only]
 
-Trains two small SAEs on quickstart's model and text, with every step logged, from this commit and from the last one before
-the change (`BEFORE`), each in a temporary git worktree and in a process of its own, in turn within every seed.
+Trains two small SAEs on quickstart's model and text, with every step logged, from this commit and from the last one
+before the change (`BEFORE`), each in a temporary git worktree and in a process of its own, in turn within every seed.
 """
 
 from __future__ import annotations
