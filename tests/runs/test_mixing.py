@@ -27,8 +27,8 @@ from kronsae.support.errors import UserError
     [
         (
             {"window_pool_tokens": 127},
-            "window_pool_tokens must be 0 or at least model_batch * context_length; got 127 with 128. Enlarge the pool, "
-            "or give 0 to read the windows in the order of the text.",
+            "window_pool_tokens must be 0 or at least model_batch * context_length; got 127 with 128. Enlarge the "
+            "pool, or give 0 to read the windows in the order of the text.",
         ),
         ({"window_pool_tokens": -1}, "window_pool_tokens must be a whole number above 0; got -1."),
     ],
@@ -127,7 +127,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_refused(
     old = {"upstream": {"upstream": {"epoch": 0, "document": 3}, "window": 2}, "rows": 7, "block": 1, "batch": 2}
     progress.write_text(json.dumps(json.loads(progress.read_text()) | {"stream": old}))
     without_pool(tmp_path / "r")
-    with pytest.raises(UserError, match=r"^state must have the keys .*; got upstream, rows, block, batch\. Another ver"):
+    with pytest.raises(UserError, match=r"^state must have the keys .*; got upstream, rows, block, batch\. Another"):
         go(config, tmp_path / "r")
     assert progress.exists()
 

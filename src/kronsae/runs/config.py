@@ -66,8 +66,8 @@ class RunConfig:
         if 0 < self.window_pool_tokens < batch_of_windows:
             raise UserError(
                 "window_pool_tokens must be 0 or at least model_batch * context_length; "
-                f"got {self.window_pool_tokens} with {batch_of_windows}. Enlarge the pool, or give 0 to read the windows "
-                "in the order of the text."
+                f"got {self.window_pool_tokens} with {batch_of_windows}. Enlarge the pool, or give 0 to read the "
+                "windows in the order of the text."
             )
         if self.activations is None and self.buffer_tokens < self.loop.batch_tokens:
             raise UserError(

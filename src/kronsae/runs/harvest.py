@@ -38,8 +38,8 @@ def harvest(
 ) -> dict[str, Any]:
     """Write the activations of the training part of a text into ``out``; return what was written.
 
-    Held-out documents are left out, so that SAEs trained on the folder can be evaluated on them. The text is read in its
-    order, without a pool of windows: training reads the folder in a random order over all of it.
+    Held-out documents are left out, so that SAEs trained on the folder can be evaluated on them. The text is read in
+    its order, without a pool of windows: training reads the folder in a random order over all of it.
 
     Args:
         model: Hub name, local folder, ``"bundled"``, or a config.

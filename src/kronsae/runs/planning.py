@@ -177,7 +177,7 @@ class Plan:
 
     @property
     def first_seconds(self) -> float:
-        """Time before the first step of a run that begins, as far as it is known; of harvested activations it is not."""
+        """Time before the first step of a run that begins, as far as it is known; 0 for harvested activations."""
         return (self.batch_seconds or 0.0) * self.first_tokens / self.batch_tokens
 
     @property
