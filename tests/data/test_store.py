@@ -15,6 +15,7 @@ from kronsae.data.buffer import Activations
 from kronsae.data.store import MANIFEST, StoredActivations, read_manifest, write_activations
 from kronsae.data.stream import State
 from kronsae.support.errors import UserError
+from kronsae.support.files import sha256
 
 Change = Callable[[Path], object]
 
@@ -123,8 +124,12 @@ def test_files_are_checked_before_the_first_batch_and_again_only_if_they_changed
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    digest = store._sha256
-    monkeypatch.setattr(store, "_sha256", lambda path: (read.append(path.name), digest(path))[1])
+
+    def recorded(path: Path) -> str:
+        read.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(store, "sha256", recorded)
     next(iter(StoredActivations(folder, batch_size=10)))
     assert sorted(read) == [shard.file for shard in read_manifest(folder).shards]
     next(iter(StoredActivations(folder, batch_size=10)))

@@ -7,7 +7,6 @@ writer was told about the model and the text. The manifest comes last: a folder 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from kronsae.data.model import DTYPES
 from kronsae.data.shuffle import BlockReader
 from kronsae.data.stream import State
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import atomic_path, check_folder_place, read_json, write_json
+from kronsae.support.files import atomic_path, check_folder_place, read_json, sha256, write_json
 
 FORMAT = "kronsae-activations-1"
 MANIFEST = "manifest.json"
@@ -142,7 +141,7 @@ def _write(
         written.append(path)
         with atomic_path(path) as temporary:
             save_file({hook: _narrow(values, hook, dtype) for hook, values in rows.items()}, temporary)
-            shards.append(Shard(file=path.name, tokens=count, sha256=_sha256(temporary)))
+            shards.append(Shard(file=path.name, tokens=count, sha256=sha256(temporary)))
         d_in = {hook: values.shape[1] for hook, values in rows.items()}
         left -= count
     manifest = Manifest(format=FORMAT, dtype=dtype, tokens=tokens, d_in=d_in, shards=tuple(shards), metadata=metadata)
@@ -298,9 +297,4 @@ def _damaged(path: Path) -> UserError:
 @cache
 def _sha256_at(path: Path, size: int, modified_ns: int) -> str:
     """The digest of a file as it was at that time: a plan and the training after it read a large folder once."""
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
