@@ -44,8 +44,8 @@ def tiny_config(model: Path, text: Path, **changes: Any) -> RunConfig:
         text=TextConfig(source=str(text)),
         hook="layers.2",
         saes=(
-            topk(d_sae=32, k=4, dead_after_tokens=200),
-            kron(num_heads=8, d_base=2, d_extension=2, k=4, dead_after_tokens=200),
+            topk(d_sae=32, k=4, dead_after_tokens=120),
+            kron(num_heads=8, d_base=2, d_extension=2, k=4, dead_after_tokens=120),
         ),
         loop=LoopConfig(tokens=64 * STEPS, batch_tokens=64, log_every=3, checkpoint_every=5),
         context_length=32,

@@ -352,7 +352,7 @@ def test_a_folder_that_holds_other_things(base: str, run_config: RunConfig, tmp_
 
 
 def test_another_process_is_at_work_in_the_folder(base: str, tmp_path: Path) -> None:
-    with only_writer(tmp_path / "s"), pytest.raises(UserError, match="another kronsae is at work"):
+    with only_writer(tmp_path / "s"), pytest.raises(UserError, match="another kronsae process is writing to"):
         go(SweepConfig(saes=SAES, config=base), tmp_path / "s")
     assert listing(tmp_path) == []
 
