@@ -243,9 +243,10 @@ class TestActivations:
         model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias.data[3] = value
         model.save_pretrained(tmp_path / "m")
         make_tokenizer("gpt_neox").save_pretrained(tmp_path / "m")
+        # without a pool of windows, the first token is that of the text
+        config = replace(config, model=ModelConfig(name=str(tmp_path / "m"), device="cpu"), window_pool_tokens=0)
         with pytest.raises(UserError) as caught:
-            model_config = ModelConfig(name=str(tmp_path / "m"), device="cpu")
-            go(replace(config, model=model_config, window_pool_tokens=0), tmp_path / "r")  # the text's first token
+            go(config, tmp_path / "r")
         message = str(caught.value)
         assert message.startswith(
             "activations must be finite; hook 'layers.2' gave NaN or infinity in batch 0, document '"
