@@ -1,9 +1,10 @@
 """What shuffling windows and refilling the buffer in part does to training: docs/results/mixing.json, .svg and table.
 
-.venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 200000] [--threads 1] [--table-only]
+.venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 400000] [--threads 2] [--table-only]
 
-Trains two small SAEs on quickstart's model and text, with every step logged, from this commit and from the last one
-before the change (`BEFORE`), each in a temporary git worktree and in a process of its own, in turn within every seed.
+Trains quickstart's two SAEs, with every step logged, from this commit and from the last one before the change (`BEFORE`).
+Each training has a process of its own; the two commits alternate within every seed. Both read the same text, a file with
+the documents of today's bundled corpus in their order, and both are evaluated by this commit on the same held-out text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from study_parts import END, RESULTS, ROOT, made_with, markdown_rows, mean_and_r
 
 from kronsae.bench.plot import save_figure
 from kronsae.data.buffer import buffer_order
-from kronsae.runs.recipes import quickstart, short_run_lr
+from kronsae.data.corpus import standard_library_documents
+from kronsae.runs.recipes import quickstart
 from kronsae.support.files import write_json, write_marked
 from kronsae.support.provenance import provenance
 from kronsae.support.terminal import say
@@ -35,10 +37,6 @@ RESULT = RESULTS / "mixing.json"
 PLOT = RESULTS / "mixing.svg"
 PAGE = RESULTS / "README.md"
 START = "<!-- results:mixing -->"
-SAES = tuple(
-    f"{words} d_sae=1024 k=32 lr={short_run_lr(1024):.3g}" for words in ("topk", "kron d_base=2 d_extension=4")
-)
-BUFFER_TOKENS = 65_536
 SMOOTHED_STEPS = 16
 """Steps on either side of a refill whose EV is averaged, over the seeds too: that of one batch varies too much."""
 
@@ -56,19 +54,27 @@ def worktree(commit: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", str(path)], check=True)
 
 
-def train(source: Path, seed: int, tokens: int, threads: int) -> dict[str, Any]:
-    """One training in a process of its own, with the package of a checkout."""
+def write_text_file(path: Path) -> None:
+    """Write the documents of the bundled corpus, in their order, as a ``.jsonl`` file."""
+    rows = (json.dumps({"text": document.text}) + "\n" for document in standard_library_documents())
+    path.write_text("".join(rows), encoding="utf-8")
+
+
+def train(source: Path, text: Path, seed: int, tokens: int, threads: int) -> dict[str, Any]:
+    """Train in a process of its own with the package of a checkout; evaluate with this one."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "kronsae", "train", "--recipe", "quickstart", "--seed", str(seed), "--quiet"]
-        command += ["--tokens", str(tokens), "--set", "loop.log_every=1", "--set", f"buffer_tokens={BUFFER_TOKENS}"]
-        command += [word for sae in SAES for word in ("--sae", sae)] + ["--out", str(out)]
+        command += ["--tokens", str(tokens), "--set", "loop.log_every=1", "--text", str(text), "--out", str(out)]
         started = perf_counter()
         environment = {**os.environ, "PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": str(threads)}
         pid = os.spawnve(os.P_NOWAIT, command[0], command, environment)
         _, status, usage = os.wait4(pid, 0)
         if status != 0:
             raise SystemExit(f"the training from {source} failed with status {status}")
+        wall_seconds = perf_counter() - started
+        subprocess.run([sys.executable, "-m", "kronsae", "eval", str(out), "--quiet"], check=True, capture_output=True)
+        evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     by_step = {name: [row for row in rows if row["sae"] == name] for name in dict.fromkeys(row["sae"] for row in rows)}
     last = rows[-1]
@@ -78,9 +84,10 @@ def train(source: Path, seed: int, tokens: int, threads: int) -> dict[str, Any]:
         "first_step_seconds": rows[0]["seconds"],
         "training_seconds": last["seconds"],
         "tokens_per_second": last["tokens"] / last["seconds"],
-        "wall_seconds": perf_counter() - started,
+        "wall_seconds": wall_seconds,
         "processor_seconds": usage.ru_utime + usage.ru_stime,
         "peak_memory_gb": usage.ru_maxrss / 2**20,
+        "held_out_ev": {row["name"]: row["explained_variance"] for row in evaluation["saes"]},
         "ev": {name: [round(row["explained_variance"], 5) for row in of] for name, of in by_step.items()},
     }
 
@@ -126,6 +133,7 @@ def figures(kept: dict[str, Any]) -> list[dict[str, Any]]:
                     "largest_drop": max(at_refills),
                     "largest_drop_anywhere": max(drops(ev, list(range(len(ev))))),
                     "last_ev": statistics.mean(ev[-SMOOTHED_STEPS:]),
+                    "held_out_ev": [run["held_out_ev"][name] for run in runs],
                 }
             )
     return found
@@ -142,6 +150,7 @@ def markdown(kept: dict[str, Any]) -> str:
             f"{row['largest_drop']:.4f}".replace("-", "−"),
             f"{row['largest_drop_anywhere']:.4f}".replace("-", "−"),
             f"{row['last_ev']:.4f}",
+            mean_and_range(row["held_out_ev"], "{:.4f}"),
         ]
         for row in figures(kept)
     ]
@@ -156,7 +165,15 @@ def markdown(kept: dict[str, Any]) -> str:
         ]
         for order, of in runs.items()
     ]
-    headings = ["order", "SAE", "refills", "largest drop of EV at a refill", "at any step", "EV of the last steps"]
+    headings = [
+        "order",
+        "SAE",
+        "refills",
+        "largest drop of EV at a refill",
+        "at any step",
+        "training EV, last steps",
+        "held-out EV",
+    ]
     costs = ["order", "first step after", "tokens/s, median", "tokens/s, mean", "processor time", "peak memory"]
     return "\n".join(
         [
@@ -198,8 +215,8 @@ def main() -> None:
     """Train seed by seed, write the result, then table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table-only", action="store_true", help="only write table and plot from the result file")
     asked = parser.parse_args()
     if not asked.table_only:
@@ -207,17 +224,18 @@ def main() -> None:
         settings = {
             "tokens": asked.tokens // recipe.loop.batch_tokens * recipe.loop.batch_tokens,
             "batch_tokens": recipe.loop.batch_tokens,
-            "saes": SAES,
-            "buffer_tokens": BUFFER_TOKENS,
+            "saes": [sae.name for sae in recipe.saes],
+            "buffer_tokens": recipe.buffer_tokens,
             "window_pool_tokens": recipe.window_pool_tokens,
             "threads": asked.threads,
         }
         about = provenance()
         runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-        with worktree(BEFORE) as before, worktree("HEAD") as after:
+        with worktree(BEFORE) as before, worktree("HEAD") as after, tempfile.TemporaryDirectory() as folder:
+            write_text_file(text := Path(folder) / "corpus.jsonl")
             for seed in asked.seeds:
                 for order, source in (("before", before), ("after", after)):
-                    runs[order].append(train(source, seed, settings["tokens"], asked.threads))
+                    runs[order].append(train(source, text, seed, settings["tokens"], asked.threads))
                     say(f"Seed {seed}, {order}: {runs[order][-1]['wall_seconds']:.0f} s.")
         kept = {"provenance": about, "before": BEFORE, "settings": settings, "runs": runs}
         write_json(RESULT, kept | {"figures": figures(kept)})
