@@ -3,8 +3,8 @@
 .venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 400000] [--threads 2] [--table-only]
 
 Trains quickstart's two SAEs, with every step logged, from this commit and from the last one before the change
-(`BEFORE`). Each training has a process of its own; the two commits alternate within every seed. Both read the same text,
-a file with the documents of today's bundled corpus in their order. This commit evaluates both on the same held-out text.
+(`BEFORE`). Each training has a process of its own; the two commits alternate within every seed. Both read one text, a
+file with the documents of today's bundled corpus in their order. This commit evaluates both on one held-out text.
 """
 
 from __future__ import annotations
