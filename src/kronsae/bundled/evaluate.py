@@ -1,8 +1,8 @@
 """Evaluation of the bundled language model: its figures and its model card.
 
 ``python -m kronsae.bundled.evaluate --run DIR`` evaluates the model of a finished training run and publishes it with
-``evaluation.json`` and a ``README.md`` generated from that file alone. To repeat the figures of the packaged model:
-``measure(kronsae.bundled.path())``.
+``evaluation.json`` and a ``README.md`` generated from that file alone. Without ``--run`` it evaluates the published model
+again and rewrites both files.
 """
 
 from __future__ import annotations
@@ -122,13 +122,15 @@ class Bigram:
         return -(seen / (self.firsts[first] + self.pseudo_count)).log()
 
 
-def fit_bigram(tokenizer: PreTrainedTokenizerFast, library_weight: int, vocab_size: int) -> Bigram:
+def fit_bigram(
+    tokenizer: PreTrainedTokenizerFast, library_weight: int, vocab_size: int, include_tables: bool = False
+) -> Bigram:
     """Fit the baselines on one epoch of the training tokens, weighted as for the language model.
 
     The pseudo-count is the power of two that best predicts every 20th library document from the others. With it, the
     counts are taken over all documents.
     """
-    library, tests = training_documents()
+    library, tests = training_documents(include_tables)
     test_stream = encode(tokenizer, tests)
     tuning = encode(tokenizer, library[::TUNING_STRIDE])
     rest = encode(tokenizer, [d for index, d in enumerate(library) if index % TUNING_STRIDE != 0])
@@ -175,7 +177,9 @@ def compare(
     )
 
 
-def measure(folder: Path, library_weight: int = Settings.library_weight) -> dict[str, Any]:
+def measure(
+    folder: Path, library_weight: int = Settings.library_weight, include_tables: bool = False
+) -> dict[str, Any]:
     """Return the held-out figures of the model in a folder, and what they were measured on.
 
     The split depends only on the documents' names, so the measurement can be repeated on any machine. The figures
@@ -184,16 +188,18 @@ def measure(folder: Path, library_weight: int = Settings.library_weight) -> dict
     Args:
         folder: Folder with a model and its tokenizer.
         library_weight: Weight of the library in the baselines' counts; tests have weight 1.
+        include_tables: Whether the baselines count generated tables too. Held-out text never has them.
     """
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    bigram = fit_bigram(tokenizer, library_weight, model.config.vocab_size)
+    bigram = fit_bigram(tokenizer, library_weight, model.config.vocab_size, include_tables)
     documents = held_out_documents()
     chosen = slice_documents(documents)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": processor(),
+        "include_tables": False,
         "context": model.config.max_position_embeddings,
         "bigram_pseudo_count": bigram.pseudo_count,
         "held_out": asdict(compare(model, tokenizer, bigram, documents, name_documents=False)),
@@ -213,6 +219,8 @@ def card(figures: dict[str, Any]) -> str:
     )
     epoch = settings["library_weight"] * training["library_tokens"] + training["test_tokens"]
     optimisers = [_describe(optimiser) for optimiser in training["optimisers"]]
+    tables = "Generated tables are included." if training["include_tables"] else "Generated tables are left out."
+    left_out = "tests" if evaluation["include_tables"] else "tests and generated tables"
     return f"""---
 license: other
 license_name: python-software-foundation-license
@@ -259,7 +267,7 @@ automatically.
 - Text: the sources of Python {training["python"]}'s standard library, tests included: {training["library_tokens"]:,}
   tokens of library and {training["test_tokens"]:,} of tests. Each epoch contains the library
   {settings["library_weight"]} times. About one document in twenty is held out, chosen by a hash of its name
-  (`kronsae.data.corpus.is_held_out`). The tokenizer was trained on the training documents.
+  (`kronsae.data.corpus.is_held_out`). {tables} The tokenizer was trained on the training documents.
 - Seed {settings["seed"]}; {training["tokens_seen"]:,} tokens ({training["tokens_seen"] / epoch:.2f} epochs) in
   {training["steps"]:,} steps of {settings["batch_tokens"]:,} tokens. Windows have {settings["context"]} tokens, and
   {settings["max_positions"]} for the last {settings["long_share"]:.0%} of the tokens.
@@ -275,7 +283,7 @@ but not every bit of the weights.
 
 ## Figures
 
-On the {held_out["documents"]} held-out documents of the standard library without its tests
+On the {held_out["documents"]} held-out documents of the standard library without its {left_out}
 ({held_out["tokens"]:,} tokens, {held_out["text_bytes"]:,} bytes, Python {evaluation["python"]}), in windows of
 {evaluation["context"]} tokens:
 
@@ -306,11 +314,19 @@ def _describe(optimiser: dict[str, Any]) -> str:
     return f"{optimiser['name']} (" + ", ".join(f"{key} {value}" for key, value in switched.items()) + ")"
 
 
-def publish(run: Path, folder: Path) -> None:
-    """Copy a run's model to a folder, measure it there, and write the figures and the model card."""
-    training = read_json(run / TRAINING_FILE, "The training run's record")
-    shutil.copytree(run / EXPORT_FOLDER, folder, dirs_exist_ok=True)
-    evaluation = measure(folder, training["settings"]["library_weight"])
+def publish(run: Path | None, folder: Path) -> None:
+    """Copy a run's model to a folder, measure it there, and write the figures and the model card.
+
+    Args:
+        run: Folder of the training run; None to measure the model that ``folder`` already holds.
+        folder: Folder of the published model.
+    """
+    if run is None:
+        training = read_json(folder / EVALUATION_FILE, "The published model's figures")["training"]
+    else:
+        training = read_json(run / TRAINING_FILE, "The training run's record")
+        shutil.copytree(run / EXPORT_FOLDER, folder, dirs_exist_ok=True)
+    evaluation = measure(folder, training["settings"]["library_weight"], training["include_tables"])
     figures = {"training": training, "evaluation": evaluation}
     write_json(folder / EVALUATION_FILE, figures)
     write_text(folder / CARD_FILE, card(figures))
@@ -319,7 +335,7 @@ def publish(run: Path, folder: Path) -> None:
 def main() -> None:
     """Read the folders from the command line and publish the model."""
     parser = argparse.ArgumentParser(description="Publish the model of a training run with its figures.")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
+    parser.add_argument("--run", type=Path, help="folder of the training run; without it, the model in --to")
     parser.add_argument("--to", type=Path, default=bundled.path(), help="folder of the published model")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
