@@ -13,7 +13,7 @@ from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
 from kronsae.eval import Gallery, GalleryConfig
 from kronsae.eval import contexts as contexts_module
-from kronsae.eval.contexts import GalleryMeter
+from kronsae.eval.contexts import CANDIDATES, Context, GalleryMeter, near_copies
 from kronsae.eval.display import TokenText
 from kronsae.eval.hooked import hidden_states, kept, read_windows
 from kronsae.eval.latents import LatentMeter
@@ -95,6 +95,44 @@ def test_sampled_contexts_are_of_active_tokens_and_repeat_no_top_one() -> None:
     (other,) = gallery(sae, model, hook, windows, replace(config, seed=1)).latents
     assert other.top == latent.top
     assert other.sampled != latent.sampled
+
+
+def context(text: str) -> Context:
+    tokens = tuple(text.split(" "))
+    return Context(tokens=tokens, peak=0, values=(1.0,) * len(tokens))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "copies"),
+    [
+        ("a b c d", "a b c d", True),
+        ("a b c d", "c b a x", True),  # three of four, in another order
+        ("a b c d", "a b x y", False),  # half is not more than half
+        ("' x41 ' # 0x 41", "' x5 ' # 0x 513", True),  # digits count as equal
+        ("a a a b c d", "a x y z u v", False),  # a token counts as often as both have it
+        ("a a a a b c", "a a a a x y", True),
+        ("a b", "a b c d", False),  # of the longer one
+        ("a b c", "a b c d", True),
+    ],
+)
+def test_near_copies_share_most_of_their_tokens(one: str, other: str, copies: bool) -> None:
+    assert near_copies(context(one), context(other)) is copies
+    assert near_copies(context(other), context(one)) is copies
+
+
+def test_near_copies_of_a_stronger_context_are_passed_over() -> None:
+    sae, model, hook = one_latent()
+    windows = [[1, 2, 19, 2], [1, 3, 18, 3], [1, 17], [1, 4, 4, 16, 4, 4, 4, 4, 4]]
+    config = GalleryConfig(top=3, sampled=4, window=9)
+    (latent,) = gallery(sae, model, hook, windows, config).latents
+    assert [found.values[found.peak] for found in latent.top] == [15, 13, 12]  # 14 stands in a copy of the first
+    assert [found.values[found.peak] for found in latent.sampled] == [14]  # a draw is a fair one: it may be a copy
+    kept = CANDIDATES * max(config.top, config.cell_contexts)
+    copies = [[1, 2, 19, 2]] * kept + [[1, 17]]
+    (latent,) = gallery(sae, model, hook, copies, config).latents
+    assert len(latent.top) == 1  # beyond so many copies nothing is kept
+    (latent,) = gallery(sae, model, hook, copies[1:], config).latents
+    assert [found.values[found.peak] for found in latent.top] == [15, 13]
 
 
 @pytest.mark.parametrize("size", [1, 7, 40])

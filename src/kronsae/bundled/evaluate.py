@@ -1,8 +1,8 @@
 """Evaluation of the bundled language model: its figures and its model card.
 
 ``python -m kronsae.bundled.evaluate --run DIR`` evaluates the model of a finished training run and publishes it with
-``evaluation.json`` and a ``README.md`` generated from that file alone. Without ``--run`` it evaluates the published model
-again and rewrites both files.
+``evaluation.json`` and a ``README.md`` generated from that file alone. Without ``--run`` it evaluates the published
+model again and rewrites both files.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,9 @@ from kronsae.support.errors import UserError
 
 MAX_SIGNALS = 2**24  # activations held densely at once: 64 MiB
 POOL = 64  # contexts drawn at random per latent, of which the bands are made
+CANDIDATES = 8  # windows stored per context of the largest activations, so that near-copies can be skipped
+NEAR_COPY = 0.5  # 1 to 2% of pairs of code windows at the same token share more of their tokens; table rows often do
+_DIGITS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,8 @@ class ShownLatent:
         frequency: share of tokens on which the latent is active.
         max_activation: largest activation.
         mean_activation: mean activation over the tokens on which the latent is active.
-        top: contexts of the largest activations, at most one per window of the stream.
+        top: contexts of the largest activations, at most one per window of the stream, without near-copies of a
+            stronger one (`near_copies`); there may be fewer than requested.
         sampled: contexts of random activations, at most one per window of the stream.
         quantiles: bands of its activations from weakest to strongest, formed from `POOL` random contexts.
         negatives: random contexts from windows of the stream in which the latent is not active.
@@ -158,7 +164,7 @@ class GalleryMeter:
         self._both_C = torch.zeros(width, dtype=torch.int64)
         kept = max(config.top, config.cell_contexts)
         companions_CA = torch.tensor(self._signals.companions)
-        self._top = _BestWindows(kept, companions_CA, config.window)
+        self._top = _BestWindows(CANDIDATES * kept, companions_CA, config.window)
         of_sample_CA = companions_CA[: len(self._sample)]  # the first columns are the sample's
         drawn = max(config.sampled, POOL if config.quantiles else 0)
         self._drawn = _BestWindows(drawn, of_sample_CA, config.window)
@@ -225,13 +231,13 @@ class GalleryMeter:
             number=number,
             frequency=self._share(self._positive_C, column),
             max_activation=rounded([float(self._max_C[column])])[0],
-            top=self._top.contexts(column, self._config.cell_contexts, token_text, parents=False),
+            top=self._top.distinct(column, self._config.cell_contexts, token_text, parents=False),
         )
 
     def _latent(self, number: int, top: int, sampled: int, token_text: TokenText) -> ShownLatent:
         column, encoder = self._signals.place[("latent", number)], self._encoder
         has_parents = encoder is not None
-        shown = self._top.contexts(column, top, token_text, parents=has_parents)
+        shown = self._top.distinct(column, top, token_text, parents=has_parents)
         drawn: tuple[Context, ...] = ()
         negatives: tuple[Context, ...] = ()
         if column < len(self._sample):
@@ -268,6 +274,16 @@ def _bands(drawn: Sequence[Context], number: int, contexts: int) -> tuple[Band, 
         Band(low=peaks[band[0]], high=peaks[band[-1]], contexts=tuple(drawn[n] for n in sorted(band)[:contexts]))
         for band in bands
     )
+
+
+def near_copies(one: Context, other: Context) -> bool:
+    """Return whether two contexts share more than `NEAR_COPY` of the longer one's tokens, in any order.
+
+    Formula: ``sum over t of min(count_one(t), count_other(t)) / max(len(one), len(other)) > NEAR_COPY``, where
+    ``t`` is the text of a token, with all runs of digits treated as equal.
+    """
+    counts = [Counter(_DIGITS.sub("0", token) for token in context.tokens) for context in (one, other)]
+    return (counts[0] & counts[1]).total() > NEAR_COPY * max(len(one.tokens), len(other.tokens))
 
 
 def _checked_latent(latent: int, d_sae: int) -> int:
@@ -357,24 +373,33 @@ class _BestWindows:
 
     def contexts(self, column: int, number: int, token_text: TokenText, *, parents: bool) -> tuple[Context, ...]:
         """Return up to ``number`` contexts of a column, best first; with ``parents``, also its parents' activations."""
-        found = []
-        for slot in range(min(number, self._score_CQ.shape[1])):
-            if float(self._score_CQ[column, slot]) <= 0:
+        return tuple(itertools.islice(self._contexts(column, token_text, parents), number))
+
+    def distinct(self, column: int, number: int, token_text: TokenText, *, parents: bool) -> tuple[Context, ...]:
+        """Return the same as `contexts` without near-copies of a better context."""
+        found: list[Context] = []
+        for context in self._contexts(column, token_text, parents):
+            if len(found) == number:
                 break
+            if not any(near_copies(context, better) for better in found):
+                found.append(context)
+        return tuple(found)
+
+    def _contexts(self, column: int, token_text: TokenText, parents: bool) -> Iterator[Context]:
+        for slot in range(self._score_CQ.shape[1]):
+            if float(self._score_CQ[column, slot]) <= 0:
+                return
             ids_W = self._ids_CQW[column, slot]
             inside_W = ids_W != NOT_A_TOKEN
             values_AW = self._values_CQWA[column, slot][inside_W].T.tolist()
             base, extension = (rounded(values_AW[1]), rounded(values_AW[2])) if parents else ((), ())
-            found.append(
-                Context(
-                    tokens=token_text.strings(ids_W[inside_W].tolist()),
-                    peak=int(inside_W[: self._radius].sum()),
-                    values=rounded(values_AW[0]),
-                    base=base,
-                    extension=extension,
-                )
+            yield Context(
+                tokens=token_text.strings(ids_W[inside_W].tolist()),
+                peak=int(inside_W[: self._radius].sum()),
+                values=rounded(values_AW[0]),
+                base=base,
+                extension=extension,
             )
-        return tuple(found)
 
 
 def _lottery(like_ST: Tensor, first: int, columns: Sequence[tuple[str, int]], seed: int) -> Float[Tensor, "S T C"]:

@@ -107,9 +107,9 @@ class GalleryConfig:
         num_latents: number of sampled latents, spread evenly over the frequencies of the living latents.
         num_heads: number of complete heads to show (Kronecker encoders).
         max_cells: maximum total number of latents in those heads; at least one head is always shown.
-        top: number of contexts of the largest activations, per latent.
+        top: number of contexts of the largest activations, per latent, without near-copies.
         sampled: number of contexts of random activations, per latent; they show what the top contexts do not.
-        cell_contexts: number of contexts of the largest activations per cell, base and extension of a head.
+        cell_contexts: the same per cell, base and extension of a head.
         quantiles: number of quantile bands of a latent's activations; 0 for no bands.
         quantile_contexts: number of random contexts from each band.
         negatives: number of random contexts from windows in which the latent is not active, per latent.
