@@ -1,4 +1,4 @@
-"""Runs for measurements: finished ones, each with a folder of its own for results."""
+"""Fixtures: finished runs to measure, each in its own folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kronsae.runs.run import Run
 
 @pytest.fixture(scope="module")
 def finished_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A copy for each module: what one measures there, no other finds."""
+    """Return a copy of the finished run for each module, so that modules do not see each other's results."""
     return Run(Path(shutil.copytree(finished_run.folder, tmp_path_factory.mktemp("measured") / "run")))
 
 
 @pytest.fixture
 def run(finished_run: Run, tmp_path: Path) -> Run:
-    """The finished run, with a folder of its own for results."""
+    """Return the finished run in the module's own folder."""
     folder = tmp_path / "run"
     folder.mkdir()
     for path in finished_run.folder.iterdir():

@@ -1,4 +1,4 @@
-"""``kronsae eval absorption`` on a tiny run, with labelled text of one's own."""
+"""``kronsae eval absorption`` on a tiny run, with the user's own labelled text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS = {"fox": "animal", "dog": "animal", "jumps": "act", "writes": "act", "qui
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hundred short texts whose last word is an animal, an act or a manner."""
+    """Write two hundred short texts whose last word is an animal, a verb or an adverb."""
     words = list(KINDS)
     rows = []
     for i in range(240):
@@ -45,13 +45,13 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Path) -> None:
     command = ["eval", "absorption", str(finished_run.folder), "--labels", str(labels), "--json", "--quiet"]
-    told = CliRunner().invoke(app, command, catch_exceptions=False)
-    result = json.loads(told.stdout)
+    outcome = CliRunner().invoke(app, command, catch_exceptions=False)
+    result = json.loads(outcome.stdout)
     assert list(result["saes"]) == finished_run.names
     assert result["classes"] == ["act", "animal", "how"]
     assert (result["needed"], result["left_out"]) == (3, [])
     assert all(f1 > 0.6 for f1 in result["probe_f1"].values())
-    assert "What now?" in told.stderr
+    assert "What now?" in outcome.stderr
     for one in result["saes"].values():
         assert 0 <= one["mean_absorption_fraction"] <= 1
         assert one["mean_num_split_latents"] >= 1
@@ -67,7 +67,7 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     assert "absorption fraction" in shown.stdout
 
 
-def test_what_is_done_is_told_before_and_on_the_way(finished_run: Run, labels: Path, tmp_path: Path) -> None:
+def test_progress_is_reported(finished_run: Run, labels: Path, tmp_path: Path) -> None:
     said: list[str] = []
     steps: list[tuple[int, int]] = []
     settings = AbsorptionSettings(labels=labels, max_k=5)
@@ -88,7 +88,7 @@ def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_p
         measure(finished_run, settings, cache=tmp_path, say=said.append)
         return said
 
-    known = "The activations of these examples were known."
+    known = "The activations of these examples were read from the cache."
     assert known not in said_of(AbsorptionSettings(labels=labels, max_k=2))
     assert known in said_of(AbsorptionSettings(labels=labels, max_k=3))
     other = tmp_path / labels.name  # the same name, another content
@@ -97,7 +97,7 @@ def test_activations_are_known_by_content(finished_run: Run, labels: Path, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "shape", "nan"])
-def test_a_damaged_cache_is_told_and_computed_anew(
+def test_a_damaged_cache_is_reported_and_computed_again(
     finished_run: Run, labels: Path, tmp_path: Path, damage: str
 ) -> None:
     loaded = LoadedRun(finished_run)
@@ -140,15 +140,15 @@ def test_what_the_model_does_not_know_is_an_error(finished_run: Run, tmp_path: P
         ("{", 'must be a JSON object with a "text"'),
         ('{"text": "x", "label": ' + "1" * 5000 + "}", 'must be a JSON object with a "text"'),
         ("[" * 100_000, 'must be a JSON object with a "text"'),
-        (r'{"text": "\ud800", "label": "y"}', "half of a surrogate pair"),
+        (r'{"text": "\ud800", "label": "y"}', "got an unpaired surrogate"),
         ('{"text": ""}', 'must be a JSON object with a "text"'),
         ('{"text": "x"}', 'must have "text" and either "label" or "spans"'),
         ('{"text": "x", "lable": "y"}', 'must have "text" and either "label" or "spans"; got text, lable'),
         ('{"text": "x", "spans": 3}', '"spans" must be a list'),
         ('{"text": "x", "spans": [{"start": 0, "end": 2, "label": "y"}]}', "0 <= start < end <= 1"),
         ('{"text": "x", "label": 3}', "a span must be"),
-        ('{"text": "x", "label": " "}', "a label that is not blank"),
-        ('{"text": "x", "label": "y", "held_out": "no"}', '"held_out" true or false'),
+        ('{"text": "x", "label": " "}', "and a non-blank label"),
+        ('{"text": "x", "label": "y", "held_out": "no"}', '"held_out" must be true or false'),
     ],
 )
 def test_a_line_that_is_no_labelled_text_is_refused(line: str, message: str, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_line_that_is_no_labelled_text_is_refused(line: str, message: str, tmp
 
 
 def test_only_newlines_end_a_line_of_labels(tmp_path: Path) -> None:
-    """JSON may hold U+2028, U+0085 and others raw within a text; a byte order mark is no text."""
+    """JSON strings may contain U+2028, U+0085 and others unescaped; a byte order mark is not part of the text."""
     path = tmp_path / "labels.jsonl"
     texts = ["a\u2028b", "c\x85d", "e\u2029f"]
     lines = [json.dumps({"text": text, "label": "y"}, ensure_ascii=False) for text in texts]
@@ -197,7 +197,10 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"task": "rolls"}, "task must be one of roles, first-letter, labels; got 'rolls'. Did you mean 'roles'"),
-        ({"task": "roles", "labels": Path("x")}, "labels belongs to the task 'labels'"),
+        (
+            {"task": "roles", "labels": Path("x")},
+            "labels must be used with the task 'labels'; got task 'roles'. Leave one out.",
+        ),
         ({"place": "first"}, "place must be 'last' or 'next'"),
         ({"seed": -1}, "seed must be from 0 to 2**63 - 1; got -1"),
         ({"windows": 0}, "windows must be a whole number above 0"),
@@ -210,12 +213,12 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, object], messag
 
 
 def test_the_task_labels_needs_a_file(finished_run: Run) -> None:
-    with pytest.raises(UserError, match="the task 'labels' needs a file"):
+    with pytest.raises(UserError, match="the task 'labels' must have a file of labelled text; got none"):
         measure(finished_run, AbsorptionSettings(task="labels"))
 
 
 def test_names_in_code_are_a_task(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learnt from training documents, scored on held-out ones; each name at its last token."""
+    """Probes train on training documents and are tested on held-out ones; each name is read at its last token."""
 
     def of_library(loaded: LoadedRun, *, held_out: bool, number: int) -> list[Document]:
         modules = (json.decoder, argparse) if held_out else (json.encoder, textwrap, ast, dataclasses)
@@ -236,7 +239,7 @@ def test_names_in_code_are_a_task(finished_run: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_the_kept_comparison_with_saebench_agrees() -> None:
-    """What docs/measurements/absorption.md says of docs/results/absorption_parity.json."""
+    """docs/measurements/absorption.md agrees with docs/results/absorption_parity.json."""
     path = Path(__file__).parents[2] / "docs" / "results" / "absorption_parity.json"
     result = json.loads(path.read_text(encoding="utf-8"))["result"]
     gaps = [gap for of_case in result["largest_difference"].values() for gap in of_case.values()]

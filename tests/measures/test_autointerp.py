@@ -36,7 +36,7 @@ ASKING = Asking(persistence=Persistence(attempts=2, backoff_seconds=0.001))
 
 @pytest.fixture
 def run(finished_run: Run, tmp_path: Path) -> Run:
-    """A copy that may be written to."""
+    """Return a writable copy of the finished run."""
     return Run(Path(shutil.copytree(finished_run.folder, tmp_path / "run")))
 
 
@@ -87,7 +87,7 @@ def test_the_same_again_is_known_and_the_same_elsewhere_is_the_same(run: Run, tm
 
 
 def test_the_examples_are_where_the_latent_is_active(run: Run) -> None:
-    """Against activations written out densely."""
+    """Compare with dense activations."""
     loaded = LoadedRun(run)
     saes, windows = pick_saes(loaded, ()), loaded.windows(2000)
     counts = count_activations(loaded, saes, windows)
@@ -113,7 +113,7 @@ def test_drawing_latents_is_seeded_uniform_and_of_the_living() -> None:
 
 
 def test_stopped_at_a_bound_it_goes_on_without_paying_twice(run: Run) -> None:
-    """Retries use the requests up: what is answered by then is not asked again."""
+    """Retries exhaust the limit on requests; questions answered before are not asked again."""
 
     def flaky(request: dict[str, Any], number: int) -> Reply:
         return failure(500) if number % 3 == 2 and number < 20 else sensible(request)
@@ -145,13 +145,13 @@ def test_stopped_at_a_bound_it_goes_on_without_paying_twice(run: Run) -> None:
 )
 def test_too_much_is_refused_before_anything_is_asked(run: Run, bounds: Bounds, named: str) -> None:
     with serving(sensible) as stub:
-        with pytest.raises(UserError, match=f"nothing was asked, because it may exceed {named}"):
+        with pytest.raises(UserError, match=f"no question was sent, because this may exceed {named}"):
             interpreted(run, stub, asking=Asking(bounds=bounds))
         assert stub.requests == []
 
 
 def test_bad_answers_are_dropped_whole_and_counted(run: Run) -> None:
-    """The third of four kinds of prompt comes back short, the fourth as nonsense."""
+    """Of three kinds of prompt, the second gets too short an answer and the third an invalid one."""
 
     def bad(request: dict[str, Any], number: int) -> Reply:
         content = json.loads(request["messages"][1]["content"])
@@ -169,7 +169,7 @@ def test_bad_answers_are_dropped_whole_and_counted(run: Run) -> None:
         assert 4 * (score.batches - score.dropped) - 3 <= judged <= 4 * (score.batches - score.dropped)
 
 
-def test_failures_are_told_kept_and_made_good_later(run: Run) -> None:
+def test_failures_are_reported_stored_and_asked_again(run: Run) -> None:
     broken = True
 
     def failing(request: dict[str, Any], number: int) -> Reply:
@@ -229,20 +229,20 @@ def invoke(run: Run, *options: str, environment: dict[str, str] | None = None) -
 
 def test_the_verb_prints_figures_and_never_the_key(run: Run) -> None:
     with serving(sensible) as stub:
-        told = invoke(run, "--estimate", environment=stub.environment)
-        assert told.exit_code == 0, told.output
-        assert "What now? the same command without --estimate" in told.stderr
+        outcome = invoke(run, "--estimate", environment=stub.environment)
+        assert outcome.exit_code == 0, outcome.output
+        assert "What now? the same command without --estimate" in outcome.stderr
         assert stub.requests == []
-        told = invoke(run, "--json", environment=stub.environment)
-        assert told.exit_code == 0, told.output
-        figures = json.loads(told.stdout)
+        outcome = invoke(run, "--json", environment=stub.environment)
+        assert outcome.exit_code == 0, outcome.output
+        figures = json.loads(outcome.stdout)
         assert [one["sae"] for one in figures["saes"]] == run.names
-        assert f"Excerpts of the held-out text go to {stub.url.split('/')[2]} (model stub)." in told.stderr
+        assert f"Excerpts of the held-out text are sent to {stub.url.split('/')[2]} (model stub)." in outcome.stderr
         table = invoke(run, environment=stub.environment)
         assert "Already measured" in table.stderr
         assert "the word fox" in table.stdout
         assert "mean" in table.stdout
-    assert KEY not in told.output + table.output
+    assert KEY not in outcome.output + table.output
     assert not [path for path in run.folder.rglob("*.json") if KEY in path.read_text("utf-8")]
 
 
@@ -264,39 +264,39 @@ def test_one_sae_and_chosen_latents(run: Run) -> None:
         (["--attempts", "0"], "attempts must be at least 1; got 0"),
     ],
 )
-def test_what_cannot_work_is_told_in_a_sentence(run: Run, options: list[str], message: str) -> None:
-    told = invoke(run, *options)
-    assert isinstance(told.exception, UserError)
-    assert message in str(told.exception)
+def test_what_cannot_work_is_reported_in_a_sentence(run: Run, options: list[str], message: str) -> None:
+    outcome = invoke(run, *options)
+    assert isinstance(outcome.exception, UserError)
+    assert message in str(outcome.exception)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--sae", "topkk"], "--sae must name an SAE of the run"),
-        (["--latent", "999"], "--latent must be below the 32 latents"),
-        (["--min-active", "100000"], "min_active_tokens=100000 leaves no latent of"),
+        (["--latent", "999"], "--latent must be below d_sae=32 of 'topk'; got 999."),
+        (["--min-active", "100000"], "must be active on min_active_tokens=100000 tokens; got none."),
     ],
 )
 def test_latents_that_are_not_there(run: Run, options: list[str], message: str) -> None:
     with serving(sensible) as stub:
-        told = invoke(run, *options, environment=stub.environment)
+        outcome = invoke(run, *options, environment=stub.environment)
         assert stub.requests == []
-    assert isinstance(told.exception, UserError)
-    assert message in str(told.exception)
+    assert isinstance(outcome.exception, UserError)
+    assert message in str(outcome.exception)
 
 
 def test_a_local_model_needs_no_endpoint(run: Run, tiny_model_folder: Callable[[str], Path]) -> None:
-    """A random model of 64 positions is asked, and says honestly that the question is too long."""
-    told = invoke(run, "--model-folder", str(tiny_model_folder("llama")))
-    assert isinstance(told.exception, UserError)
-    assert "takes 64 tokens, but a question needs" in str(told.exception)
+    """A random model with 64 positions raises an error, because the question is too long."""
+    outcome = invoke(run, "--model-folder", str(tiny_model_folder("llama")))
+    assert isinstance(outcome.exception, UserError)
+    assert "takes 64 tokens, but a question needs" in str(outcome.exception)
 
 
 def test_a_wrong_key_ends_it_in_a_sentence(run: Run) -> None:
     with serving(sensible) as stub:
-        told = invoke(run, environment={**stub.environment, "KRONSAE_CHAT_KEY": "sk-wrong-0123456789"})
-        assert isinstance(told.exception, UserError)
-        assert "refuses: the key is not accepted (HTTP 401)" in str(told.exception)
-        assert "sk-wrong" not in told.output + str(told.exception)
+        outcome = invoke(run, environment={**stub.environment, "KRONSAE_CHAT_KEY": "sk-wrong-0123456789"})
+        assert isinstance(outcome.exception, UserError)
+        assert "refuses: the key is not accepted (HTTP 401)" in str(outcome.exception)
+        assert "sk-wrong" not in outcome.output + str(outcome.exception)
         assert len(stub.requests) <= Persistence.concurrency

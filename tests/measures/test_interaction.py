@@ -41,9 +41,9 @@ def test_a_run_is_measured_kept_and_known(run: Run) -> None:
     assert sum(found["living"]["heads_by_living"]) == 8
     assert len(found["bases"]["each"]) == len(found["extensions"]["each"]) == 16
     assert [grid["head"] for grid in found["grids"]] == found["sampled_heads"][:4]
-    told: list[str] = []
-    assert measure(run, CONFIG, say=told.append) == result
-    assert told[0].startswith("Already measured")
+    lines: list[str] = []
+    assert measure(run, CONFIG, say=lines.append) == result
+    assert lines[0].startswith("Already measured")
     result_path(run.folder, "interaction").unlink()
     assert measure(run, CONFIG) == result
     other = measure(run, replace(CONFIG, seed=1))["saes"]["kron"]
@@ -63,9 +63,9 @@ def test_the_page_has_a_section_of_it(run: Run) -> None:
 
 def test_the_verb_prints_json_or_a_table(run: Run) -> None:
     words = ["eval", "interaction", str(run.folder), "--tokens", "100", "--max-cells", "8", "--quiet"]
-    told = CliRunner().invoke(app, [*words, "--json"])
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout)["saes"]["kron"]["heads"] == 8
+    outcome = CliRunner().invoke(app, [*words, "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(outcome.stdout)["saes"]["kron"]["heads"] == 8
     shown = CliRunner().invoke(app, words)
     assert "correlation within a head" in shown.stdout
     assert "topk: It does not apply" in shown.stderr
@@ -76,7 +76,9 @@ def test_a_run_without_heads_is_refused(run: Run) -> None:
     del about["config"]["saes"][1]
     (run.folder / "run.json").unlink()
     (run.folder / "run.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"interaction is measured of Kronecker encoders.*has none \(topk\)"):
+    with pytest.raises(
+        UserError, match=r"^interaction must be measured on an SAE with a Kronecker encoder.*has none \(topk\)"
+    ):
         measure(run, CONFIG)
 
 

@@ -34,9 +34,9 @@ def test_a_run_is_measured_kept_and_known(run: Run) -> None:
     assert kron["bases"]["activity"]["tokens"] == result["pre_latent_tokens"]
     assert len(kron["bases"]["activity"]["active_tokens"]) == len(kron["extensions"]["token_entropy"]) == 16
     assert kron["dead"]["heads"] <= kron["dead"]["bases"] <= kron["dead"]["latents"]
-    told: list[str] = []
-    assert measure(run, CONFIG, say=told.append) == result
-    assert told[0].startswith("Already measured")
+    lines: list[str] = []
+    assert measure(run, CONFIG, say=lines.append) == result
+    assert lines[0].startswith("Already measured")
     before = result_path(run.folder, "latents").read_bytes()
     result_path(run.folder, "latents").unlink()
     assert measure(run, CONFIG) == result  # the same seed, the same digits
@@ -62,9 +62,9 @@ def test_the_page_has_a_section_of_it(run: Run) -> None:
 
 def test_the_verb_prints_json_or_a_table(run: Run) -> None:
     words = ["eval", "latents", str(run.folder), "--tokens", "100", "--latent", "3", "--num-latents", "1", "--quiet"]
-    told = CliRunner().invoke(app, [*words, "--json"])
-    assert told.exit_code == 0, told.output
-    result = json.loads(told.stdout)
+    outcome = CliRunner().invoke(app, [*words, "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    result = json.loads(outcome.stdout)
     assert result["saes"]["topk"]["gallery"]["latents"][0]["latent"] == 3
     shown = CliRunner().invoke(app, words)
     assert "kron extensions" in shown.stdout

@@ -1,4 +1,4 @@
-"""``kronsae eval probing`` on a tiny run, with labelled text of one's own."""
+"""``kronsae eval probing`` on a tiny run, with the user's own labelled text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kronsae.support.errors import UserError
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts with animals and numbers in them."""
+    """Write texts that contain animals and numbers."""
     rows = []
     for i in range(400):
         animal = ("fox", "dog")[i % 2]
@@ -35,8 +35,8 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Path) -> None:
     command = ["eval", "probing", str(finished_run.folder), "--labels", str(labels), "--json", "--quiet"]
-    told = CliRunner().invoke(app, command, catch_exceptions=False)
-    result = json.loads(told.stdout)
+    outcome = CliRunner().invoke(app, command, catch_exceptions=False)
+    result = json.loads(outcome.stdout)
     assert result["concepts"] == ["animal", "number"]
     assert list(result["saes"]) == finished_run.names
     assert result["probe_accuracy"]["animal"] > 0.9
@@ -57,7 +57,7 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
 
 
 def test_other_text_than_pythons_library_needs_labels(finished_run: Run) -> None:
-    with pytest.raises(UserError, match="labels are needed for a text that is not Python's library"):
+    with pytest.raises(UserError, match="labels must be given if the run's text is not Python's library; got none"):
         measure(finished_run, ProbingSettings())
     with pytest.raises(UserError, match="windows must be a whole number above 0"):
         ProbingSettings(windows=0)

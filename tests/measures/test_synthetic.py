@@ -1,4 +1,4 @@
-"""``kronsae eval synthetic``: the forms of a run's SAEs at another size, tiny trainings, the same digits twice."""
+"""``kronsae eval synthetic``: a run's architectures at another size, tiny trainings, deterministic results."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_gate_stays_and_a_size_that_does_not_divide_loses_latents() -> None:
 
 
 def test_a_head_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="as many features as one head has latents, 8, in each expert; got 7"):
+    with pytest.raises(UserError, match=r"as many features \(in each expert\) as one head has latents, 8; got 7"):
         at(MEMBERS[1], 7)
 
 
@@ -69,7 +69,7 @@ def test_a_hook_of_its_own_is_left_out_and_other_roles_are_refused() -> None:
     once = replace(TINY, seeds=1)
     assert measure([elsewhere], once) == measure(MEMBERS[:1], once)
     for name, role in (("transcoder", "transcoder"), ("skip_transcoder-kron", "skip_transcoder"), ("crosscoder",) * 2):
-        with pytest.raises(UserError, match=f"'{name}' is a {role}, and what is generated has one place only"):
+        with pytest.raises(UserError, match=f"because synthetic activations have one hook; '{name}' is a {role}\\."):
             at(EVERY[name], 128)
 
 
@@ -117,7 +117,7 @@ def test_training_finds_more_than_chance() -> None:
 
 
 def test_no_sae_starts_at_the_truth() -> None:
-    """An SAE and features that drew the same numbers would be found untrained."""
+    """If the weights and the features used the same random numbers, an untrained SAE would match the features."""
     for seed in (0, 1):
         features = replace(OWN, d_in=64, seed=seed).build()
         untrained = fit_to(MEMBERS[0], d_sae=OWN.features, k=2, seed=seed, config=TINY).shape(64).build(seed)
@@ -125,9 +125,9 @@ def test_no_sae_starts_at_the_truth() -> None:
 
 
 def test_progress_counts_over_all_seeds() -> None:
-    told: list[tuple[int, int]] = []
-    measure(MEMBERS[:1], replace(TINY, held_out_tokens=1), progress=lambda *at: told.append(at))
-    assert told == [(done, 12) for done in range(1, 13)]
+    calls: list[tuple[int, int]] = []
+    measure(MEMBERS[:1], replace(TINY, held_out_tokens=1), progress=lambda *at: calls.append(at))
+    assert calls == [(done, 12) for done in range(1, 13)]
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_the_command_keeps_its_result(
     monkeypatch.setattr(synthetic, "measure", counted)
     for options in (["--json"], ["--json"], ["--steps", "7"]):
         command = ["eval", "synthetic", str(folder), "--quiet", *options]
-        told = CliRunner().invoke(app, command, catch_exceptions=False)
-        assert told.exit_code == 0
+        outcome = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert outcome.exit_code == 0
         if "--json" in options:
-            assert json.loads(told.stdout)["rows"] == tiny_result["rows"]
-            assert len(json.loads(told.stdout)["verdict"]) > 0
+            assert json.loads(outcome.stdout)["rows"] == tiny_result["rows"]
+            assert len(json.loads(outcome.stdout)["verdict"]) > 0
     assert calls == [(["topk", "kron"], SyntheticStudyConfig.steps), (["topk", "kron"], 7)]
-    assert "kron" in told.stdout
-    assert "Kronecker encoders" in told.stderr
+    assert "kron" in outcome.stdout
+    assert "Kronecker encoders" in outcome.stderr
 
 
 def test_an_unknown_source_is_refused(finished_run: Run) -> None:

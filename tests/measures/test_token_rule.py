@@ -20,7 +20,7 @@ CONFIG = TokenRuleConfig(latents=4, tokens=1500, examples=40, min_active_tokens=
 
 @pytest.fixture
 def run(finished_run: Run, tmp_path: Path) -> Run:
-    """A copy that may be written to."""
+    """Return a writable copy of the finished run."""
     return Run(Path(shutil.copytree(finished_run.folder, tmp_path / "run")))
 
 
@@ -41,7 +41,7 @@ def test_rules_of_a_run(run: Run) -> None:
             assert rule.auc is not None
             assert 0 <= rule.auc <= 1
     assert found.saes[0].auc.mean is not None
-    assert found.saes[0].auc.mean > 0.7  # a block of a random model says mostly which token stands there
+    assert found.saes[0].auc.mean > 0.7  # the output of a random model's block depends mostly on the current token
     lines: list[str] = []
     assert measure(run, CONFIG, say=lines.append) == found
     assert lines == ["Already measured with these settings."]
@@ -49,9 +49,9 @@ def test_rules_of_a_run(run: Run) -> None:
 
 def test_the_verb_and_the_section(run: Run) -> None:
     words = ["eval", "token-rule", str(run.folder), "--latents", "2", "--min-active", "20", "--tokens", "1500"]
-    told = CliRunner().invoke(app, [*words, "--json", "--sae", run.names[1]])
-    assert told.exit_code == 0, told.output
-    [figures] = json.loads(told.stdout)["saes"]
+    outcome = CliRunner().invoke(app, [*words, "--json", "--sae", run.names[1]])
+    assert outcome.exit_code == 0, outcome.output
+    [figures] = json.loads(outcome.stdout)["saes"]
     table = CliRunner().invoke(app, [*words, "--sae", run.names[1]])
     assert f"{figures['auc']['mean']:.3f} ± {figures['auc']['std']:.3f}" in table.stdout
     [section] = sections(kept_results(run.folder)[0], run.names)
@@ -61,6 +61,6 @@ def test_the_verb_and_the_section(run: Run) -> None:
     assert shown.rows[0].cells[1].text == f"{figures['auc']['mean']:.3f} ± {figures['auc']['std']:.3f}"
 
 
-def test_latents_too_rare_are_told(run: Run) -> None:
-    with pytest.raises(UserError, match="min_active_tokens=100000 leaves no latent of"):
+def test_latents_too_rare_are_reported(run: Run) -> None:
+    with pytest.raises(UserError, match="must be active on min_active_tokens=100000 tokens of both texts; got none"):
         measure(run, TokenRuleConfig(tokens=500, min_active_tokens=100_000))

@@ -1,4 +1,4 @@
-"""``kronsae eval toy``: tiny, the same digits twice, kept with a run or not."""
+"""``kronsae eval toy``: tiny trainings, deterministic results, with and without a run."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def test_the_controls_are_what_they_say(tiny_result: dict[str, Any]) -> None:
 
 
 def test_progress_reaches_its_end() -> None:
-    told: list[tuple[int, int]] = []
-    measure(replace(TINY, seeds=1, steps=2, autoencoder_steps=2), progress=lambda *at: told.append(at))
-    assert told == [(done, 6) for done in range(1, 7)]
+    calls: list[tuple[int, int]] = []
+    measure(replace(TINY, seeds=1, steps=2, autoencoder_steps=2), progress=lambda *at: calls.append(at))
+    assert calls == [(done, 6) for done in range(1, 7)]
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_progress_reaches_its_end() -> None:
     [
         ({"seeds": 0}, "seeds must be a whole number above 0"),
         ({"seed": -1}, "seed must be from 0 to"),
-        ({"setups": TINY.setups[:1]}, "at least two"),
-        ({"shapes": ((2, 2, 3),)}, "as many features; got 12, 16"),
+        ({"setups": TINY.setups[:1]}, "setups must hold at least two"),
+        ({"shapes": ((2, 2, 3),)}, "all setups and shapes must have the same number of features; got 12, 16"),
         ({"lr": 0.0}, "lr must be above 0"),
     ],
 )
@@ -90,14 +90,14 @@ def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str) -> Non
 
 def test_the_command_needs_no_run(tiny_result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy, "measure", lambda config, progress: tiny_result)
-    told = CliRunner().invoke(app, ["eval", "toy", "--json", "--quiet"], catch_exceptions=False)
-    assert told.exit_code == 0
-    assert json.loads(told.stdout)["rows"] == tiny_result["rows"]
-    assert json.loads(told.stdout)["verdict"]
-    assert "27 autoencoders and 135 SAEs of 256 latents" in told.stderr
-    told = CliRunner().invoke(app, ["eval", "toy", "--quiet"], catch_exceptions=False)
-    assert "kron-h2-m2-n4" in told.stdout
-    assert "Does the Kronecker structure alone explain the recovery?" in told.stderr
+    outcome = CliRunner().invoke(app, ["eval", "toy", "--json", "--quiet"], catch_exceptions=False)
+    assert outcome.exit_code == 0
+    assert json.loads(outcome.stdout)["rows"] == tiny_result["rows"]
+    assert json.loads(outcome.stdout)["verdict"]
+    assert "27 autoencoders and 135 SAEs of 256 latents" in outcome.stderr
+    outcome = CliRunner().invoke(app, ["eval", "toy", "--quiet"], catch_exceptions=False)
+    assert "kron-h2-m2-n4" in outcome.stdout
+    assert "Does the Kronecker structure alone explain the recovery?" in outcome.stderr
 
 
 def test_a_run_keeps_the_result(
@@ -114,7 +114,7 @@ def test_a_run_keeps_the_result(
 
     monkeypatch.setattr(toy, "measure", counted)
     for options in ([], [], ["--seed", "1"]):
-        told = CliRunner().invoke(app, ["eval", "toy", str(folder), "--quiet", *options], catch_exceptions=False)
-        assert told.exit_code == 0
+        outcome = CliRunner().invoke(app, ["eval", "toy", str(folder), "--quiet", *options], catch_exceptions=False)
+        assert outcome.exit_code == 0
     assert [config.seed for config in calls] == [0, 1]
     assert json.loads((folder / "measures" / "toy.json").read_text("utf-8"))["result"] == tiny_result

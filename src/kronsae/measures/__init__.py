@@ -1,5 +1,6 @@
-"""Measurements of a whole run beyond the table: each module carries one out and is a verb of ``kronsae eval``.
+"""The verbs of ``kronsae eval``: each module runs one measurement on a finished run.
 
-The quantities themselves are defined in `kronsae.eval`; a module here picks the run's SAEs, model and text, calls them,
-keeps the result in ``RUN/measures/<name>.json`` and shows it. `kronsae.report.sections` puts kept results on the page.
+The metrics are defined in `kronsae.eval`. A module here loads the run's SAEs, model and text, computes the metrics,
+stores the result in ``RUN/measures/<name>.json`` and prints it. `kronsae.report.sections` renders stored results on the
+report page.
 """

@@ -1,4 +1,4 @@
-"""``kronsae eval absorption RUN``: how often a class's latents stay off because more special ones took their place."""
+"""``kronsae eval absorption RUN``: how often more specific latents are active in place of the latents of a class."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ if TYPE_CHECKING:
 
 NAME = "absorption"
 WINDOWS = {"roles": 500, "first-letter": 10_000, "labels": 2000}
-"""The tasks, and how many windows of text, or prompts of about 80 tokens, each learns from unless told otherwise."""
+"""Tasks, and for each the default number of windows of text, or of prompts of about 80 tokens, to train on."""
 
 LATENT_BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbsorptionSettings:
-    """What is asked for.
+    """Settings of the absorption measurement.
 
     Args:
-        task: ``roles`` (names in Python code), ``first-letter`` (prompts), ``labels`` (a file); None: by the text.
-        labels: the file of the task ``labels``, see `kronsae.measures.tasks.read_labelled`.
-        windows: windows of text, or prompts, to learn from; None: the task's own number.
-        place: read a word at its own ``last`` token or at the ``next`` one.
-        min_classes: classes that must have a probe with F1 > 0.6; None: 20 in 26 of those there are.
-        max_k: latents that may stand for a class, at most.
-        latent_batch: examples in a step of the probe on latents; None: SAEBench's 4096 for its first-letter task,
-            which has tens of thousands of words, and 128 for the others. Few steps leave the weights near their random
-            start, and the latents with the largest ones mean nothing.
-        seed: of the draw, the split and the probes.
+        task: ``roles`` (names in Python code), ``first-letter`` (prompts) or ``labels`` (a file). None: ``labels`` if
+            ``labels`` is given, otherwise ``roles`` for a run on Python's library and ``first-letter`` for other text.
+        labels: file of the task ``labels``, see `kronsae.measures.tasks.read_labelled`.
+        windows: windows of text, or prompts, to train on; None: the task's default (`WINDOWS`).
+        place: token at which a word is read: its ``last`` token or the ``next`` one.
+        min_classes: number of classes that must have a probe with F1 > 0.6; None: 20/26 of all classes.
+        max_k: maximum number of latents that represent a class.
+        latent_batch: examples per step of the probe on latents. None: SAEBench's 4096 for its first-letter task, which
+            has tens of thousands of words, and 128 for the others. With few steps the weights would stay close to their
+            random initialisation, and the largest weights would not select meaningful latents.
+        seed: seed of the sampling, the split and the probes.
     """
 
     task: str | None = None
@@ -57,7 +58,7 @@ class AbsorptionSettings:
                 f"task must be one of {', '.join(WINDOWS)}; got '{self.task}'.{nearest(self.task, WINDOWS)}"
             )
         if self.labels is not None and self.task not in (None, "labels"):
-            raise UserError(f"labels belongs to the task 'labels'; got it with '{self.task}'. Leave one out.")
+            raise UserError(f"labels must be used with the task 'labels'; got task '{self.task}'. Leave one out.")
         if self.place not in ("last", "next"):
             raise UserError(f"place must be 'last' or 'next'; got '{self.place}'.")
         check_seed(self.seed)
@@ -74,23 +75,23 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure all SAEs of a run and keep the result.
+    """Measure all SAEs of a run and store the result.
 
     Args:
         run: a finished run.
-        settings: what is asked for.
-        cache: where the activations of the examples are kept; None: in the run folder. Runs of one model may share it.
-        say: told what is about to be done.
-        progress: called with (done, to do), from the beginning in each of three stages: tokens that the model reads,
-            passes over the examples for the probes, the work on all SAEs.
+        settings: settings of the measurement.
+        cache: folder for the activations of the examples; None: in the run folder. Runs of one model may share it.
+        say: receives status messages.
+        progress: called with (done, total), starting from 0 in each of three stages: tokens that the model reads,
+            passes over the examples for the probes, and the work on all SAEs.
 
     Returns:
-        ``{"task", "examples", "classes", "left_out", "needed", "probe_f1", "min_f1", "saes"}``, as JSON: ``left_out``
-        are classes with too few examples, ``needed`` is how many must pass the gate, ``saes`` holds by name a
-        `kronsae.eval.absorption.Absorption`.
+        ``{"task", "examples", "classes", "left_out", "needed", "probe_f1", "min_f1", "saes"}``, as JSON values.
+        ``left_out`` lists classes with too few examples, ``needed`` is the number of classes that must have an accurate
+        probe, and ``saes`` maps names to `kronsae.eval.absorption.Absorption`.
 
     Raises:
-        UserError: the run is not finished, the labels do not suffice, or the model does not know the classes.
+        UserError: the run is not finished, there are too few labels, or the probes of too many classes are inaccurate.
     """
     from kronsae.eval.absorption import AbsorptionConfig, Examples, absorption, probe_classes
     from kronsae.eval.absorption.probes import ON_LATENTS
@@ -128,17 +129,17 @@ def measure(
     needed = config.needed(len(task.classes))  # before the model runs
     tokens = sum(int(windows.attention_mask_ST.sum()) for windows in task.windows)
     left_out = f" ({', '.join(map(visible, task.left_out))} left out: too few examples)" if task.left_out else ""
-    learnt = int((~task.held_out_E).sum())
+    trained_on = int((~task.held_out_E).sum())
     memory = sum(len(task.words) * expected_l0(sae) * 12 for sae in loaded.saes.values()) / len(loaded.saes)
     say(
         f"Task '{visible(task.name)}': {len(task.words):,} examples of {len(task.classes)} classes{left_out} in "
-        f"{tokens:,} tokens, which the model reads up to {hook.name}; then {config.probe.epochs} passes over "
-        f"{learnt:,} of them for the probes, and as many for each of {len(run.names)} SAE(s), whose codes take about "
-        f"{memory / 2**20:,.0f} MB at a time."
+        f"{tokens:,} tokens; the model runs up to {hook.name}. The probes train for {config.probe.epochs} epochs on "
+        f"{trained_on:,} examples, then again for each of {len(run.names)} SAE(s). The codes of one SAE take about "
+        f"{memory / 2**20:,.0f} MB."
     )
     x_ED, was_known = example_activations(loaded, task, cache or run.folder / "measures" / "cache", progress, say=say)
     if was_known:
-        say("The activations of these examples were known.")
+        say("The activations of these examples were read from the cache.")
     examples = Examples(x_ED=x_ED, labels_E=task.labels_E, held_out_E=task.held_out_E, classes=task.classes)
     probed = probe_classes(examples, config, progress)
     found = {}
@@ -148,7 +149,7 @@ def measure(
         say(f"{name}: absorption fraction {found[name]['mean_absorption_fraction']:.3f} ({number}/{count})")
     result = {
         "task": task.name,
-        "examples": {"learnt_from": learnt, "scored_on": int(task.held_out_E.sum())},
+        "examples": {"learnt_from": trained_on, "scored_on": int(task.held_out_E.sum())},
         "classes": list(task.classes),
         "left_out": list(task.left_out),
         "needed": needed,
@@ -164,54 +165,54 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    help="How often the latents of a class stay off because more special ones took their place (SAEBench's absorption)."
+    help="Measure how often more specific latents are active in place of a class's latents (SAEBench's absorption)."
 )
 def absorption(
     run_folder: RunArgument,
     task: Annotated[
         str | None,
         typer.Option(
-            help="roles (names in Python code), first-letter (prompts) or labels (with --labels); unless given, roles "
-            "for a run on Python's library, first-letter for another."
+            help="roles (names in Python code), first-letter (prompts) or labels (with --labels). Default: roles for a "
+            "run on Python's library, first-letter for other text."
         ),
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
-            help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans": [{"start", "end", '
+            help='Your own labelled text: JSON lines of {"text", "label"} or {"text", "spans": [{"start", "end", '
             '"label"}]}.'
         ),
     ] = None,
     windows: Annotated[
         int | None,
         typer.Option(
-            help="Windows of text, or prompts, to learn from, a quarter as many score; unless given, "
+            help="Windows of text, or prompts, to train on; a quarter as many are used for testing. Default: "
             + ", ".join(f"{number} ({task})" for task, number in WINDOWS.items())
             + "."
         ),
     ] = None,
-    place: Annotated[str, typer.Option(help="Read a word at its own 'last' token, or at the 'next' one.")] = "last",
+    place: Annotated[str, typer.Option(help="Read a word at its 'last' token or at the 'next' one.")] = "last",
     min_classes: Annotated[
         int | None,
         typer.Option(
-            help="Classes whose probe must have F1 > 0.6; unless given, 20 in 26 of those there are, rounded up."
+            help="Number of classes whose probe must have F1 > 0.6. Default: 20/26 of all classes, rounded up."
         ),
     ] = None,
-    max_k: Annotated[int, typer.Option(help="Latents that may stand for a class, at most.")] = 10,
+    max_k: Annotated[int, typer.Option(help="Maximum number of latents that represent a class.")] = 10,
     latent_batch: Annotated[
         int | None,
         typer.Option(
-            help=f"Examples in a step of the probe on latents; unless given, 4096 (first-letter) or {LATENT_BATCH}."
+            help=f"Examples per step of the probe on latents. Default: 4096 (first-letter) or {LATENT_BATCH}."
         ),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder for activations that several runs share; unless given, in RUN.")
+        Path | None, typer.Option(help="Folder for activations; several runs can share it. Default: in RUN.")
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure absorption and show it."""
+    """Measure absorption and print it."""
     from kronsae.report.sections.absorption import table
     from kronsae.report.tables import rich_table
     from kronsae.runs.run import open_run
@@ -234,4 +235,4 @@ def absorption(
         print_json(result)
     else:
         print_table(rich_table(table(result), "SAE"))
-    what_now(f"kronsae report {shlex.quote(str(run.folder))}", "docs/measurements/absorption.md on what it means")
+    what_now(f"kronsae report {shlex.quote(str(run.folder))}", "docs/measurements/absorption.md explains the metrics")

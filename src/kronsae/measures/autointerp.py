@@ -1,4 +1,4 @@
-"""``kronsae eval autointerp``: a language model explains latents and is tested on its explanations."""
+"""``kronsae eval autointerp``: a language model explains latents, and its explanations are scored."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Unanswered:
-    """So many questions were left without an answer, for this reason."""
+    """Number of questions that stayed unanswered for one reason."""
 
     reason: str
     questions: int
@@ -52,7 +52,7 @@ class Unanswered:
 
 @dataclass(frozen=True, kw_only=True)
 class AutointerpResult:
-    """All SAEs, in the run's order, and which questions found no answer."""
+    """Results of all SAEs, in the run's order, and the questions that stayed unanswered."""
 
     saes: tuple[Interpretation, ...]
     unanswered: tuple[Unanswered, ...] = ()
@@ -60,12 +60,12 @@ class AutointerpResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How the language model is asked: it changes what is spent, and no answer.
+    """Limits and retries for the language model; they affect the cost but no answer.
 
     Args:
-        bounds: what may be spent.
-        persistence: how hard to try, and how many questions at once.
-        requests_per_minute, tokens_per_minute: None is without limit.
+        bounds: limits on requests, tokens and cost.
+        persistence: number of attempts, and number of concurrent requests.
+        requests_per_minute, tokens_per_minute: rate limits; None: no limit.
     """
 
     bounds: Bounds = field(default_factory=lambda: Bounds(max_requests=2000))
@@ -76,7 +76,7 @@ class Asking:
 
 @dataclass(frozen=True)
 class Sample:
-    """One SAE's latents to be interpreted."""
+    """Latents of one SAE to interpret, with the number of living and of eligible latents."""
 
     examples: tuple[LatentExamples, ...]
     living: int
@@ -94,21 +94,23 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AutointerpResult | None:
-    """Interpret latents of a run's SAEs; answers are kept in ``RUN/measures/answers``, and none is asked for twice.
+    """Explain latents of a run's SAEs, score the explanations, and store the result.
+
+    Answers are stored in ``RUN/measures/answers``, so that no question is asked twice.
 
     Args:
         run: a finished run.
-        config: which latents, which text.
-        model: who explains and judges.
-        saes: of these names; all of the run if none is given.
-        asking: bounds, pace and persistence.
-        only_estimate: tell what it would cost, ask nothing, and return None.
-        say: told what is about to happen.
-        progress: called with (done, to do), from the beginning in each of two stages: tokens that the SAEs' model
-            reads, then questions.
+        config: selection of latents and text.
+        model: language model that explains and judges.
+        saes: names of the SAEs; empty: all SAEs of the run.
+        asking: limits and retries.
+        only_estimate: report the expected cost, send nothing, and return None.
+        say: receives status messages.
+        progress: called with (done, total), starting from 0 in each of two stages: tokens that the run's model reads,
+            then questions.
 
     Raises:
-        UserError: a bound does not allow it, or is reached; or the model does not answer.
+        UserError: the questions may exceed a bound, a bound is reached, or the model does not answer.
     """
     asking = Asking() if asking is None else asking
     loaded = LoadedRun(run)
@@ -121,10 +123,10 @@ def measure(
         return from_dict(AutointerpResult, known, NAME)
     samples = draw_samples(loaded, list(picked), config, say, progress)
     memory = AnswerMemory(run.folder / "measures" / "answers")
-    estimate = _estimated(samples, config, model, memory, asking, say)
+    estimate = _estimate(samples, config, model, memory, asking, say)
     if only_estimate:
         return None
-    found = asyncio.run(_interpreted(samples, config, model, memory, asking, estimate, say, progress))
+    found = asyncio.run(_interpret(samples, config, model, memory, asking, estimate, say, progress))
     keep_result(run.folder, NAME, settings, to_dict(found))
     return found
 
@@ -136,11 +138,11 @@ def draw_samples(
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Sample]:
-    """The latents of each SAE, with their examples, from held-out text."""
+    """Return the sampled latents of each SAE, with examples from held-out text."""
     saes = {name: loaded.saes[name] for name in names}
     windows = loaded.windows(config.tokens)
     tokens = sum(one.num_kept for one in windows)
-    say(f"Seeking examples in {describe_tokens(tokens, config.tokens)}, in two passes.")
+    say(f"Searching for examples in {describe_tokens(tokens, config.tokens)}, in two passes.")
     counts = count_activations(loaded, saes, windows, progress_after(progress, 0, 2 * tokens))
     chosen = {
         name: list(config.chosen)
@@ -150,8 +152,8 @@ def draw_samples(
     for name, latents in chosen.items():
         if not latents:
             raise UserError(
-                f"min_active_tokens={config.min_active_tokens} leaves no latent of '{name}' to draw from in this "
-                "text; lower --min-active, or give more --tokens."
+                f"at least one latent of '{name}' must be active on min_active_tokens={config.min_active_tokens} "
+                "tokens; got none. Lower --min-active, or increase --tokens."
             )
     text, firings = find_firings(loaded, saes, windows, chosen, progress_after(progress, tokens, 2 * tokens))
     token_text = TokenText(loaded.language_model.tokenizer)
@@ -177,7 +179,7 @@ def draw_samples(
     }
 
 
-def _estimated(
+def _estimate(
     samples: Mapping[str, Sample],
     config: AutointerpConfig,
     model: ChatModel,
@@ -185,28 +187,28 @@ def _estimated(
     asking: Asking,
     say: Callable[[str], None],
 ) -> int:
-    """Say what asking will come to, refuse if that is too much; the number of questions."""
+    """Report the expected cost and return the number of questions; raise if it may exceed a bound."""
     estimator = Estimator(model, memory, placeholder=PLACEHOLDER)
 
-    async def go_through() -> None:
+    async def estimate_all() -> None:
         for sample in samples.values():
             for examples in sample.examples:
                 await interpret_latent(examples, estimator, config)
 
-    asyncio.run(go_through())
+    asyncio.run(estimate_all())
     estimate = estimator.value()
     usage, cost = estimate.usage, asking.bounds.cost(estimate.usage)
     say(
-        f"{usage.requests:,} questions to ask ({estimate.remembered:,} more are answered already): about "
-        f"{usage.tokens_in:,} tokens in, at most {usage.tokens_out:,} out"
-        + ("." if cost is None else f", at most {cost:.4g} in the prices' currency.")
+        f"{usage.requests:,} questions to ask ({estimate.remembered:,} more are already answered): about "
+        f"{usage.tokens_in:,} input tokens, at most {usage.tokens_out:,} output tokens"
+        + ("." if cost is None else f", cost at most {cost:.4g} in the currency of the prices.")
     )
     if excess := asking.bounds.exceeded_by(usage):
-        raise UserError(f"nothing was asked, because it may exceed {excess}; raise the bound, or lower --latents.")
+        raise UserError(f"no question was sent, because this may exceed {excess}. Raise the bound or lower --latents.")
     return usage.requests + estimate.remembered
 
 
-async def _interpreted(
+async def _interpret(
     samples: Mapping[str, Sample],
     config: AutointerpConfig,
     model: ChatModel,
@@ -218,9 +220,9 @@ async def _interpreted(
 ) -> AutointerpResult:
     pace = Pace(requests_per_minute=asking.requests_per_minute, tokens_per_minute=asking.tokens_per_minute)
     asker = Asker(model, memory, bounds=asking.bounds, pace=pace, persistence=asking.persistence)
-    ask = _counted(asker, questions, progress)
+    ask = _count_questions(asker, questions, progress)
     try:
-        latents = await _together(
+        latents = await _gather(
             {
                 (name, examples.latent): interpret_latent(examples, ask, config)
                 for name, sample in samples.items()
@@ -229,7 +231,7 @@ async def _interpreted(
         )
     finally:
         await asker.close()
-        say(_told(asker.report, asker.spent.tokens))
+        say(_describe(asker.report, asker.spent.tokens))
     return AutointerpResult(
         saes=tuple(
             summarise(
@@ -246,10 +248,10 @@ async def _interpreted(
     )
 
 
-async def _together(
+async def _gather(
     work: Mapping[tuple[str, int], Coroutine[Any, Any, LatentInterpretation]],
 ) -> dict[tuple[str, int], LatentInterpretation]:
-    """All at once; the first `UserError` ends the others and is raised."""
+    """Run all coroutines concurrently; the first `UserError` cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = {key: group.create_task(one) for key, one in work.items()}
@@ -258,7 +260,7 @@ async def _together(
     return {key: task.result() for key, task in tasks.items()}
 
 
-def _counted(ask: Ask, questions: int, progress: Callable[[int, int], None] | None) -> Ask:
+def _count_questions(ask: Ask, questions: int, progress: Callable[[int, int], None] | None) -> Ask:
     done = 0
 
     async def counted(instructions: str, content: str) -> str | None:
@@ -272,11 +274,11 @@ def _counted(ask: Ask, questions: int, progress: Callable[[int, int], None] | No
     return counted
 
 
-def _told(report: AskReport, tokens: int) -> str:
+def _describe(report: AskReport, tokens: int) -> str:
     failures = "; ".join(f"{reason} x {number}" for reason, number in report.failed_attempts.most_common())
     return (
-        f"{report.answered:,} questions answered now, {report.remembered:,} from memory, "
-        f"{sum(report.unanswered.values()):,} left without an answer; {tokens:,} tokens."
+        f"{report.answered:,} questions answered now, {report.remembered:,} from stored answers, "
+        f"{sum(report.unanswered.values()):,} unanswered; {tokens:,} tokens."
         + (f" Failed attempts: {failures}." if failures else "")
     )
 
@@ -287,45 +289,53 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def autointerp(
     run_folder: RunArgument,
-    sae: Annotated[list[str] | None, typer.Option(help="Only this SAE; repeatable.")] = None,
-    latents: Annotated[int, typer.Option(help="Latents per SAE, drawn at random.")] = AutointerpConfig.latents,
-    latent: Annotated[list[int] | None, typer.Option(help="This latent (its number) instead; repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens to seek examples in.")] = AutointerpConfig.tokens,
+    sae: Annotated[list[str] | None, typer.Option(help="Name of an SAE to measure; repeatable. Default: all.")] = None,
+    latents: Annotated[
+        int, typer.Option(help="Number of latents per SAE, sampled at random.")
+    ] = AutointerpConfig.latents,
+    latent: Annotated[
+        list[int] | None, typer.Option(help="Index of a latent to use instead of a random sample; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens to search for examples.")] = AutointerpConfig.tokens,
     tested: Annotated[
-        int, typer.Option(help="Examples per test with the latent active, and as many without.")
+        int, typer.Option(help="Examples per test with the latent active, and the same number with it inactive.")
     ] = AutointerpConfig.tested,
     per_prompt: Annotated[int, typer.Option(help="Examples judged in one prompt.")] = AutointerpConfig.per_prompt,
     min_active: Annotated[
-        int, typer.Option(help="A latent active on fewer tokens is not drawn.")
+        int, typer.Option(help="Minimum number of tokens on which a sampled latent is active.")
     ] = AutointerpConfig.min_active_tokens,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Say what it would cost, and ask nothing.")] = False,
-    max_requests: Annotated[int, typer.Option(help="Send no more requests than this, repeated ones included.")] = 2000,
-    max_tokens: Annotated[int | None, typer.Option(help="Spend no more tokens, in and out together.")] = None,
-    max_cost: Annotated[float | None, typer.Option(help="Spend no more money; needs both prices.")] = None,
-    price_in: Annotated[float | None, typer.Option(help="Price of a million tokens of questions.")] = None,
-    price_out: Annotated[float | None, typer.Option(help="Price of a million tokens of answers.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = Persistence.concurrency,
-    requests_per_minute: Annotated[int | None, typer.Option(help="Send no faster.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(help="Send no faster, in and out together.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print the expected cost and send nothing.")] = False,
+    max_requests: Annotated[int, typer.Option(help="Maximum number of requests, including retries.")] = 2000,
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum number of input and output tokens.")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Maximum cost; requires both prices.")] = None,
+    price_in: Annotated[float | None, typer.Option(help="Price of a million input tokens.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Price of a million output tokens.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Number of concurrent requests.")] = Persistence.concurrency,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Rate limit on requests.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Rate limit on input and output tokens.")] = None,
     attempts: Annotated[int, typer.Option(help="Attempts per question.")] = Persistence.attempts,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for one answer.")] = 60.0,
-    answer_tokens: Annotated[int, typer.Option(help="Longest answer; a model that reasons needs more.")] = 300,
+    answer_tokens: Annotated[
+        int, typer.Option(help="Maximum length of an answer in tokens; reasoning models need more.")
+    ] = 300,
     reasoning: Annotated[
-        bool, typer.Option("--reasoning", help="For models that refuse max_tokens and temperature.")
+        bool, typer.Option("--reasoning", help="For models that reject max_tokens and temperature.")
     ] = False,
     model_folder: Annotated[
-        Path | None, typer.Option(help="Ask the transformers model in this folder instead of an endpoint.")
+        Path | None, typer.Option(help="Folder of a local transformers model to use instead of an endpoint.")
     ] = None,
-    model_dtype: Annotated[str, typer.Option(help="Its precision: float32, bfloat16 or float16.")] = "float32",
-    model_device: Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda or cuda:1.")] = "auto",
+    model_dtype: Annotated[
+        str, typer.Option(help="Precision of the local model: float32, bfloat16 or float16.")
+    ] = "float32",
+    model_device: Annotated[str, typer.Option(help="Device of the local model: auto, cpu, cuda or cuda:1.")] = "auto",
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Let a language model explain latents, and test its explanations (detection, fuzzing).
+    """Explain latents with a language model and score the explanations (detection, fuzzing).
 
-    Address, model and key of an OpenAI-compatible endpoint come from the environment: KRONSAE_CHAT_URL,
-    KRONSAE_CHAT_MODEL, KRONSAE_CHAT_KEY. Excerpts of the held-out text are sent there.
+    The address, model and key of an OpenAI-compatible endpoint are read from the environment variables
+    KRONSAE_CHAT_URL, KRONSAE_CHAT_MODEL and KRONSAE_CHAT_KEY. Excerpts of the held-out text are sent there.
     """
     config = AutointerpConfig(
         latents=latents,
@@ -376,7 +386,7 @@ def autointerp(
 
 
 def as_table(result: AutointerpResult) -> Table:
-    """One row per latent, and one per SAE with its means."""
+    """Return a table with one row per latent, and one per SAE with its means."""
     from rich.table import Table
     from rich.text import Text
 
@@ -390,24 +400,24 @@ def as_table(result: AutointerpResult) -> Table:
                 *("-" if score.balanced_accuracy is None else f"{score.balanced_accuracy:.3f}" for score in scores),
                 str(sum(score.dropped for score in scores)),
                 str(sum(score.failed for score in scores)),
-                Text(latent.explanation or f"({latent.problem})"),  # no markup: its words are the model's
+                Text(latent.explanation or f"({latent.problem})"),  # Text: the model's output must not act as markup
             )
         means = (one.detection, one.fuzzing)
-        told = ("-" if mean.mean is None else f"{mean.mean:.3f}" for mean in means)
-        spread = f"over {means[0].n} and {means[1].n} latents of {one.eligible:,} that could be drawn"
-        table.add_row(Text(visible(one.sae)), "mean", *told, str(one.dropped), str(one.failed), spread)
+        cells = ("-" if mean.mean is None else f"{mean.mean:.3f}" for mean in means)
+        counts = f"over {means[0].n} and {means[1].n} latents of {one.eligible:,} eligible"
+        table.add_row(Text(visible(one.sae)), "mean", *cells, str(one.dropped), str(one.failed), counts)
     return table
 
 
 def _endpoint_model(answer_tokens: int, timeout: float, reasoning: bool) -> ChatModel:
     from kronsae.chat.endpoint import KEY, EndpointModel, endpoint_from_environment
 
-    newer: dict[str, Any] = {"limit_field": "max_completion_tokens", "temperature": None} if reasoning else {}
-    endpoint, key = endpoint_from_environment(max_answer_tokens=answer_tokens, timeout_seconds=timeout, **newer)
-    say(f"Excerpts of the held-out text go to {endpoint.host} (model {visible(endpoint.model)}).")
+    options: dict[str, Any] = {"limit_field": "max_completion_tokens", "temperature": None} if reasoning else {}
+    endpoint, key = endpoint_from_environment(max_answer_tokens=answer_tokens, timeout_seconds=timeout, **options)
+    say(f"Excerpts of the held-out text are sent to {endpoint.host} (model {visible(endpoint.model)}).")
     if endpoint.in_clear:
-        told = f" and the key of {KEY}" if key is not None else ""
-        say(f"Note: {endpoint.host} is asked over plain http: others on the way can read the text{told}.")
+        secret = f" and the key in {KEY}" if key is not None else ""
+        say(f"Warning: requests to {endpoint.host} use unencrypted http; the text{secret} can be read in transit.")
     return EndpointModel(endpoint, key)
 
 
@@ -416,6 +426,6 @@ def _local_model(folder: Path, dtype: str, device: str, answer_tokens: int, seed
     from kronsae.data.model import ModelConfig, load_model
 
     if not folder.is_dir():
-        raise UserError(f"--model-folder must be a folder with a transformers model; there is no folder {folder}.")
+        raise UserError(f"--model-folder must be the folder of a transformers model; there is no folder {folder}.")
     loaded = load_model(ModelConfig(name=str(folder.resolve()), dtype=dtype, device=device))
     return LocalModel(loaded, max_answer_tokens=answer_tokens, seed=seed)

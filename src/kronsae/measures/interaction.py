@@ -1,4 +1,4 @@
-"""``kronsae eval interaction``: how latents of a head belong together, and how much of an AND their gate is."""
+"""``kronsae eval interaction``: relations between the latents of a head, and how closely the gate implements an AND."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ NAME = "interaction"
 
 @dataclass(frozen=True, kw_only=True)
 class InteractionConfig:
-    """What is measured.
+    """Settings of the interaction measurement.
 
     Args:
         tokens: held-out tokens; None: the run's ``eval_tokens``.
-        max_cells: latents looked at: of as many heads, drawn at random, as have so many together; at least one head.
-        least_active: latents active on fewer tokens have no say in what is inherited: their figures are chance.
-        shown_heads: of the heads drawn, how many are listed cell by cell.
-        seed: of the draw, and of the twins' weights.
+        max_cells: maximum number of latents in the sample, which consists of complete heads; at least one head.
+        least_active: latents active on fewer tokens are excluded from inheritance, because their statistics are noise.
+        shown_heads: number of sampled heads whose cells are listed.
+        seed: seed of the sample, and of the weights of the untrained twins.
     """
 
     tokens: int | None = None
@@ -84,12 +84,12 @@ class InteractionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Pairs of the sampled latents of one SAE.
+    """Similarity of pairs of sampled latents of one SAE.
 
     Args:
-        kept: Pearson's r over tokens of the activations that the sparsifier keeps.
-        composed: of those that the gate composes, before the sparsifier.
-        directions: cosine of the rows of ``W_dec``, of latents whose kept activations vary: not of the dead.
+        kept: Pearson's r over tokens, of activations after the sparsifier.
+        composed: Pearson's r over tokens, of activations after the gate and before the sparsifier.
+        directions: cosine of the rows of ``W_dec``, for latents whose kept activations vary, which excludes dead ones.
     """
 
     kept: ByKind
@@ -99,19 +99,20 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Interaction:
-    """What was measured of one SAE.
+    """Result of one SAE.
 
     Args:
-        gate: the gate's name.
-        heads: H. ``sampled_heads``: those that correlations, inheritance and fidelity are of.
+        gate: name of the gate.
+        heads: number of heads H.
+        sampled_heads: the heads on which correlations, inheritance and fidelity are measured.
         trained: pairs of latents of the SAE.
-        twin: the same of an SAE of the same config with fresh weights of seed ``twin_seed``, on activations normalised
-            as in training, with TopK at the trained one's k.
-        inheritance: properties of latents against their parents'.
-        fidelity: the gate against a binary AND.
-        living: which cells live, over all heads.
-        bases, extensions: how many meanings each carries, over all heads.
-        grids: some of the sampled heads cell by cell.
+        twin: pairs of latents of an untrained SAE with the same config, weights of seed ``twin_seed``, activations
+            normalised as in training, and TopK with the k of the trained SAE.
+        inheritance: statistics of latents compared with those of their parents.
+        fidelity: the gate compared with a binary AND.
+        living: living cells, over all heads.
+        bases, extensions: number of meanings of each base and extension, over all heads.
+        grids: the cells of some of the sampled heads.
     """
 
     gate: str
@@ -130,14 +131,14 @@ class Interaction:
 
 @dataclass(frozen=True, kw_only=True)
 class InteractionResult:
-    """By SAE; ``not_applicable`` says why, for the SAEs without heads."""
+    """Results by SAE; ``not_applicable`` gives the reason for each SAE that has none."""
 
     tokens: int
     saes: dict[str, Interaction]
     not_applicable: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the result as JSON values."""
         return to_dict(self)
 
 
@@ -148,7 +149,7 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The interaction report of a run's Kronecker SAEs on held-out text, kept in the run folder.
+    """Measure a run's Kronecker SAEs on held-out text and store the result in the run folder.
 
     Returns:
         An `InteractionResult` as JSON values.
@@ -163,7 +164,7 @@ def measure(
     reasons = {member.name: why for member in run.config.saes if (why := not_applicable(member))}
     if len(reasons) == len(run.config.saes):
         raise UserError(
-            "interaction is measured of Kronecker encoders, which have heads; the run in "
+            "interaction must be measured on an SAE with a Kronecker encoder, which has heads; the run in "
             f"{run.folder} has none ({', '.join(reasons)}). Train one: kronsae train --sae 'kron ...'."
         )
     known = known_result(run.folder, NAME, settings)
@@ -176,7 +177,7 @@ def measure(
 
 
 def not_applicable(member: MemberConfig) -> str:
-    """Why an SAE has no interaction report; ``""`` if it has one."""
+    """Return the reason why interaction does not apply to an SAE; ``""`` if it applies."""
     if member.encoder.kind == "kronecker":
         return ""
     if head_grid(member.encoder) is not None:
@@ -192,13 +193,13 @@ def measure_saes(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> InteractionResult:
-    """The measurement itself: one pass for all but the fidelity, which needs to know what is large for each parent."""
+    """Measure the SAEs in two passes; the second measures fidelity with each parent's scale from the first."""
     assert config.tokens is not None
     windows = loaded.windows(config.tokens)
     tokens = sum(one.num_kept for one in windows)
     say(
         f"Two passes over {describe_tokens(tokens, config.tokens)} for {len(loaded.run.config.saes) - len(reasons)} "
-        "SAE(s) and a twin of each with fresh weights."
+        "SAE(s), each with an untrained twin."
     )
     members = [member for member in loaded.run.config.saes if member.name not in reasons]
     vocabulary = vocabulary_size(loaded.language_model)
@@ -229,9 +230,9 @@ def measure_saes(
 
 
 def random_twin(member: MemberConfig, d_in: int, seed: int, x_ND: Tensor) -> SAE:
-    """The SAE that training would have started from with another seed, taking raw activations like those of ``x_ND``.
+    """Return an untrained SAE of the member's config and another seed, which takes raw activations like ``x_ND``.
 
-    It keeps the k largest latents of each token, whatever the sparsifier: a threshold is nothing before training.
+    It uses TopK with the member's k for every sparsifier, because a threshold is not defined before training.
     """
     shape = SAEConfig(d_in=d_in, encoder=member.encoder, sparsifier=TopKConfig(k=member.sparsifier.k))
     twin = shape.build(seed).to(x_ND.device).eval()
@@ -241,7 +242,7 @@ def random_twin(member: MemberConfig, d_in: int, seed: int, x_ND: Tensor) -> SAE
 
 
 class _PairMeter:
-    """The pairs of one SAE's sampled heads."""
+    """Measures the pairs of latents in one SAE's sampled heads."""
 
     def __init__(self, sae: SAE, sample: HeadSample) -> None:
         self._sae, self._sample = sae, sample
@@ -265,7 +266,7 @@ class _PairMeter:
 
 
 class _FirstPass:
-    """All of one SAE but its fidelity."""
+    """Measures everything about one SAE except fidelity."""
 
     def __init__(
         self, member: MemberConfig, sae: SAE, x_ND: Tensor, tokens: int, vocabulary: int, config: InteractionConfig
@@ -288,7 +289,7 @@ class _FirstPass:
         self._parents = [PreLatentMeter(encoder, each, vocabulary, seed=config.seed) for each in rows]
 
     def update(self, windows: Windows, x_ND: Tensor) -> None:
-        """Take in some windows."""
+        """Add some windows."""
         codes = self.sae.encode(x_ND.to(self.sae.W_dec))
         self._all.update(codes)
         self._profile.update(windows, self.sample.narrow(codes))
@@ -300,7 +301,7 @@ class _FirstPass:
             self._twin.update(part_ND)
 
     def value(self, fidelity: Fidelity) -> Interaction:
-        """What was found."""
+        """Return the result."""
         statistics, grid = self._all.value(), head_grid(self._encoder.config)
         assert grid is not None
         mass_HMN = activation_mass(statistics, grid)
@@ -326,19 +327,22 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    help="How latents of one head belong together, against an untrained twin; how much of an AND the gate is.\n\n"
-    "Correlations within and between heads, what latents inherit of their parents, false positives against a binary "
-    "AND, which cells live, how many meanings a base carries. For Kronecker encoders."
+    help="Measure how the latents of a head are related, compared with an untrained SAE, and how closely the gate "
+    "implements an AND.\n\n"
+    "Correlations within and between heads, inheritance from bases and extensions, false positives relative to a "
+    "binary AND, living cells, meanings per base. For Kronecker encoders."
 )
 def interaction(
     run_folder: RunArgument,
-    tokens: Annotated[int | None, typer.Option(help="Held-out tokens; unless given, the run's eval_tokens.")] = None,
-    max_cells: Annotated[int, typer.Option(help="Latents looked at, at most, in whole heads drawn at random.")] = 512,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens. Default: the run's eval_tokens.")] = None,
+    max_cells: Annotated[
+        int, typer.Option(help="Maximum number of latents, in complete heads sampled at random.")
+    ] = 512,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure interaction and show it."""
+    """Measure interaction and print it."""
     run = open_run(run_folder)
     config = InteractionConfig(tokens=tokens, max_cells=max_cells, seed=seed)
     with progress_bar("interaction", quiet=quiet) as progress:
@@ -349,5 +353,5 @@ def interaction(
         print_table(rich_table(summary_table(result), "figure"))
         for name, reason in result["not_applicable"].items():
             say(f"{name}: {reason}")
-        say(f"All figures: {result_path(run.folder, NAME)}")
+        say(f"All results: {result_path(run.folder, NAME)}")
     what_now(f"kronsae report {shlex.quote(str(run_folder))}")

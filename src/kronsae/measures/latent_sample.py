@@ -1,4 +1,4 @@
-"""For measurements of single latents: which of an SAE's latents, and where they are active in a text."""
+"""Sampling of single latents, and the places in a text where they are active."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kronsae.support.progress import Progress
 
 
 def pick_saes(loaded: LoadedRun, names: Sequence[str]) -> dict[str, SAE]:
-    """The run's SAEs of these names; all of them if none is given.
+    """Return the run's SAEs with these names; without names, all SAEs.
 
     Raises:
         UserError: the run has no such SAE.
@@ -30,17 +30,17 @@ def pick_saes(loaded: LoadedRun, names: Sequence[str]) -> dict[str, SAE]:
 
 
 def check_chosen(saes: Mapping[str, SAE], chosen: Sequence[int]) -> None:
-    """Refuse a latent that one of the SAEs does not have."""
+    """Raise if a chosen latent does not exist in one of the SAEs."""
     for name, sae in saes.items():
         if too_large := [latent for latent in chosen if latent >= sae.d_sae]:
-            raise UserError(f"--latent must be below the {sae.d_sae:,} latents of '{name}'; got {too_large[0]}.")
+            raise UserError(f"--latent must be below d_sae={sae.d_sae:,} of '{name}'; got {too_large[0]}.")
 
 
 @torch.no_grad()
 def count_activations(
     loaded: LoadedRun, saes: Mapping[str, SAE], windows: list[Windows], progress: Progress | None = None
 ) -> dict[str, Int[Tensor, " F"]]:
-    """On how many tokens of the windows each latent is active, by SAE."""
+    """Return, by SAE, the number of tokens of the windows on which each latent is active."""
     counts = {name: torch.zeros(sae.d_sae, dtype=torch.int64) for name, sae in saes.items()}
     for _, x_ND in loaded.activations(windows, progress):
         for name, sae in saes.items():
@@ -49,7 +49,7 @@ def count_activations(
 
 
 def draw_latents(counts_F: Int[Tensor, " F"], number: int, *, at_least: int, seed: int) -> list[int]:
-    """``number`` latents drawn uniformly, seeded, among those active on ``at_least`` tokens; all, if they are fewer."""
+    """Sample ``number`` latents uniformly from those active on ``at_least`` or more tokens; all if there are fewer."""
     eligible = (counts_F >= at_least).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(eligible), generator=generator)[:number]
@@ -64,7 +64,7 @@ def find_firings(
     latents: Mapping[str, Sequence[int]],
     progress: Progress | None = None,
 ) -> tuple[FlatText, dict[str, dict[int, Firings]]]:
-    """The windows as one text, and where each of the latents is active in it, by SAE."""
+    """Return the windows as one text and, by SAE, the places where each of the latents is active."""
     meters = {name: FiringMeter(sae.d_sae, latents[name]) for name, sae in saes.items()}
     for _, x_ND in loaded.activations(windows, progress):
         for name, sae in saes.items():

@@ -1,4 +1,4 @@
-"""``kronsae eval latents``: what every latent, base and extension is like, and text that some of them are active on."""
+"""``kronsae eval latents``: statistics of every latent, base and extension, and example contexts of some of them."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ NAME = "latents"
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsConfig:
-    """What is measured.
+    """Settings of the latent statistics.
 
     Args:
         tokens: held-out tokens for the statistics of the latents; None: the run's ``eval_tokens``.
-        pre_latent_tokens: of these, the first so many for bases and extensions, whose activations are dense.
-        example_tokens: of these, the first so many to seek examples in.
-        max_pairs: pairs of a latent and a token kept for the token entropy, 16 bytes each; once there are more, it is
-            that of the tokens before.
-        latents: numbers of latents to show in any case.
-        num_latents: how many more to show, spread over the frequencies.
-        num_heads: heads to show whole, with examples of their bases and extensions.
+        pre_latent_tokens: number of the first of these tokens used for bases and extensions, whose activations are
+            dense.
+        example_tokens: number of the first of these tokens searched for examples.
+        max_pairs: maximum number of (latent, token) pairs stored for the token entropy, 16 bytes each. When it is
+            exceeded, the token entropy covers only the tokens before.
+        latents: indices of latents to show in any case.
+        num_latents: number of further latents to show, spread over the frequencies.
+        num_heads: number of complete heads to show, with examples of their bases and extensions.
         top, quantiles, quantile_contexts, negatives: examples per latent, see `kronsae.eval.latents.GalleryConfig`.
-        seed: of whatever is drawn.
+        seed: seed of all sampling.
     """
 
     tokens: int | None = None
@@ -68,11 +69,11 @@ class LatentsConfig:
         for name in ("pre_latent_tokens", "example_tokens", "max_pairs"):
             check_count(name, getattr(self, name))
         check_seed(self.seed)
-        self.gallery  # noqa: B018  its own checks
+        self.gallery  # noqa: B018  runs the checks of GalleryConfig
 
     @property
     def gallery(self) -> GalleryConfig:
-        """What is shown."""
+        """Return the settings of the examples."""
         return GalleryConfig(
             num_latents=self.num_latents,
             num_heads=self.num_heads,
@@ -88,14 +89,15 @@ class LatentsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SAELatents:
-    """What was measured of one SAE.
+    """Result of one SAE.
 
     Args:
         dead: shares of latents, bases, extensions and heads that were active on none of the tokens.
-        summary: the profiles in a line each: ``latents`` and, for a Kronecker encoder, ``bases``, ``extensions``.
-        latents: every latent.
-        bases, extensions: every base ``relu(u)`` and extension ``relu(v)``, head by head; None without such an encoder.
-        gallery: latents and heads with the text they are active on.
+        summary: summaries of the profiles: ``latents`` and, for a Kronecker encoder, ``bases`` and ``extensions``.
+        latents: profile of every latent.
+        bases, extensions: profile of every base ``relu(u)`` and extension ``relu(v)``, in the order of the heads; None
+            without a Kronecker encoder.
+        gallery: latents and heads with the text on which they are active.
     """
 
     dead: DeadShares
@@ -108,7 +110,7 @@ class SAELatents:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsResult:
-    """By SAE, with the number of tokens of each part."""
+    """Results by SAE, and the number of tokens used for each part."""
 
     tokens: int
     pre_latent_tokens: int
@@ -116,7 +118,7 @@ class LatentsResult:
     saes: dict[str, SAELatents]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the result as JSON values."""
         return to_dict(self)
 
 
@@ -127,9 +129,9 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Statistics of all latents of a run's SAEs on held-out text, kept in the run folder; a `LatentsResult` as JSON.
+    """Measure all latents of a run's SAEs on held-out text, and store and return a `LatentsResult` as JSON values.
 
-    Two passes of the language model up to the hook: all tokens for the statistics, the first ones again for examples.
+    The language model runs up to the hook twice: on all tokens for the statistics, and on the first ones for examples.
     """
     run.require_finished()
     config = config or LatentsConfig()
@@ -153,7 +155,7 @@ def measure_saes(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentsResult:
-    """The measurement itself."""
+    """Measure the latents of all SAEs of a loaded run."""
     assert config.tokens is not None
     windows = loaded.windows(config.tokens)
     again = list(first_windows(windows, config.example_tokens))
@@ -189,7 +191,7 @@ def measure_saes(
 
 
 def first_windows(windows: Iterable[Windows], tokens: int) -> Iterable[Windows]:
-    """The first windows, whole, until they hold so many tokens that count."""
+    """Yield the first rows of the windows until they contain ``tokens`` counted tokens."""
     for one in windows:
         if tokens <= 0:
             return
@@ -199,7 +201,7 @@ def first_windows(windows: Iterable[Windows], tokens: int) -> Iterable[Windows]:
 
 
 class _Meters:
-    """All that is measured of one SAE."""
+    """Meters of one SAE."""
 
     def __init__(self, sae: SAE, loaded: LoadedRun, config: LatentsConfig) -> None:
         self._sae, self._config = sae, config
@@ -251,25 +253,26 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def latents(
     run_folder: RunArgument,
-    tokens: Annotated[int | None, typer.Option(help="Held-out tokens; unless given, the run's eval_tokens.")] = None,
-    latent: Annotated[
-        list[int] | None, typer.Option(help="A latent (its number) to show examples of; repeatable.")
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens. Default: the run's eval_tokens.")] = None,
+    latent: Annotated[list[int] | None, typer.Option(help="Index of a latent to show examples of; repeatable.")] = None,
     num_latents: Annotated[
-        int, typer.Option(help="Further latents to show examples of, spread over the frequencies.")
+        int, typer.Option(help="Number of further latents to show examples of, spread over the frequencies.")
     ] = 16,
-    num_heads: Annotated[int, typer.Option(help="Heads to show whole (Kronecker encoders).")] = 1,
+    num_heads: Annotated[int, typer.Option(help="Number of complete heads to show (Kronecker encoders).")] = 1,
     pre_latent_tokens: Annotated[
-        int, typer.Option(help="Held-out tokens for the statistics of bases and extensions, at most.")
+        int, typer.Option(help="Maximum number of held-out tokens for the statistics of bases and extensions.")
     ] = 32_768,
-    example_tokens: Annotated[int, typer.Option(help="Held-out tokens to seek examples in, at most.")] = 131_072,
+    example_tokens: Annotated[
+        int, typer.Option(help="Maximum number of held-out tokens to search for examples.")
+    ] = 131_072,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Statistics of every latent, base and extension, dead shares, and examples of some.
+    """Measure statistics of every latent, base and extension, dead shares, and examples of some latents.
 
-    Frequency, activation, token entropy, multitoken ratio; examples at the top, by quantile, and where it is silent.
+    Frequency, activation, token entropy, multitoken ratio; examples with the largest activations, by quantile, and
+    inactive ones.
     """
     run = open_run(run_folder)
     config = LatentsConfig(
@@ -287,5 +290,5 @@ def latents(
         print_json(result)
     else:
         print_table(rich_table(summary_table(result), "SAE"))
-        say(f"Every latent and the examples: {result_path(run.folder, NAME)}")
+        say(f"All latents and examples: {result_path(run.folder, NAME)}")
     what_now(f"kronsae report {shlex.quote(str(run_folder))}")

@@ -1,4 +1,4 @@
-"""``kronsae eval probing RUN``: which concepts the latents tell, alone, in pairs and a few together."""
+"""``kronsae eval probing RUN``: how well single latents, pairs and small sets of latents detect labelled concepts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NAME = "probing"
 
 @dataclass(frozen=True, kw_only=True)
 class ProbingSettings:
-    """What is asked for.
+    """Settings of the probing measurement.
 
     Args:
-        labels: labelled text, see `kronsae.measures.tasks.read_labelled`; None: Python's own concepts, for a run on
-            Python's library.
-        windows: windows of text to learn from; a quarter as many are scored on.
-        seed: of the draw, the samples and the probes.
+        labels: file of labelled text, see `kronsae.measures.tasks.read_labelled`; None: concepts of Python code, for a
+            run on Python's library.
+        windows: windows of text to train on; a quarter as many are used for testing.
+        seed: seed of the sampling and the probes.
     """
 
     labels: Path | None = None
@@ -50,13 +50,14 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure all SAEs of a run and keep the result.
+    """Measure all SAEs of a run and store the result.
 
     Returns:
-        ``{"task", "tokens", "concepts", "probe_accuracy", "saes": {name: kronsae.eval.probing.Probing}}``, as JSON.
+        ``{"task", "tokens", "concepts", "bars", "probe_accuracy", "d_sae", "saes"}``, as JSON values; ``saes`` maps
+        names to `kronsae.eval.probing.Probing`.
 
     Raises:
-        UserError: the run is not finished, or there is no labelled text that suffices.
+        UserError: the run is not finished, or there is not enough labelled text.
     """
     from kronsae.eval.probing import ProbingConfig, concept_text, probing
     from kronsae.eval.python_code import CONCEPTS
@@ -84,8 +85,8 @@ def measure(
     tokens = len(text.held_out_N)
     memory = sum(tokens * expected_l0(sae) * 12 for sae in saes.values())
     say(
-        f"{len(text.concepts)} concept(s) in {tokens:,} tokens, which the model reads once up to {hook.name}; "
-        f"the codes of {len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
+        f"{len(text.concepts)} concept(s) in {tokens:,} tokens; the model runs once up to {hook.name}. The codes of "
+        f"{len(saes)} SAE(s) take about {memory / 2**20:,.0f} MB."
     )
     found, accuracy = probing(saes, text, loaded.activations(list(text.windows), progress), config, say)
     result = {
@@ -112,12 +113,12 @@ def _passages(loaded: LoadedRun, labels: Path | None) -> Iterator[Passage]:
         return
     if loaded.run.config.text.source != BUNDLED:
         raise UserError(
-            "labels are needed for a text that is not Python's library; give --labels FILE.jsonl with your own."
+            "labels must be given if the run's text is not Python's library; got none. Give --labels FILE.jsonl."
         )
     for held_out, number in ((False, DOCUMENTS // 2), (True, DOCUMENTS // 4)):
         for document in documents(loaded, held_out=held_out, number=number):
             spans = tuple(python_spans(document.text))
-            if spans:  # what cannot be parsed would count as text without any concept
+            if spans:  # code that cannot be parsed would count as text without any concept
                 yield Passage(text=document.text, spans=spans, held_out=held_out)
 
 
@@ -125,25 +126,27 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    help="Which concepts the latents tell, alone, in pairs and a few together: sparse probing, concept recall and "
-    "targeted perturbation on labelled tokens."
+    help="Measure how well single latents, pairs and small sets of latents detect labelled concepts: sparse probing, "
+    "concept recall and targeted perturbation."
 )
 def probing(
     run_folder: RunArgument,
     labels: Annotated[
         Path | None,
         typer.Option(
-            help='Labelled text of yours: JSON lines of {"text", "label"} or {"text", "spans": [{"start", "end", '
-            '"label"}]}; '
-            "unless given, Python's own concepts, for a run on Python's library."
+            help='Your own labelled text: JSON lines of {"text", "label"} or {"text", "spans": [{"start", "end", '
+            '"label"}]}. '
+            "Default: concepts of Python code, for a run on Python's library."
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of text to learn from; a quarter as many score.")] = 300,
+    windows: Annotated[
+        int, typer.Option(help="Windows of text to train on; a quarter as many are used for testing.")
+    ] = 300,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Probe a run's SAEs and show the figures."""
+    """Probe a run's SAEs and print the results."""
     from kronsae.report.sections.probing import table
     from kronsae.report.tables import rich_table
     from kronsae.runs.run import open_run
@@ -157,4 +160,4 @@ def probing(
         print_json(result)
     else:
         print_table(rich_table(table(result), "SAE"))
-    what_now(f"kronsae report {shlex.quote(str(run.folder))}", "docs/measurements/probing.md on what it means")
+    what_now(f"kronsae report {shlex.quote(str(run.folder))}", "docs/measurements/probing.md explains the metrics")

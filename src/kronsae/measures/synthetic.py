@@ -1,8 +1,8 @@
-"""``kronsae eval synthetic``: how much of what is known to be there do SAEs of a run's forms find?
+"""``kronsae eval synthetic``: how many known features are recovered by SAEs with the architectures of a run's SAEs.
 
-A language model's features are unknown, so the run's SAEs themselves cannot be asked. What can be: SAEs of the same
-*form* (encoder, shape of a head, gate, sparsifier, loss), as many latents as there are true features and k as large as
-the true l0, trained alike on activations made of known features.
+The features of a language model are unknown, so the run's own SAEs cannot be compared with them. Instead, new SAEs with
+the same architectures (encoder, head shape, gate, sparsifier, loss) are trained on synthetic activations with known
+features. They have as many latents as there are true features, k equal to the true l0, and the same training.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from kronsae.training.config import MemberConfig, OptimizerConfig
 
 NAME = "synthetic"
 HELD_OUT_BATCH = 2048
-INIT_NORM = 0.5  # of encoder rows, as in the other short trainings of the library
+INIT_NORM = 0.5  # norm of the initial encoder rows, as in the other short trainings of the library
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticStudyConfig:
-    """What is generated, and how every SAE is trained on it.
+    """Settings of the synthetic features and of the training on them.
 
     Args:
         source: ``own`` (`kronsae.data.synthetic`) or ``sae_lens`` (its SynthSAEBench, small; needs sae-lens).
-        own: the features of the source ``own``; its seed is replaced.
-        sae_lens: the same for the other source.
-        seeds: repetitions, from ``seed`` on; each has features and weights of its own.
-        seed: of the first.
+        own: features of the source ``own``; their seed is replaced.
+        sae_lens: features of the source ``sae_lens``; their seed is replaced.
+        seeds: number of repetitions, with seeds from ``seed`` on; each has its own features and weights.
+        seed: seed of the first repetition.
         steps: optimiser steps.
         batch: tokens per step.
         lr: peak learning rate.
-        held_out_tokens: to measure on, rounded up to whole batches.
+        held_out_tokens: tokens to measure on, rounded up to whole batches.
     """
 
     source: Literal["own", "sae_lens"] = "own"
@@ -76,7 +76,7 @@ class SyntheticStudyConfig:
         check_seed(self.seed)
 
     def features(self, seed: int) -> KnownFeatures:
-        """The known features of one repetition."""
+        """Return the known features of one repetition."""
         config = self.own if self.source == "own" else self.sae_lens
         return replace(config, seed=seed).build()
 
@@ -84,10 +84,10 @@ class SyntheticStudyConfig:
 def measure(
     members: Sequence[MemberConfig], config: SyntheticStudyConfig, *, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Train SAEs of the members' forms on known features and compare them with these: ``{"about", "rows"}``.
+    """Train SAEs with the members' architectures on known features; return ``{"about", "rows"}``.
 
-    One row per SAE and seed: its `kronsae.eval.known_features.Found`, reconstruction on held-out tokens, and the MCC of
-    the same SAE before training, which is what directions in superposition reach by chance.
+    There is one row per SAE and seed: its `kronsae.eval.known_features.Found`, its reconstruction of held-out tokens,
+    and the MCC of the same SAE before training, which is the chance level for directions in superposition.
     """
     rows: list[dict[str, Any]] = []
     truth = []
@@ -118,12 +118,12 @@ def measure(
                 "encoder": encoder_kind(member.encoder),
             }
             about["mcc_untrained"] = mean_correlation_coefficient(start)
-            rows.append(about | _measured(saes[member.name], features, config.held_out_tokens))
+            rows.append(about | _measure_sae(saes[member.name], features, config.held_out_tokens))
     return {"about": truth, "rows": rows}
 
 
-def _measured(sae: SAE, features: KnownFeatures, tokens: int) -> dict[str, Any]:
-    """Everything measured of one SAE on the held-out tokens."""
+def _measure_sae(sae: SAE, features: KnownFeatures, tokens: int) -> dict[str, Any]:
+    """Return all metrics of one SAE on the held-out tokens."""
     meter = KnownFeaturesMeter(sae.W_dec, features.directions_GD, features.kinds, features.edges)
     reconstruction = ReconstructionMeter(sae.d_sae)
     for number in range(-(-tokens // HELD_OUT_BATCH)):
@@ -137,18 +137,19 @@ def _measured(sae: SAE, features: KnownFeatures, tokens: int) -> dict[str, Any]:
 
 
 def fit_to(member: MemberConfig, *, d_sae: int, k: int, seed: int, config: SyntheticStudyConfig) -> MemberConfig:
-    """The member's form at another size: encoder kind, head's shape, gate, sparsifier, loss and experts stay.
+    """Return the member's config at another size.
 
-    Size, k, seed and training are the measurement's, equal for all. A Kronecker encoder gets as many whole heads as fit
-    into ``d_sae``; Matryoshka's groups keep their shares, to the nearest head. Which hook it reads is left out.
+    Encoder kind, head shape, gate, sparsifier, loss and experts stay the same. The measurement sets size, k, seed and
+    training, equal for all members. A Kronecker encoder gets as many complete heads as fit into ``d_sae``. Matryoshka's
+    groups keep their shares, rounded to the nearest head. Hooks are removed.
 
     Raises:
-        UserError: not one head, or not one expert's, fits; or it is a transcoder or crosscoder.
+        UserError: not even one head (of each expert) fits, or the member is a transcoder or crosscoder.
     """
     if role := member.shape(1).role:
         raise UserError(
-            f"known features are of SAEs that reconstruct the one hook they read; '{member.name}' is a {role}, and "
-            "what is generated has one place only. Measure a run without it."
+            f"every SAE must reconstruct the single hook it reads, because synthetic activations have one hook; "
+            f"'{member.name}' is a {role}. Measure a run without it."
         )
     encoder = resized(member.encoder, d_sae)
     return replace(
@@ -165,7 +166,7 @@ def fit_to(member: MemberConfig, *, d_sae: int, k: int, seed: int, config: Synth
 
 
 def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
-    """An encoder of the same form with about ``d_sae`` latents, never more."""
+    """Return the encoder config resized to the largest number of latents that is at most ``d_sae``."""
     if isinstance(encoder, SwitchEncoderConfig):
         expert = resized(encoder.expert, d_sae // encoder.num_experts)
         assert not isinstance(expert, SwitchEncoderConfig)
@@ -173,8 +174,8 @@ def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
     units = d_sae // encoder.block
     if units == 0:
         raise UserError(
-            f"the synthetic data must have at least as many features as one head has latents, {encoder.block}, in each "
-            f"expert; got {d_sae}. Measure SAEs with smaller heads."
+            f"the synthetic data must have at least as many features (in each expert) as one head has latents, "
+            f"{encoder.block}; got {d_sae}. Measure SAEs with smaller heads."
         )
     if isinstance(encoder, DenseEncoderConfig):
         return replace(encoder, d_sae=units, init_norm=INIT_NORM)
@@ -191,7 +192,7 @@ def _regrouped(loss: LossConfig, encoder: AnyEncoderConfig) -> LossConfig:
 
 
 def family(member: MemberConfig) -> str:
-    """What a member shares with its counterpart of the other encoder: sparsifier, loss, experts."""
+    """Return sparsifier, loss and experts as a name, which a dense SAE and its Kronecker counterpart share."""
     parts = [member.sparsifier.kind]
     if isinstance(member.loss, MatryoshkaConfig):
         parts.append(member.loss.kind)
@@ -201,7 +202,7 @@ def family(member: MemberConfig) -> str:
 
 
 def encoder_kind(encoder: AnyEncoderConfig) -> str:
-    """``dense`` or ``kronecker``, an expert's where there are experts."""
+    """Return ``dense`` or ``kronecker``; for a switch encoder, the kind of its experts."""
     inner = encoder.expert if isinstance(encoder, SwitchEncoderConfig) else encoder
     assert isinstance(inner, DenseEncoderConfig | KroneckerEncoderConfig)
     return inner.kind
@@ -215,14 +216,14 @@ def command(
     run_folder: RunArgument,
     source: Annotated[str, typer.Option(help="Known features: 'own', or 'sae_lens' for its SynthSAEBench.")] = "own",
     seeds: Annotated[int, typer.Option(help="Repetitions.")] = SyntheticStudyConfig.seeds,
-    steps: Annotated[int, typer.Option(help="Steps of each SAE's training.")] = SyntheticStudyConfig.steps,
+    steps: Annotated[int, typer.Option(help="Training steps of each SAE.")] = SyntheticStudyConfig.steps,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train SAEs of the run's forms on known features: what of these do they find, detect, absorb?
+    """Train SAEs with the run's architectures on known features and measure recovery, detection and absorption.
 
-    The run's own weights are not used; its SAEs' forms are, each at the size of the synthetic data.
+    The run's own weights are not used. Each architecture is resized to the synthetic data.
     """
     from kronsae.support.progress import progress_bar
 
@@ -235,7 +236,7 @@ def command(
         say(f"Training {seeds} x {len(members)} SAEs on {steps * config.batch:,} synthetic tokens each.")
         with progress_bar("training", quiet=quiet) as progress:
             result = measure(members, config, progress=progress)
-        say(f"Kept: {keep_result(run.folder, NAME, settings, result)}")
+        say(f"Result: {keep_result(run.folder, NAME, settings, result)}")
     else:
         say("Already measured with these settings.")
     if as_json:

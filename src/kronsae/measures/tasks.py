@@ -1,4 +1,4 @@
-"""Labelled text for a run: Python's own names, prompts over the model's vocabulary, or a file of the user's."""
+"""Labelled text for a run: names in Python code, prompts over the model's vocabulary, or a user's file."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from kronsae.support.files import atomic_path, check_folder_place
 from kronsae.support.tensors import read_tensors
 
 TaskName = Literal["roles", "first-letter", "labels"]
-HELD_OUT_SHARE = 0.2  # of a user's labelled texts
-DOCUMENTS = 120  # of code to learn from; a quarter as many are scored on
+HELD_OUT_SHARE = 0.2  # share of a user's labelled texts used for testing
+DOCUMENTS = 120  # documents of code to train on; a quarter as many are used for testing
 
 
 def default_task(loaded: LoadedRun) -> TaskName:
-    """``roles`` for a run on Python's library, ``first-letter`` for any other text."""
+    """Return ``roles`` for a run on Python's library, and ``first-letter`` for any other text."""
     return "roles" if loaded.run.config.text.source == BUNDLED else "first-letter"
 
 
 def frame_of(loaded: LoadedRun) -> Frame:
-    """The special tokens that the run puts around every window."""
+    """Return the special tokens that the run puts around every window."""
     return special_frame(loaded.source.language_model.tokenizer)
 
 
 def documents(loaded: LoadedRun, *, held_out: bool, number: int) -> Iterator[Document]:
-    """The first documents of one side of the run's text."""
+    """Yield the first documents of the run's training or held-out text."""
     config = loaded.run.config
     stream = TextStream(config.text, held_out=held_out, held_out_share=config.held_out_share, repeat=False)
     return (document for document, _ in itertools.islice(stream, number))
@@ -53,17 +53,17 @@ def documents(loaded: LoadedRun, *, held_out: bool, number: int) -> Iterator[Doc
 def build_task(
     loaded: LoadedRun, name: TaskName, *, labels: Path | None, windows: int, place: Place, seed: int
 ) -> Task:
-    """The examples of a task, tokenised for the run's model.
+    """Return the examples of a task, tokenised for the run's model.
 
     Raises:
-        UserError: the text does not give enough labelled examples.
+        UserError: the text does not contain enough labelled examples.
     """
     tokenizer, frame = loaded.source.language_model.tokenizer, frame_of(loaded)
     passages: Iterator[Passage]
     classes = None
     if name == "labels":
         if labels is None:
-            raise UserError("the task 'labels' needs a file of labelled text; give --labels FILE.jsonl.")
+            raise UserError("the task 'labels' must have a file of labelled text; got none. Give --labels FILE.jsonl.")
         passages, sizes = read_labelled(labels), Sizes(windows=windows, per_word=20)
     elif name == "first-letter":
         passages = first_letter_prompts(tokenizer, max_words=windows * 5 // 4, seed=seed)
@@ -91,19 +91,20 @@ def _roles(loaded: LoadedRun) -> Iterator[Passage]:
 
 
 def read_labelled(path: Path) -> Iterator[Passage]:
-    """Passages of a JSON-lines file: ``{"text", "label"}`` or ``{"text", "spans": [{"start", "end", "label"}, ...]}``.
+    """Yield the passages of a JSON-lines file of labelled text.
 
-    Spans count characters. A label without a span is of the whole text. ``"held_out": true`` or ``false`` says on
-    which side a text is; without it, a fifth of the texts are scored on, by a hash of the text in lower case with
-    single spaces, so that two spellings of one are on the same side.
+    A line is ``{"text", "label"}`` or ``{"text", "spans": [{"start", "end", "label"}, ...]}``. Spans count characters.
+    A label without spans applies to the whole text. ``"held_out": true`` or ``false`` assigns a text to the test or
+    training split. Otherwise a fifth of the texts are held out, by a hash of the text in lower case with single spaces,
+    so that two spellings of one text are in the same split.
 
     Raises:
-        UserError: a line is something else; it says which.
+        UserError: a line has another form; the message gives its number.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() cuts at U+2028 within a text, too
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 in a text
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"labels: {path} cannot be read ({error}).") from None
+        raise UserError(f"labels must be a readable UTF-8 file; {path} cannot be read ({error}).") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield _passage(line, f"{path}, line {number}")
@@ -122,13 +123,13 @@ def _passage(line: str, where: str) -> Passage:
     text = row["text"]
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(
-            f'{where}: "text" must be Unicode; it holds half of a surrogate pair, which no tokenizer takes.'
+            f'{where}: "text" must be valid Unicode; got an unpaired surrogate, which no tokenizer accepts.'
         )
     spans = row.get("spans", [{"start": 0, "end": len(text), "label": row.get("label")}])
     folded = " ".join(text.lower().split())
     held_out = row.get("held_out", is_held_out(document_of(folded).id, HELD_OUT_SHARE))
     if not isinstance(spans, list) or not isinstance(held_out, bool):
-        raise UserError(f'{where}: "spans" must be a list and "held_out" true or false.')
+        raise UserError(f'{where}: "spans" must be a list, and "held_out" must be true or false.')
     return Passage(text=text, spans=tuple(_span(span, text, where) for span in spans), held_out=held_out)
 
 
@@ -139,8 +140,8 @@ def _span(span: Any, text: str, where: str) -> Span:
     if type(start) is int and type(end) is int and labelled and 0 <= start < end <= len(text):
         return Span(start=start, end=end, label=str(label))
     raise UserError(
-        f'{where}: a span must be {{"start", "end", "label"}} with 0 <= start < end <= {len(text)} and a label that is '
-        f"not blank; got {span!r}."
+        f'{where}: a span must be {{"start", "end", "label"}} with 0 <= start < end <= {len(text)} and a non-blank '
+        f"label; got {span!r}."
     )
 
 
@@ -152,36 +153,36 @@ def example_activations(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Float[Tensor, "E D"], bool]:
-    """The activations of a task's examples, float32 ``[E, d_in]``, and whether they were known already.
+    """Return the activations of a task's examples, float32 ``[E, d_in]``, and whether they were cached.
 
-    They are kept under a name that is made of their content (weights of the model, hook, tokens, places), so that
-    another model of the same name never gets them. A damaged file is told of and replaced.
+    The name of the cache file is a hash of what determines the activations (weights of the model, hook, tokens,
+    places), so another model of the same name never uses it. A damaged file is reported and replaced.
 
     Raises:
-        UserError: ``cache`` can be no folder to write to.
+        UserError: ``cache`` cannot be a folder to write to.
     """
     check_folder_place(cache, "cache")
     path = cache / f"{_digest(loaded, task)}.safetensors"
     if path.exists():
-        known_ED = _kept_activations(path, len(task.words))
+        known_ED = _read_cached(path, len(task.words))
         if known_ED is not None:
             return known_ED, True
-        say(f"The kept activations in {path} are damaged; they are computed anew.")
+        say(f"The cached activations in {path} are damaged; they are computed again.")
     x_ED = torch.cat([x_ND.cpu() for _, x_ND in loaded.activations(list(task.windows), progress)])
     with atomic_path(path) as temporary:
         save_file({"x_ED": x_ED}, temporary)
     return x_ED, False
 
 
-def _kept_activations(path: Path, examples: int) -> Tensor | None:
-    """What `example_activations` wrote; None where the file holds something else."""
+def _read_cached(path: Path, examples: int) -> Tensor | None:
+    """Return the activations that `example_activations` wrote; None if the file holds anything else."""
     try:
         found = read_tensors(path)
     except (OSError, ValueError, SafetensorError):
         return None
     x_ED = found.get("x_ED")
-    whole = x_ED is not None and x_ED.ndim == 2 and len(x_ED) == examples and x_ED.dtype == torch.float32
-    return x_ED if whole and bool(x_ED.isfinite().all()) else None  # type: ignore[union-attr]
+    valid = x_ED is not None and x_ED.ndim == 2 and len(x_ED) == examples and x_ED.dtype == torch.float32
+    return x_ED if valid and bool(x_ED.isfinite().all()) else None  # type: ignore[union-attr]
 
 
 def _digest(loaded: LoadedRun, task: Task) -> str:

@@ -1,4 +1,4 @@
-"""``kronsae eval token-rule``: how far nearby tokens alone tell when a latent is active. Asks no language model."""
+"""``kronsae eval token-rule``: how well nearby tokens alone predict a latent's activity, without a language model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = "token-rule"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRuleResult:
-    """All SAEs, in the run's order."""
+    """Results of all SAEs, in the run's order."""
 
     saes: tuple[TokenRules, ...]
 
@@ -42,14 +42,14 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenRuleResult:
-    """Learn a rule per latent from the run's training documents and test it on its held-out ones.
+    """Fit a rule per latent on the run's training documents, test it on held-out ones, and store the result.
 
     Args:
         run: a finished run.
-        config: which latents, how much text.
-        saes: of these names; all of the run if none is given.
-        say: told what is about to happen.
-        progress: called with (done, to do), from the beginning in each of two stages: tokens that the model reads, then
+        config: selection of latents, and amount of text.
+        saes: names of the SAEs; empty: all SAEs of the run.
+        say: receives status messages.
+        progress: called with (done, total), starting from 0 in each of two stages: tokens that the model reads, then
             latents.
     """
     loaded = LoadedRun(run)
@@ -62,9 +62,9 @@ def measure(
     texts = [loaded.windows(config.tokens, held_out=held_out) for held_out in (False, True)]
     sizes = [sum(one.num_kept for one in windows) for windows in texts]
     say(
-        f"Learning from {sizes[0]:,} tokens of training documents, testing on "
-        f"{describe_tokens(sizes[1], config.tokens)}; the model reads both twice. Then a rule for each of up to "
-        f"{len(config.chosen) or config.latents:,} latents of {len(picked)} SAE(s)."
+        f"Training on {sizes[0]:,} tokens of training documents, testing on "
+        f"{describe_tokens(sizes[1], config.tokens)}; the model reads both twice. Then one rule is fitted for each of "
+        f"up to {len(config.chosen) or config.latents:,} latents of {len(picked)} SAE(s)."
     )
     work = 2 * sum(sizes)
     counts = [
@@ -80,8 +80,8 @@ def measure(
     for name, latents in chosen.items():
         if not latents:
             raise UserError(
-                f"min_active_tokens={config.min_active_tokens} leaves no latent of '{name}' to draw from in these "
-                "texts; lower --min-active, or give more --tokens."
+                f"at least one latent of '{name}' must be active on min_active_tokens={config.min_active_tokens} "
+                "tokens of both texts; got none. Lower --min-active, or increase --tokens."
             )
     train_text, train = find_firings(loaded, picked, texts[0], chosen, progress_after(progress, sum(sizes), work))
     test_text, test = find_firings(loaded, picked, texts[1], chosen, progress_after(progress, work - sizes[1], work))
@@ -107,23 +107,27 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def token_rule_verb(
     run_folder: RunArgument,
-    sae: Annotated[list[str] | None, typer.Option(help="Only this SAE; repeatable.")] = None,
-    latents: Annotated[int, typer.Option(help="Latents per SAE, drawn at random.")] = TokenRuleConfig.latents,
-    latent: Annotated[list[int] | None, typer.Option(help="This latent (its number) instead; repeatable.")] = None,
+    sae: Annotated[list[str] | None, typer.Option(help="Name of an SAE to measure; repeatable. Default: all.")] = None,
+    latents: Annotated[
+        int, typer.Option(help="Number of latents per SAE, sampled at random.")
+    ] = TokenRuleConfig.latents,
+    latent: Annotated[
+        list[int] | None, typer.Option(help="Index of a latent to use instead of a random sample; repeatable.")
+    ] = None,
     tokens: Annotated[
-        int, typer.Option(help="Tokens of training text, and of held-out text, at most.")
+        int, typer.Option(help="Maximum number of tokens of training text, and of held-out text.")
     ] = TokenRuleConfig.tokens,
     examples: Annotated[
-        int, typer.Option(help="Places where the latent is active, and as many where it is not, per text, at most.")
+        int, typer.Option(help="Maximum number of places per text where the latent is active, and where it is not.")
     ] = TokenRuleConfig.examples,
     min_active: Annotated[
-        int, typer.Option(help="A latent active on fewer tokens of either text is not drawn.")
+        int, typer.Option(help="Minimum number of tokens of each text on which a sampled latent is active.")
     ] = TokenRuleConfig.min_active_tokens,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn from the tokens around a place when a latent is active there, and test that on held-out text."""
+    """Predict from nearby tokens where a latent is active, and test the prediction on held-out text."""
     config = TokenRuleConfig(
         latents=latents,
         chosen=tuple(latent or ()),
@@ -143,7 +147,7 @@ def token_rule_verb(
 
 
 def as_table(result: TokenRuleResult) -> Table:
-    """One row per SAE."""
+    """Return a table with one row per SAE."""
     from rich.table import Table
     from rich.text import Text
 
@@ -153,5 +157,5 @@ def as_table(result: TokenRuleResult) -> Table:
             "-" if mean.mean is None else f"{mean.mean:.3f}" + ("" if mean.std is None else f" ± {mean.std:.3f}")
             for mean in (one.balanced_accuracy, one.auc)
         ]
-        table.add_row(Text(visible(one.sae)), *cells, f"{one.auc.n:,} of {one.eligible:,} that could be drawn")
+        table.add_row(Text(visible(one.sae)), *cells, f"{one.auc.n:,} of {one.eligible:,} eligible")
     return table

@@ -1,7 +1,7 @@
-"""``kronsae eval toy``: does a KronSAE recover the correlation of its features better, and is that more than its shape?
+"""``kronsae eval toy``: whether an SAE's dictionary shows which features are correlated, on data with known covariance.
 
-The toy model of `kronsae.data.toy`, with the controls that the comparison needs. It trains SAEs of its own: no run is
-needed, and one that is given only keeps the result and shows it on its page.
+It trains its own SAEs on the toy model of `kronsae.data.toy`, with controls that separate what training learns from
+what the shape of the SAE gives. No run is needed; if one is given, it stores the result and shows it on its page.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ NAME = "toy"
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig:
-    """What is generated, trained and compared. The defaults are the paper's where it tells them.
+    """Settings of the toy model: data, training and comparison. The defaults are the paper's where it states them.
 
     Args:
-        setups: correlated covariances, all of as many features.
-        independent: the control without correlation, of as many features.
+        setups: correlated covariances, all with the same number of features.
+        independent: control without correlation, with the same number of features.
         shapes: ``(num_heads, d_base, d_extension)`` of each KronSAE; their product is the number of features.
         hidden: width of the autoencoder's hidden state.
-        active: features of a token before L mixes them.
-        k: latents per token.
-        seeds: repetitions, from ``seed`` on.
-        seed: of the first.
-        tokens: drawn once per setup and seed, to train on.
-        held_out_tokens: drawn for the explained variance.
-        autoencoder_steps, autoencoder_lr: of its training.
-        steps, lr: of the SAEs' training.
-        batch: tokens per step of either.
+        active: number of active features of a token before L mixes them.
+        k: active latents per token.
+        seeds: number of repetitions, with seeds from ``seed`` on.
+        seed: seed of the first repetition.
+        tokens: training tokens, generated once per setup and seed.
+        held_out_tokens: tokens for the explained variance.
+        autoencoder_steps, autoencoder_lr: steps and learning rate of the autoencoder's training.
+        steps, lr: steps and peak learning rate of the SAEs' training.
+        batch: tokens per step of both trainings.
     """
 
     setups: tuple[BlockSetup, ...] = SETUPS
@@ -83,22 +83,22 @@ class ToyConfig:
         check_positive("lr", self.lr)
         check_seed(self.seed)
         if len(self.setups) < 2:
-            raise UserError(f"setups must be at least two, to compare each with another; got {len(self.setups)}.")
+            raise UserError(f"setups must hold at least two, to compare each with another; got {len(self.setups)}.")
         sizes = {setup.features for setup in (*self.setups, self.independent)}
         sizes |= {heads * bases * extensions for heads, bases, extensions in self.shapes}
         if len(sizes) > 1:
             raise UserError(
-                "every setup and every shape must have as many features; got "
+                "all setups and shapes must have the same number of features; got "
                 f"{', '.join(map(str, sorted(sizes)))}. Change blocks or shapes."
             )
 
     @property
     def features(self) -> int:
-        """G, true features and latents alike."""
+        """Return G, the number of true features, which is also the number of latents."""
         return self.independent.features
 
     def members(self, seed: int) -> tuple[MemberConfig, ...]:
-        """The SAEs: TopK, and a KronSAE of each shape; all with one training."""
+        """Return the configs of the SAEs: TopK and a KronSAE of each shape, all with the same training."""
         shared: dict[str, Any] = {"k": self.k, "lr": self.lr, "seed": seed, "init_norm": 0.5}
         shared["dead_after_tokens"] = max(1, self.steps * self.batch // 10)
         heads = (
@@ -109,7 +109,7 @@ class ToyConfig:
 
 @dataclass(frozen=True, eq=False)
 class _Cell:
-    """One setup and seed after training: the dictionaries, trained and as they started."""
+    """Dictionaries of one setup and seed, before and after training."""
 
     setup: BlockSetup
     truth_GG: Float[Tensor, "G G"]
@@ -120,17 +120,17 @@ class _Cell:
 
 
 def measure(config: ToyConfig, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Train and compare everything; return ``{"setups": [...], "rows": [...]}``, JSON values.
+    """Train and compare all dictionaries; return ``{"setups": [...], "rows": [...]}`` as JSON values.
 
-    Each row is one dictionary, setup and seed, with a `Recovery` of three kinds: ``trained``; ``untrained``, the
-    same SAE as it started; ``mismatched``, matched to the autoencoder of the next setup and compared with *its*
-    truth, which the SAE never saw (None for the independent features).
+    Each row is one dictionary, setup and seed, with three `Recovery` values: ``trained``; ``untrained``, the same SAE
+    at initialisation; and ``mismatched``, matched to the autoencoder of the next setup and compared with that setup's
+    covariance, which the SAE was not trained on (None for the independent features).
     """
     setups = (*config.setups, config.independent)
     steps = len(setups) * config.seeds * 2
     done = 0
 
-    def moved() -> None:
+    def advance() -> None:
         nonlocal done
         done += 1
         if progress is not None:
@@ -141,17 +141,17 @@ def measure(config: ToyConfig, *, progress: Progress | None = None) -> dict[str,
         cells = []
         for setup in setups:
             cells.append(train_cell(config, setup, seed))
-            moved()
+            advance()
         correlated = cells[: len(config.setups)]
         for number, cell in enumerate(cells):
             other = correlated[(number + 1) % len(correlated)] if cell in correlated else None
             rows += _compare(cell, other, seed)
-            moved()
+            advance()
     return {"setups": [_about(setup) for setup in setups], "rows": rows}
 
 
 def train_cell(config: ToyConfig, setup: BlockSetup, seed: int) -> _Cell:
-    """Features, autoencoder and SAEs of one setup and seed."""
+    """Generate the features, and train the autoencoder and the SAEs, of one setup and seed."""
     truth_GG = setup.covariance()
     features = CorrelatedFeatures(truth_GG, config.active)
     s_NG = features.sample(config.tokens, generator_for(seed, f"features of {setup.name}"))
@@ -203,21 +203,21 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 @app.command()
 def command(
     run_folder: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Run folder to keep the result in; not needed.")
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder to store the result in; optional.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Repetitions.")] = ToyConfig.seeds,
-    steps: Annotated[int, typer.Option(help="Steps of each SAE's training.")] = ToyConfig.steps,
+    steps: Annotated[int, typer.Option(help="Training steps of each SAE.")] = ToyConfig.steps,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The toy model of correlation: which SAE's dictionary shows how its features correlate, against controls.
+    """Test on a toy model whether an SAE's dictionary shows which features are correlated, with controls.
 
-    Trains small SAEs of its own on made-up features; needs no run. Takes tens of minutes.
+    Trains its own small SAEs on synthetic features; no run is needed. Takes tens of minutes.
     """
     config = ToyConfig(seeds=seeds, steps=steps, seed=seed)
     run = None if run_folder is None else open_run(run_folder)
-    result = _result(run, config, quiet, say)
+    result = _measure_or_read(run, config, quiet, say)
     if as_json:
         print_json(result | {"verdict": list(verdict(result))})
     else:
@@ -227,10 +227,10 @@ def command(
     if run is not None:
         what_now(f"kronsae report {shlex.quote(str(run.folder))}")
     else:
-        what_now("docs/measurements/toy.md says what the figures mean", "kronsae eval toy RUN keeps them with a run")
+        what_now("docs/measurements/toy.md explains the metrics", "kronsae eval toy RUN stores the result in a run")
 
 
-def _result(run: Run | None, config: ToyConfig, quiet: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def _measure_or_read(run: Run | None, config: ToyConfig, quiet: bool, say: Callable[[str], None]) -> dict[str, Any]:
     from kronsae.support.progress import progress_bar
 
     settings = to_dict(config)
@@ -243,5 +243,5 @@ def _result(run: Run | None, config: ToyConfig, quiet: bool, say: Callable[[str]
     with progress_bar("training", quiet=quiet) as progress:
         result = measure(config, progress=progress)
     if run is not None:
-        say(f"Kept: {keep_result(run.folder, NAME, settings, result)}")
+        say(f"Result: {keep_result(run.folder, NAME, settings, result)}")
     return result

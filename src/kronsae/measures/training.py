@@ -1,4 +1,4 @@
-"""Training SAEs on a stream that a measurement makes up: no model, no text, no run folder."""
+"""Training of SAEs on the synthetic stream of a measurement, without language model, text or run folder."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def train_on(
     batch_tokens: int,
     progress: Progress | None = None,
 ) -> dict[str, SAE]:
-    """Train every SAE on the same batches; return them by name, for raw activations, as they would be saved.
+    """Train all SAEs on the same batches; return them by name in the form in which they would be saved.
 
     Args:
-        configs: the SAEs, with different names.
+        configs: configs of the SAEs, with different names.
         stream: yields ``({hook: [batch_tokens, d_in]}, state)``.
-        hook: which of the stream's tensors to read.
-        d_in: their width.
+        hook: key of the activations in the stream.
+        d_in: width of the activations.
         steps: optimiser steps.
         batch_tokens: tokens per step.
-        progress: told ``(steps done, steps to do)``.
+        progress: called with ``(steps done, all steps)``.
     """
     members = [Member(config, d_in, hook, steps) for config in configs]
     loop = LoopConfig(tokens=steps * batch_tokens, batch_tokens=batch_tokens, log_every=max(1, steps // 20))
@@ -40,7 +40,7 @@ def train_on(
 
 
 class _ProgressSink:
-    """Hands the step number of the trainer's metrics on to a progress bar."""
+    """Metrics sink that passes the step number to a progress bar."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self.progress, self.steps = progress, steps
@@ -49,7 +49,7 @@ class _ProgressSink:
         self.progress(row["step"], self.steps)
 
     def flush(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no output is buffered."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
