@@ -28,9 +28,9 @@ def test_sums_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kron", [True, False])
-@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])  # these keep to float64 throughout
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])  # these models compute entirely in float64
 def test_attribution_is_the_slope_of_an_intervention(kind: str, kron: bool) -> None:
-    """``f d metric / d f`` against central differences of the model with ``f`` scaled, in float64."""
+    """Compare ``f d metric / d f`` with central differences of the model with scaled ``f``, in float64."""
     model, sae, ids = model_of(kind, torch.float64), make_sae(kron=kron, dtype=torch.float64), tokens(2, 6)
     metric = logit_difference(7, 9)
     (found,) = attribute(model, [(sae, "layers.1")], {"input_ids": ids}, metric)
@@ -49,7 +49,7 @@ def test_attribution_is_the_slope_of_an_intervention(kind: str, kron: bool) -> N
 
 
 def test_for_a_linear_metric_it_is_ablation() -> None:
-    """Nothing but the hooked activation itself: taking a latent out changes the figure by exactly its share."""
+    """With a metric linear in the hooked activation, ablation changes it by exactly the attributed value."""
     model, sae, ids = model_of(dtype=torch.float64), make_sae(dtype=torch.float64), tokens(1, 5)
     direction = torch.randn(16, dtype=torch.float64)
 
@@ -57,11 +57,11 @@ def test_for_a_linear_metric_it_is_ablation() -> None:
         read_out: Tensor = logits @ torch.linalg.pinv(model.lm_head.weight.T) @ direction
         return read_out
 
-    # the last block's output reaches the logits through the final norm; without it the way is linear
+    # the final norm is the only nonlinearity between the last block and the logits
     model.gpt_neox.final_layer_norm = torch.nn.Identity()
     (found,) = attribute(model, [(sae, "layers.3")], {"input_ids": ids}, lambda logits: linear(logits).sum())
     (again,) = attribute(model, [(sae, "layers.3")], {"input_ids": ids}, lambda logits: linear(logits)[0, 2])
-    assert torch.equal(again.gradient[0, 3], torch.zeros(5, dtype=torch.float64))  # another token's
+    assert torch.equal(again.gradient[0, 3], torch.zeros(5, dtype=torch.float64))  # the metric depends on another token
     for latent, share in found.top(5):
         with intervene(model, Intervention(sae=sae, hook="layers.3", changes=[scale(latent, 0.0)])):
             ablated = float(linear(model(ids).logits).sum())
@@ -117,14 +117,14 @@ def test_a_metric_must_be_one_number_of_the_logits() -> None:
         (lambda logits: logits[0, 0], r"\(320,\)"),
         (lambda logits: torch.zeros(()), r"\(\) without"),
     ]:
-        with pytest.raises(UserError, match=rf"metric must give one number.*shape {shape}"):
+        with pytest.raises(UserError, match=rf"metric must return one number.*shape {shape}"):
             attribute(model, [(sae, "layers.1")], {"input_ids": ids}, metric)
 
 
 def test_only_an_sae_of_one_hook_can_be_attributed_to() -> None:
-    """Of a transcoder of equal widths everything would fit, and mean nothing."""
+    """The shapes of a transcoder with equal widths would fit, but the result would be meaningless."""
     model, common = model_of(), {"encoder": DenseEncoderConfig(d_sae=8), "sparsifier": TopKConfig(k=2)}
     for role, widths in (("transcoder", {"write_widths": (16,)}), ("crosscoder", {"read_widths": (8, 8)})):
         sae = SAEConfig(d_in=16, **common, **widths).build()  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=f"reconstruct the one hook they read; one of these is a {role}"):
+        with pytest.raises(UserError, match=f"reconstruct the single hook they read; got a {role}"):
             attribute(model, [(sae, 1)], {"input_ids": tokens()}, logit_difference(1, 2))

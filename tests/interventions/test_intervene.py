@@ -25,7 +25,7 @@ Ids = Tensor
 
 
 def make_sae(seed: int = 0, *, kron: bool = True, dtype: torch.dtype = torch.float32) -> SAE:
-    """An SAE of 24 latents that keeps 5, on the scale of the tiny models' activations."""
+    """Return an SAE with 24 latents and k = 5, on the scale of the tiny models' activations."""
     encoder = KroneckerEncoderConfig(num_heads=4, d_base=2, d_extension=3, init_norm=4.0)
     dense = DenseEncoderConfig(d_sae=24, init_norm=4.0)
     shape = SAEConfig(d_in=WIDTH, encoder=encoder if kron else dense, sparsifier=TopKConfig(k=5))
@@ -41,7 +41,7 @@ def tokens(sequences: int = 2, length: int = 7, seed: int = 1) -> Ids:
 
 
 def hidden(model: nn.Module, hook: str, run: Callable[[], Any]) -> list[Tensor]:
-    """What the hooked module gives on to the rest of the model, in every pass of ``run``."""
+    """Return the activation at the hook that the rest of the model sees, for each forward pass of ``run``."""
     found: list[Tensor] = []
 
     def capture(hidden_STD: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def hidden(model: nn.Module, hook: str, run: Callable[[], Any]) -> list[Tensor]:
 
 
 def by_definition(sae: SAE, x: Tensor, changes: list[Change]) -> Tensor:
-    """``x + decode(f') - decode(f)`` with dense f."""
+    """Return ``x + decode(f') - decode(f)``, computed with dense f."""
     f = sae.encode(x).to_dense()
     after = f.clone()
     for change in changes:
@@ -94,7 +94,7 @@ def test_the_model_goes_on_from_the_changed_activation(kind: str, kron: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_a_change_not_a_bit_changes(dtype: torch.dtype) -> None:
-    """The SAE is far from perfect; what it does not reconstruct stays."""
+    """The SAE has a large reconstruction error, which the intervention leaves unchanged."""
     model, sae, ids = model_of(dtype=dtype), make_sae(), tokens()
     expected = model(ids).logits
     silent = sorted(
@@ -132,7 +132,7 @@ def test_only_tokens_at_which_the_latent_is_active_change() -> None:
 )
 @pytest.mark.parametrize("left", [True, False])
 def test_positions_count_each_sequences_own_tokens(positions: Any, expected: list[int], left: bool) -> None:
-    """A sequence of 7 tokens, and one of 5 padded on either side."""
+    """Return a sequence of 7 tokens and one of 5 tokens with padding on the given side."""
     model, sae, ids = model_of(), make_sae(), tokens()
     mask = torch.ones_like(ids)
     padding = slice(0, 2) if left else slice(5, 7)
@@ -196,7 +196,7 @@ def test_last_is_the_last_token_of_each_pass() -> None:
 
 
 def test_several_at_once() -> None:
-    """Two SAEs at one hook, one at a later hook: in their order, each seeing what came before."""
+    """Two SAEs at one hook and one at a later hook are applied in order, each to the result of the previous one."""
     model, ids = model_of(), tokens()
     saes = [make_sae(seed) for seed in range(3)]
     changes = [[steer(1, 3.0)], [scale(2, 4.0), steer(9, 1.0)], [clamp(3, 2.0)]]
@@ -218,7 +218,7 @@ def test_several_at_once() -> None:
 
 
 def test_gradients_pass_through() -> None:
-    """d loss / d activation at an earlier layer against finite differences, in float64."""
+    """Compare d loss / d activation at an earlier layer with finite differences, in float64."""
     model, sae, ids = model_of(dtype=torch.float64), make_sae(dtype=torch.float64), tokens(1, 5)
     intervention = Intervention(sae=sae, hook="layers.2", changes=[steer(4, 1.0), scale(6, 2.0)])
     (x_STD,) = hidden(model, "layers.1", lambda: model(ids))
@@ -251,9 +251,9 @@ def test_the_hooks_go_even_after_an_error() -> None:
 
 def test_what_cannot_be() -> None:
     model, sae, ids = model_of(), make_sae(), tokens()
-    with pytest.raises(UserError, match=r"latent must be a number from 0 to 23; got 24\."):
+    with pytest.raises(UserError, match=r"latent must be from 0 to 23; got 24\."):
         Intervention(sae=sae, hook="layers.1", changes=[steer(24, 1.0)])
-    with pytest.raises(UserError, match=r"the change of latent 3 must be by a finite number; got nan\."):
+    with pytest.raises(UserError, match=r"value must be finite; got nan for latent 3\."):
         steer(3, float("nan"))
     for wrong in (slice(-1, None), slice(0, None, 0), [0, -2], "first", [1.5], 3):
         with pytest.raises(UserError, match=r"positions must be None, 'last', a slice .* or a list"):
@@ -266,27 +266,30 @@ def test_what_cannot_be() -> None:
     narrow = SAEConfig(d_in=8, encoder=DenseEncoderConfig(d_sae=4), sparsifier=TopKConfig(k=1)).build()
     with (
         intervene(model, Intervention(sae=narrow, hook="layers.1", changes=[steer(1, 1.0)])),
-        pytest.raises(UserError, match=re.escape("width of hook 'gpt_neox.layers.1', 16; it has d_in=8")),
+        pytest.raises(
+            UserError,
+            match=re.escape("d_in of the SAE must equal the width of hook 'gpt_neox.layers.1', 16; got d_in=8"),
+        ),
     ):
         model(ids)
     short = Intervention(sae=sae, hook="layers.1", changes=[steer(1, 1.0)])
     cache = model(ids, use_cache=True).past_key_values
     with (
         intervene(model, short),
-        pytest.raises(UserError, match=r"attention_mask must be 2 x 8, over the tokens in the cache.*got 2 x 1\."),
+        pytest.raises(UserError, match=r"attention_mask must be 2 x 8, covering cached and new tokens,.*got 2 x 1\."),
     ):
         model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
     mask = torch.ones(2, 1, 7, 7)
     with (
         intervene(model, Intervention(sae=sae, hook="layers.1", changes=[steer(1, 1.0)])),
-        pytest.raises(UserError, match=r"attention_mask must be a tensor of sequences by tokens.*Tensor\[2, 1, 7, 7\]"),
+        pytest.raises(UserError, match=r"attention_mask must be a tensor \[sequences, tokens\].*Tensor\[2, 1, 7, 7\]"),
     ):
         model(ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("latent", [1.5, 2.0, -1, True, "3", None, torch.tensor(1.0)])
 def test_a_latent_is_a_whole_number(latent: Any) -> None:
-    with pytest.raises(UserError, match="latent must be a whole number from 0 on; got "):
+    with pytest.raises(UserError, match="latent must be a whole number of at least 0; got "):
         steer(latent, 1.0)
 
 
@@ -298,7 +301,7 @@ def test_whole_numbers_of_other_libraries_are_latents() -> None:
 
 @pytest.mark.parametrize("value", ["much", None, torch.ones(2), 1j])
 def test_a_change_is_by_a_number(value: Any) -> None:
-    with pytest.raises(UserError, match="the change of latent 3 must be by a number; got "):
+    with pytest.raises(UserError, match=r"value must be a number; got .* for latent 3"):
         clamp(3, value)
 
 
@@ -306,7 +309,7 @@ def test_changes_that_are_none_are_refused() -> None:
     with pytest.raises(UserError, match=r"kind must be one of add, scale, set; got 'sett'\. Did you mean 'set'"):
         Change(1, "sett", 1.0)  # type: ignore[arg-type]
     for wrong in (steer(1, 1.0), [(1, 1.0)], [1]):
-        with pytest.raises(UserError, match=r"changes must be a list of what steer, scale, clamp and ablate give"):
+        with pytest.raises(UserError, match=r"changes must be a list of results of steer, scale, clamp and ablate"):
             Intervention(sae=make_sae(), hook="layers.1", changes=wrong)  # type: ignore[arg-type]
 
 
@@ -332,7 +335,9 @@ def test_training_mode_makes_no_difference(sparsifier: Any) -> None:
     assert sae.training
     sae.eval()
     assert torch.equal(intervention.apply(x_ND), in_training)
-    torch.testing.assert_close(intervention.apply(x_ND[:1]), in_training[:1])  # nor do the other tokens
+    torch.testing.assert_close(
+        intervention.apply(x_ND[:1]), in_training[:1]
+    )  # independent of the other tokens in the batch
 
 
 def test_the_example_in_the_docstring() -> None:
@@ -351,5 +356,5 @@ def test_it_can_be_had_from_the_package() -> None:
 )
 def test_other_roles_are_refused_where_they_are_given(shape: dict[str, Any], role: str) -> None:
     sae = SAEConfig(**shape, encoder=DenseEncoderConfig(d_sae=4), sparsifier=TopKConfig(k=1)).build()
-    with pytest.raises(UserError, match=f"sae must reconstruct the one hook it reads; this one is a {role}"):
+    with pytest.raises(UserError, match=f"sae must reconstruct the single hook it reads; got a {role}"):
         Intervention(sae=sae, hook="layers.1", changes=[])

@@ -47,7 +47,7 @@ def test_prompts_are_padded_on_the_left(language_model: LanguageModel) -> None:
         assert bool(mask[-1])
     bare = load_model(ModelConfig(name=language_model.name, device="cpu"))
     bare.tokenizer.bos_token = None
-    with pytest.raises(UserError, match="prompt must hold at least one token"):
+    with pytest.raises(UserError, match="prompt must have at least one token; got ''"):
         padded_prompts(bare, [""])
 
 
@@ -83,7 +83,9 @@ def test_what_cannot_be(language_model: LanguageModel, tiny_model_folder: Callab
     with pytest.raises(UserError, match="must not exceed the 64 positions"):
         generate(language_model, PROMPTS, new_tokens=64)
     encoder = load_model(ModelConfig(name=str(tiny_model_folder("bert")), device="cpu"))
-    with pytest.raises(UserError, match="cannot write: the checkpoint is BertForMaskedLM"):
+    with pytest.raises(
+        UserError, match=r"must be able to generate text; '.*' cannot: the checkpoint is BertForMaskedLM"
+    ):
         generate(encoder, PROMPTS)
 
 
@@ -97,19 +99,19 @@ def test_options_become_changes() -> None:
     ]
     assert changes_of([1, 2], [5.0, 6.0], [], [], []) == [steer(1, 5.0), steer(2, 6.0)]
     for latents, amounts in [([1, 2], []), ([], [1.0]), ([1, 2, 3], [1.0, 2.0])]:
-        with pytest.raises(UserError, match="--scale must be given once, or once for each --latent"):
+        with pytest.raises(UserError, match="--scale must be given once or once per --latent"):
             changes_of(latents, amounts, [], [], [])
-    with pytest.raises(UserError, match=r"--clamp takes LATENT=NUMBER, such as 123=4; got '5'"):
+    with pytest.raises(UserError, match=r"--clamp must be LATENT=NUMBER, such as 123=4; got '5'"):
         changes_of([], [], [], ["5"], [])
-    with pytest.raises(UserError, match="give a change"):
+    with pytest.raises(UserError, match="at least one change must be given; got none"):
         changes_of([], [], [], [], [])
 
 
 def test_the_verb(finished_run: Run) -> None:
     words = [str(finished_run.folder), "--latent", "3", "--scale", "40", "--prompt", PROMPTS[0], "--new-tokens", "5"]
-    told = CliRunner().invoke(app, [*words, "--sae", "kron", "--json"])
-    assert told.exit_code == 0, told.output
-    result = json.loads(told.stdout)
+    outcome = CliRunner().invoke(app, [*words, "--sae", "kron", "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    result = json.loads(outcome.stdout)
     assert result["changes"] == [{"latent": 3, "kind": "add", "value": 40.0}]
     (one,) = result["continuations"]
     assert set(one) == {"prompt", "plain", "changed"}
@@ -118,40 +120,40 @@ def test_the_verb(finished_run: Run) -> None:
     assert "Latent 3 of topk at layers.2: add 40" in shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert [line.split()[0] for line in shown.stdout.splitlines() if line[:1].strip()] == ["prompt", "plain", "changed"]
-    with pytest.raises(UserError, match="--sae must name one of the run's SAEs: topk, kron"):
+    with pytest.raises(UserError, match="--sae must name one of the run's SAEs, topk, kron; got none"):
         CliRunner().invoke(app, words, catch_exceptions=False, standalone_mode=False)
 
 
 def test_without_a_scale_a_share_of_the_activations_norm_is_added(finished_run: Run) -> None:
     words = [str(finished_run.folder), "--sae", "topk", "--latent", "3", "--latent", "4", "--prompt", PROMPTS[0]]
     words += ["--new-tokens", "2", "--json"]
-    norm = float(finished_run.activations(200).norm(dim=1).mean())  # by hand; all of the held-out text has more
+    norm = float(finished_run.activations(200).norm(dim=1).mean())  # the whole held-out text has more tokens
     source = Source(finished_run.config)
     assert mean_activation_norm(source, "layers.2", tokens=200) == pytest.approx(norm)
-    everything = mean_activation_norm(source, "layers.2", tokens=10**9)  # as much as there is
+    everything = mean_activation_norm(source, "layers.2", tokens=10**9)  # the whole held-out text
     for given, share in (([], STRENGTH), (["--strength", "-0.5"], -0.5)):
-        told = CliRunner().invoke(app, [*words, *given])
-        assert told.exit_code == 0, told.output
+        outcome = CliRunner().invoke(app, [*words, *given])
+        assert outcome.exit_code == 0, outcome.output
         sae = finished_run.load("topk")
-        for change in json.loads(told.stdout)["changes"]:
+        for change in json.loads(outcome.stdout)["changes"]:
             added = change["value"] * float(sae.W_dec[change["latent"]].detach().norm())
             assert added == pytest.approx(share * everything, rel=1e-5)
-        assert f"Steering adds {share:g} of the activations' mean norm, which is " in told.stderr
+        assert f"Steering adds {share:g} times the mean norm of the activations, " in outcome.stderr
     for given, sentence in (
-        (["--scale", "1", "--strength", "1"], "give --scale or --strength, not both"),
-        (["--latent", "999"], "latent must be a number from 0 to 31; got 999"),
+        (["--scale", "1", "--strength", "1"], "--scale and --strength must not be given together; got both"),
+        (["--latent", "999"], "latent must be from 0 to 31; got 999"),
     ):
         with pytest.raises(UserError, match=sentence):
             CliRunner().invoke(app, [*words, *given], catch_exceptions=False, standalone_mode=False)
     ablating = [str(finished_run.folder), "--sae", "topk", "--ablate", "3", "--prompt", "x", "--strength", "1"]
-    with pytest.raises(UserError, match="--strength is of --latent; got no --latent"):
+    with pytest.raises(UserError, match="--strength must be used with --latent; got no --latent"):
         CliRunner().invoke(app, ablating, catch_exceptions=False, standalone_mode=False)
 
 
 def test_each_sae_is_steered_at_its_own_hook(
     tiny_model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All hooks are of one width, so at the run's hook a change would go through and mean nothing."""
+    """All hooks have the same width, so using the run's hook would raise no error but be wrong."""
     saes = (
         topk(name="deep", d_sae=32, k=4, read="layers.1"),
         topk(name="across", d_sae=32, k=4, read="layers.1", write="layers.2"),
@@ -167,8 +169,8 @@ def test_each_sae_is_steered_at_its_own_hook(
         return []
 
     monkeypatch.setattr("kronsae.cli.steer.continuations", spy)
-    told = json.loads(CliRunner().invoke(app, [*words, "--sae", "deep", "--json"]).stdout)
-    assert told["hook"] == used[0].hook == "layers.1"
+    outcome = json.loads(CliRunner().invoke(app, [*words, "--sae", "deep", "--json"]).stdout)
+    assert outcome["hook"] == used[0].hook == "layers.1"
     assert config.hook == "layers.2"
     for name, reads in (("across", "layers.1 and writes layers.2"), ("both", r"layers.0 \+ layers.1 and writes")):
         with pytest.raises(UserError, match=f"'{name}' reads {reads}"):

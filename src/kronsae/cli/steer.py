@@ -1,4 +1,4 @@
-"""``kronsae steer``."""
+"""``kronsae steer``: generate text with changed latents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 80
-"""Columns of the texts where nobody looks at a terminal."""
+"""Width of the table, in columns, if the output is not a terminal."""
 
 app = typer.Typer(add_completion=False)
 
@@ -37,56 +37,56 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def command(
     run_folder: RunArgument,
-    prompt: Annotated[list[str], typer.Option(help="Text to go on from, repeatable.")],
-    sae: Annotated[str | None, typer.Option(help="Which SAE of the run; may be left out where there is one.")] = None,
-    latent: Annotated[list[int] | None, typer.Option(help="A latent to steer by, repeatable.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue, repeatable.")],
+    sae: Annotated[str | None, typer.Option(help="Name of the SAE; optional if the run has only one.")] = None,
+    latent: Annotated[list[int] | None, typer.Option(help="Index of a latent to steer with, repeatable.")] = None,
     amount: Annotated[
         list[float] | None,
         typer.Option(
             "--scale",
-            help="Adds this times the latent's direction; for all --latent or one for each. Without: by --strength.",
+            help="Multiple of the latent's direction to add; given once, or once per --latent. Default: by --strength.",
         ),
     ] = None,
     strength: Annotated[
         float | None,
         typer.Option(
-            help="What every --latent adds, as a share of the activations' mean norm on held-out text "
-            f"[default: {STRENGTH}]. At 0.1 little changes, at 1 the text falls apart; below 0 steers away."
+            help="Norm to add for every --latent, as a share of the activations' mean norm on held-out text "
+            f"[default: {STRENGTH}]. At 0.1 little changes; at 1 the text becomes incoherent. Negative: steer away."
         ),
     ] = None,
-    ablated: Annotated[list[int] | None, typer.Option("--ablate", help="A latent to take out, repeatable.")] = None,
+    ablated: Annotated[list[int] | None, typer.Option("--ablate", help="Latent to set to 0, repeatable.")] = None,
     clamped: Annotated[
-        list[str] | None, typer.Option("--clamp", help="LATENT=VALUE: holds a latent at a value, repeatable.")
+        list[str] | None, typer.Option("--clamp", help="LATENT=VALUE: set a latent to a value, repeatable.")
     ] = None,
     multiplied: Annotated[
-        list[str] | None, typer.Option("--multiply", help="LATENT=FACTOR: multiplies a latent, repeatable.")
+        list[str] | None, typer.Option("--multiply", help="LATENT=FACTOR: multiply a latent, repeatable.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 40,
-    temperature: Annotated[float, typer.Option(help="0: the most probable token each time; else drawn.")] = 0.0,
+    new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 40,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy decoding.")] = 0.0,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Let a run's language model go on from a prompt, without and with some latents changed.
+    """Generate text with a run's language model, without and with changed latents.
 
-    How much is added is measured on held-out text unless --scale says it.
+    Unless --scale is given, the amount to add is derived from the norm of activations on held-out text.
     """
     run = open_run(run_folder)
     run.require_finished()
     name = sae if sae is not None or len(run.names) > 1 else run.names[0]
     if name is None:
-        raise UserError(f"--sae must name one of the run's SAEs: {', '.join(run.names)}.")
+        raise UserError(f"--sae must name one of the run's SAEs, {', '.join(run.names)}; got none.")
     if amount and strength is not None:
-        raise UserError("give --scale or --strength, not both.")
+        raise UserError("--scale and --strength must not be given together; got both. Leave one out.")
     loaded, hook, source = run.load(name), hook_of(run, name), Source(run.config)
     latents, amounts = latent or [], amount or []
     if strength is not None and not latents:
-        raise UserError("--strength is of --latent; got no --latent.")
+        raise UserError("--strength must be used with --latent; got no --latent.")
     if latents and not amounts:
         check_latents(latents, loaded.d_sae)
         share = STRENGTH if strength is None else strength
         norm = mean_activation_norm(source, hook)
         amounts = [share * norm / float(loaded.W_dec[one].detach().norm()) for one in latents]
-        say(f"Steering adds {share:g} of the activations' mean norm, which is {norm:.3g} on held-out text.")
+        say(f"Steering adds {share:g} times the mean norm of the activations, {norm:.3g} on held-out text.")
     changes = changes_of(latents, amounts, ablated or [], clamped or [], multiplied or [])
     language_model = source.language_model
     first = len(special_frame(language_model.tokenizer)[0])  # SAEs are not trained on special tokens
@@ -100,8 +100,8 @@ def command(
         language_model, prompt, intervention, new_tokens=new_tokens, temperature=temperature, seed=seed
     )
     if as_json:
-        told = {"sae": name, "hook": hook, "changes": [asdict(change) for change in changes]}
-        print_json(told | {"seed": seed, "continuations": [asdict(one) for one in found]})
+        settings = {"sae": name, "hook": hook, "changes": [asdict(change) for change in changes]}
+        print_json(settings | {"seed": seed, "continuations": [asdict(one) for one in found]})
     else:
         print_table(_as_table(found), width=WIDTH)
         for change in changes:
@@ -110,7 +110,7 @@ def command(
 
 
 def _as_table(found: Sequence[Continuation]) -> Table:
-    """One text below the other, so that it can be read in a narrow terminal."""
+    """Return the texts as a table with one text per row, which fits a narrow terminal."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,1 +1,1 @@
-"""Change latents in a running language model, and attribute its output to them."""
+"""Interventions on latents in a running language model, and attribution of its output to latents."""

@@ -1,4 +1,4 @@
-"""Which latents a figure of the model's output rests on: gradient times activation."""
+"""Attribution of a metric of the model's output to latents: gradient times activation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Metric = Callable[[Float[Tensor, "S T V"]], Float[Tensor, ""]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attribution:
-    """What the latents of one SAE contribute to a metric, to first order.
+    """First-order contributions of the latents of one SAE to a metric.
 
     Args:
         codes: the activations f, ``[S, T, K]``; 0 at padding.
-        gradient: ``d metric / d f`` of each, ``[S, T, K]``, with the reconstruction error and all that is before the
-            hook held fixed: the slope of the metric as `kronsae.interventions.intervene` changes this latent here.
-        error: ``(x - x_hat) . d metric / d x``, ``[S, T]``: what the part that the SAE leaves out contributes.
+        gradient: ``d metric / d f``, ``[S, T, K]``, with the reconstruction error and everything before the hook held
+            fixed: the slope of the metric when `kronsae.interventions.intervene` changes the latent at this token.
+        error: ``(x - x_hat) . d metric / d x``, ``[S, T]``: contribution of the SAE's reconstruction error.
     """
 
     codes: SparseCodes
@@ -37,16 +37,16 @@ class Attribution:
 
     @property
     def values(self) -> Float[Tensor, "S T K"]:
-        """``f * d metric / d f``: about how much the metric would fall if the latent were ablated at that token."""
+        """Return ``f * d metric / d f``, about the decrease of the metric if the latent were ablated at that token."""
         return self.codes.values * self.gradient
 
     def by_latent(self) -> Float[Tensor, " F"]:
-        """The contributions summed over all tokens."""
+        """Return the contributions summed over all tokens."""
         total_F = self.values.new_zeros(self.codes.d_sae)
         return total_F.index_add_(0, self.codes.indices.flatten(), self.values.flatten())
 
     def top(self, number: int = 10) -> list[tuple[int, float]]:
-        """The latents of the largest contributions in size, with their sign, the largest first."""
+        """Return the latents with the largest absolute contributions, and the contributions, in descending order."""
         total_F = self.by_latent()
         best = total_F.abs().topk(min(number, len(total_F))).indices.tolist()
         return [(latent, float(total_F[latent])) for latent in best if total_F[latent] != 0]
@@ -58,30 +58,30 @@ def attribute(
     inputs: Mapping[str, Tensor],
     metric: Metric,
 ) -> list[Attribution]:
-    """Attribute a metric of the logits to the latents of some SAEs: ``f_i * d metric / d f_i``.
+    """Attribute a metric of the logits to the latents of one or more SAEs: ``f_i * d metric / d f_i``.
 
-    One forward and one backward pass, whatever the number of latents: the model goes on with
+    This takes one forward and one backward pass for any number of latents. The activation is written as
     ``decode(f) + (x - x_hat)``, so ``d metric / d f_i = W_dec[i] . d metric / d x``.
 
     Args:
         model: a Hugging Face language model.
-        sites: each an SAE and the hook whose output it reconstructs. Gradients at an earlier hook pass through the
-            later ones.
-        inputs: what the model is called with: ``input_ids`` and, with padding, ``attention_mask``.
-        metric: from the logits ``[S, T, V]`` to one number, such as `logit_difference`; differentiable.
+        sites: pairs of an SAE and the hook that it reconstructs. Gradients at an earlier hook include the effect
+            through later ones.
+        inputs: keyword arguments of the model: ``input_ids`` and, with padding, ``attention_mask``.
+        metric: differentiable function of the logits ``[S, T, V]`` that returns one number, such as `logit_difference`.
 
     Returns:
-        An `Attribution` per site, in their order.
+        One `Attribution` per site, in the same order.
 
     Raises:
-        UserError: an SAE is a transcoder or crosscoder, a hook names no module or does not run, or the metric gives no
-            single number with a gradient.
+        UserError: an SAE is a transcoder or crosscoder, a hook names no module or does not run, or the metric does not
+            return a single number with a gradient.
     """
     for sae, _ in sites:
         if sae.config.role:
             raise UserError(
-                f"sites must hold SAEs that reconstruct the one hook they read; one of these is a {sae.config.role}, "
-                "whose rows are not directions of that hook. Attribute to an SAE of it."
+                f"sites must hold SAEs that reconstruct the single hook they read; got a {sae.config.role}, whose "
+                "decoder rows are not directions of the hook it reads. Use an SAE of that hook."
             )
     hooks = [resolve_hook(model, hook) for _, hook in sites]
     captured: dict[int, Tensor] = {}
@@ -96,23 +96,26 @@ def attribute(
         value = metric(model(**inputs).logits)
         for place, hook in enumerate(hooks):
             if place not in captured:
-                raise UserError(f"hook must name a module that runs in a forward pass; '{hook.path}' does not.")
+                raise UserError(f"hook must name a module that runs in a forward pass; '{hook.path}' does not run.")
         if value.numel() != 1 or not value.requires_grad:
             raise UserError(
-                "metric must give one number that depends on the logits; it gave a tensor of shape "
+                "metric must return one number that depends on the logits; got a tensor of shape "
                 f"{tuple(value.shape)}{'' if value.requires_grad else ' without a gradient'}."
             )
         hidden = [captured[place] for place in range(len(hooks))]
         gradients = torch.autograd.grad(value.reshape(()), hidden, allow_unused=True)
     mask = inputs.get("attention_mask")
     return [
-        _at_site(sae, x_STD.detach(), torch.zeros_like(x_STD) if gradient is None else gradient, mask)
+        _attribute_site(sae, x_STD.detach(), torch.zeros_like(x_STD) if gradient is None else gradient, mask)
         for (sae, _), x_STD, gradient in zip(sites, hidden, gradients, strict=True)
     ]
 
 
 def logit_difference(target: int, other: int, position: int = -1) -> Metric:
-    """``logit(target) - logit(other)`` at one position, summed over the sequences (pad on the left for the last)."""
+    """Return the metric ``logit(target) - logit(other)`` at one position, summed over sequences.
+
+    The default position is the last one; pad sequences on the left for it.
+    """
 
     def metric(logits_STV: Tensor) -> Tensor:
         logits_SV = logits_STV[:, position].to(torch.promote_types(logits_STV.dtype, torch.float32))
@@ -122,7 +125,7 @@ def logit_difference(target: int, other: int, position: int = -1) -> Metric:
 
 
 @torch.no_grad()
-def _at_site(sae: SAE, x_STD: Tensor, gradient_STD: Tensor, mask_ST: Tensor | None) -> Attribution:
+def _attribute_site(sae: SAE, x_STD: Tensor, gradient_STD: Tensor, mask_ST: Tensor | None) -> Attribution:
     x_STD, gradient_STD = x_STD.to(sae.W_dec), gradient_STD.to(sae.W_dec)
     codes = sae.encode(x_STD)
     if mask_ST is not None:

@@ -1,9 +1,8 @@
-"""Changing latents in a running language model: steer, scale, clamp, ablate, at one hook or at several.
+"""Interventions on latents in a running language model: steer, scale, clamp, ablate, at one or more hooks.
 
-Where latents ``f`` of an activation x become ``f'``, the model goes on with ``x + decode(f') - decode(f)``: the part of
-x that the SAE does not reconstruct stays as it is. Since the decoder is linear this is
-``x + sum_i (f'_i - f_i) W_dec[i]`` over the changed latents, and so it is computed: an activation in which nothing
-changes keeps its very bits.
+If latents ``f`` of an activation x are changed to ``f'``, x is replaced by ``x + decode(f') - decode(f)``, so the part
+of x that the SAE does not reconstruct stays unchanged. The decoder is linear, so this is computed as
+``x + sum_i (f'_i - f_i) W_dec[i]`` over the changed latents. An activation without changes keeps its exact bits.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ Kind = Literal["add", "scale", "set"]
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one latent's activation; made by `steer`, `scale`, `clamp` and `ablate`."""
+    """Change of one latent's activation; created by `steer`, `scale`, `clamp` and `ablate`."""
 
     latent: int
     kind: Kind
     value: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "latent", _whole(self.latent))
+        object.__setattr__(self, "latent", _latent_index(self.latent))
         if self.kind not in (kinds := get_args(Kind)):
             raise UserError(
                 f"kind must be one of {', '.join(kinds)}; got {self.kind!r}.{nearest(str(self.kind), kinds)}"
@@ -46,12 +45,12 @@ class Change:
         try:
             object.__setattr__(self, "value", float(self.value))
         except (TypeError, ValueError):
-            raise UserError(f"the change of latent {self.latent} must be by a number; got {self.value!r}.") from None
+            raise UserError(f"value must be a number; got {self.value!r} for latent {self.latent}.") from None
         if not math.isfinite(self.value):
-            raise UserError(f"the change of latent {self.latent} must be by a finite number; got {self.value!r}.")
+            raise UserError(f"value must be finite; got {self.value!r} for latent {self.latent}.")
 
     def __call__(self, f: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The activation after the change."""
+        """Return the activation after the change."""
         if self.kind == "add":
             return f + self.value
         if self.kind == "scale":
@@ -60,22 +59,22 @@ class Change:
 
 
 def steer(latent: int, amount: float) -> Change:
-    """``f + amount``, active or not: adds ``amount * W_dec[latent]`` to every activation. May be negative."""
+    """Return the change to ``f + amount``, active or not: adds ``amount * W_dec[latent]``. May be negative."""
     return Change(latent, "add", amount)
 
 
 def scale(latent: int, factor: float) -> Change:
-    """``factor * f``: nothing where the latent is not active."""
+    """Return the change to ``factor * f``; no effect where the latent is not active."""
     return Change(latent, "scale", factor)
 
 
 def clamp(latent: int, value: float) -> Change:
-    """``value``, whether the latent is active or not."""
+    """Return the change to ``value``, whether the latent is active or not."""
     return Change(latent, "set", value)
 
 
 def ablate(latent: int) -> Change:
-    """0: the latent is taken out where it is active."""
+    """Return the change to 0; no effect where the latent is not active."""
     return clamp(latent, 0.0)
 
 
@@ -84,14 +83,15 @@ class Intervention:
     """Changes of one SAE's latents at one hook.
 
     Args:
-        sae: takes raw activations, as saved SAEs do; on the model's device. ``sae.train()`` or ``sae.eval()`` makes no
-            difference: `SAE.encode` is the same in both.
-        hook: the module whose output it reconstructs, as `kronsae.data.model.resolve_hook` reads it.
-        changes: several of one latent are applied in their order.
-        positions: at which tokens. A token's position is its place in its own sequence, counted from 0, padding left
-            out and tokens in the cache included, so that generation with a cache and without agree. A slice or a list
-            of positions from 0 on; None: all. ``"last"``: the last token of each sequence in each forward pass, in
-            generation with a cache so the prompt's last one and every new one. Padding is never changed.
+        sae: SAE that takes raw activations, as saved SAEs do, on the model's device. ``sae.train()`` and ``sae.eval()``
+            give the same result, because `SAE.encode` does not depend on the mode.
+        hook: hook that the SAE reconstructs, as for `kronsae.data.model.resolve_hook`.
+        changes: changes; several changes of one latent are applied in order.
+        positions: tokens to change. A token's position is its index in its own sequence, from 0, without padding and
+            including tokens in the cache, so generation gives the same result with and without a cache. A slice or a
+            list of non-negative positions; None: all. ``"last"``: the last token of each sequence in each forward pass,
+            which in generation with a cache is the last token of the prompt and every new one. Padding is never
+            changed.
     """
 
     sae: SAE
@@ -102,12 +102,12 @@ class Intervention:
     def __post_init__(self) -> None:
         if role := self.sae.config.role:
             raise UserError(
-                f"sae must reconstruct the one hook it reads; this one is a {role}, and what it leaves out of a hook "
-                "it writes is not in what it reads there. Intervene with an SAE of that hook."
+                f"sae must reconstruct the single hook it reads; got a {role}, whose reconstruction error is not part "
+                "of the activation it reads. Use an SAE of that hook."
             )
         if not isinstance(self.changes, Sequence) or not all(isinstance(change, Change) for change in self.changes):
             raise UserError(
-                f"changes must be a list of what steer, scale, clamp and ablate give, such as [steer(12, 5.0)]; got "
+                f"changes must be a list of results of steer, scale, clamp and ablate, such as [steer(12, 5.0)]; got "
                 f"{self.changes!r}."
             )
         check_latents((change.latent for change in self.changes), self.sae.d_sae)
@@ -115,12 +115,12 @@ class Intervention:
 
     @property
     def latents(self) -> list[int]:
-        """The latents it changes, each once."""
+        """Return the changed latents, each once."""
         return list(dict.fromkeys(change.latent for change in self.changes))
 
     def difference(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
-        """``f' - f`` of the changed latents (`latents`) on some activations; differentiable."""
-        if all(change.kind == "add" for change in self.changes):  # f itself cancels out
+        """Return ``f' - f`` of the changed latents (`latents`) on some activations; differentiable."""
+        if all(change.kind == "add" for change in self.changes):  # f cancels out
             f = dict.fromkeys(self.latents, x_ND.new_zeros(len(x_ND)))
         else:
             codes = self.sae.encode(x_ND)
@@ -131,10 +131,10 @@ class Intervention:
         return torch.stack([after[latent] - f[latent] for latent in self.latents], dim=1)
 
     def apply(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        """``x + decode(f') - decode(f)``, in the dtype of x; a row in which nothing changes is returned as it was.
+        """Return ``x + decode(f') - decode(f)`` in the dtype of x; a row without changes keeps its exact bits.
 
         Raises:
-            UserError: what comes out is not finite.
+            UserError: the changed activations are not finite.
         """
         if not self.changes:
             return x_ND
@@ -151,22 +151,22 @@ class Intervention:
 
 
 def check_latents(latents: Iterable[int], d_sae: int) -> None:
-    """Refuse a latent that a dictionary of ``d_sae`` has not."""
+    """Raise if a latent is not in a dictionary of ``d_sae`` latents."""
     for latent in latents:
         if not 0 <= latent < d_sae:
-            raise UserError(f"latent must be a number from 0 to {d_sae - 1}; got {latent}.")
+            raise UserError(f"latent must be from 0 to {d_sae - 1}; got {latent}.")
 
 
 @contextmanager
 def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
-    """Let ``model``, a Hugging Face language model, run with latents changed, until the block ends.
+    """Change latents in every forward pass of ``model``, a Hugging Face language model, inside the ``with`` block.
 
-    Works on plain forward hooks: with padding, batches, generation (with a cache or without) and gradients. Later
-    hooks see what earlier ones changed; several interventions at one hook are applied in their order, each to the
-    activation that the one before left.
+    It uses plain forward hooks and works with padding, batches, generation (with and without a cache) and gradients.
+    Later hooks see the changes of earlier ones. Several interventions at one hook are applied in order, each to the
+    result of the previous one.
 
     Raises:
-        UserError: a hook names no module, or an SAE does not fit it.
+        UserError: a hook names no module, or an SAE does not have the width or device of its hook.
 
     Example:
         >>> from kronsae.data.model import load_model, ModelConfig
@@ -188,14 +188,14 @@ def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
         yield
 
 
-def _whole(latent: Any) -> int:
-    """A latent's number; those of NumPy and torch are taken as well."""
+def _latent_index(latent: Any) -> int:
+    """Return the index of a latent as int; NumPy and torch integers are accepted."""
     try:
         number = -1 if isinstance(latent, bool) else index(latent)
     except TypeError:
         number = -1
     if number < 0:
-        raise UserError(f"latent must be a whole number from 0 on; got {latent!r}.")
+        raise UserError(f"latent must be a whole number of at least 0; got {latent!r}.")
     return number
 
 
@@ -203,12 +203,12 @@ def _edit(intervention: Intervention, tracker: _Tracker, path: str, hidden_STD: 
     sae = intervention.sae
     if hidden_STD.shape[-1] != sae.d_in:
         raise UserError(
-            f"the SAE must have the width of hook '{path}', {hidden_STD.shape[-1]}; it has d_in={sae.d_in}. "
-            "Give the hook that it was trained on."
+            f"d_in of the SAE must equal the width of hook '{path}', {hidden_STD.shape[-1]}; got d_in={sae.d_in}. "
+            "Give the hook that the SAE was trained on."
         )
     if hidden_STD.device != sae.W_dec.device:
         raise UserError(
-            f"the SAE must be on the model's device, {hidden_STD.device}; it is on {sae.W_dec.device}. Move it: "
+            f"the SAE must be on the model's device, {hidden_STD.device}; got {sae.W_dec.device}. Move it with "
             "sae.to(device)."
         )
     chosen_ST = tracker.chosen(intervention.positions, hidden_STD)
@@ -228,34 +228,34 @@ def _check_positions(positions: Positions) -> None:
     no_step = isinstance(positions, slice) and positions.step == 0
     if no_step or not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise UserError(
-            "positions must be None, 'last', a slice (of steps from 1 on) or a list of whole numbers from 0 on; got "
-            f"{positions!r}."
+            "positions must be None, 'last', a slice with a step of at least 1, or a list of whole numbers of at least "
+            f"0; got {positions!r}."
         )
 
 
 class _Tracker:
-    """Knows, during a forward pass of the model, which tokens are padding and where the others stand."""
+    """Stores the attention mask and the cache length of the current forward pass, and selects tokens by position."""
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._past = 0
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        """Take note of what the model was called with."""
+        """Store the model's arguments at the start of a forward pass."""
         mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UserError(
-                "attention_mask must be a tensor of sequences by tokens while latents are changed; got "
+                "attention_mask must be a tensor [sequences, tokens] while latents are changed; got "
                 f"{type(mask).__name__}{list(mask.shape) if isinstance(mask, Tensor) else ''}."
             )
         self._mask, self._past = mask, 0 if cache is None else int(cache.get_seq_length())
 
     def end(self) -> None:
-        """Forget it."""
+        """Clear the state at the end of a forward pass."""
         self._mask, self._past = None, 0
 
     def chosen(self, positions: Positions, hidden_STD: Tensor) -> Bool[Tensor, "S T"]:
-        """The tokens of this pass that are meant."""
+        """Return a mask of the tokens of this pass at the given positions."""
         position_ST, token_ST = self._positions(hidden_STD)
         if positions is None:
             return token_ST
@@ -276,8 +276,8 @@ class _Tracker:
             mask = self._mask.to(hidden_STD.device).bool()
         else:
             raise UserError(
-                f"attention_mask must be {sequences} x {width}, over the tokens in the cache and the new ones, while "
-                f"latents are changed; got {' x '.join(map(str, self._mask.shape))}."
+                f"attention_mask must be {sequences} x {width}, covering cached and new tokens, while latents are "
+                f"changed; got {' x '.join(map(str, self._mask.shape))}."
             )
         position = mask.cumsum(1) - 1
         return position[:, -length:], mask[:, -length:]
