@@ -1,4 +1,4 @@
-"""What tests of the command line share."""
+"""Helpers for tests of the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KRON = "kron num_heads=8 d_base=2 d_extension=2 k=4"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """Exit status and output of a command."""
 
     status: int
     out: str
@@ -22,12 +22,12 @@ class Outcome:
 
     @property
     def json(self) -> Any:
-        """All of stdout, which must be JSON without NaN or infinity."""
+        """Return stdout parsed as JSON, which must not contain NaN or infinity."""
         return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
     @property
     def sentence(self) -> str:
-        """The one error line; there must be no traceback and nothing on stdout."""
+        """Return the error line; there must be no traceback and nothing on stdout."""
         assert "Traceback" not in self.err
         assert self.out == ""
         errors = [line for line in self.err.splitlines() if line.startswith("Error: ")]
@@ -39,6 +39,6 @@ Kronsae = Callable[..., Outcome]
 
 
 def without(words: list[str], option: str) -> list[str]:
-    """The words less an option and its value."""
+    """Return the words without an option and its value."""
     at = words.index(option)
     return words[:at] + words[at + 2 :]

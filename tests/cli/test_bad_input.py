@@ -1,4 +1,4 @@
-"""The command line, given what cannot work: status 2, one sentence, nothing written."""
+"""Invalid command lines: exit status 2, a short error, nothing written."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BAD_SAES = {
     "": f"--sae must begin with one of {', '.join(SAE_KINDS)}; got ''.",
     "topp d_sae=8 k=2": f"--sae must begin with one of {', '.join(SAE_KINDS)}; got 'topp d_sae=8 k=2'. "
     "Did you mean 'topk'?",
-    "topk": "--sae topk needs d_sae, k; got 'topk'.",
-    "topk d_sae=8": "--sae topk needs k; got 'topk d_sae=8'.",
-    "topk d_sae=8 k": "--sae takes name=value pairs after its kind; got 'k' in 'topk d_sae=8 k'.",
+    "topk": "--sae topk must have d_sae, k; got 'topk'.",
+    "topk d_sae=8": "--sae topk must have k; got 'topk d_sae=8'.",
+    "topk d_sae=8 k": "--sae must have name=value pairs after its kind; got 'k' in 'topk d_sae=8 k'.",
     "topk d_sae=8 k=two": "k must be int; got 'two'.",
     "topk d_sae=8 k=": "k must be int; got ''.",
     "topk d_sae=8 k=[2]": "k must be int; got [2].",
@@ -36,8 +36,8 @@ BAD_SAES = {
         "Ask for less."
     ),
     "topk d_sae=8 k=9": "k must be at most d_sae; got k=9 with d_sae=8. Lower k or widen.",
-    "topk d_sea=8 k=2": "'d_sea' is not an argument of topk. Did you mean 'd_sae'? In 'topk d_sea=8 k=2'.",
-    "topk d_sae=8 k='2": "--sae must have its quotes in pairs; got 'topk d_sae=8 k='2' (No closing quotation).",
+    "topk d_sea=8 k=2": "'d_sea' is not an argument of topk; got 'topk d_sea=8 k=2'. Did you mean 'd_sae'?",
+    "topk d_sae=8 k='2": "--sae must have matching quotes; got 'topk d_sae=8 k='2' (No closing quotation).",
     "topk d_sae=8 k=2 name=a/b": "name must be letters, digits, '.', '_' or '-', because it names a folder; got 'a/b'.",
     "topk d_sae=8 k=2 lr=Infinity": "optimizer.lr must be finite; got inf.",
     "topk d_sae=8 k=2 lr=-1": "optimizer.lr must be above 0; got -1.0.",
@@ -54,8 +54,8 @@ BAD_SAES = {
 class TestBadInput:
     @pytest.mark.parametrize("spec", BAD_SAES)
     def test_an_sae(self, spec: str, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
-        told = kronsae(*base, "--sae", spec, "--out", tmp_path / "r")
-        assert (told.status, told.sentence) == (2, BAD_SAES[spec])
+        outcome = kronsae(*base, "--sae", spec, "--out", tmp_path / "r")
+        assert (outcome.status, outcome.sentence) == (2, BAD_SAES[spec])
         assert listing(tmp_path) == []
 
     @pytest.mark.parametrize(
@@ -63,17 +63,19 @@ class TestBadInput:
         [
             (
                 ["--set", "lop.tokens=5"],
-                r"^--set lop.tokens: there is no 'lop' in the config. Did you mean 'loop'\? Known: ",
+                r"^--set must name a field of the config; got 'lop.tokens', in which 'lop' is unknown. "
+                r"Did you mean 'loop'\? Known: ",
             ),
             (
                 ["--set", "loop.batch_tokns=5"],
-                r"^--set loop.batch_tokns: there is no 'batch_tokns' in the config. Did you mean 'batch_tokens'\?",
+                r"^--set must name a field of the config; got 'loop.batch_tokns', in which 'batch_tokns' is unknown. "
+                r"Did you mean 'batch_tokens'\?",
             ),
-            (["--set", "saes.1.name=x"], r"^--set saes.1.name: there is no '1' in the config. Known: 0.$"),
-            (["--set", "hook.x=1"], r"^--set hook.x: there is no 'x' in the config. That place has no parts.$"),
+            (["--set", "saes.1.name=x"], r"; got 'saes.1.name', in which '1' is unknown. Known: 0.$"),
+            (["--set", "hook.x=1"], r"; got 'hook.x', in which 'x' is unknown. This value has no fields.$"),
             (
                 ["--set", "loop.tokens"],
-                r"^--set takes place=value, such as loop.batch_tokens=4096; got 'loop.tokens'.$",
+                r"^--set must be field=value, such as loop.batch_tokens=4096; got 'loop.tokens'.$",
             ),
             (["--set", "loop.tokens=many"], r"^config.loop.tokens must be int; got 'many'.$"),
             (["--set", "loop.log_every=0"], r"^log_every must be a whole number above 0; got 0.$"),
@@ -114,11 +116,15 @@ class TestBadInput:
             (["--wandb", "project"], r"^wandb must be installed to log to it. Install it with: pip install 'krons"),
             (["--sae", "topk d_sae=8 k=2 name=kron"], r"^saes must have different names; got kron, kron. Give name="),
             (["--recipe", "tny"], r"^recipe must be one of quickstart, tiny, .*; got 'tny'. Did you mean 'tiny'\?$"),
-            (["--recipe", "tiny", "--config", "x"], r"^give --recipe or --config, not both.$"),
+            (
+                ["--recipe", "tiny", "--config", "x"],
+                r"^--recipe and --config must not be given together; got both. Leave one out.$",
+            ),
             (["--config", "no.json"], r"^the config: no.json does not exist.$"),
             (
                 ["--activations", "x"],
-                r"^--activations has a model and a text of its own; leave out --model, --text.$",
+                r"^--model and --text must not be given with --activations, which determines them; got "
+                r"--model, --text. Leave them out.$",
             ),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -128,62 +134,69 @@ class TestBadInput:
     ) -> None:
         if words[0] != "--set" and words[0] in base:
             base = without(base, words[0])
-        told = kronsae(*base, "--sae", KRON, *words, "--out", tmp_path / "r")
-        assert told.status == 2
-        assert re.search(sentence, told.sentence), told.sentence
+        outcome = kronsae(*base, "--sae", KRON, *words, "--out", tmp_path / "r")
+        assert outcome.status == 2
+        assert re.search(sentence, outcome.sentence), outcome.sentence
         assert listing(tmp_path) == []
 
     def test_missing_arguments(self, kronsae: Kronsae, tmp_path: Path) -> None:
         out = tmp_path / "r"
-        told = kronsae("train", "--out", out)
-        assert told.status == 2
-        assert told.sentence == (
-            "without --recipe or --config, give also --tokens, --sae, --model, --text, --hook; "
-            "see `kronsae train --help`."
+        outcome = kronsae("train", "--out", out)
+        assert outcome.status == 2
+        assert outcome.sentence == (
+            "--tokens, --sae, --model, --text, --hook must be given without --recipe or --config. "
+            "See `kronsae train --help`."
         )
-        told = kronsae("train", "--activations", tmp_path, "--out", out)
-        assert told.sentence == "without --recipe or --config, give also --tokens, --sae; see `kronsae train --help`."
-        told = kronsae("train", "--activations", tmp_path, "--tokens", 100, "--sae", KRON, "--out", out)
-        assert told.sentence.endswith("has no manifest.json. Harvest into it first.")
+        outcome = kronsae("train", "--activations", tmp_path, "--out", out)
+        assert (
+            outcome.sentence
+            == "--tokens, --sae must be given without --recipe or --config. See `kronsae train --help`."
+        )
+        outcome = kronsae("train", "--activations", tmp_path, "--tokens", 100, "--sae", KRON, "--out", out)
+        assert outcome.sentence.endswith("has no manifest.json. Harvest into it first.")
         for words, option in (
             (["train", "--recipe", "tiny"], "'--out' / '-o'"),
             (["harvest", "--out", out, "--hook", "1"], "'--tokens'"),
         ):
-            told = kronsae(*words)
-            assert told.status == 2
-            assert told.sentence == f"missing option {option}. See `kronsae {words[0]} --help`."
+            outcome = kronsae(*words)
+            assert outcome.status == 2
+            assert outcome.sentence == f"missing option {option}. See `kronsae {words[0]} --help`."
         assert listing(tmp_path) == []
 
     @pytest.mark.parametrize("verb", ["eval", "report"])
     def test_a_run_folder_that_is_none(self, verb: str, kronsae: Kronsae, tmp_path: Path) -> None:
-        assert kronsae(verb).sentence == "give the run folder once: as RUN or as --out RUN."
-        assert kronsae(verb, tmp_path, "--out", tmp_path).sentence.startswith("give the run folder once")
-        told = kronsae(verb, tmp_path / "x")
+        once = "the run folder must be given once, as RUN or as --out RUN; got "
+        assert kronsae(verb).sentence == f"{once}none."
+        assert kronsae(verb, tmp_path, "--out", tmp_path).sentence == f"{once}both."
+        outcome = kronsae(verb, tmp_path / "x")
         assert (
-            told.sentence == f"there is no run folder {tmp_path / 'x'}. Give the --out of an earlier `kronsae train`."
+            outcome.sentence
+            == f"the run folder must exist; there is no {tmp_path / 'x'}. Give the --out of an earlier `kronsae train`."
         )
-        told = kronsae(verb, tmp_path)
-        assert told.status == 2
-        assert told.sentence.startswith(f"{tmp_path} holds no run yet (it has no run.json). Give the `kronsae train`")
+        outcome = kronsae(verb, tmp_path)
+        assert outcome.status == 2
+        assert outcome.sentence.startswith(
+            f"{tmp_path} must hold a run; it has no run.json. If a training was interrupted"
+        )
         assert listing(tmp_path) == []
 
     def test_an_unfinished_run_is_not_evaluated(self, finished_run: Run, kronsae: Kronsae, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_bytes((finished_run.folder / "run.json").read_bytes())
-        told = kronsae("eval", tmp_path)
-        assert told.status == 2
-        assert told.sentence == (
-            f"the run in {tmp_path} is not finished. Give the command that started it again: it carries on."
+        outcome = kronsae("eval", tmp_path)
+        assert outcome.status == 2
+        assert outcome.sentence == (
+            f"the run must be finished; {tmp_path} is not. Run the command that started it again to resume it."
         )
         assert listing(tmp_path) == ["run.json"]
 
     def test_a_folder_that_holds_a_different_run(self, finished_run: Run, kronsae: Kronsae) -> None:
         before = listing(finished_run.folder)
         config = finished_run.folder / "run.json"
-        told = kronsae("train", "--config", config, "--hook", "layers.1", "--out", finished_run.folder)
-        assert told.status == 2
-        assert told.sentence == (
-            f"{finished_run.folder} already holds a different run (hook: 'layers.2' -> 'layers.1'). "
-            "Choose another --out, or remove it."
+        outcome = kronsae("train", "--config", config, "--hook", "layers.1", "--out", finished_run.folder)
+        assert outcome.status == 2
+        assert outcome.sentence == (
+            f"out must be a new folder or hold a run with the same config; {finished_run.folder} holds a different run "
+            "(hook: 'layers.2' -> 'layers.1'). Choose another --out, or remove the folder."
         )
         assert listing(finished_run.folder) == before
 
@@ -194,9 +207,9 @@ class TestBadInput:
             (tmp_path / "mine", "out must be a folder; "),
             (tmp_path / "mine" / "r", "out must be a folder that can be created; "),
         ):
-            told = kronsae(*base, "--sae", KRON, "--out", out)
-            assert told.status == 2
-            assert told.sentence.startswith(sentence)
+            outcome = kronsae(*base, "--sae", KRON, "--out", out)
+            assert outcome.status == 2
+            assert outcome.sentence.startswith(sentence)
         assert kronsae("harvest", "--hook", 1, "--tokens", 9, "--out", tmp_path).sentence.startswith(
             "out must be a new or empty folder"
         )
@@ -221,17 +234,17 @@ class TestBadInput:
     ) -> None:
         path = tmp_path / "run.json"
         path.write_text(json.dumps(to_dict(finished_run.config) | change))
-        told = kronsae("train", "--config", path, "--out", tmp_path / "r")
-        assert told.status == 2
-        assert re.search(sentence, told.sentence), told.sentence
+        outcome = kronsae("train", "--config", path, "--out", tmp_path / "r")
+        assert outcome.status == 2
+        assert re.search(sentence, outcome.sentence), outcome.sentence
         assert listing(tmp_path) == ["run.json"]
 
     def test_a_text_without_a_usable_token(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
         (tmp_path / "t.txt").write_text("<|endoftext|>" * 9)
         asked = [*without(base, "--text"), "--text", str(tmp_path / "t.txt"), "--set", "held_out_share=0.001"]
-        told = kronsae(*asked, "--sae", KRON, "--out", tmp_path / "r")
-        assert told.status == 2
-        assert "text must hold tokens that are neither padding nor special to the tokenizer; found none" in told.err
+        outcome = kronsae(*asked, "--sae", KRON, "--out", tmp_path / "r")
+        assert outcome.status == 2
+        assert "text must hold tokens that are neither padding nor special to the tokenizer; found none" in outcome.err
         assert listing(tmp_path) == ["t.txt"]
 
     @pytest.mark.parametrize("verb", ["train", "harvest"])
@@ -246,16 +259,18 @@ class TestBadInput:
         words = [*without(base, "--model"), "--sae", KRON]
         if verb == "harvest":
             words = f"harvest --text {text_file} --hook layers.2 --tokens 99 --context-length 32".split()
-        told = kronsae(*words, "--model", tmp_path / "m", "--out", tmp_path / "r")
-        assert told.status == 2
-        assert told.sentence.startswith("activations must be finite; hook 'layers.2' gave NaN or infinity in batch 0, ")
+        outcome = kronsae(*words, "--model", tmp_path / "m", "--out", tmp_path / "r")
+        assert outcome.status == 2
+        assert outcome.sentence.startswith(
+            "activations must be finite; hook 'layers.2' gave NaN or infinity in batch 0, "
+        )
         assert listing(tmp_path) == before
 
-    def test_a_run_that_diverges_is_told(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
+    def test_a_run_that_diverges_is_reported(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
         wild = "topk d_sae=32 k=4 lr=1e30 unit_norm_decoder=false"
-        told = kronsae(*base, "--sae", wild, "--set", "loop.log_every=1", "--out", tmp_path / "r")
-        assert told.status == 2
-        assert told.sentence.startswith("training of 'topk' diverged: the ")
+        outcome = kronsae(*base, "--sae", wild, "--set", "loop.log_every=1", "--out", tmp_path / "r")
+        assert outcome.status == 2
+        assert outcome.sentence.startswith("training of 'topk' diverged: the ")
 
     @pytest.mark.parametrize(
         ("words", "sentence"),
@@ -286,9 +301,9 @@ class TestBadInput:
         ids=lambda value: "" if "`" in value else value,
     )
     def test_words_that_are_not_known(self, words: str, sentence: str, kronsae: Kronsae) -> None:
-        told = kronsae(*words.split())
-        assert told.status == 2
-        assert re.match(sentence, told.sentence), told.sentence
+        outcome = kronsae(*words.split())
+        assert outcome.status == 2
+        assert re.match(sentence, outcome.sentence), outcome.sentence
 
     def test_ctrl_c_outside_of_a_training(self, kronsae: Kronsae, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupted(_: object) -> None:

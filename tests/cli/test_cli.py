@@ -1,4 +1,4 @@
-"""The command line: every verb, JSON that is nothing but JSON, and one sentence for whatever cannot work."""
+"""The command line: every command, stdout that is pure JSON with --json, and short errors."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class TestVerbs:
     ) -> None:
         given = kronsae("train", "--config", finished_run.folder / "run.json", "--out", finished_run.folder, "--json")
         assert given.status == 0
-        assert "is finished; nothing is left to train, or to log." in given.err
+        assert "is already finished; nothing is trained or logged." in given.err
         assert given.json["saes"] == finished_run.metrics()[-2:]
 
     def test_stopped_and_given_again(
@@ -153,11 +153,11 @@ class TestVerbs:
             patch.setattr(Member, "step", stopping)
             stopped = kronsae(*command)
         assert stopped.status == 130
-        assert stopped.err.splitlines()[-1].startswith("stopped after 512 of 1,280 tokens; the state is saved in ")
+        assert stopped.err.splitlines()[-1].startswith("stopped after 512 of 1,280 tokens; a checkpoint is saved in ")
         assert "Traceback" not in stopped.err
         carried_on = kronsae(*command)
         assert carried_on.status == 0
-        assert "Carrying on after 512 of 1,280 tokens." in carried_on.err
+        assert "Resuming after 512 of 1,280 tokens." in carried_on.err
         assert_same_run(finished_run, open_run(tmp_path / "r"))
 
     def test_sweep(self, base: list[str], kronsae: Kronsae, tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ class TestVerbs:
         assert [(row["name"], row["seed"]) for row in again.json["saes"]] == [
             (f"topk-k{k}", seed) for seed in (0, 1) for k in (2, 4)
         ]
-        told = kronsae("sweep", "--recipe", "tiny", "--sae", "topk d_sae=32 k={2", "--out", tmp_path / "x")
-        assert (told.status, told.sentence.startswith("--sae must have values between its braces")) == (2, True)
+        outcome = kronsae("sweep", "--recipe", "tiny", "--sae", "topk d_sae=32 k={2", "--out", tmp_path / "x")
+        assert (outcome.status, outcome.sentence.startswith("--sae must have values between its braces")) == (2, True)
 
     def test_harvest_then_train_then_eval(
         self, tiny_model_folder: FolderOf, text_file: Path, kronsae: Kronsae, tmp_path: Path
@@ -266,7 +266,7 @@ class TestVerbs:
         )
         assert [list(row) for row in summary] == [keys.split()] * 2
         again = kronsae("quickstart", "--out", tmp_path / "q", "--tokens", 128, "--json", "--quiet")
-        assert "is finished; nothing is left to train, or to log." in again.err
+        assert "is already finished; nothing is trained or logged." in again.err
         assert again.json == done.json
 
     def test_recipes(self, kronsae: Kronsae) -> None:
@@ -323,7 +323,7 @@ class TestWords:
         assert parse_sae("topk d_sae=8 k=2 init_norm=None", seed=4) == topk(d_sae=8, k=2, init_norm=None, seed=4)
         assert parse_sae("topk d_sae=8 k=2 seed=1", seed=4).seed == 1
         with pytest.raises(
-            UserError, match=r"^--sae must say each thing once; 'k' is there twice in 'topk d_sae=8 k=2"
+            UserError, match=r"^--sae must have each argument once; got 'k' twice in 'topk d_sae=8 k=2 k=4'\.$"
         ):
             parse_sae("topk d_sae=8 k=2 k=4")
 
@@ -334,7 +334,9 @@ class TestWords:
         assert (changed.loop.log_every, changed.saes[1].optimizer.clip_norm) == (7, None)
         assert (changed.hook, changed.model.revision) == ("layers.1", "main")
         assert with_options(config, []) == config
-        with pytest.raises(UserError, match=r"^--set saes\.²\.name: there is no '²' in the config"):
+        with pytest.raises(
+            UserError, match=r"^--set must name a field of the config; got 'saes\.²\.name', in which '²' is unknown"
+        ):
             with_options(config, ["saes.².name=x"])
 
     def test_d_sae_follows_the_heads_that_are_set(self, tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ class TestWords:
 
 
 def test_as_a_process_of_its_own(finished_run: Run, tmp_path: Path) -> None:
-    """Through ``python -m kronsae``: pure JSON on stdout, everything else on stderr, status 2 for a bad input."""
+    """With ``python -m kronsae``, stdout is pure JSON and everything else goes to stderr."""
     config = replace(finished_run.config, loop=LoopConfig(tokens=128, batch_tokens=64))
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     command = [sys.executable, "-W", "error::DeprecationWarning:kronsae", "-m", "kronsae", "train"]
@@ -373,7 +375,7 @@ def test_a_process_that_is_given_nonsense() -> None:
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "Error: there is no run folder /no/such/run. Give the --out of an earlier `kronsae train`.\n"
+        "Error: the run folder must exist; there is no /no/such/run. Give the --out of an earlier `kronsae train`.\n"
     )
 
 

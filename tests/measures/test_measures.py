@@ -1,4 +1,4 @@
-"""The verbs of ``kronsae eval``, and how results are kept."""
+"""The subcommands of ``kronsae eval``, and how their results are stored."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from kronsae.support.errors import UserError
 
 
 def test_the_group_lists_the_table_and_every_verb() -> None:
-    told = CliRunner().invoke(app, ["eval", "--help"])
-    assert told.exit_code == 0
+    outcome = CliRunner().invoke(app, ["eval", "--help"])
+    assert outcome.exit_code == 0
     for verb in ("table", *MEASUREMENTS):
-        assert f" {verb} " in told.output
+        assert f" {verb} " in outcome.output
 
 
 @pytest.mark.parametrize("verb", MEASUREMENTS)
 def test_every_verb_is_a_command_with_json(verb: str) -> None:
     module = import_module(f"kronsae.measures.{verb.replace('-', '_')}")
     assert isinstance(module.app, typer.Typer)
-    told = CliRunner().invoke(app, ["eval", verb, "--help"])
-    assert told.exit_code == 0
-    assert "--json" in told.output
-    assert "completion" not in told.output
+    outcome = CliRunner().invoke(app, ["eval", verb, "--help"])
+    assert outcome.exit_code == 0
+    assert "--json" in outcome.output
+    assert "completion" not in outcome.output
 
 
 @pytest.mark.parametrize(
@@ -63,31 +63,31 @@ def test_every_verb_is_a_command_with_json(verb: str) -> None:
     [
         (1100, 1000, "1,100 held-out tokens (whole windows)"),
         (1000, 1000, "1,000 held-out tokens"),
-        (900, 1000, "900 held-out tokens, all that the text has where 1,000 were wanted"),
+        (900, 1000, "900 held-out tokens (1,000 requested; the text has no more)"),
     ],
 )
-def test_what_is_told_of_tokens_is_what_was_counted(counted: int, wanted: int, expected: str) -> None:
+def test_description_of_tokens(counted: int, wanted: int, expected: str) -> None:
     assert describe_tokens(counted, wanted) == expected
 
 
 @pytest.mark.parametrize("verb", ["latents", "interaction"])
 @pytest.mark.parametrize("wanted", [70, 10**6])
-def test_the_tokens_told_are_those_of_the_result(run: Run, verb: str, wanted: int) -> None:
-    told = CliRunner().invoke(app, ["eval", verb, str(run.folder), "--tokens", str(wanted), "--json"])
-    assert told.exit_code == 0, told.output
-    assert describe_tokens(json.loads(told.stdout)["tokens"], wanted) in told.stderr
+def test_described_tokens_are_those_of_the_result(run: Run, verb: str, wanted: int) -> None:
+    outcome = CliRunner().invoke(app, ["eval", verb, str(run.folder), "--tokens", str(wanted), "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    assert describe_tokens(json.loads(outcome.stdout)["tokens"], wanted) in outcome.stderr
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 @pytest.mark.parametrize("verb", [verb for verb in MEASUREMENTS if verb not in ("toy", "autointerp")])
 def test_a_seed_no_generator_takes_is_refused(kronsae: Callable[..., Outcome], run: Run, verb: str, seed: int) -> None:
-    told = kronsae("eval", verb, run.folder, "--seed", seed)
-    assert told.status == 2
-    assert told.sentence == f"seed must be from 0 to 2**63 - 1; got {seed}."
+    outcome = kronsae("eval", verb, run.folder, "--seed", seed)
+    assert outcome.status == 2
+    assert outcome.sentence == f"seed must be from 0 to 2**63 - 1; got {seed}."
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "1" * 5000])
-def test_a_damaged_result_is_told_with_a_remedy(run: Run, text: str) -> None:
+def test_a_damaged_result_is_reported_with_a_remedy(run: Run, text: str) -> None:
     path = keep_result(run.folder, "latents", {"seed": 1}, {"value": 0.5})
     path.write_text(text, encoding="utf-8")
     for read in (lambda: known_result(run.folder, "latents", {"seed": 1}), lambda: kept_results(run.folder)):
@@ -127,13 +127,13 @@ def test_weights_that_are_no_numbers_are_no_result(
     rows = [{"text": f"the {word} {i}", "label": word} for i in range(100) for word in ("fox", "dog")]
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = ["--labels", labels] if verb in ("absorption", "probing") else []
-    told = kronsae("eval", verb, folder, *options)
-    assert told.status == 2
-    assert told.sentence.startswith("'kron' cannot be measured: encoder.bias holds NaN or infinity")
+    outcome = kronsae("eval", verb, folder, *options)
+    assert outcome.status == 2
+    assert outcome.sentence.startswith("weights must be finite; encoder.bias of 'kron' holds NaN or infinity")
 
 
 def test_a_threshold_of_zero_is_a_sound_weight(config: RunConfig, tmp_path: Path) -> None:
-    """Its logarithm is -infinity, and it is what a BatchTopK or JumpReLU has that never saw an active latent."""
+    """A BatchTopK or JumpReLU SAE that never had an active latent has threshold 0, whose logarithm is -infinity."""
     run = execute(replace(config, saes=(jumprelu(d_sae=32, k=4),)), tmp_path / "run", show_progress=False)
     [path] = (run.folder / "saes" / "jumprelu").glob("*.safetensors")
     weights = load_file(path)
@@ -141,7 +141,7 @@ def test_a_threshold_of_zero_is_a_sound_weight(config: RunConfig, tmp_path: Path
     replace_weights(path.parent, weights | {name: torch.full_like(weights[name], -torch.inf)})
     assert list(LoadedRun(run).saes) == ["jumprelu"]
     replace_weights(path.parent, weights | {name: torch.full_like(weights[name], torch.inf)})
-    with pytest.raises(UserError, match="threshold holds NaN or infinity"):
+    with pytest.raises(UserError, match="threshold of 'jumprelu' holds NaN or infinity"):
         LoadedRun(run).saes  # noqa: B018
 
 
@@ -159,8 +159,10 @@ def test_no_measurement_is_left_out_of_the_registry() -> None:
     assert sections_there == set(map(module_name, MEASUREMENTS))
 
 
-def test_a_misspelt_verb_is_told_from_a_folder() -> None:
-    with pytest.raises(UserError, match=r"'tabel' is no measurement; there are table.*Did you mean 'table'"):
+def test_a_misspelt_verb_is_not_read_as_a_folder() -> None:
+    with pytest.raises(
+        UserError, match=r"^the measurement must be one of table, .*; got 'tabel'\. Did you mean 'table'"
+    ):
         CliRunner().invoke(app, ["eval", "tabel", "runs/x"], catch_exceptions=False, standalone_mode=False)
 
 
@@ -181,10 +183,11 @@ def test_a_result_of_another_revision_is_measured_anew_and_not_shown(
 def test_the_report_says_what_it_leaves_out(finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_result(finished_run.folder, "toy", {}, {"nothing": "that a section could be made of"})
     monkeypatch.setattr(section_module("toy"), "REVISION", 999)
-    told: list[str] = []
-    page = write_report(finished_run, say=told.append).read_text("utf-8")
-    assert [line for line in told if "toy" in line] == [
-        f"Left out, since another version measured it: toy. Again: kronsae eval toy {finished_run.folder}"
+    lines: list[str] = []
+    page = write_report(finished_run, say=lines.append).read_text("utf-8")
+    assert [line for line in lines if "toy" in line] == [
+        "The report leaves out toy, because another version measured it. Measure it again: kronsae eval toy "
+        f"{finished_run.folder}"
     ]
     assert 'id="measure-toy"' not in page
 

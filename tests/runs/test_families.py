@@ -1,4 +1,4 @@
-"""The same commands on six architectures of random weights: harvest, train, eval."""
+"""Harvest, train and eval on six model architectures with random weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def kronsae(*words: object) -> None:
-    """A verb of the command line; what it raises is raised."""
+    """Run a command and raise its exceptions."""
     app([str(word) for word in words], standalone_mode=False)
 
 
@@ -71,7 +71,7 @@ def test_harvest_train_eval(
 def test_in_python_on_a_module_by_its_own_path(
     kind: str, tiny_model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """One document per line of a .txt file, which is one document in a folder of them."""
+    """A .txt file has one document per line; in a folder, each file is one document."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for number, text in enumerate(texts(20)):

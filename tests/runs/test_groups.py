@@ -1,4 +1,4 @@
-"""Groups whose members read and write different hooks: one pass for all, and none feels the others."""
+"""Groups whose members read and write different hooks: one pass of the model for all, and no mutual influence."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def go(config: RunConfig, out: Path, **options: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def together(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All of them in one run; tests only read it."""
+    """Return one run of all members, which tests must not change."""
     return go(config, tmp_path_factory.mktemp("group") / "r")
 
 
@@ -65,7 +65,7 @@ def of_member(run: Run, name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_no_member_feels_the_others(name: str, config: RunConfig, together: Run, tmp_path: Path) -> None:
-    """The same bits alone, among others at other hooks, and behind one that was not there before."""
+    """A member has the same bits alone, with members at other hooks, and after an additional one."""
     stranger = kron(name="stranger", read="layers.1,layers.3:input", **HEADS, k=7, seed=5, lr=1e-2)
     alone = go(replace(config, saes=(MEMBERS[name],)), tmp_path / "alone")
     behind = go(replace(config, saes=(stranger, MEMBERS[name])), tmp_path / "behind")
@@ -97,7 +97,7 @@ def test_the_model_runs_once_for_all(config: RunConfig, monkeypatch: pytest.Monk
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the training be told to stop after that many steps."""
+    """Make the training stop after this many steps."""
     plain: Any = trainer.fit
 
     def fit(*arguments: Any) -> Any:
@@ -121,7 +121,7 @@ def test_stopped_and_carried_on_to_the_same_bits(
 
 
 def test_rows_of_all_hooks_belong_together(config: RunConfig) -> None:
-    """What block 1 is given is what block 0 gives: rows that were shuffled alike are equal."""
+    """The input of block 1 is the output of block 0, so rows shuffled in the same order are equal."""
     reads_both = kron(**HEADS, k=2, read="layers.0,layers.1:input")
     batches = iter(Source(replace(config, saes=(reads_both,))).batches(None))
     for _ in range(8):  # across the border of a buffer of 5 batches
@@ -206,7 +206,7 @@ class TestHarvested:
         with pytest.raises(UserError) as error:
             go(replace(stored, saes=(MEMBERS["deep"],)), tmp_path / "d")
         assert str(error.value) == (
-            f"hook must be one that was harvested into {tmp_path / 'acts'}: layers.2, {MLP_IN}, {MLP_OUT}, layers.0; "
+            f"hook must be one of those harvested into {tmp_path / 'acts'}: layers.2, {MLP_IN}, {MLP_OUT}, layers.0; "
             "got 'layers.3'. Leave hook out, or harvest it."
         )
         with pytest.raises(UserError, match=r"hooks must be among those harvested .*; got 'layers.9'"):
@@ -262,7 +262,7 @@ class TestWords:
             *("train", "--activations", tmp_path / "acts", "--sae", words, "--sae", "topk d_sae=32 k=4"),
             *("--hook", "layers.2", *common, "--out", tmp_path / "r"),
         )
-        # every hook in the buffer: 128 tokens * 3 * 16 numbers; told in MB, so asked of the config
+        # the buffer holds every hook: 128 tokens * 3 * 16 values; the message has only MB, so the config is used
         places = ", ".join(f"{hook} (width {WIDTH})" for hook in (MLP_IN, MLP_OUT, "layers.2"))
         assert f"at {places} of " in capsys.readouterr().err
         run = ks.open_run(tmp_path / "r")
@@ -289,7 +289,7 @@ class TestWords:
         assert str(error.value) == message
 
     def test_one_place_has_one_name(self, config: RunConfig, tmp_path: Path) -> None:
-        """Else this is a transcoder that writes what it reads, past the dictionary."""
+        """Otherwise the linear path of this transcoder would copy its input, bypassing the dictionary."""
         member = topk(d_sae=8, k=2, read="layers.2", write="2", skip=True)
         with pytest.raises(UserError) as error:
             go(replace(config, saes=(member,)), tmp_path / "r")

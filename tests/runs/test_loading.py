@@ -1,4 +1,4 @@
-"""A saved SAE is found wherever it lies, and where there is none that is said."""
+"""Loading of SAEs from run folders, SAE folders and the Hub, and its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kronsae.support.errors import UserError
 
 
 def same(one: SAE, other: SAE) -> bool:
-    """Equal weights, hence equal outputs."""
+    """Return whether the weights, and therefore the outputs, are equal."""
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
     return all(name == other_name and torch.equal(value, mine) for (name, value), (other_name, mine) in pairs)
 
@@ -40,7 +40,7 @@ def test_from_a_folder_of_its_own(finished_run: Run) -> None:
     assert same(ks.load(folder, "kron"), finished_run.load("kron"))
     with pytest.raises(UserError) as caught:
         ks.load(folder, "topk")
-    assert str(caught.value) == f"{folder} holds one SAE, not a run; leave name out (got 'topk')."
+    assert str(caught.value) == f"name must be left out for {folder}, the folder of a single SAE; got 'topk'."
 
 
 def test_what_was_saved_alone(tmp_path: Path) -> None:
@@ -66,7 +66,9 @@ def test_a_name_that_is_none(name: str | None, got: str, finished_run: Run) -> N
 def test_a_folder_without_an_sae(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         ks.load(tmp_path)
-    assert str(caught.value) == f"{tmp_path} holds no SAE: neither cfg.json nor a finished run's saes/ folder."
+    assert str(caught.value) == (
+        f"{tmp_path} must hold an SAE; it has neither cfg.json nor a finished run's saes/ folder."
+    )
 
 
 @pytest.mark.parametrize("source", ["/no/such/run", "./run", "run", "a/b/c", "~/run"])
@@ -74,7 +76,7 @@ def test_no_folder(source: str) -> None:
     with pytest.raises(UserError) as caught:
         ks.load(source)
     assert str(caught.value) == (
-        f"there is no folder {source}, and it is no Hub name (user/repo) either. Check the path."
+        f"the source must be a folder or a Hub name (user/repo); got {source}. Check the path."
     )
 
 
@@ -115,13 +117,13 @@ class TestHub:
         with pytest.raises(UserError) as caught:
             ks.load("user/repo")
         assert str(caught.value) == (
-            "'user/repo' is no local folder and could not be had from the Hugging Face Hub (LocalEntryNotFoundError). "
-            "Check the name, the network and your access."
+            "'user/repo' must be a local folder or a Hub repository; there is no such folder, and the download failed "
+            "(LocalEntryNotFoundError). Check the name, the network and your access."
         )
         assert isinstance(caught.value.__context__, LocalEntryNotFoundError)
 
     def test_a_name_that_the_hub_cannot_have(self) -> None:
         with pytest.raises(
-            UserError, match=r"^'us er/repo' is no local folder and could not be had .*HFValidationError"
+            UserError, match=r"^'us er/repo' must be a local folder or a Hub repository; .*HFValidationError"
         ):
             ks.load("us er/repo")

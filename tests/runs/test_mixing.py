@@ -1,4 +1,4 @@
-"""What a run shuffles: its pool of windows, its buffer, harvested activations; runs of earlier versions."""
+"""Shuffling in a run: window pool, buffer and harvested activations; run folders of earlier versions."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def test_the_plan_says_what_comes_first(config: RunConfig, tmp_path: Path) -> No
     assert plan.first_tokens == 2 * 64  # 5 batches in the buffer: blocks of 2, 3 batches held
     assert plan.start == "Running the model on the first 128 tokens."
     assert replace(plan, steps_done=3).start == (
-        "Running the model again on what the shuffle buffer held, at most 640 tokens."
+        "Running the model again to restore the shuffle buffer, on at most 640 tokens."
     )
     timed = replace(plan, batch_seconds=1.0)
     assert timed.first_seconds == 2.0
-    assert "The first step comes after about 2 s." in str(timed)
+    assert "The first step starts after about 2 s." in str(timed)
 
 
 def stored(config: RunConfig, folder: Path) -> RunConfig:
@@ -96,8 +96,8 @@ def test_a_run_on_harvested_activations_says_that_it_has_no_buffer(config: RunCo
     run = go(config, tmp_path / "r", say=said.append)
     assert run.finished
     assert said[1] == (
-        "Checking the harvested activations against their checksums; they are read in a random order over all of them, "
-        "without window pool or shuffle buffer."
+        "Verifying the checksums of the harvested activations. They are read from disk in random order, without window "
+        "pool or shuffle buffer."
     )
     assert_same_run(run, go(replace(config, buffer_tokens=64), tmp_path / "other"))
 
@@ -146,7 +146,7 @@ def test_a_finished_run_of_an_earlier_version_is_still_the_same_run(
 
 
 def without_pool(folder: Path) -> None:
-    """What an earlier version wrote: a config without the field."""
+    """Remove the field from the config, as in a run folder of an earlier version."""
     about = json.loads((folder / "run.json").read_text())
     if about["config"].pop("window_pool_tokens") != 2**20:
         about["config"]["window_pool_tokens"] = 1024  # of `tiny_config`, which is not the default

@@ -1,4 +1,4 @@
-"""What a run will take, against sums done by hand, and refused where the machine cannot hold it."""
+"""Plans of runs compared with sums computed by hand; runs that do not fit are rejected."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_run_whose_times_were_measured_has_the_same_bits(
 
 
 def test_unequal_members(config: RunConfig, tmp_path: Path) -> None:
-    """Kron is cheaper per token, so at equal FLOPs it trains on: its own tokens are in the plan and in every file."""
+    """At equal FLOPs the cheaper KronSAE trains longer; the plan and all files contain its own number of tokens."""
     loop = replace(config.loop, same_flops_as="topk")
     cheap = kron(num_heads=4, d_base=2, d_extension=4, k=4, dead_after_tokens=200)
     config = replace(config, loop=loop, saes=(config.saes[0], cheap))
@@ -123,12 +123,13 @@ def test_what_does_not_fit_is_refused(config: RunConfig, tmp_path: Path) -> None
     with pytest.raises(UserError) as caught:
         plan_with(config, tmp_path, memory_available_bytes=2**20, buffer_tokens=3 * 2**38 // WIDTH).check()
     message = str(caught.value)
-    assert message.startswith("the run must fit into memory; about 3 TB are needed (SAEs with gradients and Adam's")
+    assert message.startswith("the run must fit into memory; it needs about 3 TB (SAEs with gradients and Adam's mom")
     assert "shuffle buffer 3 TB" in message
     assert message.endswith(
-        "and 1 MB are available. Lower buffer_tokens, train fewer or smaller SAEs at once, or take smaller batches."
+        ", but only 1 MB are available. Lower buffer_tokens, train fewer or smaller SAEs at once, or use smaller "
+        "batches."
     )
-    with pytest.raises(UserError, match=r"^checkpoints and SAEs must fit on the disk; about .* are needed and 0 MB ar"):
+    with pytest.raises(UserError, match=r"^checkpoints and SAEs must fit on the disk; they need .*, but only 0 MB are"):
         plan_with(config, tmp_path, disk_free_bytes=0).check()
 
 
@@ -150,7 +151,7 @@ def test_a_dry_run_tries_nothing_that_does_not_fit(
 
 
 def test_some_members_take_what_they_take_alone(config: RunConfig, tmp_path: Path) -> None:
-    """Of the members of a sweep only some train at once: hooks of the others are in no buffer, nor they on the disk."""
+    """The plan of a subset of members, as in a sweep, equals the plan of a run of these members."""
     elsewhere = kron(num_heads=8, d_base=2, d_extension=2, k=4, name="two", read="layers.0,layers.2")
     both = replace(config, saes=(config.saes[0], elsewhere))
     plan = make_plan(Source(both), tmp_path)

@@ -1,4 +1,4 @@
-"""Named runs are whole configs, and the paper's have the paper's numbers."""
+"""Recipes are complete configs, and the paper's recipes have the paper's settings."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_words_of_an_sae_reach_its_config() -> None:
 
 
 def test_tiny_on_the_bundled_model(tmp_path: Path) -> None:
-    """The recipe's first batches; the whole of it takes most of a minute."""
+    """Train on the recipe's first batches; the whole recipe takes most of a minute."""
     config = RECIPES["tiny"]()
     short = replace(config, loop=replace(config.loop, tokens=2048), buffer_tokens=2048)
     run = execute(short, tmp_path / "r", show_progress=False)

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or broken off, and carried on with the same bits."""
+"""A run that is stopped, killed or fails, and is resumed with the same bits."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class TestResume:
     def test_stopped_after_every_step(
         self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Ctrl-C in each of the 20 steps: 19 stops, 20 beginnings, the same bits."""
+        """Ctrl-C in each of the 20 steps: 19 interruptions, 20 starts, the same bits."""
         for step in range(STEPS - 1):
             with monkeypatch.context() as patch:
                 interrupt_at(patch, step, ctrl_c)
                 with pytest.raises(Interrupted) as caught:
                     go(config, tmp_path / "r")
             assert str(caught.value) == (
-                f"stopped after {64 * (step + 1):,} of {64 * STEPS:,} tokens; the state is saved in {tmp_path / 'r'}. "
-                "Give the same command again to carry on."
+                f"stopped after {64 * (step + 1):,} of {64 * STEPS:,} tokens; a checkpoint is saved in "
+                f"{tmp_path / 'r'}. Run the same command again to resume."
             )
             assert listing(tmp_path / "r" / "checkpoint") == [
                 f"step-{step + 1:08d}",
@@ -47,7 +47,7 @@ class TestResume:
     def test_broken_off_between_checkpoints(
         self, step: int, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What was done since the last checkpoint (or the beginning) is done again."""
+        """The steps since the last checkpoint (or the beginning) are repeated."""
 
         def fail() -> None:
             raise RuntimeError("the lights went out")
@@ -58,20 +58,22 @@ class TestResume:
                 go(config, tmp_path / "r")
         said: list[str] = []
         resumed = go(config, tmp_path / "r", say=said.append)
-        expected = ["Carrying on after 640 of 1,280 tokens."] if step == 11 else []
-        assert [line for line in said if line.startswith("Carrying on")] == expected
+        expected = ["Resuming after 640 of 1,280 tokens."] if step == 11 else []
+        assert [line for line in said if line.startswith("Resuming")] == expected
         assert_same_run(finished_run, resumed)
 
     def test_ctrl_c_twice_stops_at_once(
         self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        outside = signal.getsignal(signal.SIGINT)  # ignored where the tests themselves run in the background
+        outside = signal.getsignal(signal.SIGINT)  # SIGINT is ignored if the tests run in the background
         handler = signal.default_int_handler
         signal.signal(signal.SIGINT, handler)
 
         def twice() -> None:
             ctrl_c()
-            while signal.getsignal(signal.SIGINT) is not handler:  # the first is dealt with: two at once are but one
+            while (
+                signal.getsignal(signal.SIGINT) is not handler
+            ):  # wait until the first is handled: two simultaneous signals would be merged
                 pass
             ctrl_c()
 
@@ -94,7 +96,8 @@ class TestResume:
             with pytest.raises(KeyboardInterrupt):
                 go(config, tmp_path / "r")
         with pytest.raises(
-            UserError, match=r"is not finished. Give the command that started it again: it carries on.$"
+            UserError,
+            match=r"^the run must be finished; .* is not. Run the command that started it again to resume it.$",
         ):
             open_run(tmp_path / "r").load("kron")
         with monkeypatch.context() as patch:
@@ -106,7 +109,7 @@ class TestResume:
     def test_killed_in_training_and_again_while_it_saves(
         self, finished_run: Run, config: RunConfig, tmp_path: Path
     ) -> None:
-        """SIGKILL in step 9, then another one in the middle of writing the checkpoint of step 15."""
+        """SIGKILL in step 9, and again while the checkpoint of step 15 is written."""
         (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
         script = tmp_path / "killed.py"
         script.write_text(KILLED, encoding="utf-8")
@@ -125,7 +128,7 @@ class TestResume:
         seconds = [row["seconds"] for row in go(config, tmp_path / "r").metrics()]
         assert seconds == sorted(seconds)
 
-    def test_a_damaged_checkpoint_is_told(
+    def test_a_damaged_checkpoint_is_reported(
         self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
@@ -141,7 +144,7 @@ class TestResume:
 
 
 def fail_at(name: str) -> Callable[[Path, Any], None]:
-    """A ``write_json`` that stops before it writes the file of that name."""
+    """Return a ``write_json`` that stops before it writes the file with this name."""
     from kronsae.support.files import write_json
 
     def write(path: Path, value: Any) -> None:

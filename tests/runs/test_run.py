@@ -1,4 +1,4 @@
-"""A run: what its folder holds, what it can be made from, and a folder that is never half made."""
+"""A run: content of its folder, sources of activations, and atomic creation of the folder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TestAFinishedRun:
             f"  kron: {of_kron}",
         ]
         assert repr(finished_run.load("kron")).splitlines()[:2] == ["SAE(", f"  {of_kron}"]
-        assert repr(Run(tmp_path)) == f"Run('{tmp_path}'): nothing is trained yet"
+        assert repr(Run(tmp_path)) == f"Run('{tmp_path}'): not trained yet"
         shutil.copy(finished_run.folder / "run.json", tmp_path)
         assert repr(Run(tmp_path)).splitlines()[0].startswith(f"Run('{tmp_path}'): not finished, ")
         assert repr(Run(tmp_path)).splitlines()[2] == "  kron: kronecker-topk, d_sae=32, k=4"
@@ -91,7 +91,7 @@ class TestAFinishedRun:
         saes = finished_run.saes()
         assert {name: (sae.d_in, sae.d_sae) for name, sae in saes.items()} == {"topk": (WIDTH, 32), "kron": (WIDTH, 32)}
         with pytest.raises(
-            UserError, match=r"^name must be an SAE of .*: topk, kron; got 'korn'. Did you mean 'kron'\?$"
+            UserError, match=r"^name must be one of the SAEs of .*, topk, kron; got 'korn'. Did you mean 'kron'\?$"
         ):
             finished_run.load("korn")
 
@@ -109,7 +109,7 @@ class TestAFinishedRun:
         assert torch.equal(run.activations(70)[:50], x_BD)
 
     def test_held_out_activations_are_never_given_twice(self, finished_run: Run) -> None:
-        message = r"^tokens must not exceed what the held-out text gives; got 100000, and it ended after \d+\. Ask"
+        message = r"^tokens must be at most the \d+ tokens of the held-out text; got 100000\. Ask for fewer, "
         with pytest.raises(UserError, match=message) as caught:
             finished_run.activations(100_000)
         there_are = int(re.findall(r"after (\d+)", str(caught.value))[0])
@@ -127,7 +127,7 @@ class TestAFinishedRun:
         before = {path: (finished_run.folder / path).stat().st_mtime_ns for path in listing(finished_run.folder)}
         said: list[str] = []
         assert go(config, finished_run.folder, say=said.append) == finished_run
-        assert said == [f"The run in {finished_run.folder} is finished; nothing is left to train, or to log."]
+        assert said == [f"The run in {finished_run.folder} is already finished; nothing is trained or logged."]
         assert before == {
             path: (finished_run.folder / path).stat().st_mtime_ns for path in listing(finished_run.folder)
         }
@@ -141,13 +141,13 @@ class TestAFinishedRun:
 
 
 class TestTheFolder:
-    def test_a_different_run_is_told_with_what_differs(self, finished_run: Run, config: RunConfig) -> None:
+    def test_a_different_run_is_reported_with_what_differs(self, finished_run: Run, config: RunConfig) -> None:
         before = listing(finished_run.folder)
         with pytest.raises(UserError) as caught:
             go(replace(config, hook="layers.1"), finished_run.folder)
         assert str(caught.value) == (
-            f"{finished_run.folder} already holds a different run (hook: 'layers.2' -> 'layers.1'). "
-            "Choose another --out, or remove it."
+            f"out must be a new folder or hold a run with the same config; {finished_run.folder} holds a different run "
+            "(hook: 'layers.2' -> 'layers.1'). Choose another --out, or remove the folder."
         )
         with pytest.raises(
             UserError, match=r"\(hook: .*; saes\[0\]\.seed: 0 -> 3; saes\[1\]\.seed: 0 -> 3; and 1 more\)"
@@ -169,21 +169,22 @@ class TestTheFolder:
     def test_other_files(self, config: RunConfig, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("mine")
         with pytest.raises(
-            UserError, match=rf"^out must be a new or empty folder or a run; {tmp_path} holds other files.$"
+            UserError,
+            match=rf"^out must be a new or empty folder or a run; {tmp_path} holds other files. Choose another one.$",
         ):
             go(config, tmp_path)
         assert listing(tmp_path) == ["thesis.tex"]
 
     def test_a_foreign_run_json(self, config: RunConfig, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text("{}")
-        with pytest.raises(UserError, match=r"run.json was not written by kronsae: it has no 'config' entry.$"):
+        with pytest.raises(UserError, match=r"run.json must be written by kronsae; it has no 'config' entry.$"):
             go(config, tmp_path)
         (tmp_path / "run.json").write_text("{")
         with pytest.raises(UserError, match="cannot be read as JSON"):
             open_run(tmp_path)
 
     def test_an_empty_folder_will_do(self, config: RunConfig, tmp_path: Path) -> None:
-        (tmp_path / ".run.json.k3j2").touch()  # what a kill in the middle of writing run.json leaves
+        (tmp_path / ".run.json.k3j2").touch()  # left by a process killed while it wrote run.json
         short = replace(config, loop=LoopConfig(tokens=64, batch_tokens=64))
         assert go(short, tmp_path).finished
 
@@ -198,7 +199,7 @@ class TestTheFolder:
     def test_a_run_that_another_one_ended_meanwhile_is_left_alone(
         self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The other one begins and ends after the first look at the folder."""
+        """The other process starts and finishes the run after the first check of the folder."""
         short = replace(config, loop=LoopConfig(tokens=64, batch_tokens=64))
 
         def late(folder: Path) -> AbstractContextManager[None]:
@@ -210,10 +211,12 @@ class TestTheFolder:
         monkeypatch.setattr(run_module, "only_writer", late)
         said: list[str] = []
         go(short, tmp_path / "r", say=said.append)
-        assert said == [f"The run in {tmp_path / 'r'} is finished; nothing is left to train, or to log."]
+        assert said == [f"The run in {tmp_path / 'r'} is already finished; nothing is trained or logged."]
 
     def test_no_run_folder(self, tmp_path: Path) -> None:
-        message = rf"^there is no run folder {tmp_path / 'x'}. Give the --out of an earlier `kronsae train`.$"
+        message = (
+            rf"^the run folder must exist; there is no {tmp_path / 'x'}. Give the --out of an earlier `kronsae train`.$"
+        )
         with pytest.raises(UserError, match=message):
             open_run(tmp_path / "x")
 
@@ -236,7 +239,7 @@ class TestTheFolder:
 
 class TestActivations:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_what_is_not_finite_is_told_with_its_place_before_anything_is_written(
+    def test_what_is_not_finite_is_reported_with_its_place_before_anything_is_written(
         self, value: float, config: RunConfig, tmp_path: Path
     ) -> None:
         model: Any = make_model("gpt_neox")
@@ -260,7 +263,7 @@ class TestActivations:
         run = go(replace(config, text=text, buffer_tokens=4096), tmp_path / "r")
         assert run.metrics()[-1]["tokens"] == 64 * STEPS
 
-    def test_a_text_that_leaves_nothing_to_evaluate_on_is_told_before_training(
+    def test_a_text_that_leaves_nothing_to_evaluate_on_is_reported_before_training(
         self, config: RunConfig, tmp_path: Path
     ) -> None:
         text = TextConfig(source=str(write_jsonl(tmp_path / "short.jsonl", 3)))
@@ -268,7 +271,7 @@ class TestActivations:
         changes: dict[str, Any] = {"text": text, "held_out_share": 0.001}
         go(replace(config, loop=LoopConfig(tokens=64, batch_tokens=64), **changes), tmp_path / "r", say=said.append)
         assert said[-2].startswith(
-            "Note: `kronsae eval` will find no text of its own: held_out_share must leave a document"
+            "Warning: `kronsae eval` will have no held-out text: held_out_share must leave a document"
         )
 
     def test_a_text_without_a_usable_token(self, config: RunConfig, tmp_path: Path) -> None:
@@ -319,7 +322,7 @@ class TestHarvested:
         with pytest.raises(UserError) as caught:
             go(stored, tmp_path / "r")
         assert str(caught.value) == (
-            f"hook must be one that was harvested into {harvested}: layers.2; got 'layers.1'. "
+            f"hook must be one of those harvested into {harvested}: layers.2; got 'layers.1'. "
             "Leave hook out, or harvest it."
         )
         assert not (tmp_path / "r").exists()
@@ -333,7 +336,7 @@ class TestHarvested:
         manifest = json.loads((harvested / "manifest.json").read_text())
         (tmp_path / "acts" / "manifest.json").write_text(json.dumps(manifest | {"metadata": {}}))
         with pytest.raises(
-            UserError, match=r"does not say which model and hook it holds. Harvest it with `kronsae harvest`"
+            UserError, match=r"must name model, text and hook; that of .* does not. Harvest with `kronsae harvest`"
         ):
             with_activations(config, tmp_path / "acts")
 
@@ -429,7 +432,9 @@ class TestInPython:
         own = ks.topk(d_sae=8, k=2, read="layers.3,layers.1")
         run = ks.train(saes=[own], out=tmp_path / "r", **asked)
         assert (run.config.hook, run.config.hooks) == ("layers.3", ("layers.3", "layers.1"))
-        with pytest.raises(UserError, match=r"^give hook, such as 'layers.6', or to each SAE a read= of its own; got"):
+        with pytest.raises(
+            UserError, match=r"^hook, such as 'layers.6', or read= of every SAE must be given; got neither"
+        ):
             ks.train(saes=[own, ks.topk(d_sae=8, k=2, name="b")], out=tmp_path / "s", **asked)
 
     def test_what_could_not_be_read_back_is_not_written(self, config: RunConfig, tmp_path: Path) -> None:

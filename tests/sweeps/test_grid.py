@@ -1,4 +1,4 @@
-"""Words with braces, multiplied out; names that tell points apart; what no grid can be made of."""
+"""Expansion of braces, names of points, and invalid grids."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_saes_with_hooks_of_their_own_need_no_other_and_share_a_stream() -> None
     found = points(grid("topk d_sae=32 k=4 read={layers.1,layers.2}", **start))
     assert [point.run.hooks for point in found] == [("layers.1",), ("layers.2",)]
     assert len({point.shared for point in found}) == 1
-    with pytest.raises(UserError, match="give also --hook"):
+    with pytest.raises(UserError, match=r"^--hook must be given without --recipe or --config"):
         points(grid("topk d_sae=32 k=4 read=layers.1", "topk d_sae=32 k=4 name=b", **start))
 
 
@@ -108,19 +108,22 @@ def test_lists_within_braces() -> None:
     [
         ({"saes": ()}, "saes must name at least one SAE; got none."),
         ({"seeds": ()}, "seeds must name at least one seed; got none."),
-        ({"seeds": (1, 1)}, "seeds must differ; 1 stands there twice."),
-        ({"tokens": (4096,), "flops": (1e9,)}, "give the budgets as tokens or as flops, not both."),
-        ({"flops": (1e9,), "same_flops_as": "a"}, "same_flops_as goes with tokens, not with flops."),
-        ({"saes": ("topk d_sae=32 k={2,4",)}, "--sae must have values between its braces, one pair in no other; got"),
-        ({"saes": ("topk d_sae=32 k={2,{4}}",)}, "--sae must have values between its braces, one pair in no other; g"),
-        ({"saes": ("topk d_sae=32 k={}",)}, "--sae must have values between its braces, one pair in no other; got"),
-        ({"saes": ("topk d_sae=32 k=2}",)}, "--sae must have its braces in pairs; got 'topk d_sae=32 k=2}'."),
-        ({"saes": ("topk d_sae=32 k={2,,4}",)}, "braces must hold values parted by commas; got '{2,,4}'."),
+        ({"seeds": (1, 1)}, "seeds must have different values; got 1 more than once."),
+        ({"tokens": (4096,), "flops": (1e9,)}, "the budgets must be either tokens or flops; got both. Leave one out."),
+        ({"flops": (1e9,), "same_flops_as": "a"}, "same_flops_as must be used with tokens; got flops. Leave one out."),
+        ({"saes": ("topk d_sae=32 k={2,4",)}, "--sae must have values between its braces, and no nested braces; got"),
+        ({"saes": ("topk d_sae=32 k={2,{4}}",)}, "--sae must have values between its braces, and no nested braces; g"),
+        ({"saes": ("topk d_sae=32 k={}",)}, "--sae must have values between its braces, and no nested braces; got"),
+        ({"saes": ("topk d_sae=32 k=2}",)}, "--sae must have matching braces; got 'topk d_sae=32 k=2}'."),
+        ({"saes": ("topk d_sae=32 k={2,,4}",)}, "braces must contain comma-separated values; got '{2,,4}'."),
         (
             {"saes": ("topk d_sae=32 k=2 seed={0,1}",)},
-            "seeds of a sweep are given once, for weights and data; leave se",
+            "seeds must be given with --seeds in a sweep; got 'topk d_sae=32 k=2 seed={0,1}'. Leave seed out of it.",
         ),
-        ({"saes": ("topk d_sae=32 k={2,2}",)}, "the grid must not hold an SAE twice; 'topk' is there again."),
+        (
+            {"saes": ("topk d_sae=32 k={2,2}",)},
+            "SAEs of the grid must have different names; got 'topk' twice. Give one a name=.",
+        ),
         (
             {
                 "saes": (
@@ -128,20 +131,29 @@ def test_lists_within_braces() -> None:
                     "kron num_heads=8 d_base=2 d_extension=2 k=2 name=b",
                 )
             },
-            "the grid must not hold an SAE twice; 'b' is the same training as 'kron'. Leave one out.",
+            "SAEs of the grid must differ; got the same training as 'b' and as 'kron'. Leave one out.",
         ),
         (
             {"set": ("eval_tokens={64,128}",)},
-            "the grid must not hold an SAE twice; 'topk-eval_tokens128' is the same training as 'topk-eval_tokens64'.",
+            "SAEs of the grid must differ; got the same training as 'topk-eval_tokens128' and as 'topk-eval_tokens64'.",
         ),
-        ({"set": ("saes.0.seed=1",)}, "--set in a sweep takes saes.* for every SAE, not one of them; got"),
-        ({"set": ("seed=7",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set seed=7 out."),
-        ({"set": ("saes.*.seed={1,2}",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set"),
-        ({"set": ("saes.*.name=x",)}, "a sweep has its seeds from --seeds and its names from --sae; leave --set saes"),
-        ({"saes": ("topk d_sae=32 k=2 name='x",)}, "--sae must have its quotes in pairs; got"),
-        ({"set": ("lop.tokens=1",)}, "--set lop.tokens: there is no 'lop' in the config."),
+        ({"set": ("saes.0.seed=1",)}, "--set in a sweep must use saes.*, which means every SAE; got 'saes.0.seed=1'."),
+        (
+            {"set": ("seed=7",)},
+            "seeds must be given with --seeds and names with --sae in a sweep; got --set seed=7. Leave it out.",
+        ),
+        (
+            {"set": ("saes.*.seed={1,2}",)},
+            "seeds must be given with --seeds and names with --sae in a sweep; got --set saes.*.seed={1,2}.",
+        ),
+        (
+            {"set": ("saes.*.name=x",)},
+            "seeds must be given with --seeds and names with --sae in a sweep; got --set saes.*.name=x.",
+        ),
+        ({"saes": ("topk d_sae=32 k=2 name='x",)}, "--sae must have matching quotes; got"),
+        ({"set": ("lop.tokens=1",)}, "--set must name a field of the config; got 'lop.tokens', in which 'lop' is unk"),
         ({"recipe": "tny"}, "recipe must be one of "),
-        ({"recipe": None}, "without --recipe or --config, give also --tokens, --model, --text, --hook"),
+        ({"recipe": None}, "--tokens, --model, --text, --hook must be given without --recipe or --config."),
     ],
 )
 def test_what_no_grid_can_be_made_of(changes: dict[str, Any], message: str) -> None:
@@ -155,7 +167,7 @@ def test_numbers_and_seeds() -> None:
     assert numbers("1,2_000", "--tokens") == (1, 2000)
     assert numbers("{1e9, 2}", "--flops") == (1e9, 2)
     assert (seeds(3), seeds("3"), seeds("4,5"), seeds("{4}"), seeds([7])) == ((0, 1, 2), (0, 1, 2), (4, 5), (4,), (7,))
-    with pytest.raises(UserError, match=r"^--tokens must be numbers parted by commas; got 'many'\.$"):
+    with pytest.raises(UserError, match=r"^--tokens must be comma-separated numbers; got 'many'\.$"):
         numbers("many", "--tokens")
     with pytest.raises(UserError, match=r"^--seeds must be whole numbers; got '1.5,2'\.$"):
         seeds("1.5,2")
@@ -176,7 +188,7 @@ def test_a_file_and_what_takes_its_place(tmp_path: Path) -> None:
         sweep_config(path, {})
     for wrong in ([1, 2], "x", {"kronsae_version": "1", "config": {}}):  # the last one is a run.json
         path.write_text(json.dumps(wrong))
-        with pytest.raises(UserError, match=r"grid\.json must hold a sweep, as the sweep\.json of a sweep's folder"):
+        with pytest.raises(UserError, match=r"grid\.json must hold the config of a sweep, like the sweep\.json of a"):
             sweep_config(path, {})
 
 
@@ -185,5 +197,5 @@ def test_every_sae_at_once() -> None:
     two = replace(point.run, saes=(kron(num_heads=8, d_base=2, d_extension=2, k=2), *point.run.saes))
     changed = with_options(two, ["saes.*.optimizer.clip_norm=null", "saes.*.sparsifier.k=3"])
     assert [(one.optimizer.clip_norm, one.sparsifier.k) for one in changed.saes] == [(None, 3), (None, 3)]
-    with pytest.raises(UserError, match=r"^--set saes.\*.optimiser.lr: there is no 'optimiser' in the config"):
+    with pytest.raises(UserError, match=r"; got 'saes.\*.optimiser.lr', in which 'optimiser' is unknown"):
         with_options(two, ["saes.*.optimiser.lr=1"])

@@ -1,4 +1,4 @@
-"""A sweep on a tiny model: complete, carried on after a kill, extended, and told where it cannot work."""
+"""A sweep on a tiny model: complete, resumed after an interruption, extended, and rejected if it cannot run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def base(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str
 
 @pytest.fixture(scope="module")
 def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """Three SAEs with two seeds; tests only read it."""
+    """Return a sweep of three SAEs and two seeds, which tests must not change."""
     return go(SweepConfig(saes=SAES, config=base, seeds=(0, 1)), tmp_path_factory.mktemp("sweeps") / "whole")
 
 
@@ -128,13 +128,13 @@ def test_stopped_and_carried_on(whole: Sweep, base: str, tmp_path: Path, monkeyp
     config = SweepConfig(saes=SAES, config=base, seeds=(0, 1))
     with monkeypatch.context() as patch:
         patch.setattr(Member, "step", stopping)
-        with pytest.raises(Interrupted, match=r"^stopped after 256 of 384 tokens; the state is saved in"):
+        with pytest.raises(Interrupted, match=r"^stopped after 256 of 384 tokens; a checkpoint is saved in"):
             go(config, tmp_path / "s")
-    assert len((tmp_path / "s" / "sweep.csv").read_text().splitlines()) == 4  # what there was could be looked at
+    assert len((tmp_path / "s" / "sweep.csv").read_text().splitlines()) == 4  # intermediate results
     said: list[str] = []
     resumed = go(config, tmp_path / "s", say=said.append)
     assert said[0].startswith("3 SAEs to train in 1 group(s), seeds 1; 3 are finished")
-    assert "Carrying on after 256 of 384 tokens." in said
+    assert "Resuming after 256 of 384 tokens." in said
     assert without_times(resumed) == without_times(whole)
 
 
@@ -150,7 +150,7 @@ class TestADivergence:
         with found.csv.open(encoding="utf-8") as file:
             good, bad, other = csv.DictReader(file)
         assert bad["diverged"].startswith("training of 'topk-lr1e_30' diverged: the ")
-        assert f"{bad['diverged']} The sweep goes on without it." in said
+        assert f"{bad['diverged']} The sweep continues without it." in said
         assert (bad["name"], bad["seed"], bad["k"], bad["lr"], bad["run.hook"]) == (
             *("topk-lr1e_30", "0", "2", "1e+30"),
             "layers.2",
@@ -222,19 +222,19 @@ def test_what_leaves_the_weights_as_they_are_trains_nothing_anew(
         again = go(SweepConfig(saes=saes, config=base, set=other), tmp_path / "s", say=said.append)
         assert said[0].splitlines() == [
             "0 SAEs to train in 0 group(s), seeds -; 2 are finished",
-            "1 finished group(s) to evaluate again: the grid has other eval_tokens now.",
+            "1 finished group(s) to evaluate again, because eval_tokens changed.",
         ]
         assert all(row["evaluation_tokens"] >= 200 for row in again.rows)
         assert [row["explained_variance"] for row in again.rows] != [row["explained_variance"] for row in first.rows]
         assert [(row["run.eval_tokens"], row["run.loop.log_every"]) for row in again.rows] == [(200, 3)] * 2
-        open_run(tmp_path / "s" / "groups" / group).compare(40)  # by hand, on fewer
+        open_run(tmp_path / "s" / "groups" / group).compare(40)  # evaluated by the user on fewer tokens
         assert go(SweepConfig(saes=saes, config=base, set=other), tmp_path / "s").rows == again.rows
     anew = go(SweepConfig(saes=saes, config=base, set=other), tmp_path / "anew")
-    told = ("run.loop.log_every", "run.loop.checkpoint_every")
-    assert without_times(anew, *told) == without_times(again, *told)
+    recorded = ("run.loop.log_every", "run.loop.checkpoint_every")
+    assert without_times(anew, *recorded) == without_times(again, *recorded)
 
 
-def test_rows_of_different_numbers_of_tokens_are_told(whole: Sweep, tmp_path: Path) -> None:
+def test_rows_of_different_numbers_of_tokens_are_reported(whole: Sweep, tmp_path: Path) -> None:
     assert "held-out tokens" not in str(whole)
     rows = [row | {"evaluation_tokens": 50 + number % 2} for number, row in enumerate(whole.rows)]
     assert str(Sweep(tmp_path, rows, whole.settings)).splitlines()[-1] == (
@@ -259,7 +259,7 @@ def test_a_stopped_group_is_carried_on_though_it_is_logged_otherwise_now(
     said: list[str] = []
     changed = SweepConfig(saes=("topk d_sae=32 k=2 name=x",), config=base, set=("loop.log_every=1", "eval_tokens=90"))
     (row,) = go(changed, tmp_path / "s", say=said.append).rows
-    assert "Carrying on after 256 of 384 tokens." in said
+    assert "Resuming after 256 of 384 tokens." in said
     assert (row["name"], row["evaluation_tokens"] >= 90) == ("x", True)
 
 
@@ -275,11 +275,11 @@ def test_the_plan_has_the_sum_of_all_groups(base: str, tmp_path: Path, monkeypat
     assert plan.memory_bytes == max(first, second)
     assert plan.to_dict()["disk_bytes"] == plan.disk_bytes
     assert "Disk: about " in str(plan)
-    assert "in all of " in str(plan)
+    assert " free." in str(plan)
     plan.check()
     monkeypatch.setattr(sweeping, "free_disk_bytes", lambda folder: plan.disk_bytes - 1)
     with pytest.raises(
-        UserError, match=r"^the sweep must fit on the disk; about .* are needed and .* are free. Make ro"
+        UserError, match=r"^the sweep must fit on the disk; it needs about .*, but only .* are free\. Free s"
     ):
         go(SweepConfig(saes=("topk d_sae={32,64} k=2", "topk d_sae=8 k=2 name=small"), config=base), tmp_path / "s")
 
@@ -339,14 +339,16 @@ def test_times_are_estimated_where_they_are_worth_it(
     assert plan.seconds > 0
     assert "Time: about" in str(plan)
     _, plan = plan_sweep(two, tmp_path)
-    assert len(timed) == 2  # another seed takes as long
+    assert len(timed) == 2  # other seeds reuse the times
     assert plan.to_dict()["seconds"] == plan.seconds
     assert [group["seed"] for group in plan.to_dict()["groups"]] == [0, 1]
 
 
 def test_a_folder_that_holds_other_things(base: str, run_config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"^out must be a new or empty folder or a sweep; .* holds other files\.$"):
+    with pytest.raises(
+        UserError, match=r"^out must be a new or empty folder or a sweep; .* holds other files\. Choose another one\.$"
+    ):
         go(SweepConfig(saes=SAES, config=base), tmp_path)
     assert listing(tmp_path) == ["thesis.tex"]
 

@@ -140,13 +140,17 @@ def test_activations_are_normalised_where_the_gate_lets_them(kind: str) -> None:
 @pytest.mark.parametrize(
     ("make", "words", "message"),
     [
-        (batch_topk, {"k": 2}, "give d_sae for a dense encoder, or num_heads, d_base and d_extension for a Kronecker"),
+        (batch_topk, {"k": 2}, "d_sae (for a dense encoder) or num_heads, d_base and d_extension (for a Kronecker one"),
         (
             batch_topk,
             {"k": 2, "num_heads": 4},
-            "a Kronecker encoder needs d_base, d_extension and num_heads (or d_sae ",
+            "d_base, d_extension and num_heads (or d_sae) must be given for a Kronecker encoder; got num_heads.",
         ),
-        (batch_topk, {"k": 2, "d_sae": 64, "d_base": 4}, "a Kronecker encoder needs d_base, d_extension and num_heads"),
+        (
+            batch_topk,
+            {"k": 2, "d_sae": 64, "d_base": 4},
+            "d_base, d_extension and num_heads (or d_sae) must be given for a Kronecker encoder; got d_base.",
+        ),
         (
             batch_topk,
             {"k": 2, "d_sae": 66, "d_base": 4, "d_extension": 4},
@@ -155,9 +159,13 @@ def test_activations_are_normalised_where_the_gate_lets_them(kind: str) -> None:
         (
             jumprelu,
             {"k": 2, "d_sae": 64, "gate": "relu_product"},
-            "gate is for a Kronecker encoder; got 'relu_product' with a dense one.",
+            "gate must be used with a Kronecker encoder; got 'relu_product' with a dense one.",
         ),
-        (matryoshka, {"k": 2, "d_sae": 64, "smallest": 8, "groups": (64,)}, "give smallest or groups, not both."),
+        (
+            matryoshka,
+            {"k": 2, "d_sae": 64, "smallest": 8, "groups": (64,)},
+            "smallest and groups must not be given together; got both.",
+        ),
         (switch, {"k": 2, "d_sae": 66}, "d_sae must be a multiple of num_experts; got 66 with num_experts=8."),
         (jumprelu, {"k": 2, "d_sae": 66, "coefficient": -1.0}, "sparsity.coefficient must be finite and at least 0"),
     ],

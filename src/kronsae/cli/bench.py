@@ -1,4 +1,4 @@
-"""``kronsae bench``: the measurements as commands; ``--csv`` writes what the docs quote."""
+"""``kronsae bench``: the benchmarks as commands; ``--csv`` writes the files that the docs are made from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kronsae.support.provenance import provenance_columns
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure training steps and memory on this machine. Medians in ms, interleaved in one run; nothing is "
-    "reported if the operations' own checks fail.",
+    help="Measure training steps and memory on this machine: medians in ms of interleaved rounds. Before timing, the "
+    "operations are checked; if a check fails, nothing is reported.",
 )
 
 DIn = Annotated[int, typer.Option(help="D, width of the activations.")]
@@ -26,10 +26,10 @@ DBase = Annotated[int, typer.Option(help="M, bases per head.")]
 DExtension = Annotated[int, typer.Option(help="N, extensions per head.")]
 K = Annotated[int, typer.Option(help="Latents kept per token.")]
 Batch = Annotated[int, typer.Option(help="B, tokens per step.")]
-Rounds = Annotated[int, typer.Option(help="Counted rounds.")]
+Rounds = Annotated[int, typer.Option(help="Number of timed rounds.")]
 Seed = Annotated[int, typer.Option(help="Seed of weights and activations.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout, and nothing else there.")]
-Csv = Annotated[Path | None, typer.Option("--csv", help="Write the figures to this file as well.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the results to this CSV file.")]
 
 
 @app.command()
@@ -42,11 +42,13 @@ def step(
     batch: Batch = 1024,
     rounds: Rounds = 15,
     seed: Seed = 0,
-    only: Annotated[list[str] | None, typer.Option(help="Measure only this contestant; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Name of an implementation to measure; repeatable. Default: all.")
+    ] = None,
     csv: Csv = None,
     as_json: Json = False,
 ) -> None:
-    """A whole training step: KronSAE against its own encoder product, TopK, the paper's listing and two libraries."""
+    """Compare KronSAE's training step with its encoder product, TopK, the paper's listing and two libraries."""
     shape = Shape(d_in=d_in, num_heads=num_heads, d_base=d_base, d_extension=d_extension, k=k, batch=batch)
     result = runs.step(shape, rounds, seed, only or ())
     rows = [{"subject": name, **_sizes(shape), **_times(timing)} for name, timing in result.timings.items()]
@@ -69,7 +71,7 @@ def step(
         **provenance_columns(seed),
     }
     lines = [
-        f"{name:16s} {t.median_ms:9.1f} ms   ({t.low_ms:.1f} to {t.high_ms:.1f})   {_in_words(name, ratios)}"
+        f"{name:16s} {t.median_ms:9.1f} ms   ({t.low_ms:.1f} to {t.high_ms:.1f})   {_describe_ratio(name, ratios)}"
         for name, t in result.timings.items()
     ]
     lines += [f"{name:16s}   not measured: {reason}" for name, reason in result.unavailable.items()]
@@ -82,10 +84,10 @@ def grid(
     rounds: Rounds = 5,
     seed: Seed = 0,
     csv: Csv = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .svg, .png or .pdf as well.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also plot the results to this .svg, .png or .pdf file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """KronSAE against TopK over hidden widths and dictionary sizes (the paper's figure 8)."""
+    """Compare KronSAE with TopK over model widths and dictionary sizes (the paper's figure 8)."""
     from kronsae.bench.plot import check_plot, plot_grid
 
     if plot is not None:
@@ -113,7 +115,7 @@ def sparsifiers(
     csv: Csv = None,
     as_json: Json = False,
 ) -> None:
-    """BatchTopK and JumpReLU against TopK at one l0, dense and Kronecker, at two widths and two dictionary sizes."""
+    """Compare BatchTopK and JumpReLU with TopK at equal l0, dense and Kronecker, at two widths and dictionary sizes."""
     rows = []
     for point in runs.sparsifiers(runs.SPARSIFIER_SIZES, k=k, batch=batch, rounds=rounds, seed=seed):
         ratio = {
@@ -144,7 +146,7 @@ def scaling(
     csv: Csv = None,
     as_json: Json = False,
 ) -> None:
-    """Step time and peak memory of KronSAE over F = 4 H .. 1024 H at a fixed number of heads."""
+    """Measure step time and peak memory of KronSAE for F = 4 H .. 1024 H at a fixed number of heads H."""
     rows = []
     for point in runs.scaling(d_in=d_in, num_heads=num_heads, k=k, batch=batch, rounds=rounds, seed=seed):
         extra = {"peak_bytes": point.peak_bytes, "tokens_per_second": round(point.tokens_per_second, 1)}
@@ -168,7 +170,7 @@ def memory(
     csv: Csv = None,
     as_json: Json = False,
 ) -> None:
-    """Peak extra memory of forward and backward, against the bytes of all pre-latents, B * H * (M + N) * 4."""
+    """Compare the peak extra memory of forward and backward with that of all pre-latents, B * H * (M + N) * 4 bytes."""
     shape = Shape(d_in=d_in, num_heads=num_heads, d_base=d_base, d_extension=d_extension, k=k, batch=batch)
     result = runs.memory(shape, seed)
     row = {
@@ -194,7 +196,7 @@ def _times(timing: Timing) -> dict[str, Any]:
     }
 
 
-def _in_words(name: str, ratios: dict[str, float]) -> str:
+def _describe_ratio(name: str, ratios: dict[str, float]) -> str:
     if name not in ratios:
         return ""
     return f"kronsae takes {ratios[name]:.2f} x this" if name == "encoder_product" else f"{ratios[name]:.2f} x kronsae"

@@ -1,4 +1,4 @@
-"""``kronsae eval``: the table of a run, and the measurements as verbs, each imported when it is asked for."""
+"""``kronsae eval``: the table of a run, and one subcommand per measurement, imported when it is called."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ DEFAULT = "table"
 
 
 class MeasureGroup(TyperGroup):
-    """A group whose verbs are `MEASUREMENTS`, and whose first argument may be left out: then it is `DEFAULT`.
+    """Command group whose subcommands are `MEASUREMENTS`; `DEFAULT` is called if no subcommand is given.
 
-    Contexts and commands are of Click, or of the copy of it that newer releases of Typer bring along.
+    Contexts and commands are typed as Any: they are Click's, or those of the copy of Click in newer releases of Typer.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -43,17 +43,17 @@ class MeasureGroup(TyperGroup):
 
 
 def _refuse_misspelt(args: list[str], verbs: list[str]) -> None:
-    """``kronsae eval absorbtion RUN`` names no run folder: say so, and the verb that was meant."""
-    words = [word for word in args if not word.startswith("-")]
-    if len(words) > 1 and args[0] == words[0] and args[1] == words[1]:
-        raise UserError(f"'{args[0]}' is no measurement; there are {', '.join(verbs)}.{nearest(args[0], verbs)}")
+    """Raise for a misspelt subcommand, as in ``kronsae eval absorbtion RUN``, which would be read as a run folder."""
+    positional = [argument for argument in args if not argument.startswith("-")]
+    if len(positional) > 1 and args[:2] == positional[:2]:
+        raise UserError(f"the measurement must be one of {', '.join(verbs)}; got '{args[0]}'.{nearest(args[0], verbs)}")
 
 
 app = typer.Typer(
     cls=MeasureGroup,
     no_args_is_help=True,
-    help="Measure a finished run: `kronsae eval RUN` is the table (explained variance, l0, dead share, CE and KL "
-    "recovered on held-out text); the verbs measure more.",
+    help="Measure a finished run. `kronsae eval RUN` prints the table: explained variance, l0, dead share, CE and KL "
+    "recovered on held-out text. The subcommands make further measurements.",
 )
 
 

@@ -1,4 +1,4 @@
-"""``kronsae harvest``."""
+"""``kronsae harvest``: write the activations of a model to disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def harvest(
     out: Out,
     hook: Annotated[
         list[str],
-        typer.Option(help="Where to read, repeatable: module path or layer, such as layers.6 or layers.6.mlp:input."),
+        typer.Option(help="Hook to read, repeatable: module path or layer, such as layers.6 or layers.6.mlp:input."),
     ],
     tokens: Annotated[int, typer.Option(help="Tokens to harvest.")],
     model: Annotated[str, typer.Option(help="Hugging Face model: Hub name or local folder.")] = "bundled",
@@ -23,19 +23,19 @@ def harvest(
     model_dtype: Annotated[
         str, typer.Option(help="Precision of the model's weights: float32, bfloat16 or float16.")
     ] = "float32",
-    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda or cuda:1.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda or cuda:1.")] = "auto",
     text: Annotated[str, typer.Option(help="Text: Hub data set, local file or folder.")] = "bundled",
     subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a Hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
-    column: Annotated[str, typer.Option(help="Column that holds the text, in files with columns.")] = "text",
+    column: Annotated[str, typer.Option(help="Name of the text column in files with columns.")] = "text",
     dtype: Annotated[str, typer.Option(help="Precision on disk: float32, bfloat16 or float16.")] = "float32",
-    context_length: Annotated[int, typer.Option(help="Tokens of text the model sees at once.")] = 256,
+    context_length: Annotated[int, typer.Option(help="Length of a sequence of the model in tokens.")] = 256,
     model_batch: Annotated[int, typer.Option(help="Sequences per forward pass of the model.")] = 32,
-    held_out_share: Annotated[float, typer.Option(help="Share of documents kept for evaluation.")] = 0.05,
+    held_out_share: Annotated[float, typer.Option(help="Share of documents held out for evaluation.")] = 0.05,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a model over text and keep the activations of some hooks on disk, as safetensors."""
+    """Run a model over text and write the activations of one or more hooks to disk, as safetensors."""
     from kronsae.data.model import ModelConfig
     from kronsae.data.text import TextConfig
     from kronsae.runs.harvest import harvest as harvest_to

@@ -1,4 +1,4 @@
-"""``kronsae recipes`` and ``kronsae architectures``: what there is to choose from."""
+"""``kronsae recipes`` and ``kronsae architectures``: lists of recipes and of architectures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kronsae.support.terminal import Json, print_json, what_now
 
 
 def list_recipes(as_json: Json = False) -> None:
-    """List the named runs of `kronsae train --recipe`."""
+    """List the recipes for `kronsae train --recipe`."""
     from kronsae.runs import recipes
 
     described = {name: recipes.describe(recipe) for name, recipe in recipes.RECIPES.items()}
@@ -22,24 +22,24 @@ def list_recipes(as_json: Json = False) -> None:
 
 
 def list_architectures(as_json: Json = False) -> None:
-    """List the SAEs of the comparison, what each is composed of, and the words that train it small."""
+    """List the architectures that can be trained, the parts of each, and a command that trains a small one."""
     from kronsae.runs.architectures import ARCHITECTURES
 
-    rows = [architecture(name, words) for name, words in ARCHITECTURES.items()]
+    rows = [architecture(name, spec) for name, spec in ARCHITECTURES.items()]
     if as_json:
         print_json(rows)
     else:
         for row in rows:
             parts = ", ".join(f"{part} {row[part]}" for part in ("role", "encoder", "sparsifier", "loss", "experts"))
             print(f"{row['name']}: {parts}\n    {row['train']}")
-    what_now("one of these commands, and `kronsae eval` on the run folder it names")
+    what_now("one of these commands, then `kronsae eval` on its run folder")
 
 
-def architecture(name: str, words: str) -> dict[str, Any]:
-    """One cell of the comparison: its parts, its ``--sae`` words, and a command that trains it small."""
+def architecture(name: str, spec: str) -> dict[str, Any]:
+    """Return the parts of an architecture, its ``--sae`` specification, and a command that trains a small one."""
     from kronsae.runs.parsing import parse_sae
 
-    member = parse_sae(words)
+    member = parse_sae(spec)
     experts = getattr(member.encoder, "num_experts", 1)
     return {
         "name": name,
@@ -48,6 +48,6 @@ def architecture(name: str, words: str) -> dict[str, Any]:
         "sparsifier": member.sparsifier.kind,
         "loss": member.loss.kind,
         "experts": experts,
-        "sae": words,
-        "train": f"kronsae train --recipe tiny --sae {shlex.quote(words)} --out runs/{name}",
+        "sae": spec,
+        "train": f"kronsae train --recipe tiny --sae {shlex.quote(spec)} --out runs/{name}",
     }

@@ -1,4 +1,4 @@
-"""The command line: every verb has a module of its own here; this one puts them together."""
+"""Entry point of the command line; registers the commands, each of which has its own module."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Sparse autoencoders with Kronecker-factorised encoders: train, compare, look inside. "
-    "Begin with `kronsae quickstart`.",
+    help="Train, evaluate and inspect sparse autoencoders with Kronecker-factorised encoders. "
+    "Start with `kronsae quickstart`.",
 )
 
 app.command()(quickstart.quickstart)
@@ -30,17 +30,17 @@ app.command("recipes")(lists.list_recipes)
 app.command("architectures")(lists.list_architectures)
 
 SEPARATE = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""For a verb whose module is imported only when it is asked for: the module reads the arguments itself."""
+"""Settings of a command whose module is imported only when it is called and parses the arguments itself."""
 
 
 @app.command(
     "steer",
     context_settings=SEPARATE,
     add_help_option=False,
-    help="Let a run's language model write with some latents changed, beside what it writes without.",
+    help="Generate text with a run's language model, without and with changed latents.",
 )
 def steer(context: typer.Context) -> None:
-    """Hand over to the verb's own module, which is imported only here."""
+    """Call the command's own module, which is imported only here."""
     from kronsae.cli.steer import app as steering
 
     run_app(steering, "kronsae steer", context.args)
@@ -50,17 +50,17 @@ def steer(context: typer.Context) -> None:
     "bench",
     context_settings=SEPARATE,
     add_help_option=False,
-    help="Measure a training step against other libraries, over sizes, and its memory: `kronsae bench --help`.",
+    help="Measure the speed and memory of a training step, and compare it with other libraries.",
 )
 def bench(context: typer.Context) -> None:
-    """Hand over to the benchmarks' own verbs, which are imported only here."""
+    """Call the benchmarks' own module, which is imported only here."""
     from kronsae.cli.bench import app as benchmarks
 
     run_app(benchmarks, "kronsae bench", context.args)
 
 
 def main() -> None:
-    """Entry point: a `UserError` becomes one sentence and exit status 2, never a traceback."""
+    """Run the command line; a `UserError` becomes an error message and exit status 2, without a traceback."""
     try:
         run_app(app, "kronsae")
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what they do with a run folder."""
+"""Options and functions that several commands share."""
 
 from __future__ import annotations
 
@@ -17,31 +17,35 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder.")]
 RunFolder = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder (the same as --out).")]
 OptionalOut = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder.")]
 Model = Annotated[
-    str | None, typer.Option(help="Hugging Face model: Hub name or local folder; 'bundled' is the one inside.")
+    str | None,
+    typer.Option(help="Hugging Face model: Hub name or local folder; 'bundled' is the model in the package."),
 ]
 Text = Annotated[
     str | None,
-    typer.Option(help="Text: Hub data set, local .txt/.jsonl/.parquet or folder; 'bundled' is Python's own library."),
+    typer.Option(
+        help="Text: Hub data set, local .txt, .jsonl or .parquet file, or folder; 'bundled' is Python's own library."
+    ),
 ]
 Hook = Annotated[
     str | None,
-    typer.Option(help="Where to read: module path or layer, such as layers.6; with --activations, one of theirs."),
+    typer.Option(help="Hook to read: module path or layer, such as layers.6; with --activations, a harvested hook."),
 ]
-Tokens = Annotated[int | None, typer.Option(help="Tokens to use.")]
+Tokens = Annotated[int | None, typer.Option(help="Number of tokens.")]
 Flops = Annotated[
-    float | None, typer.Option(help="Instead of --tokens: what the training of each SAE may cost, such as 1e15.")
+    float | None, typer.Option(help="Training budget of each SAE in FLOPs, such as 1e15; instead of --tokens.")
 ]
 SameFlopsAs = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="The SAE of this name trains on --tokens, each other one on as many as cost the same FLOPs.",
+        help="The SAE with this name trains on --tokens; every other SAE gets the same FLOPs.",
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the weights and of the order of the data.")]
 
 
 def evaluate_with_progress(run: Run, tokens: int | None, quiet: bool) -> list[dict[str, Any]]:
+    """Evaluate a run with a progress bar and return the rows of its table."""
     from kronsae.runs.evaluation import evaluate_run
     from kronsae.support.progress import progress_bar
 
@@ -50,6 +54,7 @@ def evaluate_with_progress(run: Run, tokens: int | None, quiet: bool) -> list[di
 
 
 def evaluate_and_report(run: Run, as_json: bool, quiet: bool) -> None:
+    """Evaluate a run, write its report and print its table."""
     from kronsae.runs.evaluation import write_report
 
     rows = evaluate_with_progress(run, None, quiet)
@@ -59,6 +64,7 @@ def evaluate_and_report(run: Run, as_json: bool, quiet: bool) -> None:
 
 
 def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the rows of a run's table, as a table or as JSON."""
     from kronsae.runs.evaluation import as_table
 
     if as_json:
@@ -68,8 +74,15 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def one_folder(argument: Path | None, out: Path | None) -> Path:
+    """Return the run folder, given as an argument or as ``--out``.
+
+    Raises:
+        UserError: neither or both are given.
+    """
     if (argument is None) == (out is None):
-        raise UserError("give the run folder once: as RUN or as --out RUN.")
+        raise UserError(
+            f"the run folder must be given once, as RUN or as --out RUN; got {'none' if out is None else 'both'}."
+        )
     folder = argument if argument is not None else out
     assert folder is not None
     return folder

@@ -1,4 +1,4 @@
-"""``kronsae quickstart``."""
+"""``kronsae quickstart``: train, compare and report on the bundled model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kronsae.support.terminal import Json, Quiet, say, what_now
 def quickstart(
     out: Out = Path("runs/quickstart"),
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens to train on; shuffle buffer and evaluation are cut to as many.")
+        int | None, typer.Option(help="Tokens to train on; also limits the shuffle buffer and the evaluation.")
     ] = None,
     seed: Seed = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a TopK SAE and a KronSAE on the bundled language model, compare them, write a report.
+    """Train a TopK SAE and a KronSAE on the bundled language model, compare them and write a report.
 
-    Takes minutes on two cores. Stopped half-way, the same command carries on.
+    Takes minutes on two cores. The same command resumes an interrupted run.
     """
     from kronsae.runs import recipes
     from kronsae.runs.config import with_overrides
@@ -33,6 +33,4 @@ def quickstart(
         config = recipes.shortened(config, tokens)
     run = execute(config, out, show_progress=not quiet, say=say)
     evaluate_and_report(run, as_json, quiet)
-    what_now(
-        f"open {run.folder / 'report.html'} in a browser", "kronsae train --help, and --model with a model of yours"
-    )
+    what_now(f"open {run.folder / 'report.html'} in a browser", "kronsae train --help, to train on your own model")

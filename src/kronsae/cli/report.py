@@ -1,4 +1,4 @@
-"""``kronsae report``."""
+"""``kronsae report``: write the HTML report of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kronsae.support.terminal import Json, Quiet, what_now
 
 
 def report(run_folder: RunFolder = None, out: OptionalOut = None, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Write one HTML page: the comparison, the curves, the latents and their contexts."""
+    """Write the report of a run, one HTML page: comparison, training curves, latents with contexts, measurements."""
     from kronsae.runs.run import open_run
 
     run = open_run(one_folder(run_folder, out))

@@ -1,4 +1,4 @@
-"""``kronsae sweep``."""
+"""``kronsae sweep``: train and evaluate a grid of SAEs."""
 
 from __future__ import annotations
 
@@ -15,40 +15,47 @@ def sweep(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the sweep.")],
     grid: Annotated[
         Path | None,
-        typer.Option(help="The sweep as JSON (a sweep.json); options given besides take its values' place."),
+        typer.Option(help="Config of a sweep as JSON (a sweep.json); other options override its values."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="A named run to start from; see `kronsae recipes`.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A run's config as JSON, to start from.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to start from; see `kronsae recipes`.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Config of a run as JSON, to start from.")] = None,
     model: Model = None,
     text: Text = None,
     hook: Hook = None,
-    activations: Annotated[Path | None, typer.Option(help="Folder that `kronsae harvest` wrote.")] = None,
+    activations: Annotated[Path | None, typer.Option(help="Folder written by `kronsae harvest`.")] = None,
     sae: Annotated[
         list[str] | None,
         typer.Option(
-            help="SAEs, repeatable; {a,b} is each in turn: 'kron d_base={1,2} d_extension=4 d_sae=1024 k=16'."
+            help="SAEs to train, repeatable; {a,b} is replaced by each value in turn: "
+            "'kron d_base={1,2} d_extension=4 d_sae=1024 k=16'."
         ),
     ] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to train on, or several budgets: 250000,500000.")] = None,
-    flops: Annotated[str | None, typer.Option(help="The same in FLOPs, instead of --tokens: 1e13,3e13.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="One or more budgets in tokens: 250000,500000.")] = None,
+    flops: Annotated[
+        str | None, typer.Option(help="One or more budgets in FLOPs: 1e13,3e13; instead of --tokens.")
+    ] = None,
     same_flops_as: SameFlopsAs = None,
     seeds: Annotated[
         str | None,
-        typer.Option(help="How many seeds (3 is 0, 1 and 2), or which: 4,5 or {4}. Each is one of weights and data."),
+        typer.Option(
+            help="Number of seeds (3 means 0, 1 and 2), or the seeds: 4,5 or {4}. A seed sets weights and data."
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other field, repeatable: --set 'saes.*.optimizer.beta2={0.99,0.999}'."),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="At most so many SAEs on one stream of activations.")] = 16,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is left to train and how long.")] = False,
+    group_size: Annotated[int, typer.Option(help="Maximum number of SAEs on one stream of activations.")] = 16,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the remaining work and its requirements, and train nothing.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train and evaluate a grid of SAEs: one CSV with every figure, one page with EV against heads, l0 and budget.
+    """Train and evaluate a grid of SAEs; write a CSV file with all metrics and a page with plots.
 
-    SAEs of one seed see the same batches, many of them from one pass of the model. The same command carries on what
-    was stopped; of a grid that was changed, only what is new is trained.
+    All SAEs of a seed see the same batches, and many of them share each pass of the model. The same command resumes an
+    interrupted sweep. If the grid has changed, only new SAEs are trained.
     """
     from kronsae.sweeps.grid import numbers, sweep_config
     from kronsae.sweeps.grid import seeds as seeds_of
@@ -80,4 +87,4 @@ def sweep(
         print_json({"csv": str(found.csv), "page": str(found.page), "saes": found.rows})
     else:
         print(found)
-    what_now(f"open {found.page} in a browser", f"{found.csv} has every setting and figure")
+    what_now(f"open {found.page} in a browser", f"{found.csv} has all settings and metrics")

@@ -1,4 +1,4 @@
-"""``kronsae train``."""
+"""``kronsae train``: train SAEs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def train(
     out: Out,
-    recipe: Annotated[str | None, typer.Option(help="A named run to start from; see `kronsae recipes`.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A run's config as JSON (a run folder's run.json).")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to start from; see `kronsae recipes`.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Config of a run as JSON (the run.json of a run folder).")] = None,
     model: Model = None,
     text: Text = None,
     hook: Hook = None,
@@ -28,9 +28,9 @@ def train(
     sae: Annotated[
         list[str] | None,
         typer.Option(
-            help="An SAE to train, repeatable: 'topk d_sae=4096 k=32' or "
-            "'kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine'. read= and write= name hooks of its "
-            "own: 'topk d_sae=4096 k=32 read=layers.3.mlp:input write=layers.3.mlp' is a transcoder."
+            help="SAE to train, repeatable: 'topk d_sae=4096 k=32' or "
+            "'kron num_heads=512 d_base=2 d_extension=4 k=32 lr=1e-3 name=mine'. read= and write= set the SAE's own "
+            "hooks: 'topk d_sae=4096 k=32 read=layers.3.mlp:input write=layers.3.mlp' is a transcoder."
         ),
     ] = None,
     seed: Seed = None,
@@ -39,20 +39,20 @@ def train(
         typer.Option("--set", help="Any other field of the config, repeatable: --set loop.batch_tokens=4096."),
     ] = None,
     activations: Annotated[
-        Path | None, typer.Option(help="Folder that `kronsae harvest` wrote, to train on instead of the live model.")
+        Path | None, typer.Option(help="Folder written by `kronsae harvest`, to train on instead of the model.")
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     wandb: Annotated[str | None, typer.Option(help="Also log to this Weights & Biases project.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would take: tokens, memory, disk, time.")
+        bool, typer.Option("--dry-run", help="Print the requirements (tokens, memory, disk, time) and train nothing.")
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train SAEs side by side on one stream of a model's activations.
 
-    Start from a recipe, a config file, or --model, --text, --hook, --tokens (or --flops) and --sae. The same command
-    on an unfinished run carries it on.
+    Give a recipe, a config file, or --model, --text, --hook, --tokens (or --flops) and --sae. The same command resumes
+    an unfinished run.
     """
     from kronsae.runs.parsing import RunOptions, parse_sae
     from kronsae.runs.run import execute

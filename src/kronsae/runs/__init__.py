@@ -1,1 +1,1 @@
-"""A run: its config, its training, its evaluation, its folder."""
+"""Runs: config, recipes, training, evaluation and run folder."""

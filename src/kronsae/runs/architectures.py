@@ -1,9 +1,9 @@
-"""The SAEs of the comparison: each function describes one.
+"""SAE architectures: functions that return the config of an SAE.
 
-Encoder, sparsifier, loss and experts combine freely; a function here is only a name for one combination, and
-`SAE_KINDS` gives each the name that ``--sae`` begins with. All of them take the keyword arguments of
-`TrainingOptions`; those with a choice of encoder take `EncoderOptions` besides. `ARCHITECTURES` holds the cells of the
-comparison, each as the ``--sae`` text that trains it small.
+Encoder, sparsifier, loss and experts can be combined freely; each function is a name for one combination. `SAE_KINDS`
+maps the first word of a ``--sae`` specification to its function. All functions take the keyword arguments of
+`TrainingOptions`; those with a choice of encoder also take `EncoderOptions`. `ARCHITECTURES` lists the architectures,
+each as the specification of a small SAE.
 """
 
 from __future__ import annotations
@@ -46,18 +46,19 @@ ARCHITECTURES: dict[str, str] = {
 
 
 class TrainingOptions(TypedDict, total=False):
-    """Keyword arguments that every function here takes; `TRAINING_DEFAULTS` has their defaults.
+    """Keyword arguments of every function in this module; `TRAINING_DEFAULTS` has their defaults.
 
     Args:
-        name: of the SAE within its run; default: the name of its kind.
+        name: name of the SAE in its run; default: the name of its kind.
         lr: peak learning rate.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
         unit_norm_decoder: keep decoder rows at norm 1.
-        normalize_activations: None centres and scales where the gate allows folding that away, so not for `mand_eps`.
-        dead_after_tokens: a latent is dead after so many tokens without an activation.
+        normalize_activations: None: centre and scale, unless the gate does not allow folding this into the weights
+            (`mand_eps`).
+        dead_after_tokens: number of tokens without an activation after which a latent is dead.
         aux_weight: weight of the AuxK loss.
-        read: hooks read, where they are not the run's: one name or several (``"layers.2,layers.3"``).
-        write: hooks written, where they are not those read: this makes a transcoder; several make a crosscoder.
+        read: hooks read, if not the run's: one name or several (``"layers.2,layers.3"``; a crosscoder).
+        write: hooks written, if not the hooks read (a transcoder).
         skip: add a transcoder's linear path ``W_skip x``.
     """
 
@@ -87,15 +88,15 @@ TRAINING_DEFAULTS: TrainingOptions = {
 
 
 class EncoderShape(TypedDict, total=False):
-    """The shape of an encoder: ``d_sae`` alone is a dense one, with heads it is a Kronecker one. Defaults: None.
+    """Shape of an encoder: dense if only ``d_sae`` is given, otherwise Kronecker. All default to None.
 
     Args:
-        d_sae: latents, of a dense encoder; of a Kronecker encoder it may replace ``num_heads``.
-        num_heads: H.
-        d_base: M.
-        d_extension: N.
-        gate: how a base and an extension compose; default `mand`.
-        init_norm: expected norm of an encoder row at the start.
+        d_sae: number of latents; with a Kronecker encoder it can replace ``num_heads``.
+        num_heads: number of heads H.
+        d_base: bases per head M.
+        d_extension: extensions per head N.
+        gate: function that combines a base and an extension; default `mand`.
+        init_norm: expected norm of an encoder row at initialisation.
     """
 
     d_sae: int | None
@@ -107,11 +108,11 @@ class EncoderShape(TypedDict, total=False):
 
 
 class EncoderOptions(EncoderShape, TrainingOptions, total=False):
-    """`EncoderShape` and `TrainingOptions` together."""
+    """Keyword arguments of `EncoderShape` and `TrainingOptions`."""
 
 
 def topk(*, d_sae: int, k: int, init_norm: float | None = None, **options: Unpack[TrainingOptions]) -> MemberConfig:
-    """A TopK SAE with a dense encoder (Gao et al. 2025): the baseline."""
+    """Return the config of a TopK SAE with a dense encoder (Gao et al. 2025), the baseline."""
     return _member("topk", DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm), TopKConfig(k=k), options)
 
 
@@ -126,16 +127,16 @@ def kron(
     init_norm: float | None = None,
     **options: Unpack[TrainingOptions],
 ) -> MemberConfig:
-    """A KronSAE: ``num_heads`` heads, each composing ``d_base`` bases with ``d_extension`` extensions.
+    """Return the config of a KronSAE: ``num_heads`` heads of ``d_base`` bases and ``d_extension`` extensions each.
 
     Args:
-        d_base: M.
-        d_extension: N.
-        k: latents per token.
-        num_heads: H; left out, as many as make ``d_sae`` latents.
-        d_sae: latents; left out, ``num_heads * d_base * d_extension``.
-        gate: how a base and an extension compose.
-        init_norm: expected norm of an encoder row at the start.
+        d_base: bases per head M.
+        d_extension: extensions per head N.
+        k: active latents per token.
+        num_heads: number of heads H; None: the number that gives ``d_sae`` latents.
+        d_sae: number of latents; None: ``num_heads * d_base * d_extension``.
+        gate: function that combines a base and an extension.
+        init_norm: expected norm of an encoder row at initialisation.
         **options: see `TrainingOptions`.
     """
     encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
@@ -143,10 +144,12 @@ def kron(
 
 
 def batch_topk(*, k: int, **options: Unpack[EncoderOptions]) -> MemberConfig:
-    """The B * k largest latents of each batch; saved as JumpReLU with a learned threshold (Bussmann et al. 2024).
+    """Return the config of a BatchTopK SAE, which keeps the B * k largest latents of a batch (Bussmann et al. 2024).
+
+    It is saved as JumpReLU with a learned threshold.
 
     Args:
-        k: latents per token, on average.
+        k: mean number of active latents per token.
         **options: see `EncoderShape` and `TrainingOptions`.
     """
     shape, rest = _split(options)
@@ -156,12 +159,12 @@ def batch_topk(*, k: int, **options: Unpack[EncoderOptions]) -> MemberConfig:
 def jumprelu(
     *, k: int, coefficient: float | None = None, bandwidth: float = 0.5, **options: Unpack[EncoderOptions]
 ) -> MemberConfig:
-    """A learned threshold per latent, under an l0 penalty (Rajamanoharan et al. 2024b).
+    """Return the config of a JumpReLU SAE: a learned threshold per latent, l0 penalty (Rajamanoharan et al. 2024b).
 
     Args:
-        k: l0 to start with and, without ``coefficient``, to end with: the penalty is steered towards it.
+        k: initial l0; without ``coefficient`` also the target l0, which the weight of the penalty is adjusted to reach.
         coefficient: fixed weight of the l0 penalty.
-        bandwidth: of the straight-through estimator, as a share of the threshold.
+        bandwidth: bandwidth of the straight-through estimator, as a share of the threshold.
         **options: see `EncoderShape` and `TrainingOptions`.
     """
     shape, rest = _split(options)
@@ -177,13 +180,13 @@ def matryoshka(
     across_batch: bool = False,
     **options: Unpack[EncoderOptions],
 ) -> MemberConfig:
-    """Nested prefixes of the dictionary that each reconstruct on their own (Bussmann et al. 2025).
+    """Return the config of a Matryoshka SAE, whose nested prefixes each reconstruct the input (Bussmann et al. 2025).
 
     Args:
-        k: latents per token.
-        smallest: size of the first group, of ``2^k, 2^k, 2^(k+1), ...``; None: ``d_sae // 8``.
-        groups: any other group sizes, in place of ``smallest``.
-        across_batch: BatchTopK in place of TopK.
+        k: active latents per token.
+        smallest: size n of the first group; the group sizes are ``n, n, 2n, 4n, ...``; None: ``d_sae // 8``.
+        groups: other group sizes, instead of ``smallest``.
+        across_batch: use BatchTopK instead of TopK.
         **options: see `EncoderShape` and `TrainingOptions`.
     """
     shape, rest = _split(options)
@@ -191,7 +194,7 @@ def matryoshka(
     if groups is None:
         groups = matryoshka_groups(encoder.d_sae, max(1, encoder.d_sae // 8) if smallest is None else smallest)
     elif smallest is not None:
-        raise UserError("give smallest or groups, not both.")
+        raise UserError("smallest and groups must not be given together; got both. Leave one out.")
     sparsifier = BatchTopKConfig(k=k) if across_batch else TopKConfig(k=k)
     return _member("matryoshka", encoder, sparsifier, rest, loss=MatryoshkaConfig(groups=groups))
 
@@ -199,13 +202,13 @@ def matryoshka(
 def switch(
     *, k: int, num_experts: int = 8, balance_weight: float = 3.0, **options: Unpack[EncoderOptions]
 ) -> MemberConfig:
-    """Experts of equal size, of which a router picks one per token (Mudide et al. 2025).
+    """Return the config of a Switch SAE: a router selects one of E equal experts per token (Mudide et al. 2025).
 
     Args:
-        k: latents per token.
-        num_experts: E; they share the latents, or the heads, evenly.
+        k: active latents per token.
+        num_experts: number of experts E; latents or heads are divided evenly between them.
         balance_weight: coefficient of the load-balancing loss.
-        **options: see `EncoderShape` (of all experts together) and `TrainingOptions`.
+        **options: see `EncoderShape` (for all experts together) and `TrainingOptions`.
     """
     shape, rest = _split(options)
     for what in ("d_sae", "num_heads"):
@@ -281,7 +284,7 @@ def _member(
 
 
 def _hooks(given: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Return hooks as a config keeps them: a text names one, or several with commas between them."""
+    """Return hooks as a tuple; a string contains one hook, or several separated by commas."""
     return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
 
 
@@ -304,27 +307,35 @@ def _encoder(
     gate: GateName,
     init_norm: float | None,
 ) -> EncoderConfig:
-    """Return the encoder of this shape: a Kronecker one if heads are named, else a dense one."""
+    """Return the encoder config of this shape: Kronecker if any size of heads is given, otherwise dense."""
     heads = (num_heads, d_base, d_extension)
     if all(value is None for value in heads):
         if d_sae is None:
-            raise UserError("give d_sae for a dense encoder, or num_heads, d_base and d_extension for a Kronecker one.")
+            raise UserError(
+                "d_sae (for a dense encoder) or num_heads, d_base and d_extension (for a Kronecker one) must be given; "
+                "got none."
+            )
         if gate != "mand":
             raise UserError(
-                f"gate is for a Kronecker encoder; got '{gate}' with a dense one. Leave it out, or give heads."
+                f"gate must be used with a Kronecker encoder; got '{gate}' with a dense one. Leave it out, or give "
+                "num_heads, d_base and d_extension."
             )
         return DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm)
     if num_heads is None and not (d_sae is None or d_base is None or d_extension is None):
         num_heads = _heads(d_sae, d_base, d_extension)
     if num_heads is None or d_base is None or d_extension is None:
-        raise UserError("a Kronecker encoder needs d_base, d_extension and num_heads (or d_sae in its place).")
+        sizes = {"num_heads": num_heads, "d_base": d_base, "d_extension": d_extension}
+        given = ", ".join(name for name, size in sizes.items() if size is not None)
+        raise UserError(
+            f"d_base, d_extension and num_heads (or d_sae) must be given for a Kronecker encoder; got {given}."
+        )
     return KroneckerEncoderConfig(
         num_heads=num_heads, d_base=d_base, d_extension=d_extension, d_sae=d_sae, gate=gate, init_norm=init_norm
     )
 
 
 def _heads(d_sae: int, d_base: int, d_extension: int) -> int:
-    """The heads that make ``d_sae`` latents."""
+    """Return the number of heads that gives ``d_sae`` latents."""
     for what, size in (("d_sae", d_sae), ("d_base", d_base), ("d_extension", d_extension)):
         check_count(what, size)
     heads, rest = divmod(d_sae, d_base * d_extension)

@@ -1,4 +1,4 @@
-"""The whole of a run in one config: what is read, what is trained, for how long."""
+"""Config of a run: model, text, hooks, SAEs and training."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from kronsae.training.config import LoopConfig, MemberConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run: SAEs trained on the activations of one model over one text, each at its own hooks.
+    """Config of a run: SAEs trained on the activations of one model over one text.
 
     Args:
         model: the language model.
-        text: where its text comes from.
-        hook: what SAEs that name no hooks of their own read and reconstruct: a module path or layer, such as
-            ``layers.6``; ``layers.6.mlp:input`` is what a module is given in place of what it gives.
+        text: source of the text.
+        hook: hook of the SAEs that have no hooks of their own: a module path or layer, such as ``layers.6``;
+            ``layers.6.mlp:input`` is the input of a module instead of its output.
         saes: the SAEs, trained side by side on the same tokens.
         loop: budget, batch size, logging and checkpoints.
-        activations: folder of harvested activations to train on instead of running the model; None runs it.
-        context_length: T, tokens of text the model sees at once.
+        activations: folder of harvested activations to train on; None: run the model.
+        context_length: T, length of a sequence of the model in tokens.
         model_batch: S, sequences per forward pass of the model.
-        window_pool_tokens: tokens in the pool of windows that are shuffled before the model reads them, 4 bytes each; 0
-            reads the windows in the order of the text.
+        window_pool_tokens: tokens in the pool in which windows are shuffled before the model, 4 bytes each; 0: read the
+            windows in the order of the text.
         buffer_tokens: tokens whose activations are shuffled together; memory is ``buffer_tokens * 4`` bytes times the
-            widths of all `hooks`. Harvested activations are read in a random order over all of them: a run on
-            `activations` has neither pool nor buffer, and says so.
+            sum of the widths of all `hooks`. A run on harvested `activations` has neither pool nor buffer, because it
+            reads them from disk in random order.
         eval_tokens: held-out tokens to evaluate on.
-        held_out_share: share of documents kept for evaluation.
-        seed: of the order of the activations.
+        held_out_share: share of documents held out for evaluation.
+        seed: seed of the order of the activations.
     """
 
     model: ModelConfig
@@ -78,19 +78,19 @@ class RunConfig:
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """Every hook that some SAE reads or writes, each once."""
+        """Return all hooks that SAEs read or write, each once."""
         needed = (hook for member in self.saes for hook in (*member.reads(self.hook), *member.writes(self.hook)))
         return tuple(dict.fromkeys(needed))
 
 
 def own_hook(saes: Sequence[MemberConfig]) -> str | None:
-    """The hook of a run for which none is given: the first that its SAEs read, if each names hooks of its own."""
+    """Return the first hook that the SAEs read if every SAE has its own hooks, otherwise None."""
     reads = [member.read for member in saes if member.read is not None]
     return reads[0][0] if reads and len(reads) == len(saes) else None
 
 
 def check_held_out_share(share: float) -> None:
-    """Refuse a share that leaves nothing to train on or nothing to evaluate on."""
+    """Raise if the share leaves no documents for training or for evaluation."""
     if not 0 < share < 1:
         raise UserError(f"held_out_share must be between 0 and 1; got {share!r}.")
 
@@ -107,9 +107,9 @@ def with_overrides(
     seed: int | None = None,
     saes: Sequence[MemberConfig] = (),
 ) -> RunConfig:
-    """A recipe with some of its parts replaced; None and no SAEs leave the recipe's.
+    """Return the config with some fields replaced; None, and no SAEs, keep the config's values.
 
-    Tokens replace a budget in FLOPs, and the other way round.
+    ``tokens`` replaces a budget in FLOPs, and ``flops`` a budget in tokens.
     """
     if model is not None:
         config = replace(config, model=replace(config.model, name=model, revision=None))

@@ -1,4 +1,4 @@
-"""Evaluating a run: its SAEs on held-out text of its own, kept beside them, shown as a table and as a page."""
+"""Evaluation of a run's SAEs on held-out text: stored in the run folder, shown as a table and in the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 REVISION = 1
-"""Of ``evaluation.json`` and ``latents.json``: rises when their shape changes, or what a figure in them means."""
+"""Revision of ``evaluation.json`` and ``latents.json``; increased when their structure or a metric changes."""
 
 SUMMARY_KEYS = (
     "name",
@@ -48,17 +48,17 @@ def evaluate_run(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluate all SAEs of a run on the same held-out tokens; write what was found into the run folder.
+    """Evaluate all SAEs of a run on the same held-out tokens and write the results into the run folder.
 
     Args:
         run: a finished run.
-        tokens: how many held-out tokens; None: those of the last evaluation, or else the run's ``eval_tokens``. What
-            is known is not computed again.
-        say: told what is being done.
-        progress: called with (tokens done, tokens to do); there are two passes.
+        tokens: number of held-out tokens; None: that of the last evaluation, or the run's ``eval_tokens`` if there is
+            none. A stored evaluation on this number of tokens is returned without computing it again.
+        say: receives status messages.
+        progress: called with (tokens done, all tokens); there are two passes.
 
     Returns:
-        One row per SAE: size, cost, and every figure of `kronsae.eval.Evaluation`.
+        One row per SAE: size, cost, and all metrics of `kronsae.eval.Evaluation`.
     """
     run.require_finished()
     config = run.config
@@ -69,7 +69,7 @@ def evaluate_run(
         say(f"Already evaluated on {describe_tokens(counted, known['requested_tokens'])}: {path}.")
         return list(known["saes"])
     wanted = config.eval_tokens if tokens is None else tokens
-    say(f"Evaluating on whole windows of held-out text, until they hold {wanted:,} tokens.")
+    say(f"Evaluating on whole windows of held-out text with at least {wanted:,} tokens in total.")
     loaded = LoadedRun(run)
     saes = loaded.saes
     found = evaluate(
@@ -83,7 +83,7 @@ def evaluate_run(
     training = read_json(run.folder / "training.json", "the training's summary")
     rows = [_row(config, name, sae, found[name], training) for name, sae in saes.items()]
     say(f"Evaluated on {describe_tokens(rows[0]['evaluation_tokens'], wanted)}.")
-    path.unlink(missing_ok=True)  # written last: while it is there, all three files belong together
+    path.unlink(missing_ok=True)  # written last: if it exists, all three files belong together
     write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
     write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
     write_json(path, {"revision": REVISION, "requested_tokens": wanted, "saes": rows})
@@ -91,7 +91,7 @@ def evaluate_run(
 
 
 def _known_evaluation(path: Path) -> dict[str, Any] | None:
-    """What is on disk, if it is what this version's `evaluate_run` writes."""
+    """Return the stored evaluation; None if there is none of this `REVISION`."""
     if not path.exists():
         return None
     known = read_json(path, "the evaluation")
@@ -99,11 +99,11 @@ def _known_evaluation(path: Path) -> dict[str, Any] | None:
 
 
 def write_report(run: RunFolder, *, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Write ``report.html`` from what was measured last, measuring first where nothing was."""
+    """Write ``report.html`` from the stored results and return its path; evaluate the run first if it was not."""
     measures, outdated = kept_results(run.folder)
     for name in outdated:
         say(
-            f"Left out, since another version measured it: {name}. Again: kronsae eval {name} "
+            f"The report leaves out {name}, because another version measured it. Measure it again: kronsae eval {name} "
             f"{shlex.quote(str(run.folder))}"
         )
     data = report_data(
@@ -182,7 +182,7 @@ class Comparison:
 
 
 def as_table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table for a terminal."""
+    """Return the rows as a table for the terminal."""
     from rich.table import Table
 
     columns = _COLUMNS

@@ -1,4 +1,4 @@
-"""A run folder: the config, the metrics and the SAEs of a run, read from disk."""
+"""Reading of a run folder: config, metrics and SAEs."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from kronsae.training.sinks import read_metrics
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder: ``run.json``, ``metrics.jsonl``, ``saes/<name>/`` and, once made, evaluation and report."""
+    """A run folder: ``run.json``, ``metrics.jsonl``, ``saes/<name>/`` and, if they exist, evaluation and report."""
 
     folder: Path
 
     @cached_property
     def config(self) -> RunConfig:
-        """The config it was made with."""
+        """Return the config of the run."""
         return from_dict(RunConfig, self._about["config"], where=f"{self.folder / 'run.json'}: config")
 
     @property
     def _about(self) -> dict[str, Any]:
         if not (self.folder / "run.json").exists():
             raise UserError(
-                f"{self.folder} holds no run yet (it has no run.json). Give the `kronsae train` command that "
-                "was to fill it again; of a sweep, give one of its groups/."
+                f"{self.folder} must hold a run; it has no run.json. If a training was interrupted before its first "
+                "step, run the same `kronsae train` command again; for a sweep, give one of the folders in groups/."
             )
         about = read_json(self.folder / "run.json", "the run folder")
         if not isinstance(about, dict) or "config" not in about:
-            raise UserError(f"{self.folder / 'run.json'} was not written by kronsae: it has no 'config' entry.")
+            raise UserError(f"{self.folder / 'run.json'} must be written by kronsae; it has no 'config' entry.")
         return about
 
     @property
     def names(self) -> list[str]:
-        """The names of its SAEs."""
+        """Return the names of the SAEs."""
         return [member.name for member in self.config.saes]
 
     @property
     def finished(self) -> bool:
-        """Whether the training came to its end."""
+        """Return whether the training is finished."""
         return (self.folder / "training.json").exists()
 
     def __repr__(self) -> str:
-        """What was trained: a line per SAE, with its sizes as far as they are known."""
+        """Return a summary with a line per SAE; sizes that are not known yet are left out."""
         if not (self.folder / "run.json").exists():
-            return f"{type(self).__name__}('{self.folder}'): nothing is trained yet"
+            return f"{type(self).__name__}('{self.folder}'): not trained yet"
         state, config = "finished" if self.finished else "not finished", self.config
         lines = [f"{type(self).__name__}('{self.folder}'): {state}, {config.model.name} at {', '.join(config.hooks)}"]
         for member in config.saes:
@@ -66,37 +66,37 @@ class RunFolder:
             if self.finished:
                 saved = checkpoint.read_shape(self.sae_folder(member.name))
                 lines.append(f"  {member.name}: {in_words(replace(saved, sparsifier=member.sparsifier))}")
-            else:  # the model's width is in no file
+            else:  # the width of the activations is not stored in the config
                 lines.append(f"  {member.name}: {shape.architecture}, d_sae={shape.d_sae}, k={shape.sparsifier.k}")
         return "\n".join(lines)
 
     def sae_folder(self, name: str) -> Path:
-        """Where the SAE of that name is saved."""
+        """Return the folder of the SAE with this name."""
         if name not in self.names:
             raise UserError(
-                f"name must be an SAE of {self.folder}: {', '.join(self.names)}; got '{name}'."
+                f"name must be one of the SAEs of {self.folder}, {', '.join(self.names)}; got '{name}'."
                 f"{nearest(name, self.names)}"
             )
         return self.folder / "saes" / name
 
     def load(self, name: str) -> SAE:
-        """One of its SAEs."""
+        """Load the SAE with this name."""
         self.require_finished()
         return checkpoint.load(self.sae_folder(name))
 
     def saes(self) -> dict[str, SAE]:
-        """All of its SAEs, by name."""
+        """Load all SAEs, by name."""
         return {name: self.load(name) for name in self.names}
 
     def activations(self, tokens: int, hook: str | None = None) -> Float[Tensor, "B D"]:
-        """Activations of held-out text at one hook: ``[tokens, width]``, float32, in the text's order.
+        """Return activations of held-out text at one hook: ``[tokens, width]``, float32, in the order of the text.
 
         Args:
-            tokens: how many; row n belongs to the same token whatever the hook.
-            hook: None: the run's.
+            tokens: number of tokens, without repetition; row n is the same token at every hook.
+            hook: hook to read; None: the run's hook.
 
         Raises:
-            UserError: the held-out text has fewer tokens; none is given twice.
+            UserError: the held-out text has fewer tokens.
         """
         check_count("tokens", tokens)
         hook = self.config.hook if hook is None else hook
@@ -107,17 +107,17 @@ class RunFolder:
             if count >= tokens:
                 return torch.cat(parts)[:tokens]
         raise UserError(
-            f"tokens must not exceed what the held-out text gives; got {tokens}, and it ended after {count}. "
-            "Ask for fewer, or train on a longer text."
+            f"tokens must be at most the {count} tokens of the held-out text; got {tokens}. Ask for fewer, or train on "
+            "a longer text."
         )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of ``metrics.jsonl``."""
+        """Return the rows of ``metrics.jsonl``."""
         return read_metrics(self.folder / "metrics.jsonl")
 
     def require_finished(self) -> None:
-        """Raise a UserError if there is training left to do."""
+        """Raise a `UserError` if the training is not finished."""
         if not self.finished:
             raise UserError(
-                f"the run in {self.folder} is not finished. Give the command that started it again: it carries on."
+                f"the run must be finished; {self.folder} is not. Run the command that started it again to resume it."
             )

@@ -1,4 +1,4 @@
-"""Harvesting as a verb: activations of a text at some hooks, on disk, with all that a later training must know."""
+"""Harvesting: write the activations of a text at one or more hooks to disk, with the metadata that training needs."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ def harvest(
     held_out_share: float = 0.05,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write the activations of the training part of a text into ``out``; return what was written.
+    """Write the activations of the training documents of a text into ``out``; return a summary.
 
     Held-out documents are left out, so that SAEs trained on the folder can be evaluated on them. The text is read in
-    its order, without a pool of windows: training reads the folder in a random order over all of it.
+    order, without a window pool, because training reads the folder in random order.
 
     Args:
         model: Hub name, local folder, ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
-        hook: module path or layer whose output is read, such as ``"layers.6"`` or ``6``; or several, read in the same
-            pass. The first is that of SAEs which name no hooks of their own.
-        tokens: tokens to harvest.
+        hook: one or more module paths or layers, such as ``"layers.6"`` or ``6``, read in the same pass. SAEs without
+            hooks of their own use the first.
+        tokens: number of tokens to harvest.
         out: a new or empty folder.
         dtype: precision on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        context_length: T, tokens of text the model sees at once.
+        context_length: T, length of a sequence of the model in tokens.
         model_batch: S, sequences per forward pass of the model.
-        held_out_share: share of documents kept for evaluation.
-        progress: called with the tokens done and those asked for.
+        held_out_share: share of documents held out for evaluation.
+        progress: called with the number of tokens done and of all tokens.
 
     Raises:
-        UserError: anything given that cannot work; what can be known beforehand, before the model is loaded.
+        UserError: an argument is invalid; raised before the model is loaded where possible.
     """
     for name, value in (("tokens", tokens), ("context_length", context_length), ("model_batch", model_batch)):
         check_count(name, value)
@@ -68,7 +68,7 @@ def harvest(
     model_config = ModelConfig(name=model) if isinstance(model, str) else model
     text_config = TextConfig(source=text) if isinstance(text, str) else text
     about = {
-        # Read back as a later training will: what that would refuse must not be written.
+        # Parsed as training will parse it, so that an invalid config is not written.
         "model": to_dict(from_dict(ModelConfig, to_dict(model_config), where="model")),
         "text": to_dict(from_dict(TextConfig, to_dict(text_config), where="text")),
         "hook": hooks[0],
@@ -117,10 +117,13 @@ def _told(
 
 
 def with_activations(config: RunConfig, folder: Path) -> RunConfig:
-    """``config`` reading harvested activations; model and text are those of the harvest, the hook its first."""
+    """Return ``config`` with harvested activations, and the model, the text and the first hook of the harvest."""
     about = read_manifest(folder).metadata
     if not {"model", "text", "hook", "context_length", "held_out_share"} <= about.keys():
-        raise UserError(f"{folder} does not say which model and hook it holds. Harvest it with `kronsae harvest`.")
+        raise UserError(
+            f"the manifest of harvested activations must name model, text and hook; that of {folder} does not. Harvest "
+            "with `kronsae harvest`."
+        )
     return replace(
         config,
         activations=str(folder),

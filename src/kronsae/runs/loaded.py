@@ -1,4 +1,4 @@
-"""A finished run, loaded for measuring: its SAEs, language model and text."""
+"""Access to the SAEs, language model and text of a finished run, for measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kronsae.support.progress import Progress
 
 
 class LoadedRun:
-    """A finished run, opened for measuring; the model and the SAEs are loaded when they are first needed.
+    """A finished run; the language model and the SAEs are loaded on first use.
 
     Raises:
         UserError: the run is not finished.
@@ -31,32 +31,32 @@ class LoadedRun:
 
     @cached_property
     def source(self) -> Source:
-        """The run's way from text to activations."""
+        """Return the source of the run's text and activations."""
         return Source(self.run.config)
 
     @property
     def language_model(self) -> LanguageModel:
-        """The run's language model, in evaluation mode."""
+        """Return the run's language model, in evaluation mode."""
         return self.source.language_model
 
     @cached_property
     def saes(self) -> dict[str, SAE]:
-        """The run's SAEs by name, on the language model's device, in evaluation mode; they take raw activations.
+        """Return the run's SAEs by name, on the language model's device, in evaluation mode; they take raw activations.
 
         Raises:
-            UserError: weights of one are not finite: its figures would mean nothing.
+            UserError: weights of an SAE are not finite.
         """
         for name, sae in (saes := self.run.saes()).items():
             if (weight := sae.unsound_weight()) is not None:
                 raise UserError(
-                    f"'{name}' cannot be measured: {weight} holds NaN or infinity. If its training diverged, lower its "
-                    "learning rate; measure a run without it."
+                    f"weights must be finite; {weight} of '{name}' holds NaN or infinity. If its training diverged, "
+                    "train it again with a lower learning rate, or measure a run without it."
                 )
         return {name: sae.to(self.language_model.device).eval() for name, sae in saes.items()}
 
     @cached_property
     def places(self) -> dict[str, Hooks]:
-        """What each SAE reads and writes, by its name."""
+        """Return the hooks that each SAE reads and writes, by name."""
         config, model = self.run.config, self.language_model.model
         points = {hook: resolve_hook(model, hook) for hook in config.hooks}
         return {
@@ -69,34 +69,35 @@ class LoadedRun:
 
     @cached_property
     def hook(self) -> HookPoint:
-        """The one hook that every SAE of the run reads and reconstructs.
+        """Return the single hook that every SAE of the run reads and reconstructs.
 
         Raises:
-            UserError: they belong to different hooks, or one is a transcoder or crosscoder.
+            UserError: the SAEs have different hooks, or one is a transcoder or crosscoder.
         """
         config = self.run.config
         first = config.hooks[0]
         for member in config.saes:
             if member.reconstructs(config.hook) != first:
                 raise UserError(
-                    f"this measurement takes SAEs that all reconstruct one hook; '{member.name}' reads "
-                    f"{' + '.join(member.reads(config.hook))} and writes {' + '.join(member.writes(config.hook))} in a "
-                    f"run with the hooks {', '.join(config.hooks)}. Train those to be measured in a run of their own."
+                    f"all SAEs of the run must reconstruct the same single hook for this measurement; '{member.name}' "
+                    f"reads {' + '.join(member.reads(config.hook))} and writes "
+                    f"{' + '.join(member.writes(config.hook))} in a run with the hooks {', '.join(config.hooks)}. "
+                    "Train SAEs of one hook in a separate run."
                 )
         return resolve_hook(self.language_model.model, first)
 
     def make_tokens(self, *, held_out: bool = True) -> MakeTokens:
-        """Makes the stream of token windows of the held-out or the training documents, from its beginning, once."""
+        """Return a function that creates the stream of token windows of the held-out or training documents."""
         return partial(self.source.tokens(held_out=held_out, repeat=False), state=None)
 
     def windows(self, tokens: int, *, held_out: bool = True) -> list[Windows]:
-        """Windows of text with about so many tokens that count; the last one is whole."""
+        """Return whole windows of text with at least ``tokens`` counted tokens in total, if the text has as many."""
         return read_windows(self.make_tokens(held_out=held_out), tokens)
 
     def activations(
         self, windows: list[Windows], progress: Progress | None = None
     ) -> Iterator[tuple[Windows, Float[Tensor, "N D"]]]:
-        """The activations that count at the hook, float32, with their windows; each pass ends at the hook."""
+        """Yield the activations of counted tokens at the hook, float32, with their windows; the model runs up to it."""
         total = sum(one.num_kept for one in windows)
         done = 0
         for one in windows:
@@ -107,11 +108,11 @@ class LoadedRun:
 
 
 def expected_l0(sae: SAE) -> int:
-    """Return about how many latents of an SAE are active per token: its k, or 64 where a threshold decides."""
+    """Return the approximate number of active latents per token: k, or 64 for a sparsifier with thresholds."""
     return min(getattr(sae.sparsifier.config, "k", 64), sae.d_sae)
 
 
 def describe_tokens(counted: int, wanted: int) -> str:
-    """Describe the held-out tokens of the whole windows that were read when ``wanted`` were asked for."""
-    short = f", all that the text has where {wanted:,} were wanted" if counted < wanted else " (whole windows)"
+    """Describe the number of held-out tokens that were read in whole windows, given the requested number."""
+    short = f" ({wanted:,} requested; the text has no more)" if counted < wanted else " (whole windows)"
     return f"{counted:,} held-out tokens{short if counted != wanted else ''}"

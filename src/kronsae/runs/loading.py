@@ -1,4 +1,4 @@
-"""Loading a saved SAE from wherever it is: a run folder, a folder of its own, or the Hugging Face Hub."""
+"""Loading of a saved SAE from a run folder, an SAE folder or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kronsae.support.errors import UserError, nearest
 
 
 def load(source: Path | str, name: str | None = None, *, device: torch.device | str = "cpu") -> SAE:
-    """Load an SAE.
+    """Load a saved SAE.
 
     Args:
         source: a run folder, a folder with ``cfg.json``, or ``"user/repo"`` on the Hub with either layout.
-        name: which SAE of a run; may be left out where there is one only.
-        device: where to put it.
+        name: name of an SAE of a run; optional if the run has only one.
+        device: device of the SAE.
 
     Raises:
         UserError: there is no such SAE, or its files are damaged.
@@ -27,11 +27,13 @@ def load(source: Path | str, name: str | None = None, *, device: torch.device | 
         folder = _from_hub(str(source))
     if (folder / checkpoint.CONFIG_FILE).exists():
         if name not in (None, folder.name):
-            raise UserError(f"{source} holds one SAE, not a run; leave name out (got '{name}').")
+            raise UserError(f"name must be left out for {source}, the folder of a single SAE; got '{name}'.")
         return checkpoint.load(folder, device)
     names = sorted(path.parent.name for path in (folder / "saes").glob(f"*/{checkpoint.CONFIG_FILE}"))
     if not names:
-        raise UserError(f"{source} holds no SAE: neither {checkpoint.CONFIG_FILE} nor a finished run's saes/ folder.")
+        raise UserError(
+            f"{source} must hold an SAE; it has neither {checkpoint.CONFIG_FILE} nor a finished run's saes/ folder."
+        )
     if name is None and len(names) == 1:
         name = names[0]
     if name not in names:
@@ -42,7 +44,7 @@ def load(source: Path | str, name: str | None = None, *, device: torch.device | 
 
 def _from_hub(repository: str) -> Path:
     if not _is_repository(repository):
-        raise UserError(f"there is no folder {repository}, and it is no Hub name (user/repo) either. Check the path.")
+        raise UserError(f"the source must be a folder or a Hub name (user/repo); got {repository}. Check the path.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -51,8 +53,8 @@ def _from_hub(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"'{repository}' is no local folder and could not be had from the Hugging Face Hub "
-            f"({type(error).__name__}). Check the name, the network and your access."
+            f"'{repository}' must be a local folder or a Hub repository; there is no such folder, and the download "
+            f"failed ({type(error).__name__}). Check the name, the network and your access."
         ) from None
 
 

@@ -22,14 +22,14 @@ from kronsae.training.config import LoopConfig, MemberConfig
 
 
 def named_recipe(name: str) -> RunConfig:
-    """The config of a recipe."""
+    """Return the config of the recipe with this name."""
     if name not in RECIPES:
         raise UserError(f"recipe must be one of {', '.join(RECIPES)}; got '{name}'.{nearest(name, RECIPES)}")
     return RECIPES[name]()
 
 
 def config_file(path: Path) -> RunConfig:
-    """A run's config from JSON: a ``run.json``, or the config alone."""
+    """Read a run's config from JSON: a ``run.json``, or only the config."""
     data = read_json(path, "the config")
     inner = data.get("config", data) if isinstance(data, dict) and "kronsae_version" in data else data
     return from_dict(RunConfig, inner, where=str(path))
@@ -37,7 +37,7 @@ def config_file(path: Path) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a run starts from: a recipe, a config file, or a model (or harvested activations), a text and a hook."""
+    """Base of a run: a recipe, a config file, or a model (or harvested activations), a text and a hook."""
 
     recipe: str | None = None
     config: Path | None = None
@@ -53,25 +53,28 @@ class RunOptions:
         seed: int | None = None,
         options: Sequence[str] = (),
     ) -> RunConfig:
-        """The whole config of the run.
+        """Return the complete config of the run.
 
         Args:
-            members: the SAEs; none leaves those of the recipe or file.
-            budget: ``tokens``, ``flops`` and ``same_flops_as``, each of them or None.
-            seed: of the order of the activations, and of the weights of a recipe's SAEs.
-            options: ``place=value``, as ``--set`` takes them.
+            members: the SAEs; empty: those of the recipe or file.
+            budget: ``tokens``, ``flops`` and ``same_flops_as``, each with a value or None.
+            seed: seed of the order of the activations, and of the weights of a recipe's SAEs.
+            options: ``field=value`` strings, as for ``--set``.
 
         Raises:
-            UserError: something is missing, contradicts or is not known.
+            UserError: options are missing, contradictory or unknown.
         """
         options_with_hook = self.with_own_hook(members)
         if options_with_hook is not self:
             return options_with_hook.run_config(members, budget, seed, options)
         if self.recipe is not None and self.config is not None:
-            raise UserError("give --recipe or --config, not both.")
+            raise UserError("--recipe and --config must not be given together; got both. Leave one out.")
         named = {"--model": self.model, "--text": self.text}
         if self.activations is not None and (given := [name for name, value in named.items() if value is not None]):
-            raise UserError(f"--activations has a model and a text of its own; leave out {', '.join(given)}.")
+            raise UserError(
+                "--model and --text must not be given with --activations, which determines them; got "
+                f"{', '.join(given)}. Leave them out."
+            )
         if self.recipe is not None:
             whole = named_recipe(self.recipe)
         elif self.config is not None:
@@ -102,7 +105,7 @@ class RunOptions:
         missing = [name for name, value in needed.items() if value is None]
         if missing:
             raise UserError(
-                f"without --recipe or --config, give also {', '.join(missing)}; see `kronsae train --help`."
+                f"{', '.join(missing)} must be given without --recipe or --config. See `kronsae train --help`."
             )
         batch = {} if tokens is None else {"batch_tokens": min(LoopConfig.batch_tokens, tokens)}
         return RunConfig(
@@ -115,40 +118,40 @@ class RunOptions:
 
 
 def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
-    """``"kron num_heads=512 d_base=2 d_extension=4 k=32"`` as the call ``kron(num_heads=512, ...)``.
+    """Parse a specification: ``"kron num_heads=512 d_base=2 k=32 ..."`` gives ``kron(num_heads=512, ...)``.
 
-    ``seed`` is that of an SAE which names none.
+    ``seed`` is used if the specification has no seed.
     """
     try:
-        kind, *words = shlex.split(spec) or [""]
+        kind, *pairs = shlex.split(spec) or [""]
     except ValueError as error:
-        raise UserError(f"--sae must have its quotes in pairs; got '{spec}' ({error}).") from None
+        raise UserError(f"--sae must have matching quotes; got '{spec}' ({error}).") from None
     if kind not in SAE_KINDS:
         raise UserError(f"--sae must begin with one of {', '.join(SAE_KINDS)}; got '{spec}'.{nearest(kind, SAE_KINDS)}")
     hints, required = keyword_arguments(kind)
     values: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--sae takes name=value pairs after its kind; got '{word}' in '{spec}'.")
+            raise UserError(f"--sae must have name=value pairs after its kind; got '{pair}' in '{spec}'.")
         if name not in hints:
-            raise UserError(f"'{name}' is not an argument of {kind}.{nearest(name, hints)} In '{spec}'.")
+            raise UserError(f"'{name}' is not an argument of {kind}; got '{spec}'.{nearest(name, hints)}")
         if name in values:
-            raise UserError(f"--sae must say each thing once; '{name}' is there twice in '{spec}'.")
+            raise UserError(f"--sae must have each argument once; got '{name}' twice in '{spec}'.")
         hint = hints[name]
         values[name] = checked(hint, value if str in (hint, *get_args(hint)) else json_value(value), name)
     if missing := [name for name in required if name not in values]:
-        raise UserError(f"--sae {kind} needs {', '.join(missing)}; got '{spec}'.")
+        raise UserError(f"--sae {kind} must have {', '.join(missing)}; got '{spec}'.")
     return SAE_KINDS[kind](**({} if seed is None else {"seed": seed}) | values)
 
 
 def with_options(config: RunConfig, options: Sequence[str]) -> RunConfig:
-    """Apply ``loop.batch_tokens=4096``: any field of the config by its place; ``saes.*`` is every SAE."""
-    shown, data = to_dict(config), to_dict(config, derived=False)  # what is derived may be named, but is not kept
+    """Apply options such as ``loop.batch_tokens=4096``, for any field of the config; ``saes.*`` means every SAE."""
+    shown, data = to_dict(config), to_dict(config, derived=False)  # derived fields may be set, but are not carried over
     for option in options:
         place, equals, value = option.partition("=")
         if not equals:
-            raise UserError(f"--set takes place=value, such as loop.batch_tokens=4096; got '{option}'.")
+            raise UserError(f"--set must be field=value, such as loop.batch_tokens=4096; got '{option}'.")
         *path, last = place.split(".")
         numbers: list[str | None] = [None]
         if path[:2] == ["saes", "*"]:
@@ -172,15 +175,15 @@ def _step_into(inner: Any, key: str, place: str) -> Any:
     known = list(inner) if isinstance(inner, dict) else []
     if isinstance(inner, list):
         known = [str(number) for number in range(len(inner))]
-    rest = f"{nearest(key, known)} Known: {', '.join(known)}." if known else " That place has no parts."
-    raise UserError(f"--set {place}: there is no '{key}' in the config.{rest}")
+    rest = f"{nearest(key, known)} Known: {', '.join(known)}." if known else " This value has no fields."
+    raise UserError(f"--set must name a field of the config; got '{place}', in which '{key}' is unknown.{rest}")
 
 
 def json_value(text: str) -> Any:
-    """JSON, Python's True, False and None, or else the text itself."""
-    as_in_python = {"True": True, "False": False, "None": None}
-    if text in as_in_python:
-        return as_in_python[text]
+    """Return the value of a text that is JSON or Python's True, False or None; otherwise the text itself."""
+    python_values = {"True": True, "False": False, "None": None}
+    if text in python_values:
+        return python_values[text]
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""From a run's config to a stream of activations: what is needed is loaded once, the stages are put in a row."""
+"""Construction of the stream of activations from a run's config."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """Where activations come from: a model with its hooks, or a folder of harvested ones.
+    """Source of activations: a model with hooks, or a folder of harvested activations.
 
-    The model is loaded when it is first needed, so training on harvested activations never loads it.
+    The model is loaded on first use, so training on harvested activations never loads it.
     """
 
     config: RunConfig
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        """The model; it has the hooks, each under one name, and the text's windows fit."""
+        """Load the model; check that it has the hooks and enough positions for a window."""
         language_model = load_model(self.config.model)
         check_hooks(language_model.model, self.config.hooks)
         language_model.check_context_length(self.config.context_length)
@@ -37,12 +37,12 @@ class Source:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the activations are, and the SAEs with them."""
+        """Return the device of the activations and the SAEs."""
         return find_device(self.config.model.device)
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """Width of the activations of each hook that some SAE reads or writes."""
+        """Return the width of the activations of each hook that SAEs read or write."""
         config = self.config
         if config.activations is None:
             return widths(self.language_model, config.hooks)
@@ -50,22 +50,22 @@ class Source:
         for hook in config.hooks:
             if hook not in harvested:
                 raise UserError(
-                    f"hook must be one that was harvested into {config.activations}: {', '.join(harvested)}; "
+                    f"hook must be one of those harvested into {config.activations}: {', '.join(harvested)}; "
                     f"got '{hook}'. Leave hook out, or harvest it."
                 )
         return {hook: harvested[hook] for hook in config.hooks}
 
     @property
     def d_in(self) -> int:
-        """Width of the activations of all these hooks together: what is kept of a token."""
+        """Return the sum of the widths of all hooks: the number of values stored per token."""
         return sum(self.widths.values())
 
     def tokens(self, *, held_out: bool, repeat: bool = True, shuffled: bool = False) -> MakeStream[TokenBatch]:
-        """Makes the stream of token batches of the training or of the held-out documents.
+        """Return a function that creates the stream of token batches of the training or held-out documents.
 
         Args:
-            held_out, repeat: as `TextStream` takes them.
-            shuffled: whether to draw the windows from the run's pool, as training does, or to keep the text's order.
+            held_out, repeat: as for `TextStream`.
+            shuffled: shuffle the windows in the run's pool, as for training; otherwise keep the order of the text.
         """
         config = self.config
         text = partial(
@@ -86,14 +86,14 @@ class Source:
         )
 
     def activations(self, *, held_out: bool, repeat: bool = True, hook: str | None = None) -> ActivationStream:
-        """Activations of one hook, the run's if none is named, in the order of the text; one item per forward pass."""
+        """Return the activations of one hook (default: the run's) in text order, one item per forward pass."""
         hook = self.config.hook if hook is None else hook
         return ActivationStream(self.language_model, hook, self.tokens(held_out=held_out, repeat=repeat))
 
     def batches(self, state: State | None) -> ShuffleBuffer | StoredActivations:
-        """Shuffled batches of activations for training, carrying on after ``state``.
+        """Return shuffled batches of activations for training, resuming after ``state``.
 
-        They are the same whatever the length of the training, so that an SAE sees the same ones beside any others.
+        They do not depend on the length of the training, so an SAE sees the same batches in every group.
         """
         config, batch_tokens = self.config, self.config.loop.batch_tokens
         if config.activations is not None:

@@ -1,4 +1,4 @@
-"""What a run will take - tokens, steps, memory, disk, hours - said before it begins, and refused if it is too much."""
+"""Plan of a run: tokens, steps, memory, disk space and time, checked and printed before the run starts."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member
 
 TIMED_FROM_STEPS = 50
-"""Timing a step takes three of them: below this many it would cost more than it tells."""
+"""Minimum number of steps for which the time is measured; measuring takes three steps."""
 
 STATE_BYTES = 16
-"""Per parameter: the weight, its gradient and Adam's two moments, 4 bytes each."""
+"""Bytes per parameter: weight, gradient and Adam's two moments, 4 bytes each."""
 
 MODEL_WORK = 16
-"""Vectors of the model's width that one layer of a transformer holds per token at a time, about: the residual stream,
-its norm, queries, keys, values and output of the attention, and the two or three wider ones of the MLP."""
+"""Approximate number of vectors of the model's width that one transformer layer holds per token at a time: residual
+stream, its norm, the attention's queries, keys, values and output, and the two or three wider vectors of the MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemberPlan:
-    """What one SAE will take.
+    """Requirements of one SAE.
 
     Args:
         name, architecture, d_sae, parameters: the SAE.
-        tokens, steps, flops: its own training; FLOPs as `training_flops` counts them.
-        widths: of the activations that it reads and writes, by hook.
-        state_bytes: weights, gradients and Adam's moments.
-        work_bytes: what one step needs besides, about.
-        disk_bytes: checkpoints (two at a time) and the saved SAE.
-        saved_bytes: of these, the saved SAE, which stays.
-        step_seconds: of one step, measured; None where it was not.
-        note: what else to know, or ``""``.
+        tokens, steps, flops: length of its training; FLOPs as counted by `training_flops`.
+        widths: widths of the activations that it reads and writes, by hook.
+        state_bytes: size of weights, gradients and Adam's moments.
+        work_bytes: estimated additional memory of one step.
+        disk_bytes: size of the checkpoints (two at a time) and of the saved SAE.
+        saved_bytes: size of the saved SAE.
+        step_seconds: measured time of one step; None if it was not measured.
+        note: a warning, or ``""``.
     """
 
     name: str
@@ -71,20 +71,20 @@ class MemberPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will take; ``str()`` says it in lines. With fewer of its members it is the plan of these alone.
+    """Requirements of a run; ``str()`` describes them. With a subset of the members, it is the plan of a run of these.
 
     Args:
         model, batch_tokens: the run.
-        window_pool_tokens, buffer_tokens: what is shuffled together before and after the model; 0 for harvested
+        window_pool_tokens, buffer_tokens: numbers of tokens shuffled before and after the model; 0 for harvested
             activations.
         first_tokens: tokens that the model reads before the first step.
-        steps_done: steps that an interrupted run has behind it.
-        members: the SAEs, each with its own number of steps; the run is as long as the longest.
-        language_model_bytes: its weights, loaded by now; 0 for harvested activations.
-        model_work_bytes: what one pass of it needs besides, about.
-        memory_available_bytes: what there is for all of these, on the device they live on; None: not known.
-        disk_free_bytes: what there is, with what checkpoints of the run itself take up by now.
-        batch_seconds: to have one batch of activations, measured; None where it was not.
+        steps_done: steps that an interrupted run has already done.
+        members: the SAEs, each with its own number of steps; the longest determines the length of the run.
+        language_model_bytes: size of the model's weights, which are already loaded; 0 for harvested activations.
+        model_work_bytes: estimated additional memory of one forward pass.
+        memory_available_bytes: available memory of the device, including the model's weights; None: unknown.
+        disk_free_bytes: free disk space, including the space of the run's own checkpoints.
+        batch_seconds: measured time to compute or read one batch of activations; None if it was not measured.
     """
 
     model: str
@@ -102,74 +102,74 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Of the activations of every hook that some member reads or writes."""
+        """Return the widths of the activations of all hooks that members read or write."""
         return {hook: width for member in self.members for hook, width in member.widths.items()}
 
     @property
     def hook(self) -> str:
-        """These hooks, in a line."""
+        """Return the names of these hooks, separated by commas."""
         return ", ".join(self.widths)
 
     @property
     def place(self) -> str:
-        """Where it trains, with the width of each hook."""
+        """Return a description of model and hooks with the width of each hook."""
         if len(self.widths) == 1:
             return f"{self.hook} of {self.model} (d_in {self.d_in})"
         return f"{', '.join(f'{hook} (width {width})' for hook, width in self.widths.items())} of {self.model}"
 
     @property
     def d_in(self) -> int:
-        """Width of the activations of all of them: what is kept of a token."""
+        """Return the sum of the widths of all hooks: the number of values stored per token."""
         return sum(self.widths.values())
 
     @property
     def buffer_bytes(self) -> int:
-        """Of the shuffle buffer."""
+        """Return the size of the shuffle buffer."""
         return 4 * self.buffer_tokens * self.d_in
 
     @property
     def window_pool_bytes(self) -> int:
-        """Of the pool of windows."""
+        """Return the size of the window pool."""
         return 4 * self.window_pool_tokens
 
     @property
     def start(self) -> str:
-        """What happens before the first step, in a sentence."""
+        """Return a sentence about the work before the first step."""
         if self.buffer_tokens == 0:
             return (
-                "Checking the harvested activations against their checksums; they are read in a random order over all "
-                "of them, without window pool or shuffle buffer."
+                "Verifying the checksums of the harvested activations. They are read from disk in random order, "
+                "without window pool or shuffle buffer."
             )
         if self.steps_done:
             most = min(2 * self.buffer_tokens, self.tokens)
-            return f"Running the model again on what the shuffle buffer held, at most {most:,} tokens."
+            return f"Running the model again to restore the shuffle buffer, on at most {most:,} tokens."
         return f"Running the model on the first {self.first_tokens:,} tokens."
 
     @property
     def disk_bytes(self) -> int:
-        """Checkpoints (two at a time) and the saved SAEs."""
+        """Return the size of the checkpoints (two at a time) and the saved SAEs."""
         return sum(member.disk_bytes for member in self.members)
 
     @property
     def steps(self) -> int:
-        """Steps of the longest training."""
+        """Return the number of steps of the longest training."""
         return max(member.steps for member in self.members)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the longest training."""
+        """Return the number of tokens of the longest training."""
         return self.steps * self.batch_tokens
 
     @property
     def memory_bytes(self) -> int:
-        """Memory for everything at once; the work spaces are used in turn."""
+        """Return the total memory; temporary memory is not used by several parts at once, so its maximum counts."""
         work = max(self.model_work_bytes, *(member.work_bytes for member in self.members))
         state = sum(member.state_bytes for member in self.members)
         return self.language_model_bytes + self.window_pool_bytes + self.buffer_bytes + state + work
 
     @property
     def seconds(self) -> float | None:
-        """Time for the steps that are left; None where nothing was measured."""
+        """Return the time of the remaining steps; None if it was not measured."""
         if self.batch_seconds is None:
             return None
         own = ((max(0, member.steps - self.steps_done), member.step_seconds or 0.0) for member in self.members)
@@ -177,35 +177,35 @@ class Plan:
 
     @property
     def first_seconds(self) -> float:
-        """Time before the first step of a run that begins, as far as it is known; 0 for harvested activations."""
+        """Return the time before the first step of a new run; 0 if it was not measured or for harvested activations."""
         return (self.batch_seconds or 0.0) * self.first_tokens / self.batch_tokens
 
     @property
     def fits_memory(self) -> bool:
-        """Whether there is memory for it, as far as is known."""
+        """Return whether the run fits into the available memory; True if that is unknown."""
         return self.memory_available_bytes is None or self.memory_bytes <= self.memory_available_bytes
 
     def check(self) -> None:
-        """Refuse what the machine cannot hold.
+        """Check memory and disk space.
 
         Raises:
-            UserError: memory or disk.
+            UserError: the run does not fit into memory or on the disk.
         """
         if not self.fits_memory:
             available = in_bytes(self.memory_available_bytes or 0)
             raise UserError(
-                f"the run must fit into memory; about {in_bytes(self.memory_bytes)} are needed "
-                f"({self._memory_parts()}) and {available} are available. "
-                "Lower buffer_tokens, train fewer or smaller SAEs at once, or take smaller batches."
+                f"the run must fit into memory; it needs about {in_bytes(self.memory_bytes)} "
+                f"({self._memory_parts()}), but only {available} are available. "
+                "Lower buffer_tokens, train fewer or smaller SAEs at once, or use smaller batches."
             )
         if self.disk_bytes > self.disk_free_bytes:
             raise UserError(
-                f"checkpoints and SAEs must fit on the disk; about {in_bytes(self.disk_bytes)} are needed and "
-                f"{in_bytes(self.disk_free_bytes)} are free. Make room, or choose another --out."
+                f"checkpoints and SAEs must fit on the disk; they need about {in_bytes(self.disk_bytes)}, but only "
+                f"{in_bytes(self.disk_free_bytes)} are free. Free space, or choose another --out."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, derived ones included, as JSON values."""
+        """Return all values, including derived ones, as JSON values."""
         names = ("hook", "d_in", "steps", "tokens", "buffer_bytes", "memory_bytes", "disk_bytes", "seconds")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
@@ -225,7 +225,7 @@ class Plan:
         lines.append(f"Disk: about {in_bytes(self.disk_bytes)} of {in_bytes(self.disk_free_bytes)}.")
         if self.seconds is not None and self.batch_seconds is not None:
             share = (self.steps - self.steps_done) * self.batch_seconds / self.seconds
-            first = f" The first step comes after about {in_time(self.first_seconds)}." if self.first_seconds else ""
+            first = f" The first step starts after about {in_time(self.first_seconds)}." if self.first_seconds else ""
             lines.append(f"Time: about {in_time(self.seconds)}, {share:.0%} of it for the activations.{first}")
         return "\n".join(lines)
 
@@ -243,13 +243,12 @@ class Plan:
 
 
 def plan_run(config: RunConfig, folder: Path, *, timed: bool = True) -> Plan:
-    """The plan of a run that is not begun; the model is loaded, and nothing is written.
+    """Return the plan of a run that has not started. The model is loaded, and nothing is written.
 
     Args:
-        config: the run.
-        folder: where it would go.
-        timed: whether to measure how long it will take, on a batch of real activations; what does not fit into memory
-            is not tried.
+        config: config of the run.
+        folder: folder of the run.
+        timed: measure the time on a batch of real activations, if the run fits into memory.
     """
     source = Source(config)
     plan = make_plan(source, folder)
@@ -257,7 +256,7 @@ def plan_run(config: RunConfig, folder: Path, *, timed: bool = True) -> Plan:
 
 
 def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
-    """What the run that reads ``source`` and lives in ``folder`` will take, without the times."""
+    """Return the plan, without times, of the run that reads ``source`` and writes to ``folder``."""
     config = source.config
     shapes = {member.name: member.shape(source.widths, config.hook) for member in config.saes}
     steps = member_steps(config.loop, shapes)
@@ -276,16 +275,16 @@ def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
         members=members,
         language_model_bytes=weights,
         model_work_bytes=work,
-        memory_available_bytes=None if available is None else available + weights,  # the model is there already
+        memory_available_bytes=None if available is None else available + weights,  # the model is already loaded
         disk_free_bytes=free_disk_bytes(folder) + size_bytes(folder / "checkpoint"),
     )
 
 
 def with_times(plan: Plan, source: Source) -> Plan:
-    """``plan`` with times measured on real activations: of the model or the disk, and of each SAE's step.
+    """Return ``plan`` with times measured on real activations: of the model or the disk, and of each SAE's step.
 
-    The SAEs are built for it and let go again, one at a time; the run's own are not touched. Latents that die later
-    on, and AuxK with them, are not in it.
+    This builds separate SAEs, one at a time, and does not affect the run's own. The time of AuxK for latents that die
+    later is not included.
     """
     batch, token_seconds = _first_rows(source, plan.batch_tokens)
     timed = [
@@ -296,7 +295,7 @@ def with_times(plan: Plan, source: Source) -> Plan:
 
 
 def in_time(seconds: float) -> str:
-    """A duration in words: ``2.5 hours``."""
+    """Return a duration as text: ``2.5 hours``."""
     for size, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -327,11 +326,11 @@ def _member_plan(config: MemberConfig, source: Source, shape: SAEConfig, steps: 
 
 
 def _step_work_bytes(shape: SAEConfig, batch_tokens: int) -> int:
-    """What a step holds besides the state, about: vectors as wide as x and target, the codes, a chunk of the product.
+    """Return an estimate of the memory of a step without the state: vectors as wide as x and target, codes, products.
 
-    Four of each of the first (normalised, reconstruction, residual, their gradients and copies); index, value,
-    pre-latents and gradients of the k codes and of AuxK's d_out / 2. BatchTopK looks at the
-    pre-latents of the whole batch, JumpReLU at those of its first.
+    It counts four vectors each of the widths of x and target (normalised, reconstruction, residual, their gradients and
+    copies); index, value, pre-latents and gradients of the k codes and of AuxK's d_out / 2; and a chunk of the encoder
+    product. BatchTopK needs the pre-latents of the whole batch at once, JumpReLU those of the first batch.
     """
     rows = max(1, shape.encoder.multiply_adds(shape.d_in) // shape.d_in)
     product = max(min(batch_tokens * rows, PRODUCT_ELEMENTS), 64 * rows)
@@ -342,7 +341,7 @@ def _step_work_bytes(shape: SAEConfig, batch_tokens: int) -> int:
 
 
 def _language_model_bytes(source: Source) -> tuple[int, int]:
-    """Of its weights, and of one pass of it."""
+    """Return the size of the model's weights, and an estimate of the memory of one forward pass."""
     model: Any = source.language_model.model
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -356,7 +355,7 @@ def _available_bytes(device: torch.device) -> int | None:
 
 
 def _first_rows(source: Source, count: int) -> tuple[dict[str, Tensor], float]:
-    """So many rows of every hook's activations, on a stream of their own, and the seconds that one token took."""
+    """Return ``count`` rows of the activations of every hook, from a new stream, and the time in seconds per token."""
     config = source.config
     if config.activations is not None:
         stream = iter(source.batches(None))

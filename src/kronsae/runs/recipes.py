@@ -1,6 +1,7 @@
-"""Named runs, each a function that returns a whole run config.
+"""Recipes: functions that return complete run configs.
 
-`RECIPES` holds the named runs of ``kronsae train --recipe``; the SAEs are described in `kronsae.runs.architectures`.
+`RECIPES` maps the names accepted by ``kronsae train --recipe`` to them. `kronsae.runs.architectures` has the functions
+for SAEs.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ __all__ = ["RECIPES", "SAE_KINDS", "describe", "kron", "quickstart", "shortened"
 
 
 def short_run_lr(d_sae: int) -> float:
-    """``0.7 / sqrt(d_sae)``: a peak learning rate for trainings of hundreds of steps, dense or Kronecker.
+    """Return ``0.7 / sqrt(d_sae)``, a peak learning rate for trainings of hundreds of steps, dense or Kronecker.
 
-    Fitted to the best of the rates tried at 512, 2,048 and 4,096 latents (docs/research-log.md). Long trainings want
-    less; the paper's 8e-4 is the default elsewhere.
+    It is fitted to the best rates at 512, 2,048 and 4,096 latents (docs/research-log.md). Long trainings need lower
+    rates; elsewhere, the default is the paper's 8e-4.
     """
     return 0.7 / math.sqrt(d_sae)
 
@@ -47,10 +48,10 @@ def quickstart() -> RunConfig:
 
 
 def shortened(config: RunConfig, tokens: int) -> RunConfig:
-    """``config`` on ``tokens`` tokens, with batch and evaluation no larger than that.
+    """Return ``config`` with a budget of ``tokens`` tokens, and batch and evaluation of at most as many.
 
-    The shuffle buffer holds at most a quarter of them, the window pool four times as many. What these hold at the end
-    was read for nothing; it would otherwise take most of the time of a short try, as evaluating would.
+    The shuffle buffer is limited to a quarter of ``tokens``, and the window pool to four times ``tokens``: tokens that
+    remain in them at the end are not trained on, and would take most of the time of a short run.
     """
     check_count("tokens", tokens)
     batch = min(config.loop.batch_tokens, tokens)
@@ -64,7 +65,7 @@ def shortened(config: RunConfig, tokens: int) -> RunConfig:
 
 
 def tiny() -> RunConfig:
-    """A small KronSAE on the bundled language model, within a minute: for tests and demonstrations."""
+    """A small KronSAE on the bundled language model, within a minute, for tests and demonstrations."""
     return RunConfig(
         model=ModelConfig(name="bundled"),
         text=TextConfig(source="bundled"),
@@ -106,5 +107,5 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def describe(recipe: Callable[[], Any]) -> str:
-    """The first line of a recipe's docstring."""
+    """Return the first line of a recipe's docstring."""
     return (recipe.__doc__ or "").strip().splitlines()[0]

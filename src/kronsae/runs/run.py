@@ -1,6 +1,6 @@
-"""A run: a folder with its config, its metrics, its SAEs and what was measured of them.
+"""A run: training of SAEs, and the folder with its config, metrics, SAEs and results.
 
-``train`` makes one or carries one on; `Run` opens a finished one.
+`train` starts or resumes a run; `open_run` opens an existing one.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from kronsae.training.trainer import fit
 
 
 class Run(RunFolder):
-    """A run: its folder, and what can be measured of it."""
+    """A run folder with methods to evaluate the run and to write its report."""
 
     def compare(self, tokens: int | None = None) -> Comparison:
-        """Its SAEs side by side on held-out text; ``print`` shows a table, ``.rows`` has all figures."""
+        """Evaluate the SAEs on held-out text; ``print`` shows a table, ``.rows`` has all metrics."""
         return Comparison(evaluate_run(self, tokens=tokens))
 
     def report(self) -> Path:
-        """Write ``report.html``, evaluating first where that was not done."""
+        """Write ``report.html`` and return its path; evaluate the run first if it was not."""
         return write_report(self)
 
 
@@ -57,7 +57,9 @@ def open_run(folder: Path | str) -> Run:
     """
     run = Run(Path(folder))
     if not run.folder.is_dir():
-        raise UserError(f"there is no run folder {folder}. Give the --out of an earlier `kronsae train`.")
+        raise UserError(
+            f"the run folder must exist; there is no {folder}. Give the --out of an earlier `kronsae train`."
+        )
     _ = run.config
     return run
 
@@ -82,19 +84,19 @@ def train(
 ) -> Run:
     """Train SAEs side by side on the activations of a language model, in one pass over the text.
 
-    The same call on an unfinished run carries it on (on a CPU with the same bits); on a finished one it returns it.
+    The same call resumes an unfinished run (bit-identical on a CPU) and returns a finished one.
 
     Args:
         model: Hub name, local folder, ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
-        hook: module path or layer, such as ``"layers.6"`` or ``6``, for the SAEs that name no hooks of their own;
-            may be left out where all do.
-        saes: made by `kronsae.topk`, `kronsae.kron` and the others of `kronsae.runs.architectures`, or as text:
-            ``"batch_topk d_sae=4096 k=32"``.
+        hook: module path or layer, such as ``"layers.6"`` or ``6``, for SAEs without hooks of their own; optional if
+            every SAE has its own.
+        saes: configs from `kronsae.topk`, `kronsae.kron` and other functions of `kronsae.runs.architectures`, or
+            specifications: ``"batch_topk d_sae=4096 k=32"``.
         out: the run folder.
-        tokens: the budget: tokens to train on.
-        flops: or what each SAE's training may cost (`kronsae.core.flops.training_flops`), in place of ``tokens``.
-        same_flops_as: name of the SAE that trains on ``tokens``; each other one on as many as cost the same.
+        tokens: training budget in tokens.
+        flops: training budget of each SAE in FLOPs (`kronsae.core.flops.training_flops`), instead of ``tokens``.
+        same_flops_as: name of the SAE that trains on ``tokens``; every other SAE gets the same FLOPs.
         batch_tokens: tokens per optimiser step.
         log_every: steps between metrics.
         checkpoint_every: steps between checkpoints.
@@ -104,11 +106,11 @@ def train(
         **options: the remaining fields of `kronsae.RunConfig` (context_length, buffer_tokens, seed, ...).
 
     Raises:
-        UserError: anything given that cannot work, before anything is written.
+        UserError: an argument is invalid; nothing has been written.
     """
     members = tuple(parse_sae(one) if isinstance(one, str) else one for one in saes)
     if hook is None and (hook := own_hook(members)) is None:
-        raise UserError("give hook, such as 'layers.6', or to each SAE a read= of its own; got neither.")
+        raise UserError("hook, such as 'layers.6', or read= of every SAE must be given; got neither.")
     config = RunConfig(
         model=ModelConfig(name=model) if isinstance(model, str) else model,
         text=TextConfig(source=text) if isinstance(text, str) else text,
@@ -136,23 +138,23 @@ def execute(
     wandb: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Run:
-    """Carry out a whole run config: what `train` does once its arguments are in one piece."""
+    """Train or resume the run of a config; see `train`."""
     run = Run(Path(out))
-    config = from_dict(RunConfig, to_dict(config))  # what could not be read back must not be written
+    config = from_dict(RunConfig, to_dict(config))  # a config that cannot be read back must not be written
     check_folder(run, config)
     for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
         if wanted:
             require(package)
     with nullcontext() if run.finished else only_writer(run.folder):
-        check_folder(run, config)  # again: before this one was alone there, another one may have begun or ended
+        check_folder(run, config)  # again: another process may have started or finished a run before the lock was taken
         if run.finished:
-            say(f"The run in {run.folder} is finished; nothing is left to train, or to log.")
+            say(f"The run in {run.folder} is already finished; nothing is trained or logged.")
         else:
-            _carry_out(run, config, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb, say=say)
+            _train_run(run, config, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb, say=say)
     return run
 
 
-def _carry_out(
+def _train_run(
     run: Run,
     config: RunConfig,
     *,
@@ -173,17 +175,17 @@ def _carry_out(
     members = [Member(member, source.widths, config.hook, steps[member.name], source.device) for member in config.saes]
     if progress.step:
         load_members(run.folder / "checkpoint", members)
-        say(f"Carrying on after {progress.tokens:,} of {plan.tokens:,} tokens.")
-    if progress.step == plan.steps:  # stopped between the last step and the saving of what was trained
+        say(f"Resuming after {progress.tokens:,} of {plan.tokens:,} tokens.")
+    if progress.step == plan.steps:  # the process stopped after the last step and before saving the SAEs
         _finish(run, members, progress)
         return
     say(plan.start)
     filling = perf_counter()
     stream = iter(source.batches(progress.stream))
-    first = next(stream)  # text, model and activations are known to work before anything is written
+    first = next(stream)  # tests text, model and activations before anything is written
     progress = replace(progress, seconds=progress.seconds + perf_counter() - filling)
     if problem := _nothing_held_out(config):
-        say(f"Note: `kronsae eval` will find no text of its own: {problem}")
+        say(f"Warning: `kronsae eval` will have no held-out text: {problem}")
     write_json(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
     with (
         _sinks(run, plan, progress, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb) as sinks,
@@ -193,8 +195,8 @@ def _carry_out(
         progress = fit(members, batches, config.loop, sinks, run.folder / "checkpoint", progress, should_stop)
     if progress.step < plan.steps:
         raise Interrupted(
-            f"stopped after {progress.tokens:,} of {plan.tokens:,} tokens; the state is saved in {run.folder}. "
-            "Give the same command again to carry on."
+            f"stopped after {progress.tokens:,} of {plan.tokens:,} tokens; a checkpoint is saved in {run.folder}. "
+            "Run the same command again to resume."
         )
     _finish(run, members, progress)
     say(
@@ -204,26 +206,31 @@ def _carry_out(
 
 
 class Interrupted(UserError):
-    """The person stopped the training; nothing is lost."""
+    """The user stopped the training; a checkpoint was saved."""
 
-    exit_status = 130  # what a shell reports of a process ended by Ctrl-C
+    exit_status = 130  # a shell's exit status for a process ended by Ctrl-C
 
 
 def check_folder(run: Run, config: RunConfig) -> None:
-    """Refuse a folder that holds something else than this very run."""
-    if not run.finished:  # a finished one is only read
+    """Raise if the folder holds other files or a run with another config."""
+    if not run.finished:  # a finished run is only read
         check_folder_place(run.folder)
     if not run.folder.exists():
         return
     if not (run.folder / "run.json").exists():
         if any(not path.name.startswith(".") for path in run.folder.iterdir()):
-            raise UserError(f"out must be a new or empty folder or a run; {run.folder} holds other files.")
+            raise UserError(
+                f"out must be a new or empty folder or a run; {run.folder} holds other files. Choose another one."
+            )
         return
-    changed = differences(to_dict(run.config), to_dict(config))  # fields that are younger than the run: their defaults
+    changed = differences(
+        to_dict(run.config), to_dict(config)
+    )  # fields that the run's version did not have get their defaults
     if changed:
         raise UserError(
-            f"{run.folder} already holds a different run ({'; '.join(changed[:3])}"
-            f"{f'; and {len(changed) - 3} more' if len(changed) > 3 else ''}). Choose another --out, or remove it."
+            f"out must be a new folder or hold a run with the same config; {run.folder} holds a different run "
+            f"({'; '.join(changed[:3])}{f'; and {len(changed) - 3} more' if len(changed) > 3 else ''}). Choose another "
+            "--out, or remove the folder."
         )
 
 
@@ -246,7 +253,7 @@ def _finish(run: Run, members: Sequence[Member], progress: Progress) -> None:
 
 
 def _nothing_held_out(config: RunConfig) -> str:
-    """Why the text leaves nothing to evaluate on, or ``""``; of harvested activations the text is not asked."""
+    """Return why there is no held-out text to evaluate on, or ``""``; not checked for harvested activations."""
     if config.activations is not None:
         return ""
     held_out = TextStream(config.text, held_out=True, held_out_share=config.held_out_share, repeat=False)
@@ -258,7 +265,7 @@ def _nothing_held_out(config: RunConfig) -> str:
 
 
 def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[str, Any]:
-    """Where an SAE belongs and on how many tokens it was trained: kept in its ``cfg.json``."""
+    """Return the metadata of an SAE for its ``cfg.json``: model, hooks, text and training."""
     return {
         "model_name": config.model.name,
         "model_revision": config.model.revision,
@@ -268,7 +275,7 @@ def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[s
         "context_length": config.context_length,
         "text": to_dict(config.text),
         "tokens": tokens,
-        "trained_as": member.shape(1, config.hook).architecture,  # BatchTopK, say, where JumpReLU is saved
+        "trained_as": member.shape(1, config.hook).architecture,  # BatchTopK, for example, is saved as JumpReLU
         "training": to_dict(member),
     }
 
@@ -304,19 +311,19 @@ def _sinks(
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """While inside, a first Ctrl-C asks the loop to stop after its step; a second one stops at once."""
-    asked = threading.Event()
+    """Make the first Ctrl-C inside the block stop the loop after its current step; a second one stops at once."""
+    requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield requested.is_set
         return
     before = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(number: int, frame: Any) -> None:
-        asked.set()
+        requested.set()
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         signal.signal(signal.SIGINT, before)

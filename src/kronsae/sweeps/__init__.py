@@ -1,1 +1,1 @@
-"""Many runs over a grid of settings, and their results in one table."""
+"""Sweeps: many runs over a grid of settings, and their results in one table."""

@@ -1,4 +1,4 @@
-"""The grid of a sweep: words with braces, multiplied out into points, each one SAE with one seed."""
+"""Grid of a sweep: specifications with braces, expanded into points of one SAE and one seed each."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from kronsae.training.config import MemberConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A grid. In ``saes`` and ``set``, a value ``{a,b,c}`` stands for each of a, b and c in turn.
+    """Config of a sweep. In ``saes`` and ``set``, ``{a,b,c}`` is replaced by each of a, b and c in turn.
 
     Args:
-        saes: SAEs as ``--sae`` takes them, such as ``"kron num_heads=128 d_base={1,2,4} d_extension=4 k=16"``.
-        recipe, config, activations, model, text, hook: what the runs start from, as for ``kronsae train``.
-        tokens: budgets in tokens; none: the recipe's.
-        flops: or budgets in FLOPs.
-        same_flops_as: with ``tokens``, the SAE whose FLOPs all others spend.
-        seeds: each is one of the weights and of the order of the data, so all SAEs of a seed see the same batches.
-        set: other fields of the run, ``place=value``; ``saes.*`` is every SAE.
+        saes: SAEs in the form of ``--sae``, such as ``"kron num_heads=128 d_base={1,2,4} d_extension=4 k=16"``.
+        recipe, config, activations, model, text, hook: base of the runs, as for ``kronsae train``.
+        tokens: budgets in tokens; empty: the recipe's budget.
+        flops: budgets in FLOPs, instead of ``tokens``.
+        same_flops_as: name of the SAE that trains on ``tokens``; every other SAE gets the same FLOPs.
+        seeds: seeds of the weights and of the order of the data; all SAEs of a seed see the same batches.
+        set: other fields of the run, ``field=value``; ``saes.*`` means every SAE.
     """
 
     saes: tuple[str, ...]
@@ -55,16 +55,16 @@ class SweepConfig:
         if not self.seeds:
             raise UserError("seeds must name at least one seed; got none.")
         if self.tokens and self.flops:
-            raise UserError("give the budgets as tokens or as flops, not both.")
+            raise UserError("the budgets must be either tokens or flops; got both. Leave one out.")
         if self.flops and self.same_flops_as is not None:
-            raise UserError("same_flops_as goes with tokens, not with flops. Leave one out.")
+            raise UserError("same_flops_as must be used with tokens; got flops. Leave one out.")
         for name in ("saes", "tokens", "flops", "seeds", "set"):
             values = getattr(self, name)
             if twice := sorted({str(value) for value in values if values.count(value) > 1}):
-                raise UserError(f"{name} must differ; {', '.join(twice)} stands there twice.")
+                raise UserError(f"{name} must have different values; got {', '.join(twice)} more than once.")
 
     def run_options(self) -> RunOptions:
-        """Return what the runs start from."""
+        """Return the options that are common to all runs."""
         config, activations = (None if path is None else Path(path) for path in (self.config, self.activations))
         return RunOptions(
             recipe=self.recipe,
@@ -77,19 +77,19 @@ class SweepConfig:
 
 
 UNTRAINED = ("eval_tokens", "loop.log_every", "loop.checkpoint_every")
-"""Fields of a run that leave its weights as they are, to the last bit."""
+"""Fields of a run that do not affect the trained weights, not even their last bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One SAE of a grid, with one seed.
+    """One SAE of a grid with one seed.
 
     Args:
-        name: tells it from the other points of its seed.
-        kind: the name without what varies.
-        settings: what its words say, by word; of the whole grid's words, so that points can be told apart.
-        seed: of its weights and its data.
-        run: the run with this SAE alone.
+        name: name of the SAE, unique among the points of its seed.
+        kind: the name without the varying settings.
+        settings: values of all settings given in the grid for this point.
+        seed: seed of its weights and data.
+        run: config of the run with this SAE alone.
     """
 
     name: str
@@ -100,8 +100,7 @@ class Point:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for what trains to equal bits: everything but the name, and but how often the training is logged and
-        saved and on how much text it is evaluated (`UNTRAINED`)."""
+        """Return a hash that identifies a training: all of its config except the name and the fields in `UNTRAINED`."""
         data = to_dict(self.run)
         for member in data["saes"]:
             del member["name"]
@@ -112,33 +111,35 @@ class Point:
 
     @cached_property
     def shared(self) -> str:
-        """Equal for points that can train on one stream."""
+        """Return a hash that is equal for points that can train on one stream."""
         return digest_of(to_dict(self.run) | {"saes": []})
 
 
 def digest_of(data: Any) -> str:
-    """A short name for JSON values, by content."""
+    """Return a short hash of JSON values."""
     return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def points(sweep: SweepConfig) -> list[Point]:
-    """All points of the grid, ordered by seed, then by budget and options, then as the SAEs are given.
+    """Return all points of the grid, ordered by seed, then by budget and options, then by SAE as given.
 
     Raises:
-        UserError: words that cannot be read, or two SAEs that nothing tells apart.
+        UserError: a specification is invalid, or two SAEs are identical.
     """
     members = [one for spec in sweep.saes for one in _members(spec)]
     budgets = [{"tokens": value} for value in sweep.tokens] + [{"flops": value} for value in sweep.flops]
-    options = [_expanded(option, "--set") for option in sweep.set]
+    options = [_expand(option, "--set") for option in sweep.set]
     for option in sweep.set:
         if re.match(r"saes\.\d", option):
-            raise UserError(f"--set in a sweep takes saes.* for every SAE, not one of them; got '{option}'.")
+            raise UserError(f"--set in a sweep must use saes.*, which means every SAE; got '{option}'.")
         if re.match(r"(saes\.\*\.)?(seed|name)\s*=", option):
-            raise UserError(f"a sweep has its seeds from --seeds and its names from --sae; leave --set {option} out.")
+            raise UserError(
+                f"seeds must be given with --seeds and names with --sae in a sweep; got --set {option}. Leave it out."
+            )
     found = []
     run_options = sweep.run_options().with_own_hook(
         [member for member, _ in members]
-    )  # one hook, or one stream for each SAE
+    )  # without a common hook, each SAE would need its own stream
     for seed, budget, chosen in itertools.product(sweep.seeds, budgets or [{}], itertools.product(*options)):
         around = budget | {place: json_value(value) for place, _, value in (one.partition("=") for one in chosen)}
         for member, settings in members:
@@ -149,22 +150,22 @@ def points(sweep: SweepConfig) -> list[Point]:
 
 
 def _members(spec: str) -> list[tuple[MemberConfig, dict[str, Any]]]:
-    """The SAEs of one ``--sae``, with what its words say."""
+    """Return the SAEs of one ``--sae`` argument, each with the settings given for it."""
     found = []
-    for words in _expanded(spec, "--sae"):
-        member, settings = parse_sae(words), {}
-        for word in shlex.split(words)[1:]:
-            name, _, value = word.partition("=")
+    for expanded in _expand(spec, "--sae"):
+        member, settings = parse_sae(expanded), {}
+        for pair in shlex.split(expanded)[1:]:
+            name, _, value = pair.partition("=")
             settings[name] = json_value(value)
         if "seed" in settings:
-            raise UserError(f"seeds of a sweep are given once, for weights and data; leave seed out of '{spec}'.")
+            raise UserError(f"seeds must be given with --seeds in a sweep; got '{spec}'. Leave seed out of it.")
         settings.pop("name", None)
         found.append((member, settings))
     return found
 
 
-def _expanded(text: str, what: str) -> list[str]:
-    """``"a={1,2} b={3,4}"`` as the four texts without braces, the last one varying fastest."""
+def _expand(text: str, what: str) -> list[str]:
+    """Return all expansions of the braces in a text: four for ``"a={1,2} b={3,4}"``, the last pair varying fastest."""
     parts: list[list[str]] = []
     rest = text
     while (start := rest.find("{")) >= 0:
@@ -172,27 +173,27 @@ def _expanded(text: str, what: str) -> list[str]:
         parts += [[rest[:start]], _values(rest[start + 1 : end])]
         rest = rest[end + 1 :]
     if "}" in rest:
-        raise UserError(f"{what} must have its braces in pairs; got '{text}'.")
+        raise UserError(f"{what} must have matching braces; got '{text}'.")
     return ["".join(chosen) for chosen in itertools.product(*parts, [rest])]
 
 
 def _closing(rest: str, start: int, text: str, what: str) -> int:
     end = rest.find("}", start)
     if end < 0 or "{" in rest[start + 1 : end] or not rest[start + 1 : end].strip():
-        raise UserError(f"{what} must have values between its braces, one pair in no other; got '{text}'.")
+        raise UserError(f"{what} must have values between its braces, and no nested braces; got '{text}'.")
     return end
 
 
 def _values(inside: str) -> list[str]:
-    """Values parted by commas; those of a list, ``[1,2]``, stay together."""
+    """Return the values between commas; commas inside a list, ``[1,2]``, do not separate."""
     values = [value.strip() for value in re.split(r",(?![^\[]*\])", inside)]
     if "" in values:
-        raise UserError(f"braces must hold values parted by commas; got '{{{inside}}}'.")
+        raise UserError(f"braces must contain comma-separated values; got '{{{inside}}}'.")
     return values
 
 
 def _named(found: Sequence[Point]) -> list[Point]:
-    """Names that say what varies: ``kron-d_base2-lr0.001-minimum``."""
+    """Return the points with names that contain the varying settings: ``kron-d_base2-lr0.001-minimum``."""
     named = []
     for point in found:
         alike = [other for other in found if other.kind == point.kind]
@@ -205,36 +206,36 @@ def _named(found: Sequence[Point]) -> list[Point]:
     seen: dict[tuple[str, int], Point] = {}
     for point in named:
         if (key := (point.name, point.seed)) in seen:
-            raise UserError(f"the grid must not hold an SAE twice; '{point.name}' is there again. Give it a name=.")
+            raise UserError(f"SAEs of the grid must have different names; got '{point.name}' twice. Give one a name=.")
         seen[key] = point
     known: dict[str, Point] = {}
     for point in named:
         if (other := known.setdefault(point.digest, point)) is not point:
             raise UserError(
-                f"the grid must not hold an SAE twice; '{point.name}' is the same training as '{other.name}'. "
+                f"SAEs of the grid must differ; got the same training as '{point.name}' and as '{other.name}'. "
                 "Leave one out."
             )
     return named
 
 
 def _tail(key: str, value: Any) -> str:
-    """A value that is a word says itself what it is about."""
+    """Return the part of a point's name for one setting; a string value needs no key."""
     return value if isinstance(value, str) else f"{key.removeprefix('saes.*.')}{value}"
 
 
 def numbers(text: str, name: str) -> tuple[int | float, ...]:
-    """``"1,2,3"`` or ``"{1,2,3}"`` as numbers, as ``--tokens``, ``--flops`` and ``--seeds`` of a sweep take them."""
+    """Parse ``"1,2,3"`` or ``"{1,2,3}"``, the form of ``--tokens``, ``--flops`` and ``--seeds`` of a sweep."""
     found: list[int | float] = []
     for value in text.strip().strip("{}").split(","):
         try:
             found.append(int(value) if re.fullmatch(r"\s*[\d_]+\s*", value) else float(value))
         except ValueError:
-            raise UserError(f"{name} must be numbers parted by commas; got '{text}'.") from None
+            raise UserError(f"{name} must be comma-separated numbers; got '{text}'.") from None
     return tuple(found)
 
 
 def seeds(given: int | str | Sequence[int]) -> tuple[int, ...]:
-    """3 (or ``"3"``) as 0, 1, 2; several (or ``"4,5"``, and one as ``"{4}"``) as they are."""
+    """Return seeds: 0, 1, 2 for 3 or ``"3"``; a sequence, ``"4,5"`` and ``"{4}"`` are taken as given."""
     if isinstance(given, str):
         several = numbers(given, "--seeds")
         if any(not isinstance(seed, int) for seed in several):
@@ -247,13 +248,13 @@ def seeds(given: int | str | Sequence[int]) -> tuple[int, ...]:
 
 
 def sweep_config(path: Path | None, given: Mapping[str, Any]) -> SweepConfig:
-    """A sweep from a file and from what is given besides, which takes the place of the file's values."""
+    """Return the config from a file and from other options, which override the file's values."""
     data: dict[str, Any] = {}
     if path is not None:
         read = read_json(path, "the sweep")
         inner = read.get("sweep") if isinstance(read, dict) and "kronsae_version" in read else read
         if not isinstance(inner, dict):
-            raise UserError(f"{path} must hold a sweep, as the sweep.json of a sweep's folder does; it holds none.")
+            raise UserError(f"{path} must hold the config of a sweep, like the sweep.json of a sweep's folder.")
         data = dict(inner)
     if "flops" in given or "tokens" in given:
         data.pop("tokens", None)

@@ -1,4 +1,4 @@
-"""The results of a sweep: one row per SAE and seed, as a CSV, a table and a page."""
+"""Results of a sweep: one row per SAE and seed, as a CSV file, a table and an HTML page."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ FIGURES = (
     "seconds",
     "evaluation_tokens",
 )
-"""Columns taken over from `kronsae.runs.evaluation.evaluate_run`."""
+"""Columns copied from the rows of `kronsae.runs.evaluation.evaluate_run`."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder and what was measured so far; ``print`` shows means over seeds.
+    """A sweep's folder and its results so far; ``print`` shows means over seeds.
 
     Args:
-        folder: with ``sweep.csv``, ``sweep.html``, ``sweep.json`` and ``groups/``, each a run folder.
-        rows: as in the CSV.
-        settings: by name of an SAE, what was given for it.
+        folder: folder with ``sweep.csv``, ``sweep.html``, ``sweep.json`` and the run folders in ``groups/``.
+        rows: rows of the CSV file.
+        settings: settings given for each SAE, by name.
     """
 
     folder: Path
@@ -55,12 +55,12 @@ class Sweep:
 
     @property
     def csv(self) -> Path:
-        """All rows and columns."""
+        """Return the path of the CSV file with all rows and columns."""
         return self.folder / CSV_FILE
 
     @property
     def page(self) -> Path:
-        """The page with the plots."""
+        """Return the path of the HTML page with the plots."""
         return self.folder / PAGE_FILE
 
     def write(self, config: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Sweep:
         write(sweep_page(rows=self.rows, settings=self.settings, facts=facts, config=config), self.page)
 
     def _all(self, key: str, form: str = "{}") -> str | None:
-        """What stands in a column, each value once; None where nothing does."""
+        """Return the distinct values of a column as text; None if there are none."""
         return ", ".join(form.format(value) for value in dict.fromkeys(row[key] for row in self.rows) if value) or None
 
     def __str__(self) -> str:
@@ -108,15 +108,14 @@ def result_row(
     *,
     diverged: str | None = None,
 ) -> dict[str, Any]:
-    """One row: name and seed, shape (of a switch the heads of all experts), figures, every setting by its place
-    (``sae.``, ``run.``), provenance.
+    """Return one row of the CSV file: name, seed, shape, metrics, all settings (``sae.``, ``run.``), provenance.
 
     Args:
-        point: the SAE.
+        point: the SAE. The number of heads of a switch encoder is that of all experts.
         figures: its row of `evaluate_run`; empty if it diverged.
-        provenance: of the machine that trained it.
-        group: name of the run folder that holds it.
-        diverged: the sentence that its training ended with; None of one that was trained to its end.
+        provenance: provenance of its training.
+        group: name of its run folder.
+        diverged: error message of a training that diverged; None if the training finished.
     """
     member = point.run.saes[0]
     encoder, grid = to_dict(member.encoder), head_grid(member.encoder)
@@ -128,8 +127,8 @@ def result_row(
         | {key: shape.get(key) for key in SHAPE}
         | {"k": member.sparsifier.k, "lr": member.optimizer.lr, "diverged": diverged}
         | {key: figures.get(key) for key in FIGURES}
-        | _flat({key: value for key, value in to_dict(member).items() if key != "name"}, "sae")
-        | _flat(run, "run")
+        | _flatten({key: value for key, value in to_dict(member).items() if key != "name"}, "sae")
+        | _flatten(run, "run")
         | about
         | {f"{package}_version": found for package, found in provenance["versions"].items()}
         | {"group": group}
@@ -137,7 +136,7 @@ def result_row(
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV, with every column that one of them has; what a row has not is empty."""
+    """Return the rows as CSV with the union of their columns; missing values are empty."""
     columns = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
@@ -146,7 +145,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _flat(value: Any, place: str) -> dict[str, Any]:
+def _flatten(value: Any, place: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
-        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{place}.{name}").items()}
+        return {key: leaf for name, inner in value.items() for key, leaf in _flatten(inner, f"{place}.{name}").items()}
     return {place: " ".join(map(str, value)) if isinstance(value, list) else value}

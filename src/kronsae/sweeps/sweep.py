@@ -1,7 +1,7 @@
-"""A sweep: the points of a grid, trained in groups on one stream each, evaluated, gathered in one CSV and one page.
+"""Sweep: the points of a grid, trained in groups that share a stream, evaluated, and collected in a CSV and a page.
 
-A point is known by its content, not by its name or place. So a sweep that was stopped carries on, and one whose grid
-was changed trains only what it has not trained yet.
+A point is identified by its config, not by its name or its position in the grid. Therefore an interrupted sweep
+resumes, and a sweep with a changed grid trains only the new points.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ from kronsae.training.config import MemberConfig
 from kronsae.training.member import Diverged
 
 MEMORY_SHARE = 0.8
-"""Of the memory there is, so much is given to a group: evaluation and the estimate's error need the rest."""
+"""Share of the available memory that a group may use; the rest is for evaluation and errors of the estimate."""
 DIVERGED_FOLDER = "diverged"
-"""In a sweep's folder: a file for each point whose training diverged, named by its digest."""
+"""Folder, inside a sweep's folder, with a file for each point whose training diverged, named by its digest."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Points that train on one stream, and the run folder for it."""
+    """Points that train on one stream, and their run folder."""
 
     folder: Path
     points: tuple[Point, ...]
 
     @property
     def run_config(self) -> RunConfig:
-        """One run with all of them."""
+        """Return the config of the run with all of these points."""
         return replace(self.points[0].run, saes=tuple(point.run.saes[0] for point in self.points))
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What is left to do; ``str()`` says it in lines.
+    """Remaining work of a sweep and its requirements; ``str()`` describes it.
 
     Args:
-        groups: to train, in order.
-        finished: points that need no training any more.
-        diverged: points whose training diverged before; it is not tried again.
-        seconds: of all training left, measured; None where it was not.
-        stale: trained runs that are to be evaluated again, on as many held-out tokens as the grid says now.
-        disk_bytes: the SAEs of all groups that are not begun, and the checkpoints of the largest.
-        memory_bytes: of the largest of these groups, about.
-        disk_free_bytes: what there is.
+        groups: groups to train, in order.
+        finished: number of points that are already trained.
+        diverged: number of points whose training diverged earlier; they are not trained again.
+        seconds: measured time of the remaining training; None if it was not measured.
+        stale: trained runs to evaluate again, because the grid now has another ``eval_tokens``.
+        disk_bytes: size of the SAEs of all groups that have not started, and of the checkpoints of the largest.
+        memory_bytes: estimated memory of the largest of these groups.
+        disk_free_bytes: free disk space.
     """
 
     groups: tuple[Group, ...]
@@ -76,19 +76,19 @@ class SweepPlan:
     disk_free_bytes: int = 0
 
     def check(self) -> None:
-        """Refuse more SAEs than the disk can hold.
+        """Check the disk space.
 
         Raises:
-            UserError: that.
+            UserError: the disk cannot hold the SAEs and checkpoints.
         """
         if self.disk_bytes > self.disk_free_bytes:
             raise UserError(
-                f"the sweep must fit on the disk; about {in_bytes(self.disk_bytes)} are needed and "
-                f"{in_bytes(self.disk_free_bytes)} are free. Make room, choose another --out, or a smaller grid."
+                f"the sweep must fit on the disk; it needs about {in_bytes(self.disk_bytes)}, but only "
+                f"{in_bytes(self.disk_free_bytes)} are free. Free space, choose another --out, or use a smaller grid."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the plan as JSON values."""
         groups = [
             {"folder": str(group.folder), "seed": group.points[0].seed, "saes": [point.name for point in group.points]}
             for group in self.groups
@@ -116,12 +116,12 @@ class SweepPlan:
         for group in self.groups:
             lines.append(f"  {group.folder.name}: {', '.join(point.name for point in group.points)}")
         if self.stale:
-            lines.append(f"{len(self.stale)} finished group(s) to evaluate again: the grid has other eval_tokens now.")
+            lines.append(f"{len(self.stale)} finished group(s) to evaluate again, because eval_tokens changed.")
         if self.disk_bytes:
             disk, free = in_bytes(self.disk_bytes), in_bytes(self.disk_free_bytes)
-            lines.append(f"Memory: about {in_bytes(self.memory_bytes)} at a time. Disk: about {disk} in all of {free}.")
+            lines.append(f"Memory: about {in_bytes(self.memory_bytes)} at a time. Disk: about {disk} of {free} free.")
         if self.seconds is not None:
-            lines.append(f"Time: about {in_time(self.seconds)} of training, and the evaluation of each group.")
+            lines.append(f"Time: about {in_time(self.seconds)} of training, plus the evaluation of each group.")
         return "\n".join(lines)
 
 
@@ -142,26 +142,27 @@ def sweep(
     group_size: int = 16,
     show_progress: bool = True,
 ) -> Sweep:
-    """Train and evaluate every SAE of a grid; the same call carries on what was stopped.
+    """Train and evaluate every SAE of a grid; the same call resumes an interrupted sweep.
 
-    An SAE whose training diverges keeps a row that says so, and the others train on without it.
+    If the training of an SAE diverges, its row records this and the other SAEs of its group restart without it.
 
     Args:
-        saes: as ``--sae`` takes them, ``{a,b}`` standing for each of several values:
+        saes: SAEs in the form of ``--sae``; ``{a,b}`` is replaced by each value in turn:
             ``["topk d_sae=1024 k=16", "kron num_heads=128 d_base={1,2} d_extension=4 k=16"]``.
-        out: the sweep's folder.
-        recipe: a named run to start from; without one, ``model`` (or ``activations``), ``text`` and ``hook``.
-        model, text, hook, activations: in the place of the recipe's.
-        tokens: the budget, or several.
-        flops: the same in FLOPs, in place of ``tokens``.
-        same_flops_as: the SAE that trains on ``tokens``; each other one on as many as cost the same FLOPs.
-        seeds: how many (0, 1, ...) or which ones: of the weights and of the order of the data.
-        set: other fields of the runs, ``"loop.batch_tokens={1024,2048}"``; ``saes.*`` is every SAE.
-        group_size: at most so many SAEs on one stream.
+        out: folder of the sweep.
+        recipe: name of a recipe to start from; without one, ``model`` (or ``activations``), ``text`` and ``hook`` are
+            required.
+        model, text, hook, activations: override the recipe's.
+        tokens: one or more budgets in tokens.
+        flops: one or more budgets in FLOPs, instead of ``tokens``.
+        same_flops_as: name of the SAE that trains on ``tokens``; every other SAE gets the same FLOPs.
+        seeds: number of seeds (0, 1, ...), or the seeds themselves, of the weights and of the order of the data.
+        set: other fields of the runs, ``"loop.batch_tokens={1024,2048}"``; ``saes.*`` means every SAE.
+        group_size: maximum number of SAEs on one stream.
         show_progress: show live displays on stderr.
 
     Raises:
-        UserError: anything given that cannot work, before anything is written.
+        UserError: an argument is invalid; nothing has been written.
     """
     return execute_sweep(
         SweepConfig(
@@ -183,7 +184,7 @@ def sweep(
     )
 
 
-_seeds = seeds  # the function, where an argument has its name
+_seeds = seeds  # the argument `seeds` of `sweep` hides the function
 
 
 def execute_sweep(
@@ -194,16 +195,16 @@ def execute_sweep(
     show_progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
-    """Carry out a whole sweep: what `sweep` does once its arguments are in one piece."""
+    """Train and evaluate every SAE of a config's grid; see `sweep`."""
     folder = Path(out)
     config = from_dict(SweepConfig, to_dict(config))
     wanted = sweep_points(config)
     _check_folder(folder)
     with only_writer(folder):
-        return _carry_out(config, wanted, folder, group_size, show_progress, say)
+        return _run_sweep(config, wanted, folder, group_size, show_progress, say)
 
 
-def _carry_out(
+def _run_sweep(
     config: SweepConfig,
     wanted: Sequence[Point],
     folder: Path,
@@ -214,47 +215,50 @@ def _carry_out(
     finished, plan = plan_sweep(wanted, folder, group_size)
     say(str(plan))
     plan.check()
-    _clear(folder)
+    _remove_diverged(folder)
     write_json(folder / CONFIG_FILE, {"kronsae_version": version("kronsae"), "sweep": to_dict(config)})
     by_digest = {point.digest: point for point in wanted}
     for run in plan.stale:
         finished |= _results(run, by_digest, show_progress, say)
     for number, group in enumerate(plan.groups, 1):
         say(f"Group {number} of {len(plan.groups)}, seed {group.points[0].seed}, {len(group.points)} SAE(s):")
-        if (trained := _trained(group, folder, show_progress, say)) is not None:
+        if (trained := _train_group(group, folder, show_progress, say)) is not None:
             finished |= _results(trained, by_digest, show_progress, say)
         finished |= _diverged_rows(folder, wanted)
-        _gathered(folder, wanted, finished).write(to_dict(config))  # what there is can be looked at
-    found = _gathered(folder, wanted, finished)
+        _collect(folder, wanted, finished).write(to_dict(config))  # intermediate results
+    found = _collect(folder, wanted, finished)
     found.write(to_dict(config))
     return found
 
 
-def _trained(group: Group, folder: Path, show_progress: bool, say: Callable[[str], None]) -> Run | None:
-    """Train a group. Who diverges is noted, and the others start anew without it; None where nobody is left."""
+def _train_group(group: Group, folder: Path, show_progress: bool, say: Callable[[str], None]) -> Run | None:
+    """Train a group and return its run; None if all of its SAEs diverge.
+
+    If an SAE diverges, this is recorded in a file and the others restart without it.
+    """
     while True:
         try:
-            brief = partial(_say_lines, say)
-            return execute(group.run_config, group.folder, show_progress=show_progress, say=brief)
+            say_short = partial(_say_single_lines, say)
+            return execute(group.run_config, group.folder, show_progress=show_progress, say=say_short)
         except Diverged as error:
             (lost,) = (point for point in group.points if point.run.saes[0].name == error.member)
-            write_json(_note_of(lost.digest, folder), {"what": error.what, "provenance": provenance()})
+            write_json(_divergence_file(lost.digest, folder), {"what": error.what, "provenance": provenance()})
             shutil.rmtree(group.folder)
             others = [point for point in group.points if point is not lost]
-            say(f"{error} The sweep goes on without it.")
+            say(f"{error} The sweep continues without it.")
             if not others:
                 return None
-            group = _group(folder, others)
+            group = _new_group(folder, others)
 
 
-def _note_of(digest: str, folder: Path) -> Path:
+def _divergence_file(digest: str, folder: Path) -> Path:
     return folder / DIVERGED_FOLDER / f"{digest}.json"
 
 
-def _clear(folder: Path) -> None:
-    """Remove the groups that can never be finished: stopped after a divergence was noted, before they were removed."""
+def _remove_diverged(folder: Path) -> None:
+    """Remove groups of which an SAE diverged: the process stopped after recording it and before removing the group."""
     for run in _runs(folder):
-        if not run.finished and any(_note_of(digest, folder).exists() for digest in _digests(run.config)):
+        if not run.finished and any(_divergence_file(digest, folder).exists() for digest in _digests(run.config)):
             shutil.rmtree(run.folder)
 
 
@@ -263,18 +267,18 @@ def _runs(folder: Path) -> list[Run]:
 
 
 def _diverged_rows(folder: Path, wanted: Iterable[Point]) -> dict[str, dict[str, Any]]:
-    """The rows, without figures, of the points whose training diverged, by digest."""
+    """Return the rows, without metrics, of the points whose training diverged, by digest."""
     rows = {}
     for point in wanted:
-        if (path := _note_of(point.digest, folder)).exists():
-            note = read_json(path, "the note of a divergence")
-            sentence = str(Diverged(point.name, note["what"]))
-            rows[point.digest] = result_row(point, {}, note["provenance"], "", diverged=sentence)
+        if (path := _divergence_file(point.digest, folder)).exists():
+            record = read_json(path, "the record of a divergence")
+            sentence = str(Diverged(point.name, record["what"]))
+            rows[point.digest] = result_row(point, {}, record["provenance"], "", diverged=sentence)
     return rows
 
 
 def sweep_points(config: SweepConfig) -> list[Point]:
-    """The points of the grid, their budgets in FLOPs where they are to be those of one of them."""
+    """Return the points of the grid; with ``same_flops_as``, their budgets are converted to FLOPs."""
     found = points(config)
     if config.same_flops_as is None:
         return found
@@ -290,7 +294,7 @@ def sweep_points(config: SweepConfig) -> list[Point]:
             )
         key = digest_of(to_dict(point.run) | {"saes": [], "seed": 0, "loop": {}})
         if key not in widths:
-            widths[key] = Source(names[0].run).widths  # the hooks of the SAE that is counted
+            widths[key] = Source(names[0].run).widths  # widths of the hooks of the named SAE
         loop = point.run.loop
         flops = training_flops(names[0].run.saes[0].shape(widths[key], point.run.hook), loop.steps * loop.batch_tokens)
         run = replace(point.run, loop=replace(loop, tokens=None, flops=flops))
@@ -301,10 +305,10 @@ def sweep_points(config: SweepConfig) -> list[Point]:
 def plan_sweep(
     wanted: Sequence[Point], folder: Path, group_size: int = 16
 ) -> tuple[dict[str, dict[str, Any]], SweepPlan]:
-    """What is finished or diverged, by digest of the point as rows of the CSV, and what is left to do.
+    """Return the rows of finished and diverged points, by digest, and the plan of the remaining work.
 
     Raises:
-        UserError: the folder holds something else, or a single SAE does not fit into memory.
+        UserError: the folder holds other files, or a single SAE does not fit into memory.
     """
     check_count("group_size", group_size)
     _check_folder(folder)
@@ -315,7 +319,7 @@ def plan_sweep(
     stale: list[Run] = []
     for run in done:
         finished |= (found := _rows_of(run, by_digest))
-        if found and read_json(run.folder / "evaluation.json", "the evaluation")["requested_tokens"] != _asked(
+        if found and read_json(run.folder / "evaluation.json", "the evaluation")["requested_tokens"] != _eval_tokens(
             run, by_digest
         ):
             stale.append(run)
@@ -330,7 +334,7 @@ def plan_sweep(
             taken.update(own)
     rest = [point for point in wanted if point.digest not in taken]
     plans: dict[str, Plan] = {}
-    new = list(_grouped(rest, folder, group_size, plans))
+    new = list(_make_groups(rest, folder, group_size, plans))
     disk, memory = _needs(new, plans)
     plan = SweepPlan(
         (*begun, *new),
@@ -349,7 +353,9 @@ def _check_folder(folder: Path) -> None:
     check_folder_place(folder)
     inside = list(folder.iterdir()) if folder.exists() else []
     if not (folder / CONFIG_FILE).exists() and any(not path.name.startswith(".") for path in inside):
-        raise UserError(f"out must be a new or empty folder or a sweep; {folder} holds other files.")
+        raise UserError(
+            f"out must be a new or empty folder or a sweep; {folder} holds other files. Choose another one."
+        )
 
 
 def _digests(config: RunConfig) -> list[str]:
@@ -360,17 +366,17 @@ def _digests(config: RunConfig) -> list[str]:
 
 
 def _as_saved(point: Point, run: Run, member: MemberConfig) -> Point:
-    """The point as a run folder has it: made for a grid with another name for it, or other `UNTRAINED` fields."""
+    """Return the point with the config in its run folder, which may differ in the name and the `UNTRAINED` fields."""
     return replace(point, run=replace(run.config, saes=(member,)))
 
 
-def _asked(run: Run, by_digest: Mapping[str, Point]) -> int:
-    """On how many held-out tokens a run is to be evaluated: as many as the grid says of its points."""
+def _eval_tokens(run: Run, by_digest: Mapping[str, Point]) -> int:
+    """Return the number of held-out tokens on which to evaluate a run, from the grid."""
     return max(by_digest[digest].run.eval_tokens for digest in _digests(run.config) if digest in by_digest)
 
 
-def _grouped(rest: Sequence[Point], folder: Path, group_size: int, plans: dict[str, Plan]) -> Iterable[Group]:
-    """Points with one stream together, so many at a time as ``group_size`` and the memory allow."""
+def _make_groups(rest: Sequence[Point], folder: Path, group_size: int, plans: dict[str, Plan]) -> Iterable[Group]:
+    """Yield groups of points that share a stream, as large as ``group_size`` and the memory allow."""
     for shared in dict.fromkeys(point.shared for point in rest):
         alike = [point for point in rest if point.shared == shared]
         plan = _plan_of(alike, folder, plans)
@@ -380,20 +386,20 @@ def _grouped(rest: Sequence[Point], folder: Path, group_size: int, plans: dict[s
         for point, member in zip(alike, plan.members, strict=True):
             needed = replace(plan, members=(*members, member)).memory_bytes
             if chunk and (len(chunk) == group_size or (room is not None and needed > room)):
-                yield _group(folder, chunk)
+                yield _new_group(folder, chunk)
                 chunk, members = [], ()
             chunk.append(point)
             members = (*members, member)
-        yield _group(folder, chunk)
+        yield _new_group(folder, chunk)
 
 
-def _group(folder: Path, chunk: Sequence[Point]) -> Group:
+def _new_group(folder: Path, chunk: Sequence[Point]) -> Group:
     group = Group(Path(), tuple(chunk))
     return Group(folder / "groups" / digest_of(to_dict(group.run_config)), group.points)
 
 
 def _plan_of(alike: Sequence[Point], folder: Path, plans: dict[str, Plan]) -> Plan:
-    """The plan of one run with all these points, timed; that of another seed is the same."""
+    """Return the plan, with times, of one run with all these points; other seeds reuse it."""
     key = _without_seed(alike)
     if key not in plans:
         source = Source(replace(alike[0].run, saes=tuple(point.run.saes[0] for point in alike)))
@@ -410,13 +416,13 @@ def _without_seed(alike: Sequence[Point]) -> str:
 
 
 def _planned(group: Group, plans: Mapping[str, Plan]) -> list[tuple[Plan, MemberPlan]]:
-    """What each point of a group takes, with the plan it is from."""
+    """Return the requirements of each point of a group, with the plan that contains them."""
     known = {member.name: (plan, member) for plan in plans.values() for member in plan.members}
     return [known[point.name] for point in group.points]
 
 
 def _needs(groups: Sequence[Group], plans: Mapping[str, Plan]) -> tuple[int, int]:
-    """Bytes on the disk, where SAEs stay and checkpoints are those of one group at a time, and in memory."""
+    """Return disk and memory requirements in bytes; checkpoints exist for one group at a time, SAEs for all."""
     saved, checkpoints, memory = 0, 0, 0
     for group in groups:
         found = _planned(group, plans)
@@ -429,7 +435,7 @@ def _needs(groups: Sequence[Group], plans: Mapping[str, Plan]) -> tuple[int, int
 
 
 def _seconds(groups: Sequence[Group], plans: Mapping[str, Plan]) -> float | None:
-    """Of all groups whose times were measured; one that is carried on is not among them."""
+    """Return the training time of all groups whose times were measured; None if there are none."""
     total, known = 0.0, False
     for group in groups:
         found = _planned(group, plans)
@@ -440,8 +446,8 @@ def _seconds(groups: Sequence[Group], plans: Mapping[str, Plan]) -> float | None
     return total if known else None
 
 
-def _say_lines(say: Callable[[str], None], text: str) -> None:
-    """Hand on single lines: a run's own plan has many, and the sweep's was said before."""
+def _say_single_lines(say: Callable[[str], None], text: str) -> None:
+    """Pass on messages of one line; this drops the plan of each run, which the sweep's plan already covers."""
     if "\n" not in text:
         say(text)
 
@@ -449,9 +455,9 @@ def _say_lines(say: Callable[[str], None], text: str) -> None:
 def _results(
     run: Run, by_digest: Mapping[str, Point], show_progress: bool, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate a trained group and return its rows by digest."""
+    """Evaluate a trained group and return its rows, by digest."""
     with progress_bar("evaluating", quiet=not show_progress) as progress:
-        evaluate_run(run, tokens=_asked(run, by_digest), say=say, progress=progress)
+        evaluate_run(run, tokens=_eval_tokens(run, by_digest), say=say, progress=progress)
     if not (run.folder / "provenance.json").exists():
         write_json(run.folder / "provenance.json", provenance())
     return _rows_of(run, by_digest)
@@ -460,20 +466,20 @@ def _results(
 def _rows_of(run: Run, by_digest: Mapping[str, Point]) -> dict[str, dict[str, Any]]:
     figures = {row["name"]: row for row in read_json(run.folder / "evaluation.json", "the evaluation")["saes"]}
     path = run.folder / "provenance.json"
-    if not path.exists():  # stopped between the evaluation and this
+    if not path.exists():  # the process stopped between the evaluation and this line
         write_json(path, provenance())
     about = read_json(path, "the group's provenance")
     rows = {}
     for digest, member in zip(_digests(run.config), run.config.saes, strict=True):
         if digest in by_digest:
-            asked = by_digest[digest]
-            trained = replace(asked, run=replace(asked.run, loop=run.config.loop))  # logged as often as it was
+            point = by_digest[digest]
+            trained = replace(point, run=replace(point.run, loop=run.config.loop))  # log_every as it was in training
             rows[digest] = result_row(trained, figures[member.name], about, run.folder.name)
     return rows
 
 
-def _gathered(folder: Path, wanted: Sequence[Point], finished: Mapping[str, dict[str, Any]]) -> Sweep:
-    """The rows there are, in the grid's order and under the grid's names."""
+def _collect(folder: Path, wanted: Sequence[Point], finished: Mapping[str, dict[str, Any]]) -> Sweep:
+    """Return the available rows, in the grid's order and with the grid's names."""
     rows = [
         finished[point.digest] | {"name": point.name, "seed": point.seed}
         for point in wanted
