@@ -1,4 +1,4 @@
-"""The Python blocks of README and docs/ run as they stand, and what README says of the package is so."""
+"""The Python blocks of README and docs/ run, and README lists all commands and measurements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SWEEPS = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
 
 
 def python_of(page: Path) -> str:
-    """The page's Python blocks, in their order, as one script: a block may use what those above it made."""
+    """Return the page's Python blocks, in order, as one script: a block may use names from earlier blocks."""
     return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL))
 
 
@@ -44,13 +44,13 @@ def test_pages_have_blocks() -> None:
     assert {"README.md", "intervention.md", "sweeps.md"} <= {page.name for page in PAGES}
 
 
-def test_the_commands_are_those_there_are() -> None:
-    section = README.split("## The commands")[1].split("\n## ")[0]
+def test_all_commands_are_listed() -> None:
+    section = README.split("\n## Commands\n")[1].split("\n## ")[0]
     group = typer.main.get_group(app)
     assert sorted(re.findall(r"^\| `kronsae ([\w-]+)` \|", section, flags=re.MULTILINE)) == sorted(group.commands)
 
 
-def test_the_measurements_are_those_there_are() -> None:
+def test_all_measurements_are_listed() -> None:
     named = re.findall(r"^\| \[`([\w-]+)`\]\(docs/measurements/", README, flags=re.MULTILINE)
     assert sorted(named) == sorted(MEASUREMENTS)
 
