@@ -1,4 +1,4 @@
-"""What every test relies on: no network, one seed, vector maths that has been warmed up, tiny models."""
+"""Common fixtures: no network, a fixed seed, warmed-up vector maths, tiny models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what imports and collection made out of every later garbage collection: it lives until the end."""
+    """Exclude the objects created by imports and collection from later garbage collections; they are never freed."""
     gc.collect()
     gc.freeze()
 
@@ -53,7 +53,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from an architecture's name (``tiny_models.KINDS``) to a folder that holds a tiny model."""
+    """Return a function that maps an architecture's name (``tiny_models.KINDS``) to the folder of a tiny model."""
     folders: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
@@ -66,13 +66,13 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 @pytest.fixture(params=KINDS)
 def any_model_folder(request: pytest.FixtureRequest, tiny_model_folder: Callable[[str], Path]) -> Path:
-    """Each of the six architectures in turn."""
+    """Return each of the six architectures in turn."""
     return tiny_model_folder(request.param)
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ``.jsonl`` file of small documents, some of them held out."""
+    """Return a ``.jsonl`` file of small documents, some of which are held out."""
     from tests.tiny_runs import write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl")
@@ -82,7 +82,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Callable[[str], Path], text_file: Path
 ) -> Run:
-    """A finished run of `tests.tiny_runs.tiny_config`, never interrupted; tests only read it."""
+    """Return a finished, never interrupted run of `tests.tiny_runs.tiny_config`, which tests must not change."""
     from tests.tiny_runs import tiny_config
 
     from kronsae.runs.run import execute
@@ -93,7 +93,7 @@ def finished_run(
 
 @pytest.fixture
 def config(tiny_model_folder: Callable[[str], Path], text_file: Path) -> RunConfig:
-    """The config of `finished_run`."""
+    """Return the config of `finished_run`."""
     from tests.tiny_runs import tiny_config
 
     return tiny_config(tiny_model_folder("gpt_neox"), text_file)
@@ -101,7 +101,7 @@ def config(tiny_model_folder: Callable[[str], Path], text_file: Path) -> RunConf
 
 @pytest.fixture
 def kronsae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs the entry point as the ``kronsae`` script does; numbers and paths are turned to words."""
+    """Return a function that calls the entry point like the ``kronsae`` script; arguments are converted to strings."""
     from tests.command_line import Outcome
 
     from kronsae.cli.main import main
@@ -123,7 +123,7 @@ def kronsae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def base(tiny_model_folder: Callable[[str], Path], text_file: Path) -> list[str]:
-    """A ``train`` that works, but for ``--out`` and the SAEs."""
+    """Return a valid ``train`` command line without ``--out`` and ``--sae``."""
     line = (
         f"train --model {tiny_model_folder('gpt_neox')} --text {text_file} --hook layers.2 --tokens 256 --quiet "
         "--set context_length=32 --set loop.batch_tokens=64 --set buffer_tokens=128 --set held_out_share=0.2 "

@@ -1,4 +1,4 @@
-"""Changing a saved SAE's weights on disk, as somebody who knows the format would."""
+"""Replacement of a saved SAE's weights on disk, with a valid checksum."""
 
 from __future__ import annotations
 

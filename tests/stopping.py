@@ -1,4 +1,4 @@
-"""Runs that are stopped in the midst of training."""
+"""Helpers that stop runs during training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def go(config: RunConfig, out: Path, **options: Any) -> Run:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], object]) -> None:
-    """Let ``stop`` be called at the end of the step with that number (from 0)."""
+    """Call ``stop`` at the end of the step with this number (from 0)."""
     plain = Member.step
 
     def watched(self: Member, x_BD: torch.Tensor, number: int, want_metrics: bool) -> object:
@@ -34,5 +34,5 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], 
 
 
 def ctrl_c() -> None:
-    """What a person does at the keyboard."""
+    """Raise SIGINT, like Ctrl-C."""
     signal.raise_signal(signal.SIGINT)

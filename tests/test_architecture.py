@@ -1,4 +1,4 @@
-"""The house rules that a reader can rely on, held by reading the source (``ast``), functions included.
+"""Rules about imports and calls, checked by parsing the source (``ast``), including function bodies.
 
 A room is a folder or a module directly under ``src/kronsae``. ``ARROWS`` says which rooms a room may import;
 a room that is not in the table is an error, so a new one has to be given its place here.
@@ -20,7 +20,7 @@ SRC = Path(__file__).parents[1] / "src" / "kronsae"
 MAX_LINES = 500
 
 SUPPORT = "support"
-"""Small modules without a room's knowledge: every room may import them."""
+"""Room that every room may import."""
 
 ARROWS: dict[str, set[str]] = {
     "support": set(),
@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"data", "eval", "report", "runs", "sweeps", "measures", "interventions", "bench"},
     "__main__": {"cli"},
 }
-"""Which rooms each room may import besides ``support``."""
+"""Rooms that each room may import in addition to ``support``."""
 
 PLANNED: dict[str, set[str]] = {
     # training over several processes; the trainer and core stay unaware of torch.distributed
@@ -56,7 +56,7 @@ PLANNED: dict[str, set[str]] = {
 """The place in the table of rooms that do not exist yet; `cli` may import all of them. Pursuit belongs to `core`."""
 
 ROOT = "(root)"
-"""``kronsae/__init__.py``: it gathers the public names, so a room that imported it would import every room."""
+"""``kronsae/__init__.py``: it imports all public names, so a room that imported it would import every room."""
 
 FORBIDDEN_PACKAGES: dict[str, set[str]] = {
     "core": {"transformers", "datasets", "huggingface_hub", "torch.distributed"},
@@ -64,10 +64,10 @@ FORBIDDEN_PACKAGES: dict[str, set[str]] = {
 }
 
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-"""Reading one of these runs code chosen by whoever wrote the file; weights are safetensors, the rest is JSON."""
+"""Modules whose files can execute code when they are read; weights are safetensors, everything else is JSON."""
 
 PRINTING = ("cli/", "support/terminal.py")
-"""Where ``print`` is the job: paths under ``src/kronsae`` begin with one of these."""
+"""Prefixes of paths under ``src/kronsae`` where ``print`` is allowed."""
 
 
 def _files() -> list[Path]:
@@ -84,7 +84,7 @@ EVERY_FILE = pytest.mark.parametrize("path", _files(), ids=lambda path: str(path
 
 
 def _room(module: str) -> str:
-    """The room of a dotted module name: ``kronsae.core.sae`` -> ``core``, ``kronsae`` -> ``(root)``."""
+    """Return the room of a dotted module name: ``kronsae.core.sae`` -> ``core``, ``kronsae`` -> ``(root)``."""
     parts = module.split(".")
     if len(parts) == 1:
         return ROOT
@@ -92,7 +92,7 @@ def _room(module: str) -> str:
 
 
 def _dotted(node: ast.expr) -> str:
-    """``a.b.c`` of an attribute chain, ``""`` of anything else."""
+    """Return ``a.b.c`` for an attribute chain, and ``""`` for anything else."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -102,7 +102,7 @@ def _dotted(node: ast.expr) -> str:
 
 
 def imports(source: str, module: str, *, package: bool = False) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of every import of ``source``, wherever it stands.
+    """Return line and full dotted name of every import in ``source``, including those in functions.
 
     ``module`` is the importing module's name, ``package`` whether it is an ``__init__``: relative imports count
     from there. ``from x import y`` is ``x.y`` where that is a module of ours or y may be one of another package's.
@@ -129,7 +129,7 @@ def imports(source: str, module: str, *, package: bool = False) -> Iterator[tupl
 
 
 def wrong_arrows(source: str, module: str, *, package: bool = False) -> list[str]:
-    """What the imports of ``source`` break, as sentences; empty if they keep to ``ARROWS``."""
+    """Return the violations of ``ARROWS`` by the imports of ``source``, as sentences."""
     room = _room(module)
     if room == ROOT:
         return []
@@ -147,7 +147,7 @@ def wrong_arrows(source: str, module: str, *, package: bool = False) -> list[str
 
 
 def unsafe_calls(source: str) -> list[str]:
-    """Lines of ``source`` that would run code out of a file: pickle, torch.load, eval, exec, trust_remote_code."""
+    """Return the lines of ``source`` that could execute code from a file: pickle, torch.load, eval, exec, ..."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and _dotted(node.func) in ("eval", "exec"):
@@ -166,7 +166,7 @@ def unsafe_calls(source: str) -> list[str]:
 
 
 def prints(source: str) -> list[int]:
-    """Line numbers of the calls of ``print``."""
+    """Return the line numbers of calls of ``print``."""
     calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
     return [node.lineno for node in calls if _dotted(node.func) == "print"]
 
@@ -210,7 +210,7 @@ def imported_modules(source: str, module: str, *, package: bool = False) -> set[
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import each other, directly or through others."""
+    """Return groups of modules that import each other, directly or indirectly."""
     order = TopologicalSorter(graph)
     try:
         order.prepare()
@@ -335,7 +335,7 @@ def test_every_public_name_has_a_docstring() -> None:
 
 
 def _own_docstring(value: object) -> str | None:
-    """The docstring as written, not the inherited one, nor the signature that ``dataclass`` puts in its place."""
+    """Return the docstring in the source, not an inherited one or the signature that ``dataclass`` generates."""
     doc = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
     generated = inspect.isclass(value) and isinstance(doc, str) and doc.startswith(f"{value.__name__}(")
     return None if generated or not isinstance(doc, str) else doc.strip()

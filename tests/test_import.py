@@ -1,4 +1,4 @@
-"""``import kronsae`` is quiet and light: optional and heavy packages are loaded by the functions that use them."""
+"""``import kronsae`` prints nothing and imports no optional or heavy package; functions import them when needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shipped: every file that the package needs is packed, and every place tells the same version."""
+"""The distribution contains all files that the package needs, and the version is the same everywhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA_FILES = [
 
 
 def _pins() -> dict[str, str]:
-    """Lower-case name to version of every line of constraints.txt."""
+    """Return the version of each lower-case package name in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     return dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
 

@@ -1,4 +1,4 @@
-"""The pages of the studies hold what their result files say, and nothing typed in."""
+"""The pages of the studies agree with their result files and contain no other numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_pages_of_the_dictionaries_are_their_result_file() -> None:
 
 
 def test_no_page_has_a_time_that_was_typed_in() -> None:
-    """Durations stand between the marks of a generated part, where a test holds them to a file."""
+    """Durations appear only between the marks of generated parts, where a test compares them with a file."""
     typed = {}
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = re.sub(r"<!-- results:.*?<!-- /results[^>]*-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

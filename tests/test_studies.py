@@ -1,4 +1,4 @@
-"""The studies can be run as they are committed, and their tables are what their figures say."""
+"""The committed studies can be run, and their tables agree with their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny randomly initialised models of six architectures, saved as any Hugging Face model is."""
+"""Tiny randomly initialised models of six architectures, saved like any Hugging Face model."""
 
 from __future__ import annotations
 

@@ -24,18 +24,18 @@ TIMES = ("seconds", "member_seconds")
 
 
 def texts(number: int = 60) -> list[str]:
-    """Some different documents of a few dozen tokens each."""
+    """Return different documents of a few dozen tokens each."""
     return [" ".join(WORDS[(7 * i + i * j) % len(WORDS)] for j in range(20)) + f" {i}." for i in range(number)]
 
 
 def write_jsonl(path: Path, number: int = 60) -> Path:
-    """The documents of `texts` as a ``.jsonl`` file."""
+    """Write the documents of `texts` to a ``.jsonl`` file."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(number)), encoding="utf-8")
     return path
 
 
 def tiny_config(model: Path, text: Path, **changes: Any) -> RunConfig:
-    """20 steps of 64 tokens; a checkpoint every 5, latents that die and are revived by AuxK.
+    """Return a config of 20 steps of 64 tokens, a checkpoint every 5, and latents that die and are revived by AuxK.
 
     The pool holds 8 batches of windows, the buffer 5 batches of activations.
     """
@@ -59,18 +59,18 @@ def tiny_config(model: Path, text: Path, **changes: Any) -> RunConfig:
 
 
 def weights(run: Run) -> dict[str, Tensor]:
-    """Every weight of every SAE of a finished run."""
+    """Return all weights of all SAEs of a finished run."""
     found = {name: checkpoint.load(run.sae_folder(name)) for name in run.names}
     return {f"{name}.{key}": tensor for name, sae in found.items() for key, tensor in sae.state_dict().items()}
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
-    """The metrics without the times, which no two runs share."""
+    """Return the metrics without the times, which differ between runs."""
     return [{key: value for key, value in row.items() if key not in TIMES} for row in run.metrics()]
 
 
 def assert_same_run(one: Run, other: Run) -> None:
-    """Two runs have the same weights, bit for bit, and the same metrics."""
+    """Assert that two runs have bit-identical weights and the same metrics."""
     expected, found = weights(one), weights(other)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -78,5 +78,5 @@ def assert_same_run(one: Run, other: Run) -> None:
 
 
 def listing(folder: Path) -> list[str]:
-    """Every path below a folder."""
+    """Return all paths below a folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
