@@ -72,8 +72,8 @@ def test_progress_is_reported(finished_run: Run, labels: Path, tmp_path: Path) -
     steps: list[tuple[int, int]] = []
     settings = AbsorptionSettings(labels=labels, max_k=5)
     measure(finished_run, settings, cache=tmp_path, say=said.append, progress=lambda *step: steps.append(step))
-    assert "then 50 passes over" in said[0]
-    assert "as many for each of 2 SAE(s), whose codes take about" in said[0]
+    assert "The probes train for 50 epochs on 120 examples" in said[0]
+    assert "then again for each of 2 SAE(s). The codes of one SAE take about" in said[0]
     starts = [place for place in range(len(steps)) if place == 0 or steps[place][0] <= steps[place - 1][0]]
     stages = [steps[a:b] for a, b in zip(starts, [*starts[1:], len(steps)], strict=True)]
     assert len(stages) == 3  # tokens, probes, SAEs
@@ -114,7 +114,7 @@ def test_a_damaged_cache_is_reported_and_computed_again(
     again, was_known = tasks.example_activations(loaded, task, tmp_path, say=said.append)
     assert not was_known
     assert torch.equal(again, x_ED)
-    assert said == [f"The kept activations in {path} are damaged; they are computed anew."]
+    assert said == [f"The cached activations in {path} are damaged; they are computed again."]
     again, was_known = tasks.example_activations(loaded, task, tmp_path)
     assert was_known
     assert torch.equal(again, x_ED)

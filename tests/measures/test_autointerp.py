@@ -73,7 +73,7 @@ def test_from_the_text_to_the_scores(run: Run) -> None:
             for score in (latent.detection, latent.fuzzing):
                 assert score.batches == -(-(score.positives + score.negatives) // 4) > 0
                 assert (score.dropped, score.failed) == (0, 0)
-    assert f"{asking} questions to ask (0 more are answered already)" in lines[1]
+    assert f"{asking} questions to ask (0 more are already answered)" in lines[1]
 
 
 def test_the_same_again_is_known_and_the_same_elsewhere_is_the_same(run: Run, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_finished_run_of_an_earlier_version_is_still_the_same_run(
     said: list[str] = []
     again = go(config, tmp_path / "r", say=said.append)
     assert again.config == config
-    assert "is finished" in said[0]
+    assert "is already finished; nothing is trained or logged." in said[0]
     assert_same_run(run, again)
 
 

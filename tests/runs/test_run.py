@@ -112,7 +112,7 @@ class TestAFinishedRun:
         message = r"^tokens must be at most the \d+ tokens of the held-out text; got 100000\. Ask for fewer, "
         with pytest.raises(UserError, match=message) as caught:
             finished_run.activations(100_000)
-        there_are = int(re.findall(r"after (\d+)", str(caught.value))[0])
+        there_are = int(re.findall(r"at most the (\d+) tokens", str(caught.value))[0])
         assert len(finished_run.activations(there_are)) == there_are
         with pytest.raises(UserError):
             finished_run.activations(there_are + 1)
