@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kronsae.data.hub import check_model, looks_like_path, one_line
+from kronsae.data import gguf
+from kronsae.data.hub import check_model, looks_like_path
+from kronsae.data.named_models import NAMED, fetch
+from kronsae.data.pretrained import load_pretrained
 from kronsae.support.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = "bundled"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +31,8 @@ class ModelConfig:
     """Which model to run, and how.
 
     Args:
-        name: ``"bundled"``, a local folder, or a model's name on the Hugging Face Hub.
+        name: ``"bundled"``, a name that `kronsae models` lists, a local folder, a GGUF file or a folder with one, or
+            a model's name on the Hugging Face Hub.
         revision: Branch, tag or commit of a Hub model.
         dtype: Precision of the model's weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"`` for CUDA where there is any, else the CPU.
@@ -84,47 +87,41 @@ class LanguageModel:
 
 
 def load_model(config: ModelConfig) -> LanguageModel:
-    """Load a model and its tokenizer; only safetensors, and no code that comes with a model.
+    """Load a model and its tokenizer; only safetensors and GGUF, and no code that comes with a model.
 
-    A checkpoint of a causal language model is loaded with its head, any other without.
+    A checkpoint of a causal language model is loaded with its head, any other without. A model of
+    `kronsae.data.named_models` is fetched and a GGUF file dequantised at first use; both are kept in the cache, and
+    stderr says so.
 
     Raises:
-        UserError: If there is no such model or device, if its weights are incomplete or not safetensors, if it
+        UserError: If there is no such model or device, if its weights are incomplete or in another format, if it
             has no tokenizer, or if it is of a kind that takes two texts (encoder-decoder).
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
     device = find_device(config.device)
-    location, common = _locate(config)
-    with _quiet_transformers(), _as_user_error(config.name):
-        architecture = AutoConfig.from_pretrained(location, **common)
-        if architecture.is_encoder_decoder:
-            raise UserError(
-                f"model must be a causal language model or an encoder; '{config.name}' is an encoder-decoder. "
-                "Choose another model."
-            )
-        reason = _no_lm_head_reason(architecture)
-        auto_class: Any = AutoModel if reason else AutoModelForCausalLM
-        model, info = auto_class.from_pretrained(
-            location,
-            config=architecture,
-            dtype=DTYPES[config.dtype],
-            use_safetensors=True,
-            output_loading_info=True,
-            **common,
-        )
-        _check_complete(config.name, info)
-        tokenizer = _load_tokenizer(config.name, location, common)
+    location, options = _locate(config)
+    loaded = load_pretrained(config.name, location, DTYPES[config.dtype], **options)
+    model = loaded.model
     model.config.use_cache = False  # a harvest never goes on from a cached past
+    _own_weights(model)
     model.requires_grad_(False).eval().to(device)
     return LanguageModel(
         name=config.name,
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=loaded.tokenizer,
         device=device,
-        no_lm_head_reason=reason,
+        no_lm_head_reason=loaded.no_lm_head_reason,
         max_positions=_max_positions(model),
     )
+
+
+def _own_weights(model: nn.Module) -> None:
+    """Copy every weight out of the mapped file it was read from, one at a time.
+
+    A mapped weight changes, or ends the process, when the file is written to; and its address is a multiple of 16
+    bytes only if its place in the file is, on which the last bits of matrix products depend.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):  # each once, if weights are tied
+        tensor.data = tensor.data.clone()
 
 
 def find_device(name: str) -> torch.device:
@@ -150,66 +147,46 @@ def find_device(name: str) -> torch.device:
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """Return what ``from_pretrained`` takes: a folder or a name, and the options of every call."""
-    common: dict[str, Any] = {"trust_remote_code": False}
-    folder = Path(config.name).expanduser()
-    if config.name == BUNDLED:
+    path = local_path(config.name)
+    if path is not None and config.revision is not None:
+        raise UserError(
+            f"revision is for models of the Hugging Face Hub; got '{config.revision}' with model '{config.name}'. "
+            "Leave it out."
+        )
+    if path is None:
+        from_cache = check_model(config.name, config.revision)
+        return config.name, {"local_files_only": from_cache, "revision": config.revision or "main"}
+    if (file := gguf.find(path, config.name)) is not None:
+        return str(gguf.dequantised(file)), {}
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"model: folder '{config.name}' must hold a Hugging Face model; it has no config.json. "
+            "Give the folder that save_pretrained wrote."
+        )
+    return str(path), {}
+
+
+def local_path(name: str) -> Path | None:
+    """Return the folder or GGUF file that a model's name means, fetched if need be; None for a name on the Hub.
+
+    Raises:
+        UserError: If the name can only mean a path, and there is nothing, or the model cannot be fetched.
+    """
+    if name == BUNDLED:
         from kronsae import bundled
 
-        folder = bundled.path()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model: folder '{config.name}' must hold a Hugging Face model; it has no config.json. "
-                "Give the folder that save_pretrained wrote."
-            )
-        return str(folder), common
-    if looks_like_path(config.name) or folder.exists() or config.name == BUNDLED:
+        return bundled.path()
+    if name in NAMED:
+        return fetch(NAMED[name])
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and gguf.is_gguf(path)):
+        return path
+    if looks_like_path(name) or path.exists() or gguf.is_gguf(path):
+        kind = "file" if gguf.is_gguf(path) else "folder"
         raise UserError(
-            f"model: there is no folder '{config.name}'. Check the path, or give a model's name on the "
-            "Hugging Face Hub."
+            f"model: there is no {kind} '{name}'. Check the path, or give a model's name on the Hugging Face Hub."
         )
-    common["local_files_only"] = check_model(config.name, config.revision)
-    return config.name, common | {"revision": config.revision or "main"}
-
-
-def _no_lm_head_reason(config: PretrainedConfig) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = config.architectures or []
-    if any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names):
-        return ""
-    kind = " and ".join(names) or f"an unnamed architecture of type {config.model_type}"
-    return f"the checkpoint is {kind}, which has no head for the next token"
-
-
-def _check_complete(name: str, info: dict[str, Any]) -> None:
-    """Raise a UserError for weights that transformers would otherwise have drawn at random."""
-    # The pooler of an encoder comes after all its layers, and many a checkpoint leaves it out.
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    missing += sorted(str(key[0]) for key in info.get("mismatched_keys", ()))
-    if missing:
-        raise UserError(
-            f"model: the weights of '{name}' must be complete; {len(missing)} are missing or misshapen, such as "
-            f"{missing[0]}. Save or download the model again."
-        )
-
-
-def _load_tokenizer(name: str, location: str, common: dict[str, Any]) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    cause = "it knows no token"  # what comes of a folder without tokenizer files
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, **common)
-        if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            return tokenizer
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise
-        cause = one_line(error)
-    raise UserError(
-        f"model: '{name}' must come with its tokenizer, and has no usable one ({cause}). Save the tokenizer into "
-        "the same folder with save_pretrained."
-    )
+    return None
 
 
 def _max_positions(model: PreTrainedModel) -> int | None:
@@ -220,49 +197,6 @@ def _max_positions(model: PreTrainedModel) -> int | None:
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1
             positions = module.num_embeddings - reserved
     return positions
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep the loading's log lines, progress bars and deprecations off the caller's screen."""
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging  # its functions carry no types
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _as_user_error(name: str) -> Iterator[None]:
-    """Turn what transformers raises for an unusable model into one sentence."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        text = str(error)
-        if "trust_remote_code" in text:
-            raise UserError(
-                f"model: '{name}' needs code of its own, and code that comes with a model is never run. Choose a "
-                "model of an architecture that transformers has built in."
-            ) from error
-        if "safetensors" in text and isinstance(error, OSError):
-            raise UserError(
-                f"model: '{name}' has no safetensors weights, and pickled ones are never read. Convert them "
-                "with save_pretrained."
-            ) from error
-        raise UserError(f"model: '{name}' cannot be loaded: {one_line(error)}.") from error
 
 
 SIDES = ("output", "input")

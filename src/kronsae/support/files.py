@@ -46,7 +46,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -155,7 +155,8 @@ def _lock(path: Path) -> int | None:
         os.close(handle)  # the file was removed between opening and locking
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return what this process takes from the permissions of new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
