@@ -36,6 +36,7 @@ from tests.tiny_models import KINDS, make_tiny_model  # noqa: E402
 if TYPE_CHECKING:
     from tests.command_line import Outcome
 
+    from kronsae.data.named_models import NamedModel
     from kronsae.runs.config import RunConfig
     from kronsae.runs.run import Run
 
@@ -49,6 +50,42 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of this test session: what the person has in the real one is neither used nor touched."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["KRONSAE_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test alone, not made yet."""
+    monkeypatch.setenv("KRONSAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `tests.tiny_models.make_gguf_model` as a GGUF file, unquantised."""
+    from tests.tiny_models import write_gguf
+
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[NamedModel, Path]:
+    """A tiny model in the place of SmolLM2 (as `NamedModel`), and its wheel."""
+    from tests.tiny_models import make_wheel
+
+    from kronsae.data.named_models import NAMED
+
+    (tmp_path / "wheels").mkdir()
+    model, wheel = make_wheel(tmp_path / "wheels", gguf_file)
+    monkeypatch.setitem(NAMED, model.name, model)
+    return model, wheel
 
 
 @pytest.fixture(scope="session")

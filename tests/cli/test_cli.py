@@ -22,7 +22,7 @@ from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.runs.config import RunConfig
 from kronsae.runs.parsing import parse_sae, with_options
-from kronsae.runs.recipes import kron, topk
+from kronsae.runs.recipes import QUICKSTARTS, kron, topk
 from kronsae.runs.run import Run, execute, open_run
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
@@ -43,7 +43,7 @@ class TestHelp:
     @pytest.mark.parametrize(
         ("verb", "options"),
         [
-            ("quickstart", "--out --tokens --json --quiet"),
+            ("quickstart", "--model --text --out --tokens --json --quiet"),
             (
                 "train",
                 "--out --recipe --config --model --text --hook --tokens --flops --same-flops-as --sae --seed --set "
@@ -254,7 +254,7 @@ class TestVerbs:
     def test_quickstart(
         self, finished_run: Run, kronsae: Kronsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("kronsae.runs.recipes.quickstart", lambda: finished_run.config)
+        monkeypatch.setitem(QUICKSTARTS, "bundled", lambda: finished_run.config)
         done = kronsae("quickstart", "--out", tmp_path / "q", "--tokens", 128, "--json", "--quiet")
         assert done.status == 0
         assert [(row["name"], row["tokens"]) for row in done.json["saes"]] == [("topk", 128), ("kron", 128)]

@@ -84,6 +84,57 @@ class TestLoading:
         language_model = load(folder)
         assert language_model.no_lm_head_reason == ("the checkpoint is GPT2Model, which has no head for the next token")
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_without_named_architectures_the_type_tells(
+        self, kind: str, tmp_path: Path, tiny_model_folder: FolderOf
+    ) -> None:
+        folder = copy_of(tiny_model_folder(kind), tmp_path)
+        change_json(folder / "config.json", architectures=None)
+        language_model = load(folder)
+        if kind == "bert":  # transformers has a causal BERT too, but it is an encoder
+            assert language_model.no_lm_head_reason == (
+                "the checkpoint is an unnamed architecture of type bert, which has no head for the next token"
+            )
+            assert forward(language_model, batch_of()).last_hidden_state.shape == (2, 8, WIDTH)
+        else:
+            assert language_model.no_lm_head_reason == ""
+            expected = load(tiny_model_folder(kind))
+            batch = batch_of()
+            assert torch.equal(forward(language_model, batch).logits, forward(expected, batch).logits)
+
+    def test_without_named_architectures_and_without_a_head(self, tmp_path: Path, tiny_model_folder: FolderOf) -> None:
+        folder = copy_of(tiny_model_folder("llama"), tmp_path)
+        model: Any = make_model("llama")
+        model.model.save_pretrained(folder)
+        change_json(folder / "config.json", architectures=None)
+        language_model: Any = load(folder)
+        assert language_model.no_lm_head_reason == "the checkpoint has no weights of a head for the next token"
+        assert torch.equal(language_model.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+
+    def test_without_named_architectures_missing_weights_are_still_an_error(
+        self, tmp_path: Path, tiny_model_folder: FolderOf
+    ) -> None:
+        folder = copy_of(tiny_model_folder("llama"), tmp_path)
+        change_json(folder / "config.json", architectures=None)
+        weights = load_file(folder / "model.safetensors")
+        weights.pop("model.layers.2.mlp.up_proj.weight")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"must be complete; 1 are missing or misshapen, such as model\.layers\.2"):
+            load(folder)
+
+    @pytest.mark.parametrize("kind", ["gpt2", "llama"])  # tied weights, and not
+    def test_weights_are_the_model_s_own(self, kind: str, tmp_path: Path, tiny_model_folder: FolderOf) -> None:
+        folder = copy_of(tiny_model_folder(kind), tmp_path)
+        language_model = load(folder)
+        before = {name: tensor.clone() for name, tensor in language_model.model.state_dict().items()}
+        with (folder / "model.safetensors").open("r+b") as file:  # a mapped weight would become 0
+            file.write(bytes(folder.joinpath("model.safetensors").stat().st_size))
+        after = language_model.model.state_dict()
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        weights: Any = language_model.model
+        tied = weights.get_input_embeddings().weight is weights.get_output_embeddings().weight
+        assert tied == (kind == "gpt2")
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_the_dtype_is_as_asked_for(self, dtype: torch.dtype, tiny_model_folder: FolderOf) -> None:
         language_model = load(tiny_model_folder("llama"), dtype=str(dtype).removeprefix("torch."))

@@ -18,7 +18,9 @@ def harvest(
         typer.Option(help="Hook to read, repeatable: module path or layer, such as layers.6 or layers.6.mlp:input."),
     ],
     tokens: Annotated[int, typer.Option(help="Tokens to harvest.")],
-    model: Annotated[str, typer.Option(help="Hugging Face model: Hub name or local folder.")] = "bundled",
+    model: Annotated[
+        str, typer.Option(help="Hub name, local folder, GGUF file, or a name of `kronsae models`.")
+    ] = "bundled",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     model_dtype: Annotated[
         str, typer.Option(help="Precision of the model's weights: float32, bfloat16 or float16.")

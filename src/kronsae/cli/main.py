@@ -8,6 +8,7 @@ import typer
 
 from kronsae.cli import harvest, lists, quickstart, report, sweep, train
 from kronsae.cli.eval import app as eval_app
+from kronsae.cli.models import app as models_app
 from kronsae.support.errors import UserError
 from kronsae.support.terminal import run_app
 
@@ -26,6 +27,7 @@ app.command()(sweep.sweep)
 app.add_typer(eval_app, name="eval")
 app.command()(report.report)
 app.command()(harvest.harvest)
+app.add_typer(models_app, name="models")
 app.command("recipes")(lists.list_recipes)
 app.command("architectures")(lists.list_architectures)
 

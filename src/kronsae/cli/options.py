@@ -18,7 +18,9 @@ RunFolder = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run fol
 OptionalOut = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="Hugging Face model: Hub name or local folder; 'bundled' is the model in the package."),
+    typer.Option(
+        help="Hugging Face model: Hub name, local folder, GGUF file, or a name of `kronsae models`, such as 'bundled'."
+    ),
 ]
 Text = Annotated[
     str | None,

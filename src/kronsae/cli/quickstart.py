@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kronsae.cli.options import Out, Seed, evaluate_and_report
+from kronsae.cli.options import OptionalOut, Seed, evaluate_and_report
+from kronsae.support.errors import UserError, nearest
 from kronsae.support.terminal import Json, Quiet, say, what_now
+
+if TYPE_CHECKING:
+    from kronsae.runs.config import RunConfig
 
 
 def quickstart(
-    out: Out = Path("runs/quickstart"),
+    out: OptionalOut = None,
+    model: Annotated[
+        str, typer.Option(help="'bundled', minutes on two cores; or 'smollm2', 93 MB to fetch, about 20 minutes.")
+    ] = "bundled",
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text in place of the model's own (smollm2: WikiText-2 from the Hub): Hub data set or file."),
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens to train on; also limits the shuffle buffer and the evaluation.")
     ] = None,
@@ -20,17 +31,27 @@ def quickstart(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a TopK SAE and a KronSAE on the bundled language model, compare them and write a report.
+    """Train a TopK SAE and a KronSAE on a small language model, compare them and write a report.
 
-    Takes minutes on two cores. The same command resumes an interrupted run.
+    Takes minutes on two cores with the bundled model. The same command resumes an interrupted run. The run folder is
+    runs/quickstart, or runs/quickstart-smollm2.
     """
     from kronsae.runs import recipes
     from kronsae.runs.config import with_overrides
-    from kronsae.runs.run import execute
+    from kronsae.runs.run import Run, execute
 
-    config = with_overrides(recipes.quickstart(), seed=seed)
+    if model not in recipes.QUICKSTARTS:
+        raise UserError(
+            f"--model must be one of {', '.join(recipes.QUICKSTARTS)} for quickstart; got '{model}'."
+            f"{nearest(model, recipes.QUICKSTARTS)} Any other model goes with `kronsae train`."
+        )
+    config = with_overrides(recipes.QUICKSTARTS[model](), text=text, seed=seed)
     if tokens is not None:
         config = recipes.shortened(config, tokens)
+    if out is None:
+        out = Path("runs/quickstart" if model == "bundled" else f"runs/quickstart-{model}")
+    if text is None and not Run(out).finished:
+        _check_text(config)  # before a model is fetched
     run = execute(config, out, show_progress=not quiet, say=say)
     evaluate_and_report(run, as_json, quiet)
     what_now(f"open {run.folder / 'report.html'} in a browser", "kronsae train --help, to train on your own model")

@@ -189,6 +189,17 @@ def local_path(name: str) -> Path | None:
     return None
 
 
+def origin(name: str) -> dict[str, str]:
+    """Return what exactly a named model or a GGUF file is: its file and SHA-256, and its source; else nothing."""
+    if name in NAMED:
+        return NAMED[name].origin
+    path = Path(name).expanduser()
+    if name == BUNDLED or not path.exists():
+        return {}
+    file = gguf.find(path, name)
+    return {} if file is None else {"file": file.name, "sha256": gguf.digest(file)}
+
+
 def _max_positions(model: PreTrainedModel) -> int | None:
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for path, module in model.named_modules():

@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from kronsae.core import checkpoint
-from kronsae.data.model import ModelConfig
+from kronsae.data.model import ModelConfig, origin
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.runs.config import RunConfig, own_hook
 from kronsae.runs.evaluation import Comparison, evaluate_run, write_report
@@ -269,6 +269,7 @@ def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[s
     return {
         "model_name": config.model.name,
         "model_revision": config.model.revision,
+        "model_origin": origin(config.model.name),
         "hook_name": member.reads(config.hook)[0],
         "hooks_read": list(member.reads(config.hook)),
         "hooks_written": list(member.writes(config.hook)),
