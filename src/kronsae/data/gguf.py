@@ -78,12 +78,7 @@ def dequantised(file: Path) -> Path:
     folder = cache_root() / "dequantised" / f"{digest(file)[:32]}-{made_by.hexdigest()[:8]}"
     if is_whole(folder):
         return folder
-    missing = [package for package in PACKAGES if find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"model: reading GGUF files such as '{file.name}' takes {_in_words(PACKAGES)}; {_in_words(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not installed. Run pip install 'kronsae[gguf]'."
-        )
+    require_packages(file.name)
     needed_bytes = 4 * _count_weights(file)
     check_disk(folder.parent, needed_bytes, "the dequantised model", "Make room, or set KRONSAE_CACHE to another disk.")
 
@@ -103,6 +98,16 @@ def _bars_on_terminals_only() -> Iterator[None]:
     """Transformers shows how far it has come whatever its settings are; in a log file that is noise."""
     with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
         yield
+
+
+def require_packages(name: str) -> None:
+    """Raise a UserError if a package of the extra ``gguf`` is missing, which ``name`` is to be read with."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"model: reading GGUF files such as '{name}' takes {_in_words(PACKAGES)}; {_in_words(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed. Run pip install 'kronsae[gguf]'."
+        )
 
 
 def _count_weights(file: Path) -> int:

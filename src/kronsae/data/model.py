@@ -17,6 +17,7 @@ from kronsae.data import gguf
 from kronsae.data.hub import check_model, looks_like_path
 from kronsae.data.named_models import NAMED, fetch
 from kronsae.data.pretrained import load_pretrained
+from kronsae.support.cache import is_whole
 from kronsae.support.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ def local_path(name: str) -> Path | None:
 
         return bundled.path()
     if name in NAMED:
+        if not is_whole(NAMED[name].folder):
+            gguf.require_packages(name)  # before something is downloaded that could not be read
         return fetch(NAMED[name])
     path = Path(name).expanduser()
     if path.is_dir() or (path.is_file() and gguf.is_gguf(path)):
