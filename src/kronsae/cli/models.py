@@ -58,10 +58,10 @@ def fetch_model(
 
     The cache is $KRONSAE_CACHE, else ~/.cache/kronsae. What is there and whole is not fetched again.
     """
-    from kronsae import bundled
+    from kronsae.data.model import BUNDLED
     from kronsae.data.named_models import NAMED, fetch
 
-    if name == bundled.NAME:
+    if name == BUNDLED:
         raise UserError(f"NAME must be a model to fetch; '{name}' comes with the package. Use it as it is.")
     if name not in NAMED:
         raise UserError(f"NAME must be one of {', '.join(NAMED)}; got '{name}'.{nearest(name, NAMED)}")

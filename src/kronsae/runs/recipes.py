@@ -18,7 +18,7 @@ from kronsae.runs.architectures import SAE_KINDS, kron, topk
 from kronsae.runs.config import RunConfig
 from kronsae.training.config import LoopConfig
 
-__all__ = ["QUICKSTARTS", "RECIPES", "SAE_KINDS", "describe", "kron", "quickstart", "quickstart_smollm2", "shortened", "tiny", "topk"]
+__all__ = ["QUICKSTARTS", "RECIPES", "SAE_KINDS", "describe", "kron", "quickstart", "shortened", "tiny", "topk"]
 
 
 def short_run_lr(d_sae: int) -> float:
@@ -48,7 +48,7 @@ def quickstart() -> RunConfig:
 
 
 def quickstart_smollm2() -> RunConfig:
-    """TopK and KronSAE on SmolLM2-135M (fetched: `kronsae models`), layer 15, WikiText-2: about 20 minutes on two cores."""
+    """TopK and KronSAE on SmolLM2-135M-Instruct (see `kronsae models`), layer 15, WikiText-2."""
     short: dict[str, Any] = {"k": 64, "lr": short_run_lr(4096), "dead_after_tokens": 150_000}
     return RunConfig(
         model=ModelConfig(name="smollm2"),
