@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def quickstart(
     out: OptionalOut = None,
     model: Annotated[
-        str, typer.Option(help="'bundled', minutes on two cores; or 'smollm2', 93 MB to fetch, about 20 minutes.")
+        str, typer.Option(help="'bundled', minutes on two cores; or 'smollm2', about 90 MB to fetch.")
     ] = "bundled",
     text: Annotated[
         str | None,
