@@ -42,7 +42,7 @@ def harvest(
     order, without a window pool, because training reads the folder in random order.
 
     Args:
-        model: Hub name, local folder, ``"bundled"``, or a config.
+        model: Hub name, local folder, GGUF file, a name of `kronsae models` such as ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
         hook: one or more module paths or layers, such as ``"layers.6"`` or ``6``, read in the same pass. SAEs without
             hooks of their own use the first.

@@ -87,7 +87,7 @@ def train(
     The same call resumes an unfinished run (bit-identical on a CPU) and returns a finished one.
 
     Args:
-        model: Hub name, local folder, ``"bundled"``, or a config.
+        model: Hub name, local folder, GGUF file, a name of `kronsae models` such as ``"bundled"``, or a config.
         text: Hub data set, local file or folder, ``"bundled"``, or a config.
         hook: module path or layer, such as ``"layers.6"`` or ``6``, for SAEs without hooks of their own; optional if
             every SAE has its own.
