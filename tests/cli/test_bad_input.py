@@ -111,7 +111,7 @@ class TestBadInput:
             ),
             (
                 ["--text", "/no/such.txt"],
-                r"^text: a path must exist; there is no '/no/such.txt'. Check it, or name a Hub",
+                r"^text: a path must exist; '/no/such.txt' does not. Check it, or give a Hub",
             ),
             (["--wandb", "project"], r"^wandb must be installed to log to it. Install it with: pip install 'krons"),
             (["--sae", "topk d_sae=8 k=2 name=kron"], r"^saes must have different names; got kron, kron. Give name="),

@@ -115,7 +115,7 @@ class TestShuffleBuffer:
     def test_a_stream_without_a_full_batch_is_an_error(self) -> None:
         with pytest.raises(
             UserError,
-            match=r"batch_size must not exceed the activations there are; got 30 with 20\. Give more text or a smaller",
+            match=r"batch_size must not exceed the number of activations; got 30 with 20\. Give more text or a smaller",
         ):
             list(buffer(3, batch_size=30))
         with pytest.raises(UserError, match=r"got 4 with 0\."):
@@ -209,10 +209,10 @@ class TestTensorStream:
             (torch.zeros(3, 4, 5), r"values must be \[tokens, d_in\] .*; got {'values': \(3, 4, 5\)}\. Flatten"),
             (
                 {"a": torch.zeros(8, 1), "b": torch.zeros(9, 1)},
-                r"as many tokens at every hook; got {'a': \(8, 1\), 'b'",
+                r"the same number of tokens for every hook; got {'a': \(8, 1\), 'b'",
             ),
             ({}, r"values must be \[tokens, d_in\] .*; got {}"),
-            (torch.zeros(3, 4), r"batch_size must not exceed the activations there are; got 4 with 3\."),
+            (torch.zeros(3, 4), r"batch_size must not exceed the number of activations; got 4 with 3\."),
         ],
     )
     def test_shapes_are_checked(self, values: Any, message: str) -> None:

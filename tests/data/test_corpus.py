@@ -204,7 +204,7 @@ def test_split_has_about_the_share_asked_for() -> None:
 
 
 def test_split_refuses_a_share_that_is_none() -> None:
-    with pytest.raises(ValueError, match=r"share must lie between 0 and 1; got 5\. Give 0\.05 for 5 %\."):
+    with pytest.raises(ValueError, match=r"share must be from 0 to 1; got 5\. Give 0\.05 for 5%\."):
         is_held_out("a", share=5)
 
 

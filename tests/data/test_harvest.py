@@ -257,9 +257,9 @@ def test_hooks_are_checked_before_anything_runs(gpt2: LanguageModel) -> None:
         (
             "gpt2",
             "transformer.h",
-            r"hook must name a module that runs .*; 'transformer\.h' does not",
+            r"hook must name a module that is called .*; 'transformer\.h' is not",
         ),
-        ("gpt2", "h", r"hook must name a module that runs .*; 'h' \(transformer\.h\) does not"),
+        ("gpt2", "h", r"hook must name a module that is called .*; 'h' \(transformer\.h\) is not"),
         (
             "gpt2",
             "wte:input",

@@ -38,7 +38,7 @@ class Numbers:
 
 
 class Cells:
-    """A `RowStore` of numbers that refuses to lose one: a place must be served before it is filled again.
+    """A `RowStore` of numbers that refuses to lose one: a slot must be served before it is filled again.
 
     Where a stream goes on, batches of its first unit may have been served before: then nothing is refused.
     """
@@ -51,17 +51,17 @@ class Cells:
     def count(self, item: list[int]) -> int:
         return len(item)
 
-    def put(self, item: list[int], start: int, places: Tensor) -> None:
-        for number, place in zip(item[start:], places.tolist(), strict=False):
+    def put(self, item: list[int], start: int, slots: Tensor) -> None:
+        for number, slot in zip(item[start:], slots.tolist(), strict=False):
             self.read += 1
-            if place != LET_GO:
-                assert self.cells[place] is None or self.goes_on
-                self.cells[place] = number
+            if slot != LET_GO:
+                assert self.cells[slot] is None or self.goes_on
+                self.cells[slot] = number
 
-    def take(self, places: Tensor) -> Batch:
-        taken = [self.cells[place] for place in places.tolist()]
-        for place in places.tolist():
-            self.cells[place] = None
+    def take(self, slots: Tensor) -> Batch:
+        taken = [self.cells[slot] for slot in slots.tolist()]
+        for slot in slots.tolist():
+            self.cells[slot] = None
         assert None not in taken
         return [number for number in taken if number is not None]
 
@@ -95,7 +95,7 @@ def test_every_row_is_served_once_and_the_remainder_is_less_than_a_batch(
     total, size = sum(sizes), the_order.batch_size
     stream = shuffled(sizes, the_order, drop_remainder=drop)
     if drop and total < size:
-        with pytest.raises(UserError, match=rf"^batch_size must not exceed the numbers there are; got {size} with"):
+        with pytest.raises(UserError, match=rf"^batch_size must not exceed the number of numbers; got {size} with"):
             list(stream)
         return
     batches = [batch for batch, _ in stream]
@@ -202,7 +202,7 @@ def test_orders_of_two_purposes_are_unrelated() -> None:
 def test_a_stream_that_became_shorter_is_noticed() -> None:
     the_order = order(2, 20)
     _, state = next(itertools.islice(shuffled([3] * 40, the_order), 25, None))
-    with pytest.raises(UserError, match=r"^the stream must be the one that its state is of; it ended earlier\. Begin"):
+    with pytest.raises(UserError, match=r"^state must come from the same stream; got one from beyond the end of"):
         list(shuffled([3] * 3, the_order, state=state))
 
 
@@ -210,7 +210,6 @@ def test_a_state_of_another_version_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         shuffled([3], order(2, 20), state={"upstream": None, "rows": 0, "block": 1, "batch": 2})
     assert str(caught.value) == (
-        "state must have the keys upstream, rows, unit, batch; got upstream, rows, block, batch. Another version of "
-        "kronsae wrote it, which read the data in another order: go on with that version, or begin anew in another "
-        "folder."
+        "state must have the keys upstream, rows, unit, batch; got upstream, rows, block, batch. It was written by a "
+        "version of kronsae with another data order: continue with that version, or start again in a new folder."
     )

@@ -142,7 +142,7 @@ def test_files_are_checked_before_the_first_batch_and_again_only_if_they_changed
 
 
 def test_a_state_of_the_order_by_shards_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"^state must have the keys epoch, batch; got upstream, .*Another version"):
+    with pytest.raises(UserError, match=r"^state must have the keys epoch, batch; got upstream, .*It was written by"):
         StoredActivations(folder, batch_size=10, state={"upstream": None, "rows": 0, "block": 0, "batch": 3})
 
 
@@ -174,14 +174,14 @@ def test_a_value_beyond_the_precision_is_an_error(tmp_path: Path) -> None:
     stream = [({"a": torch.full((4, 2), 1e6)}, {"item": 1})]
     with pytest.raises(
         UserError,
-        match=r"dtype must hold every activation; hook 'a' has one of size 1e\+06, which float16 cannot",
+        match=r"dtype must represent every activation; got float16 with 1e\+06 at hook 'a'\. Give bfloat16",
     ):
         write_activations(stream, tmp_path / "acts", tokens=4, dtype="float16")
     assert not (tmp_path / "acts").exists()
 
 
 def test_a_stream_that_ends_early_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokens must not exceed what the text gives; got 500, and it ended after 140"):
+    with pytest.raises(UserError, match=r"tokens must not exceed the number of tokens in the text; got 500 with 140\."):
         write_activations(activations(), tmp_path / "acts", tokens=500, shard_tokens=30)
     assert not (tmp_path / "acts").exists()
 
@@ -198,7 +198,7 @@ def test_an_error_of_the_stream_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_only_a_new_or_empty_folder_is_written_to(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^out must be a new or empty folder; .*acts holds other files\. Name another"):
+    with pytest.raises(UserError, match=r"^out must be a new or empty folder; .*acts contains files\. Give another"):
         write_activations(activations(), folder, tokens=10)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"^out must be a folder; .*file is a file\. Name another one\.$"):
@@ -241,20 +241,23 @@ def truncate_manifest(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_byte, r"'.*activations-00002\.safetensors' must be as it was written; it is damaged"),
-        (lambda folder: (folder / "activations-00001.safetensors").unlink(), r"activations-00001.* is missing, though"),
+        (flip_a_byte, r"'.*activations-00002\.safetensors' must be unchanged since it was written; it is damaged"),
+        (
+            lambda folder: (folder / "activations-00001.safetensors").unlink(),
+            r"every shard of manifest\.json; .*-00001.* is missing",
+        ),
         (
             lambda folder: (folder / MANIFEST).unlink(),
-            r"must hold harvested activations; '.*acts' has no manifest\.json",
+            r"must contain harvested activations; '.*acts' has no manifest\.json",
         ),
         (truncate_manifest, r"harvested activations: .*manifest\.json cannot be read as JSON"),
-        (change_manifest(surprise=1), r"manifest\.json' must be as it was written; it is damaged"),
-        (change_manifest(shards=[]), r"manifest\.json' must be as it was written; it is damaged"),
+        (change_manifest(surprise=1), r"manifest\.json' must be unchanged since it was written; it is damaged"),
+        (change_manifest(shards=[]), r"manifest\.json' must be unchanged since it was written; it is damaged"),
         (
             change_manifest(shards=[{"file": "../x", "tokens": 1, "sha256": ""}]),
-            r"must be as it was written; it is damaged",
+            r"must be unchanged since it was written; it is damaged",
         ),
-        (change_manifest(format="other-2"), r"must be of format kronsae-activations-1; '.*' says 'other-2'"),
+        (change_manifest(format="other-2"), r"must have the format kronsae-activations-1; got 'other-2' in"),
     ],
 )
 def test_damage_is_noticed(damage: Change, message: str, folder: Path) -> None:
@@ -264,5 +267,5 @@ def test_damage_is_noticed(damage: Change, message: str, folder: Path) -> None:
 
 
 def test_a_batch_larger_than_the_folder_is_an_error(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"batch_size must not exceed the activations there are; got 128 with 100"):
+    with pytest.raises(UserError, match=r"batch_size must not exceed the number of activations; got 128 with 100"):
         list(StoredActivations(folder, batch_size=128, repeat=False))

@@ -99,10 +99,10 @@ def test_mean_l0_by_counting() -> None:
     [
         ({"d_in": 0}, "d_in must be a whole number above 0"),
         ({"independent": 25}, "multiple of group_size; got 25 with group_size=4"),
-        ({"conjunctions": 37}, "at most the pairs within groups, 36; got 37"),
-        ({"conjunctions": -1}, "at least 0"),
+        ({"conjunctions": 37}, "at most the number of pairs within groups, 36; got 37"),
+        ({"conjunctions": -1}, "conjunctions and seed must be at least 0; got -1 and 0"),
         ({"correlation": 1.0}, r"correlation must be in \[0, 1\)"),
-        ({"p_min": 0.5}, "p_min <= p_max"),
+        ({"p_min": 0.5}, r"p_min and p_max must satisfy 0 < p_min <= p_max < 1; got 0\.5 and "),
         ({"zipf_exponent": -1.0}, "zipf_exponent must be finite"),
     ],
 )

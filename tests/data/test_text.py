@@ -230,14 +230,14 @@ def test_an_unknown_column_names_the_nearest(kind: str, tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"line 2 of '.*a\.jsonl' must be JSON; Expecting value at column"),
         ("a.jsonl", b'["x"]\n', r"every row must be a JSON object such as .*; row 1 of .* is of type list"),
-        ("a.jsonl", b'{"text": 3, "b": 1}', r"column 'text' of '.*a\.jsonl' holds int\. Choose among text, b"),
+        ("a.jsonl", b'{"text": 3, "b": 1}', r"column 'text' of '.*a\.jsonl' contains int\. Choose among text, b"),
         ("a.json", b'{"text": ', r"line 1 of '.*a\.json' must be JSON"),
-        ("a.txt", b"abc\xff\xfe", r"'.*a\.txt' must be UTF-8 text; byte 3 is not"),
-        ("a.jsonl.gz", b"not gzip", r"'.*a\.jsonl\.gz' must be a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:20], r"'.*a\.jsonl\.gz' must be a whole gzip file"),
+        ("a.txt", b"abc\xff\xfe", r"'.*a\.txt' must be UTF-8 text; byte 3 is invalid"),
+        ("a.jsonl.gz", b"not gzip", r"'.*a\.jsonl\.gz' must be a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99, mtime=0)[:20], r"'.*a\.jsonl\.gz' must be a complete gzip file"),
         ("a.parquet", b"PAR1 nothing", r"'.*a\.parquet' must be a Parquet file"),
-        ("a.txt", b"", r"a source must hold text; .*a\.txt has none"),
-        ("a.txt", b"\n \n", r"a source must hold text; .*a\.txt has none"),
+        ("a.txt", b"", r"a source must contain text; .*a\.txt has none"),
+        ("a.txt", b"\n \n", r"a source must contain text; .*a\.txt has none"),
         ("a.csv", b"text\nx\n", r"files that end in \.txt, .*; found none in '.*a\.csv'"),
     ],
 )
@@ -256,18 +256,20 @@ def test_a_folder_without_texts_says_what_it_looks_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/place", "missing.txt", "data/missing.jsonl"])
 def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(source: str) -> None:
-    with pytest.raises(UserError, match=rf"text: a path must exist; there is no '{source}'"):
+    with pytest.raises(UserError, match=rf"text: a path must exist; '{source}' does not\."):
         read(source)
 
 
 def test_an_empty_side_says_what_to_do() -> None:
     with pytest.raises(
         UserError,
-        match=r"held-out part; none of the 2 documents of the given texts falls into the held-out share of 0\.0\. "
+        match=r"held-out part; got 0\.0, with which none of the 2 documents of the given texts is held out\. "
         r"Give more documents or a larger held_out_share\.",
     ):
         next(iter(TextStream(["a", "b"], held_out=True, held_out_share=0.0)))
-    with pytest.raises(UserError, match=r"training part; each of the 2 documents .* or a smaller held_out_share\."):
+    with pytest.raises(
+        UserError, match=r"training part; got 1\.0, with which each of the 2 documents .* or a smaller held_out_share\."
+    ):
         next(iter(TextStream(["a", "b"], held_out_share=1.0)))
 
 
@@ -275,9 +277,9 @@ def test_an_empty_side_says_what_to_do() -> None:
     ("text", "message"),
     [
         ("one text", r"text must be a TextConfig or several strings; got one string\. Put it into a list\."),
-        ((text for text in TEXTS), r"text must be readable more than once; got a one-shot generator"),
-        ([], r"a source must hold text; the given texts has none"),
-        ([1, 2], r"text must consist of strings; got int"),
+        ((text for text in TEXTS), r"text must be iterable more than once; got a one-shot generator"),
+        ([], r"a source must contain text; the given texts has none"),
+        ([1, 2], r"text must contain only strings; got int"),
     ],
 )
 def test_unusable_texts_from_python(text: Any, message: str) -> None:
@@ -286,7 +288,7 @@ def test_unusable_texts_from_python(text: Any, message: str) -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(UserError, match=r"held_out_share must lie between 0 and 1; got 1\.5"):
+    with pytest.raises(UserError, match=r"held_out_share must be from 0 to 1; got 1\.5"):
         TextStream(TEXTS, held_out_share=1.5)
     with pytest.raises(UserError, match=r"source must name a text; got ''"):
         TextConfig(source="")

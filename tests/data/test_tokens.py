@@ -125,7 +125,7 @@ def test_windows_without_a_usable_token_are_left_out() -> None:
 
 def test_text_without_usable_tokens_is_an_error() -> None:
     texts = ["<|endoftext|>", "<|endoftext|><|endoftext|>"]
-    message = r"text must hold tokens that are neither padding nor special to the tokenizer; found none in 2 documents"
+    message = r"text must contain tokens that are neither padding nor special tokens; found none in 2 documents"
     with pytest.raises(UserError, match=message):
         list(stream(make_tokenizer("qwen2"), texts))
 
@@ -142,7 +142,7 @@ def test_a_context_without_room_for_text_is_an_error(kind: str, least: int) -> N
     assert isinstance(next(iter(stream(tokenizer, context_length=least)))[0], TokenBatch)
     with pytest.raises(
         UserError,
-        match=rf"context_length must leave room for text beside {least - 1} special tokens; got {least - 1}\. "
+        match=rf"context_length must leave room for text besides {least - 1} special tokens; got {least - 1}\. "
         rf"Give at least {least}\.",
     ):
         stream(tokenizer, context_length=least - 1)
@@ -216,8 +216,9 @@ def test_ids_of_a_pool_take_four_bytes_each() -> None:
 def test_the_pool_is_checked() -> None:
     with pytest.raises(
         UserError,
-        match=r"^pool_tokens must be 0 or at least the 36 tokens of a batch; got 35\. Give at least 576 to mix well\.$",
+        match=r"^pool_tokens must be 0 or at least the 36 tokens of a batch; got 35\. Give at least 576 to "
+        r"shuffle well\.$",
     ):
         stream(make_tokenizer("gpt2"), pool_tokens=35)
-    with pytest.raises(UserError, match=r"^state must have the keys upstream, rows; got upstream, window\. Another"):
+    with pytest.raises(UserError, match=r"^state must have the keys upstream, rows; got upstream, window\. It was"):
         stream(make_tokenizer("gpt2"), state={"upstream": None, "window": 3})

@@ -42,13 +42,13 @@ def test_there_are_eight_setups() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks": ()}, "sizes above 0"),
-        ({"blocks": (2, 0)}, "sizes above 0"),
-        ({"inner": 2}, "go together"),
+        ({"blocks": ()}, "blocks must be one or more sizes above 0; got"),
+        ({"blocks": (2, 0)}, "blocks must be one or more sizes above 0; got"),
+        ({"inner": 2}, "must be given together; got inner=2 and inner_within=None"),
         ({"inner": 0, "inner_within": 0.9}, "inner must be above 0"),
-        ({"across": 0.6}, "0 <= across <= within"),
-        ({"within": 1.0}, "0 <= across <= within"),
-        ({"inner": 2, "inner_within": 0.1}, "0 <= across <= within"),
+        ({"across": 0.6}, "must satisfy 0 <= across <= within <= inner_within < 1; got"),
+        ({"within": 1.0}, "must satisfy 0 <= across <= within <= inner_within < 1; got"),
+        ({"inner": 2, "inner_within": 0.1}, "must satisfy 0 <= across <= within <= inner_within < 1; got"),
     ],
 )
 def test_a_wrong_setup_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -278,7 +278,7 @@ class TestActivations:
         path = tmp_path / "empty.txt"
         path.write_text(" \n\n")
         with pytest.raises(
-            UserError, match=r"^text: a source must hold text; .*empty.txt has none. Give another one.$"
+            UserError, match=r"^text: a source must contain text; .*empty.txt has none. Give another source.$"
         ):
             go(replace(config, text=TextConfig(source=str(path))), tmp_path / "r")
         path.write_text("<|endoftext|>")
@@ -352,7 +352,7 @@ class TestHarvested:
             ({"dtype": "flaot32"}, r"^dtype must be one of .*; got 'flaot32'. Did you mean 'float32'\?$"),
             ({"out": Path(os.devnull) / "x"}, rf"^out must be a folder that can be created; {os.devnull}/x cannot"),
             ({"out": Path(__file__)}, r"^out must be a folder; .*test_run.py is a file. Name another one.$"),
-            ({"out": Path(__file__).parent}, r"^out must be a new or empty folder; .*runs holds other files."),
+            ({"out": Path(__file__).parent}, r"^out must be a new or empty folder; .*runs contains files."),
             ({"text": TextConfig(split=cast("Any", 3))}, r"^text.split must be str; got 3.$"),
         ],
     )

@@ -1,6 +1,6 @@
-"""From text to activations: stages that are iterables of ``(item, state)``, each usable alone.
+"""Read text, run a language model and yield its activations in resumable stages.
 
-Put in a row::
+Each stage is an iterable of ``(item, state)`` and can be used alone. A complete pipeline::
 
     language_model = load_model(ModelConfig(name="EleutherAI/pythia-160m"))
     make_text = partial(TextStream, TextConfig(source="HuggingFaceFW/fineweb-edu"))
@@ -9,9 +9,9 @@ Put in a row::
     )
     make_activations = partial(ActivationStream, language_model, ["layers.6"], make_tokens)
     for values, state in ShuffleBuffer(make_activations, batch_size=4096, buffer_tokens=1_000_000):
-        values["layers.6"]  # [4096, 768], float32; state: where to go on after this batch
+        values["layers.6"]  # [4096, 768], float32; state: resumes after this batch
 
-``sources`` and ``text`` read documents, ``tokens`` cuts them into windows, in the order of the text or shuffled,
-``model`` loads the model and finds its modules, ``harvest`` runs it, ``buffer`` shuffles activations, ``shuffle``
-has the order of both, ``store`` keeps activations on disk.
+``sources`` and ``text`` read documents. ``tokens`` cuts them into windows, in text order or shuffled. ``model`` loads
+the model and finds its modules, and ``harvest`` runs it. ``buffer`` shuffles activations, ``shuffle`` defines the order
+of shuffled windows and activations, and ``store`` keeps activations on disk.
 """

@@ -1,4 +1,4 @@
-"""Activations in batches of a fixed size and in random order."""
+"""Yield activations in random order and in batches of fixed size."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Activations: TypeAlias = dict[str, Float[Tensor, "N D"]]
 """Activations by hook; row n of every tensor belongs to the same token."""
 
 PLAIN = "values"
-"""The hook name of a tensor that was given without one."""
+"""Hook name of a tensor that is given without a name."""
 
 
 class ActivationRows:
-    """Keeps rows of activations: a `kronsae.data.shuffle.RowStore`.
+    """Store rows of activations; implements `kronsae.data.shuffle.RowStore`.
 
     Args:
-        capacity: Number of places. Their memory, ``capacity * d_in * 4`` bytes per hook, is allocated once, on the
+        capacity: Number of slots. Their memory, ``capacity * d_in * 4`` bytes per hook, is allocated once, on the
             device of the first activations.
     """
 
@@ -36,24 +36,24 @@ class ActivationRows:
         self._storage: Activations = {}
 
     def count(self, item: Mapping[str, Tensor]) -> int:
-        """Number of rows of the activations of each hook."""
+        """Return the number of rows, which is the same for every hook."""
         return next((len(rows) for rows in item.values()), 0)
 
-    def put(self, item: Mapping[str, Tensor], start: int, places: Int64[Tensor, "N"]) -> None:
-        """Keep the rows from ``start`` on at these places, all hooks alike."""
-        kept = places != LET_GO
+    def put(self, item: Mapping[str, Tensor], start: int, slots: Int64[Tensor, "N"]) -> None:
+        """Store the rows from ``start`` on in the given slots, the same slots for every hook."""
+        kept = slots != LET_GO
         for hook, rows in item.items():
             if hook not in self._storage:
                 self._storage[hook] = rows.new_empty((self._capacity, *rows.shape[1:]))
-            arrived = rows[start : start + len(places)]
-            self._storage[hook][places[kept].to(rows.device)] = arrived[kept.to(rows.device)]
+            arrived = rows[start : start + len(slots)]
+            self._storage[hook][slots[kept].to(rows.device)] = arrived[kept.to(rows.device)]
 
-    def take(self, places: Int64[Tensor, "N"]) -> Activations:
-        """Return a copy of the rows at these places."""
-        return {hook: block[places.to(block.device)] for hook, block in self._storage.items()}
+    def take(self, slots: Int64[Tensor, "N"]) -> Activations:
+        """Return a copy of the rows in the given slots."""
+        return {hook: block[slots.to(block.device)] for hook, block in self._storage.items()}
 
     def first(self, count: int) -> Activations:
-        """Return the rows at places 0 to ``count - 1``; the next ``put`` may overwrite them."""
+        """Return a view of the rows in slots 0 to ``count - 1``; the next ``put`` may overwrite them."""
         return {hook: block[:count] for hook, block in self._storage.items()}
 
 
@@ -63,24 +63,25 @@ def buffer_order(batch_size: int, buffer_tokens: int, seed: int) -> StaggeredOrd
 
 
 class ShuffleBuffer:
-    """Yield ``({hook: values_BD}, state)`` in batches of one size, mixed across the stream.
+    """Yield ``({hook: values_BD}, state)`` in batches of fixed size, shuffled through a buffer.
 
-    The order is that of `StaggeredOrder`: of the C rows in the buffer a share of about ``sqrt(2 * batch_size / C)`` is
-    exchanged at a time, so that the distribution of the batches changes slowly. All hooks are permuted alike. The state
-    holds nothing of the buffer; going on from it reads at most 2C rows again.
+    The order is defined by `StaggeredOrder`. Each refill replaces a share of about ``sqrt(2 * batch_size / C)`` of the
+    C rows in the buffer, so that the distribution of the batches changes slowly. All hooks have the same order. The
+    state does not contain the buffer: resuming from it reads at most 2C rows again.
 
     Args:
         make_upstream: Makes the stream of activations, such as
             ``partial(ActivationStream, language_model, hooks, make_tokens)``.
         batch_size: Rows in a batch. A remainder smaller than this, at the end of a stream, is dropped.
-        buffer_tokens: Rows that are held at most; take ``buffer_tokens * d_in * 4`` bytes per hook on the
-            activations' device. The first batch is there when about ``sqrt(2 * buffer_tokens * batch_size)`` are read.
+        buffer_tokens: Maximum number of rows in the buffer. They take ``buffer_tokens * d_in * 4`` bytes per hook on
+            the activations' device. The first batch is yielded after about ``sqrt(2 * buffer_tokens * batch_size)``
+            rows have been read.
         seed: Seed of the order.
-        state: Go on after the batch that this state came with.
+        state: State yielded with a batch; iteration resumes after that batch.
 
     Raises:
         UserError: If the buffer is smaller than a batch, the stream ends before the first batch is full, or the state
-            is of another version.
+            was written by an incompatible version.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class ShuffleBuffer:
         if buffer_tokens < batch_size:
             raise UserError(
                 f"buffer_tokens must be at least batch_size; got {buffer_tokens} with {batch_size}. "
-                f"Give at least {16 * batch_size} to mix well."
+                f"Give at least {16 * batch_size} to shuffle well."
             )
         order = buffer_order(batch_size, buffer_tokens, seed)
         rows = ActivationRows(order.held_rows)
@@ -112,14 +113,14 @@ class TensorStream:
     The state is ``{"epoch", "batch"}``. Rows that do not fill the last batch of an epoch are dropped from it.
 
     Args:
-        values: One tensor or array ``[N, d_in]`` (its hook is then called ``"values"``), or one per hook.
+        values: One tensor or array ``[N, d_in]`` (its hook name is then ``"values"``), or one per hook.
         batch_size: Rows in a batch.
         seed: Seed of the order.
-        repeat: Whether to begin anew at the end, without end.
-        state: Go on after the batch that this state came with.
+        repeat: Whether to repeat the data indefinitely.
+        state: State yielded with a batch; iteration resumes after that batch.
 
     Raises:
-        UserError: If the shapes do not fit, or there are fewer rows than a batch.
+        UserError: If the shapes are not as required, or there are fewer rows than ``batch_size``.
 
     Example:
         >>> stream = TensorStream(torch.arange(6.0)[:, None], batch_size=3, repeat=False)
@@ -141,7 +142,7 @@ class TensorStream:
         shapes = {hook: tuple(tensor.shape) for hook, tensor in self._values.items()}
         if any(len(shape) != 2 for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) != 1:
             raise UserError(
-                f"values must be [tokens, d_in] with as many tokens at every hook; got {shapes}. "
+                f"values must be [tokens, d_in] with the same number of tokens for every hook; got {shapes}. "
                 "Flatten sequences to rows."
             )
         self._rows = EpochRows(
@@ -154,19 +155,19 @@ class TensorStream:
 
 
 class EpochRows:
-    """Yield ``(rows_B, state)``: the rows of each batch where every epoch takes all rows in a new random order.
+    """Yield ``(rows_B, state)``: the row indices of each batch, in a new random order every epoch.
 
-    The state is ``{"epoch", "batch"}``. The order is a `LazyPermutation`: no memory per row is needed.
+    The state is ``{"epoch", "batch"}``. The order is a `LazyPermutation`, which needs no memory per row.
 
     Args:
-        count: Rows there are.
-        batch_size: Rows in a batch. Those that do not fill the last batch of an epoch are dropped from it.
+        count: Number of rows.
+        batch_size: Rows in a batch. Rows that do not fill the last batch of an epoch are dropped from that epoch.
         seed: Seed of the order.
-        repeat: Whether to begin anew at the end, without end.
-        state: Go on after the batch that this state came with.
+        repeat: Whether to repeat the data indefinitely.
+        state: State yielded with a batch; iteration resumes after that batch.
 
     Raises:
-        UserError: If there are fewer rows than a batch, or the state is of another version.
+        UserError: If there are fewer rows than ``batch_size``, or the state was written by an incompatible version.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class EpochRows:
         _check_batch_size(batch_size)
         if count < batch_size:
             raise UserError(
-                f"batch_size must not exceed the activations there are; got {batch_size} with {count}. "
+                f"batch_size must not exceed the number of activations; got {batch_size} with {count}. "
                 "Give more activations or a smaller batch_size."
             )
         self._count = count
@@ -198,7 +199,7 @@ class EpochRows:
 
 
 def _take(values: Tensor | npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Tensor:
-    """Return a copy of the given rows; of a memory-mapped array only these are read."""
+    """Return a copy of the given rows; only these rows of a memory-mapped array are read."""
     if isinstance(values, np.ndarray):
         return torch.from_numpy(values[rows])
     return values[torch.from_numpy(rows).to(values.device)]

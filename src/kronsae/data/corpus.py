@@ -1,11 +1,11 @@
-"""Text that every machine with Python already has: the standard library's sources, without its tables.
+"""Read the bundled corpus: the source files of Python's standard library, without generated tables.
 
-The bundled language model is measured on these documents, and its held-out figures can be repeated
-on any machine because the split depends on nothing but a document's name.
+The bundled language model is evaluated on these documents. Its held-out results can be reproduced on any machine,
+because the split depends only on a document's name.
 
-A fifth of the library's text is data rather than code: character tables, HTML entities, the help
-topics as string literals. Their lines differ in nothing but numbers, names and strings, and
-statistics over the corpus would be about them. `without_tables` finds them by what they hold.
+A fifth of the library's text is data rather than code: character tables, HTML entities, and the help topics as string
+literals. Their lines differ only in numbers, names and strings, and would dominate statistics over the corpus.
+`without_tables` detects them by their content.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 NEAR_COPIES = 8
-"""A row counts as part of a table where its document has at least so many rows of the same template; as many
-stay of a run of them."""
+"""Minimum number of rows with the same template in a document for these rows to count as near-copies, and number of
+rows that are kept of a run of them."""
 TABLE_SHARE = 0.5
-"""A document with more than this share of its characters in near-copied rows is left out. In Python 3.10 to 3.13
-character tables are above 0.8, and modules of code are below 0.45."""
+"""A document is omitted if more than this share of its characters is in near-copied rows. In Python 3.10 to 3.13 the
+share is above 0.8 for character tables and below 0.45 for modules of code."""
 
-# ASCII, so that a Python with a newer Unicode finds the same rows.
+# ASCII, so that Python versions with different Unicode data find the same rows.
 _TOKEN = re.compile(
     r"""((?:\b[bru]{1,2})?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"))  # 1: a string
     | (\#.*)                                                        # 2: a comment
     | (\b\d[\w.]*)                                                  # 3: a number
     | ([^\W\d][\w.]*)                                              # 4: a name, dotted or not
-    | (\s+)                                                         # 5: blanks
+    | (\s+)                                                         # 5: white space
     """,
     re.ASCII | re.IGNORECASE | re.VERBOSE,
 )
-_MASKS = ("", "S", "", "0", "x", "")  # by the number of the group
+_MASKS = ("", "S", "", "0", "x", "")  # by group number
 _LITERAL = re.compile(r"""[\d'"]""", re.ASCII)
 _STATEMENT = re.compile(
     r"\s*(?:assert|async|await|class|def|del|elif|else|except|finally|for|from|global|if|import|lambda|nonlocal"
     r"|raise|return|try|while|with|yield)\b",
     re.ASCII,
 )
-# Other characters, two names or numbers side by side (prose), a second assignment, a second call.
+# Other characters, two adjacent names or numbers (prose), a second assignment, a second call.
 _NOT_A_ROW = re.compile(r"[^][S0x(){}:,=.+\-*/|&^<>~%]|[x0][x0S]|S[x0]|=.*=|x\(.*x\(", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text with a name that is the same on every machine.
+    """One text with an id that is the same on every machine.
 
     Args:
-        id: Name of the document, such as ``"python-stdlib/json/decoder.py"``.
-        text: Its text.
+        id: Id of the document, such as ``"python-stdlib/json/decoder.py"``.
+        text: Text of the document.
     """
 
     id: str
@@ -64,21 +64,21 @@ class Document:
 
 
 def is_held_out(document_id: str, share: float = 0.05) -> bool:
-    """Whether a document belongs to the held-out part of a corpus.
+    """Return whether a document belongs to the held-out part of a corpus.
 
-    Formula: ``blake2b_64(document_id) / 2**64 < share``, with the 8-byte digest of the UTF-8 name
-    read as a big-endian integer. The answer depends on the name alone, so that the split is the
-    same on every machine and in every Python version, and a larger share contains a smaller one.
+    Formula: ``blake2b_64(document_id) / 2**64 < share``, with the 8-byte digest of the UTF-8 id read as a big-endian
+    integer. The result depends only on the id and the share, so that the split is the same on every machine and in
+    every Python version. The held-out part of a larger share includes that of a smaller one.
 
     Args:
-        document_id: Name of the document.
-        share: Expected share of documents held out, from 0 (none) to 1 (all).
+        document_id: Id of the document.
+        share: Expected share of held-out documents, from 0 (none) to 1 (all).
 
     Returns:
-        True where the document must stay out of training.
+        True if the document must not be used for training.
 
     Raises:
-        ValueError: If ``share`` lies outside [0, 1].
+        ValueError: If ``share`` is outside [0, 1].
 
     Example:
         >>> is_held_out("python-stdlib/abc.py", share=0.0)
@@ -87,17 +87,17 @@ def is_held_out(document_id: str, share: float = 0.05) -> bool:
         True
     """
     if not 0.0 <= share <= 1.0:
-        raise ValueError(f"share must lie between 0 and 1; got {share}. Give 0.05 for 5 %.")
+        raise ValueError(f"share must be from 0 to 1; got {share}. Give 0.05 for 5%.")
     digest = hashlib.blake2b(document_id.encode("utf-8"), digest_size=_HASH_BYTES).digest()
     return int.from_bytes(digest, "big") < share * 2.0 ** (8 * _HASH_BYTES)
 
 
 def row_template(line: str) -> str | None:
-    """Return a line of data without its content, or None for a line of any other kind.
+    """Return the template of a line if it is a data row, and None otherwise.
 
-    Strings become ``S``, numbers ``0`` and names ``x``; comments and blanks go. A row holds a string
-    or a number and else only names and punctuation: no statement keyword, at most one assignment and
-    one call. Two rows with the same template are near-copies of each other.
+    In the template strings are replaced by ``S``, numbers by ``0`` and names by ``x``; comments and white space are
+    removed. A data row contains at least one string or number, and otherwise only names and punctuation: no statement
+    keyword, at most one assignment and at most one call. Rows with the same template are near-copies of each other.
 
     Example:
         >>> row_template("    0x00b5: 0x00e6,     #  MICRO SIGN")
@@ -116,11 +116,11 @@ def row_template(line: str) -> str | None:
 
 
 def without_tables(text: str) -> str | None:
-    """Return the text with its long runs of near-copied rows cut, or None where it is a table as a whole.
+    """Return the text with long runs of near-copied rows shortened, or None if the whole text is a table.
 
-    It is one if more than `TABLE_SHARE` of the characters lie in rows whose template occurs at least
-    `NEAR_COPIES` times in the text; blanks around a line do not count. Of rows with the same template
-    next to each other the first `NEAR_COPIES` stay; no other line is touched.
+    The text is a table if more than `TABLE_SHARE` of its characters are in rows whose template occurs at least
+    `NEAR_COPIES` times in the text. White space around a line is not counted. Of consecutive rows with the same
+    template the first `NEAR_COPIES` are kept. All other lines are unchanged.
 
     Example:
         >>> without_tables("NAMES = {\\n" + "    'a': 1,\\n" * 30 + "}\\n") is None
@@ -150,19 +150,18 @@ def without_tables(text: str) -> str | None:
 
 
 def standard_library_documents(include_tests: bool = False, include_tables: bool = False) -> Iterator[Document]:
-    """Yield the Python sources of the running interpreter's standard library.
+    """Yield the Python source files of the running interpreter's standard library, sorted by POSIX relative path.
 
-    Documents come in the order of their POSIX relative paths. Installed packages are left out, and
-    so are files that are empty or not UTF-8, and tables (`without_tables`). A document's name, and
-    with it its side of the split, does not depend on what is left out.
+    Installed packages, empty files, files that are not UTF-8, and tables (see `without_tables`) are omitted. A
+    document's id, and therefore its part of the split, does not depend on which files are omitted.
 
     Args:
-        include_tests: Also yield what lies in folders named ``test``, ``tests`` or ``idle_test``.
-            Off by default, since some distributions ship Python without them.
-        include_tables: Yield every file, and each as it is.
+        include_tests: Whether to include folders named ``test``, ``tests`` or ``idle_test``. The default is False,
+            because some distributions of Python do not include them.
+        include_tables: Whether to include tables and leave all texts unchanged.
 
     Yields:
-        Documents named ``"python-stdlib/" + relative path``.
+        Documents with the id ``"python-stdlib/" + relative path``.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = _FOREIGN_FOLDERS if include_tests else _FOREIGN_FOLDERS | _TEST_FOLDERS
@@ -177,7 +176,7 @@ def standard_library_documents(include_tests: bool = False, include_tables: bool
 
 
 def _read_or_none(path: Path) -> str | None:
-    """Return the text of a UTF-8 file; None where it is empty or cannot be decoded."""
+    """Return the text of a UTF-8 file, or None if it is empty or cannot be decoded."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

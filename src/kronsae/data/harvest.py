@@ -1,4 +1,4 @@
-"""Activations of a model, read by forward hooks; the forward pass ends at the last hook that is needed."""
+"""Read a model's activations with forward hooks; the forward pass stops after the last hook that is needed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Hooks = str | int | Sequence[str | int]
 
 
 class _AllReadError(Exception):
-    """Ends a forward pass whose remaining layers nobody asked for."""
+    """Stop a forward pass whose remaining layers are not needed."""
 
 
 def forward(language_model: LanguageModel, batch: Tokens) -> Any:
     """Run the whole model on a batch, without gradients; return its Hugging Face output.
 
     Raises:
-        UserError: If the windows are longer than the model's positions, or a token is unknown to the model.
+        UserError: If the windows are longer than the model's context, or the model has no embedding for a token.
     """
     language_model.check_context_length(batch.input_ids_ST.shape[1])
     embeddings: Any = language_model.model.get_input_embeddings()
@@ -35,8 +35,8 @@ def forward(language_model: LanguageModel, batch: Tokens) -> Any:
     largest = int(batch.input_ids_ST.max())
     if largest >= vocabulary:
         raise UserError(
-            f"model: the tokenizer must not know more tokens than the model; token {largest} is beyond the "
-            f"{vocabulary} embeddings of '{language_model.name}'. Use the tokenizer that it was trained with."
+            f"model: the tokenizer must not have more tokens than the model; token {largest} is beyond the "
+            f"{vocabulary} embeddings of '{language_model.name}'. Use the tokenizer with which the model was trained."
         )
     device = language_model.device
     with torch.no_grad():
@@ -47,13 +47,13 @@ def forward(language_model: LanguageModel, batch: Tokens) -> Any:
 
 
 def hidden_states(language_model: LanguageModel, hooks: Hooks, batch: Tokens) -> dict[str, Float[Tensor, "S T D"]]:
-    """Return the activations at several hooks for a batch, by hook, in the model's dtype and on its device.
+    """Return a batch's activations by hook, in the model's dtype and on its device.
 
-    One forward pass, ended as soon as the last of them is known: no later layer and no head is run. Of a
-    module that is called more than once the first call counts. Padded and special tokens are included.
+    They are read in one forward pass, which stops at the last hook: no later layer and no head is run. If a module is
+    called more than once, its first call is read. Padding and special tokens are included.
 
     Raises:
-        UserError: If a hook names no module, or one without one vector per token.
+        UserError: If a hook names no module, or a module that does not give one vector per token.
     """
     points = {name: resolve_hook(language_model.model, hook) for name, hook in _named(hooks).items()}
     return read_points(language_model, points, batch)
@@ -62,7 +62,7 @@ def hidden_states(language_model: LanguageModel, hooks: Hooks, batch: Tokens) ->
 def read_points(
     language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
 ) -> dict[str, Float[Tensor, "S T D"]]:
-    """`hidden_states` at places that are resolved already, by the names they are given."""
+    """Return the same as `hidden_states` for hooks that are already resolved, by the keys of ``points``."""
     try:
         with _reading(points, batch, to_the_end=False) as found:
             forward(language_model, batch)
@@ -74,7 +74,7 @@ def read_points(
 def read_points_and_output(
     language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
 ) -> tuple[dict[str, Float[Tensor, "S T D"]], Any]:
-    """As `read_points`, from a whole pass, and the model's undisturbed output."""
+    """Return the same as `read_points`, and the model's unchanged output; the forward pass is complete."""
     with _reading(points, batch, to_the_end=True) as found:
         output = forward(language_model, batch)
     if len(found) < len(points):
@@ -84,7 +84,7 @@ def read_points_and_output(
 
 @contextmanager
 def _reading(points: Mapping[str, HookPoint], batch: Tokens, *, to_the_end: bool) -> Iterator[dict[str, Tensor]]:
-    """While inside, a forward pass fills the dict; it ends with `_AllReadError` once that is full, or at its end."""
+    """Yield a dict that a forward pass fills; the pass is stopped with `_AllReadError` unless ``to_the_end``."""
     found: dict[str, Tensor] = {}
 
     def reader(name: str) -> Callable[[Tensor], None]:
@@ -108,13 +108,13 @@ def _never_ran(points: Mapping[str, HookPoint], found: Mapping[str, Tensor]) -> 
     name, point = next((name, point) for name, point in points.items() if name not in found)
     where = "" if name == point.name else f" ({point.name})"
     return UserError(
-        f"hook must name a module that runs in a forward pass; '{name}'{where} does not. "
+        f"hook must name a module that is called in a forward pass; '{name}'{where} is not. "
         "Give a transformer block, such as 'layers.0'."
     )
 
 
 def widths(language_model: LanguageModel, hooks: Hooks) -> dict[str, int]:
-    """Return the width of the activations of each hook, by running one token up to the last."""
+    """Return the width of the activations of each hook, measured with a forward pass of one token."""
     one_11 = torch.zeros((1, 1), dtype=torch.int64)
     batch = TokenBatch(
         input_ids_ST=one_11,
@@ -127,18 +127,18 @@ def widths(language_model: LanguageModel, hooks: Hooks) -> dict[str, int]:
 
 
 class ActivationStream:
-    """Yield ``({hook: values_ND}, state)``: float32 rows of the kept tokens, on the model's device.
+    """Yield ``({hook: values_ND}, state)``: the kept tokens' activations in float32, on the model's device.
 
-    One item per token batch; N differs from item to item. The state is the token stream's.
+    There is one item per token batch; N varies. The state is the token stream's.
 
     Args:
         language_model: The model to run.
-        hooks: One hook or several; each is a key of the items, as a string, just as it was given.
+        hooks: One hook or several. The keys of each item are these hooks, as strings.
         make_tokens: Makes the stream of token batches, such as ``partial(TokenStream, make_text, tokenizer, ...)``.
-        state: Go on after the item that this state came with.
+        state: State yielded with an item; iteration resumes after that item.
 
     Raises:
-        UserError: If a hook names no module, or an activation is not finite (it says where).
+        UserError: If a hook names no module, or an activation is not finite; the message gives its position.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class ActivationStream:
 
 
 def check_finite(rows_ND: Float[Tensor, "N D"], hook: str, batch: TokenBatch, number: int) -> None:
-    """Raise a UserError that says where the kept activations of a batch are NaN or infinite, if they are."""
+    """Raise a UserError with the position of the first kept activation that is NaN or infinite, if there is one."""
     finite_N = rows_ND.isfinite().all(-1)
     if bool(finite_N.all()):
         return

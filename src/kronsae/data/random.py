@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and on what they are for, and on nothing drawn before them."""
+"""Create random generators and permutations that depend only on a seed and a purpose, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _ROUNDS = 8
-# A key of 8 bytes for each round: as many bytes as BLAKE2b gives.
+# A key of 8 bytes per round: 64 bytes, the longest digest of BLAKE2b.
 _KEY_BYTES = 8
 # Increment and multipliers of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
@@ -19,9 +19,9 @@ _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def generator_for(seed: int, purpose: str, number: int = 0) -> torch.Generator:
-    """A generator for one purpose, and for one of a series.
+    """Return a generator for a purpose and, within a series, for a number.
 
-    The words are hashed to a seed, of which torch's generator takes 32 bits: two share their numbers with a chance of
+    The arguments are hashed to a 32-bit seed of the generator. Two generators have the same seed with a probability of
     2^-32.
     """
     words = [seed, number, *purpose.encode()]
@@ -29,25 +29,25 @@ def generator_for(seed: int, purpose: str, number: int = 0) -> torch.Generator:
 
 
 def permutation(count: int, seed: int, purpose: str, *numbers: int) -> Tensor:
-    """Return a random order of ``count`` things, which depends on the other arguments alone."""
+    """Return a random permutation of ``range(count)`` that depends only on the arguments."""
     digest = _digest(seed, purpose, numbers, size=7)
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     return torch.randperm(count, generator=generator)
 
 
 class LazyPermutation:
-    """A pseudo-random order of ``count`` things of which any part can be computed alone, in constant memory.
+    """Pseudo-random permutation of ``range(count)``, any part of which can be computed alone in constant memory.
 
-    A Feistel network on the grid of ``ceil(sqrt(count))`` rows with as many columns as hold all: a round adds a keyed
-    hash of the column to the row, the next one a hash of the row to the column, so that each is a bijection. A number
-    of the grid that is not below ``count`` is permuted again until it is (cycle walking), which keeps the bijection.
-    Black and Rogaway, "Ciphers with arbitrary finite domains" (2002), method 3.
+    It is a Feistel network on a grid with ``ceil(sqrt(count))`` rows and the smallest sufficient number of columns. A
+    round adds a keyed hash of the column to the row, and the next round a keyed hash of the row to the column; each
+    round is a bijection. A result that is not below ``count`` is permuted again until it is (cycle walking), which
+    preserves the bijection. Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002), method 3.
 
     Args:
-        count: Number of things, at least 1.
-        seed: Seed of the order.
-        purpose: What the order is for; two purposes have unrelated orders.
-        numbers: Which of a series of orders, such as the epoch.
+        count: Length of the permutation, at least 1.
+        seed: Seed of the permutation.
+        purpose: Use of the permutation; different purposes have independent permutations.
+        numbers: Index of the permutation within a series, such as the epoch.
 
     Example:
         >>> order = LazyPermutation(10, 0, "example")
@@ -62,7 +62,7 @@ class LazyPermutation:
         self._keys = np.frombuffer(_digest(seed, purpose, numbers, size=_KEY_BYTES * _ROUNDS), dtype="<u8")
 
     def part(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Return the things at places ``start`` to ``stop - 1`` of the order."""
+        """Return the elements ``start`` to ``stop - 1`` of the permutation."""
         found = self._permute(np.arange(start, stop, dtype=np.uint64))
         while (outside := found >= self.count).any():
             found[outside] = self._permute(found[outside])
@@ -79,7 +79,7 @@ class LazyPermutation:
 
 
 def _hash(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    """32 bits of SplitMix64: sums with them do not overflow."""
+    """Return the upper 32 bits of SplitMix64, so that adding them to a row or column cannot overflow."""
     mixed = values * _INCREMENT + key
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * multiplier

@@ -1,7 +1,7 @@
-"""Shuffling of a stream of any length in bounded memory, refilled a part at a time.
+"""Shuffle a stream of any length through a buffer of bounded size that is refilled in parts.
 
-`StaggeredOrder` says which rows go together; `StaggeredShuffle` is the stage that follows it. Rows are activations
-(`kronsae.data.buffer`) or windows of tokens (`kronsae.data.tokens`): what keeps them is a `RowStore`.
+`StaggeredOrder` defines the order and `StaggeredShuffle` is the stage that applies it. Rows are activations
+(`kronsae.data.buffer`) or token windows (`kronsae.data.tokens`), stored in a `RowStore`.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ START: State = {"upstream": None, "rows": 0}
 """Position of a `BlockReader` at the beginning of the stream."""
 
 LET_GO = -1
-"""In place of the place of a row that is not kept."""
+"""Slot of a row that is not stored."""
 
 
 class RowStore(Protocol[Item_contra, Rows_co]):
-    """Keeps rows of items at numbered places."""
+    """Store rows of items in numbered slots."""
 
     def count(self, item: Item_contra, /) -> int:
-        """Number of rows of an item."""
+        """Return the number of rows of an item."""
         ...
 
-    def put(self, item: Item_contra, start: int, places: Int64[Tensor, "N"], /) -> None:
-        """Keep the rows of an item from ``start`` on at these places; not those whose place is `LET_GO`."""
+    def put(self, item: Item_contra, start: int, slots: Int64[Tensor, "N"], /) -> None:
+        """Store the rows of an item from ``start`` on in the given slots; skip rows whose slot is `LET_GO`."""
         ...
 
-    def take(self, places: Int64[Tensor, "N"], /) -> Rows_co:
-        """Return a copy of the rows at these places."""
+    def take(self, slots: Int64[Tensor, "N"], /) -> Rows_co:
+        """Return a copy of the rows in the given slots."""
         ...
 
 
 class BlockReader(Generic[Item]):
-    """Read a stream in blocks of any size.
+    """Read a stream in blocks of any number of rows.
 
-    Blocks do not end where the stream's items end: an item that does not fit is divided, and
-    ``position = {"upstream": state before the current item, "rows": rows taken of it}`` says where.
+    A block can end within an item of the stream. The attribute ``position = {"upstream": state before the current item,
+    "rows": rows of it already read}`` describes where reading continues.
 
     Args:
         make_upstream: Makes the stream of items.
-        store: Keeps what is read.
-        position: Where to begin; None is the beginning.
+        store: Stores the rows that are read.
+        position: Where to start; None starts at the beginning.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class BlockReader(Generic[Item]):
         self._store = store
         self._item: tuple[Item, State] | None = None
 
-    def read(self, places: Int64[Tensor, "N"]) -> int:
-        """Keep the next N rows at these places; return how many there were, less than N only at the stream's end."""
+    def read(self, slots: Int64[Tensor, "N"]) -> int:
+        """Read the next N rows into the given slots; return their number, below N only at the stream's end."""
         count = 0
-        while count < len(places):
+        while count < len(slots):
             self._item = self._item or next(self._items, None)
             if self._item is None:
                 break
             item, after = self._item
             start, rows = self.position["rows"], self._store.count(item)
-            taken = min(rows - start, len(places) - count)
-            self._store.put(item, start, places[count : count + taken])
+            taken = min(rows - start, len(slots) - count)
+            self._store.put(item, start, slots[count : count + taken])
             count += taken
             if start + taken == rows:
                 self.position = {"upstream": after, "rows": 0}
@@ -92,21 +92,23 @@ class BlockReader(Generic[Item]):
 
 @dataclass(frozen=True, kw_only=True)
 class StaggeredOrder:
-    """In which order the rows of a stream are served, of which at most ``capacity`` are held at once.
+    """Define a shuffled order of a stream's rows that needs a buffer of at most ``capacity`` rows.
 
-    The stream is divided into blocks of r batches. Each block is permuted and cut into r parts of a batch. Unit u
-    serves part i of block u - i for i = 0 ... r - 1, permuted together: r batches, one of which comes from the block
-    that was just read. Units before the r-th serve what there is; the last one serves all that is held.
+    The stream is divided into blocks of r batches. Each block is permuted and cut into r parts of one batch each. Unit
+    u yields part i of block u - i for i = 0 ... r - 1, permuted together. These are r batches, one of which comes from
+    the block that was just read. Units before the r-th yield the parts that exist; the last unit yields all rows that
+    are still in the buffer.
 
-    Every row is served exactly once, within r units of its arrival, and unit u depends only on the blocks
-    u - r + 1 ... u. Part i of a block is held for i + 1 units, so r (r + 1) / 2 batches are held; r is the largest
-    number for which these fit into the capacity. A refill so replaces a share of 2 / (r + 1) of what is held.
+    Every row is yielded exactly once, within r units of being read. Unit u depends only on the blocks
+    u - r + 1 ... u. Part i of a block stays in the buffer for i + 1 units, so the buffer contains r (r + 1) / 2
+    batches; r is the largest number for which these fit into ``capacity``. A refill therefore replaces a share of
+    2 / (r + 1) of the buffer.
 
     Args:
         batch_size: Rows in a batch.
-        capacity: Rows that may be held, at least ``batch_size``.
+        capacity: Maximum number of rows in the buffer, at least ``batch_size``.
         seed: Seed of the order.
-        purpose: What the order is for; two purposes have unrelated orders.
+        purpose: Use of the order; different purposes have independent orders.
     """
 
     batch_size: int
@@ -116,63 +118,66 @@ class StaggeredOrder:
 
     @cached_property
     def parts(self) -> int:
-        """r: parts of a block, and batches of a unit."""
+        """r, the number of parts of a block and of batches of a unit."""
         return (math.isqrt(8 * (self.capacity // self.batch_size) + 1) - 1) // 2
 
     @property
     def block_rows(self) -> int:
-        """Rows of a block."""
+        """Number of rows of a block."""
         return self.parts * self.batch_size
 
     @property
     def held_rows(self) -> int:
-        """Rows that are held at most, and the number of places for them."""
+        """Maximum number of rows in the buffer, and the number of slots."""
         return self.parts * (self.parts + 1) // 2 * self.batch_size
 
     def first_block(self, unit: int) -> int:
-        """The oldest block of which the unit serves a part."""
+        """Return the oldest block of which the unit yields a part."""
         return max(0, unit - self.parts + 1)
 
-    def places(self, block: int, unit: int) -> Int64[Tensor, "N"]:
-        """Where to keep each row of a block, in the order of the stream; `LET_GO` if served before ``unit``."""
+    def slots(self, block: int, unit: int) -> Int64[Tensor, "N"]:
+        """Return the slot of each row of a block, in stream order; `LET_GO` for rows yielded before ``unit``."""
         order = permutation(self.block_rows, self.seed, self.purpose, 0, block)
         part, within = order // self.batch_size, order % self.batch_size
-        places = self._slot(part, block) * self.batch_size + within
-        return torch.where(part < unit - block, LET_GO, places)
+        slots = self._batch_slot(part, block) * self.batch_size + within
+        return torch.where(part < unit - block, LET_GO, slots)
 
     def served(self, unit: int) -> Int64[Tensor, "N"]:
-        """Places of the rows that a unit serves, in order, where the stream goes on after its block."""
+        """Return the slots of the rows that a unit yields, in order, if the stream does not end in its block."""
         blocks = torch.arange(self.first_block(unit), unit + 1)
-        slots = self._slot(unit - blocks, blocks)
-        places = (slots[:, None] * self.batch_size + torch.arange(self.batch_size)).flatten()
-        return self._mixed(places, unit)
+        batch_slots = self._batch_slot(unit - blocks, blocks)
+        slots = (batch_slots[:, None] * self.batch_size + torch.arange(self.batch_size)).flatten()
+        return self._mixed(slots, unit)
 
     def served_last(self, unit: int, count: int) -> Int64[Tensor, "N"]:
-        """Places of the rows that a unit serves, in order, where the stream ends after ``count`` rows of its block."""
-        blocks = [self.places(block, unit) for block in range(self.first_block(unit), unit)]
-        places = torch.cat([*blocks, self.places(unit, unit)[:count]])
-        return self._mixed(places[places != LET_GO], unit)
+        """Return the slots of the rows that a unit yields, in order, if the stream ends after ``count`` rows of it."""
+        blocks = [self.slots(block, unit) for block in range(self.first_block(unit), unit)]
+        slots = torch.cat([*blocks, self.slots(unit, unit)[:count]])
+        return self._mixed(slots[slots != LET_GO], unit)
 
-    def _slot(self, part: Tensor, block: Tensor | int) -> Tensor:
-        """Part i needs i + 1 places of a batch, taken in turn: its block's successor after i + 1 finds it served."""
+    def _batch_slot(self, part: Tensor, block: Tensor | int) -> Tensor:
+        """Return the batch-sized slot of a block's part i, which has i + 1 such slots in rotation.
+
+        The part of block b + i + 1 reuses the slot of block b, whose part has been yielded by then.
+        """
         return part * (part + 1) // 2 + block % (part + 1)
 
-    def _mixed(self, places: Tensor, unit: int) -> Tensor:
-        return places[permutation(len(places), self.seed, self.purpose, 1, unit)]
+    def _mixed(self, slots: Tensor, unit: int) -> Tensor:
+        return slots[permutation(len(slots), self.seed, self.purpose, 1, unit)]
 
 
 class StaggeredShuffle(Generic[Item, Rows]):
-    """Yield ``(rows, state)``: the rows of a stream in a `StaggeredOrder`, a batch at a time.
+    """Yield ``(rows, state)``: the rows of a stream in a `StaggeredOrder`, one batch at a time.
 
-    The state is ``{"upstream", "rows", "unit", "batch"}``: where the oldest block began of which the next batch needs
-    a part, and how far the order was served. Nothing of what is held is in it; going on reads at most r blocks again.
+    The state is ``{"upstream", "rows", "unit", "batch"}``: where the oldest block starts that the next batch needs, and
+    the position in the order. The state does not contain the buffer; resuming from it reads at most r blocks again.
 
     Args:
         make_upstream: Makes the stream of items.
-        store: Keeps the rows, at ``order.held_rows`` places.
+        store: Stores the rows in ``order.held_rows`` slots.
         order: The order.
-        drop_remainder: Whether to drop what does not fill a batch at the stream's end, instead of serving it.
-        state: Go on after the batch that this state came with.
+        drop_remainder: Whether to drop the rows that do not fill a batch at the stream's end, or to yield them.
+        state: State yielded with a batch; iteration resumes after that batch.
     """
 
     def __init__(
@@ -194,27 +199,30 @@ class StaggeredShuffle(Generic[Item, Rows]):
     def __iter__(self) -> Iterator[tuple[Rows, State]]:
         order, unit, first = self._order, self._state["unit"], self._state["batch"]
         reader = BlockReader(self._make_upstream, self._store, {key: self._state[key] for key in START})
-        positions = deque[State](maxlen=order.parts)  # where the blocks began of which a part is held
+        positions = deque[State](maxlen=order.parts)  # start of each block with rows in the buffer
         for block in itertools.count(order.first_block(unit)):
             positions.append(reader.position)
-            count = reader.read(order.places(block, unit))
+            count = reader.read(order.slots(block, unit))
             last = count < order.block_rows
             if block < unit:
                 if last:
-                    raise UserError("the stream must be the one that its state is of; it ended earlier. Begin anew.")
+                    raise UserError(
+                        "state must come from the same stream; got one from beyond the end of this stream. "
+                        "Start again without a state."
+                    )
                 continue
-            places = order.served_last(unit, count) if last else order.served(unit)
-            batches = len(places) // order.batch_size if self._drop_remainder else -(-len(places) // order.batch_size)
+            slots = order.served_last(unit, count) if last else order.served(unit)
+            batches = len(slots) // order.batch_size if self._drop_remainder else -(-len(slots) // order.batch_size)
             if batches == 0 and unit == 0 and self._drop_remainder:
                 raise UserError(
-                    f"batch_size must not exceed the {order.purpose} there are; got {order.batch_size} with {count}. "
+                    f"batch_size must not exceed the number of {order.purpose}; got {order.batch_size} with {count}. "
                     "Give more text or a smaller batch_size."
                 )
             following = {**deque([*positions, reader.position], maxlen=order.parts)[0], "unit": unit + 1, "batch": 0}
             for batch in range(first, batches):
                 whole = batch + 1 == batches and not last
                 state = following if whole else {**positions[0], "unit": unit, "batch": batch + 1}
-                yield self._store.take(places[batch * order.batch_size : (batch + 1) * order.batch_size]), state
+                yield self._store.take(slots[batch * order.batch_size : (batch + 1) * order.batch_size]), state
             if last:
                 return
             unit, first = unit + 1, 0

@@ -1,4 +1,4 @@
-"""Where text comes from: the bundled corpus, local files, the Hugging Face Hub, or texts in memory."""
+"""Read documents from the bundled corpus, local files, the Hugging Face Hub, or memory."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ PARQUET_SUFFIXES = (".parquet",)
 SUFFIXES = TEXT_SUFFIXES + LINE_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
 
 MIN_CUT_CHARACTERS = 4096
-# Text without blank lines is cut here all the same: tokenising one document must fit into memory.
+# Text without blank lines is also cut here, because tokenising one document must fit into memory.
 MAX_CUT_CHARACTERS = 65_536
 PARQUET_ROWS = 1024
 
 
 class Source(Protocol):
-    """Documents in a fixed order that can be entered at any position."""
+    """Documents in a fixed order that can be read from any position."""
 
     @property
     def name(self) -> str:
-        """What to call the source in a message."""
+        """Return the name of the source for messages."""
 
     def read(self, position: State) -> Iterator[tuple[Document, State]]:
-        """Yield the documents after ``position`` (empty: all), each with its own position."""
+        """Yield the documents after ``position``, each with its own position; an empty position yields all."""
 
 
 @dataclass(frozen=True)
 class ListedSource:
-    """A source that is cheap to read again, so that a position is a number of documents."""
+    """A source that is cheap to read again; a position is the number of documents already read."""
 
     name: str
     documents: Callable[[], Iterable[Document]]
@@ -61,7 +61,7 @@ class ListedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """A data set on the Hugging Face Hub; a streamed one is entered without reading what came before."""
+    """A data set on the Hugging Face Hub; streaming resumes without reading the preceding documents."""
 
     name: str
     subset: str | None
@@ -90,7 +90,7 @@ class HubSource:
 
         if self.streaming:
             check_dataset(self.name, self.revision)
-        # Loading scripts are never run: datasets 4 has no such thing, and datasets 3 is told not to.
+        # Loading scripts are never run: datasets 4 does not support them, and datasets 3 needs the argument.
         major = int(datasets.__version__.split(".")[0])
         no_scripts = {"trust_remote_code": False} if major < 4 else {}
         try:
@@ -114,18 +114,18 @@ def _hub_rows(dataset: Any, name: str) -> Iterator[Mapping[str, object]]:
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # whatever the transport of the day raises in mid-stream
-            raise UserError(f"text: data set '{name}' cannot be read on: {one_line(error)}.") from error
+        except Exception as error:  # the transport may raise any exception while streaming
+            raise UserError(f"text: reading data set '{name}' failed: {one_line(error)}.") from error
         if row is None:
             return
         yield row
 
 
 def open_local(path: Path, column: str) -> ListedSource:
-    """Return the documents of a file, or of all text files below a folder.
+    """Return a source with the documents of a file, or of all text files in a folder and its subfolders.
 
-    A ``.txt`` file given by itself is cut into documents at blank lines; in a folder each ``.txt`` file is
-    a document. ``.jsonl``, ``.json`` and ``.parquet`` give one document per row.
+    A single ``.txt`` file is cut into documents at blank lines. In a folder each ``.txt`` file is one document. Every
+    row of a ``.jsonl``, ``.json`` or ``.parquet`` file is one document.
     """
     if path.is_dir():
         files = [p for p in path.rglob("*") if _has_suffix(p, SUFFIXES) and _is_visible(p, path)]
@@ -136,36 +136,36 @@ def open_local(path: Path, column: str) -> ListedSource:
         texts = partial(_file_texts, path, column)
     if not files:
         raise UserError(
-            f"text: a source must be, or hold, files that end in {', '.join(SUFFIXES)}; found none in "
-            f"'{path}'. Give a text file under one of these names."
+            f"text: a source must be or contain files that end in {', '.join(SUFFIXES)}; found none in "
+            f"'{path}'. Rename the file, or give another one."
         )
     return ListedSource(str(path), lambda: map(document_of, texts()))
 
 
-@functools.cache  # some thousand files; every epoch and the held-out part read them again
+@functools.cache  # thousands of files, which would be read again in every epoch and for the held-out part
 def bundled_documents() -> list[Document]:
-    """Return the standard library's documents, mixed so that its packages do not come one by one."""
+    """Return the standard library's documents, shuffled so that those of one package are not consecutive."""
     return mixed(standard_library_documents(), lambda document: document.id)
 
 
 def mixed(items: Iterable[_T], name: Callable[[_T], str]) -> list[_T]:
-    """Sort by a digest of the name: an order without pattern that is the same on every machine."""
+    """Return the items sorted by a digest of the name: a shuffled order that is the same on every machine."""
     return sorted(items, key=lambda item: (_digest(name(item)), name(item)))
 
 
 def document_of(text: str) -> Document:
-    """Return the document of a text without a name: its id is the BLAKE2b digest of the text.
+    """Return a document whose id is the BLAKE2b digest of its text.
 
-    Equal texts get equal ids, so that no copy of a training document is ever held out.
+    Equal texts have equal ids, so that a copy of a training document is never held out.
     """
     return Document(id=_digest(text), text=text)
 
 
 def column_of(row: Mapping[str, object], column: str, place: str) -> str:
-    """Return the text in a row; an empty cell is empty text.
+    """Return the text in a column of a row, and ``""`` for None.
 
     Raises:
-        UserError: If the row has no such column, or something else than text in it.
+        UserError: If the row has no such column, or the column does not contain text.
     """
     if column not in row:
         raise UserError(
@@ -176,7 +176,7 @@ def column_of(row: Mapping[str, object], column: str, place: str) -> str:
         return ""
     if not isinstance(value, str):
         raise UserError(
-            f"column must hold text; column '{column}' of {place} holds {type(value).__name__}. "
+            f"column must contain text; column '{column}' of {place} contains {type(value).__name__}. "
             f"Choose among {', '.join(row)}."
         )
     return value
@@ -202,7 +202,7 @@ def _file_texts(path: Path, column: str) -> Iterator[str]:
 
 
 def cut(lines: IO[str]) -> Iterator[str]:
-    """Cut a text at the first blank line after ``MIN_CUT_CHARACTERS``, at latest after the maximum."""
+    """Yield pieces of a text, cut at the first blank line after ``MIN_CUT_CHARACTERS`` or at ``MAX_CUT_CHARACTERS``."""
     piece: list[str] = []
     size = 0
     for line in iter(partial(lines.readline, MAX_CUT_CHARACTERS), ""):
@@ -221,7 +221,7 @@ def _json_rows(path: Path, column: str) -> Iterator[Mapping[str, object]]:
         if _has_suffix(path, JSON_SUFFIXES):
             content = lines.read()
             whole = _json_or_none(content)
-            # What is not one list is read as lines, since many a .json file holds those.
+            # Many .json files are JSON lines: content that is not one list is read as lines.
             rows = whole if isinstance(whole, list) else _json_lines(content.splitlines(), path)
         else:
             rows = _json_lines(lines, path)
@@ -243,7 +243,7 @@ def _json_lines(lines: Iterable[str], path: Path) -> Iterator[object]:
         except json.JSONDecodeError as error:
             raise UserError(
                 f"text: line {number} of '{path}' must be JSON; {error.msg} at column {error.colno}. "
-                "Repair or remove the line."
+                "Correct or remove the line."
             ) from error
 
 
@@ -271,15 +271,17 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Mapping[str, object]]:
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[IO[str]]:
-    """Open UTF-8 text, with or without gzip or a byte-order mark; what is not that is a UserError."""
+    """Open UTF-8 text, plain or gzip, with or without a byte-order mark; raise a UserError for anything else."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as lines:
             yield lines
     except UnicodeDecodeError as error:
-        raise UserError(f"text: '{path}' must be UTF-8 text; byte {error.start} is not. Convert the file.") from error
+        raise UserError(
+            f"text: '{path}' must be UTF-8 text; byte {error.start} is invalid. Convert the file."
+        ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"text: '{path}' must be a whole gzip file; {error}.") from error
+        raise UserError(f"text: '{path}' must be a complete gzip file; {error}.") from error
     except OSError as error:
         raise UserError(f"text: '{path}' cannot be read: {error.strerror}.") from error
 
@@ -287,14 +289,14 @@ def _open_text(path: Path) -> Iterator[IO[str]]:
 def open_named(
     source: str, *, subset: str | None, split: str, column: str, revision: str | None, streaming: bool
 ) -> Source:
-    """Return the source of a name: ``"bundled"``, what lies at a local path, else a Hub data set."""
+    """Return the source with a name: ``"bundled"``, an existing local path, or otherwise a Hub data set."""
     if source == BUNDLED:
         return ListedSource("the Python standard library", bundled_documents)
     path = Path(source).expanduser()
     if path.exists():
         return open_local(path, column)
     if looks_like_path(source) or source.endswith(SUFFIXES):
-        raise UserError(f"text: a path must exist; there is no '{source}'. Check it, or name a Hub data set.")
+        raise UserError(f"text: a path must exist; '{source}' does not. Check it, or give a Hub data set.")
     return HubSource(name=source, subset=subset, split=split, column=column, revision=revision, streaming=streaming)
 
 

@@ -1,8 +1,8 @@
-"""Harvested activations on disk: safetensors shards and a manifest, read back in random order.
+"""Write activations to disk as safetensors shards with a manifest, and read them in random order.
 
-A folder holds ``activations-00000.safetensors``, ... with one tensor ``[tokens, d_in]`` per hook, and
-``manifest.json``: format, dtype, tokens, width of every hook, size and SHA-256 of every shard, and what the
-writer was told about the model and the text. The manifest comes last: a folder with one is complete.
+A folder contains ``activations-00000.safetensors``, ... with one tensor ``[tokens, d_in]`` per hook, and
+``manifest.json`` with the format, dtype, number of tokens, width of every hook, size and SHA-256 of every shard, and
+the writer's metadata on the model and the text. The manifest is written last, so a folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from kronsae.support.files import atomic_path, check_folder_place, read_json, sh
 
 FORMAT = "kronsae-activations-1"
 MANIFEST = "manifest.json"
-# Shards checked against their SHA-256 at once: more threads than this read no faster.
+# Shards whose SHA-256 is checked in parallel; more threads do not read faster.
 CHECKING_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of a manifest."""
+    """One shard: file name, number of tokens and SHA-256."""
 
     file: str
     tokens: int
@@ -46,15 +46,15 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder of activations holds.
+    """Contents of a folder of activations.
 
     Args:
-        format: Name and version of the layout.
+        format: Name and version of the format.
         dtype: Precision on disk.
-        tokens: Rows in all shards together.
+        tokens: Total number of rows in all shards.
         d_in: Width of the activations, by hook.
-        shards: The files, in the order in which they were harvested.
-        metadata: What the writer was told: model, text, context length, ...
+        shards: The shards, in the order in which they were harvested.
+        metadata: The writer's metadata: model, text, context length, ...
     """
 
     format: str
@@ -76,18 +76,18 @@ def write_activations(
 ) -> Manifest:
     """Write the first ``tokens`` rows of a stream into a new or empty folder.
 
-    Every file appears whole or not at all; on an error the files written so far are removed again.
+    Each file is written atomically. If an error occurs, the files already written are removed.
 
     Args:
         stream: Activations by hook, such as an ActivationStream or a ShuffleBuffer.
-        folder: Where to write.
-        tokens: Rows to write.
-        shard_tokens: Rows in a file; takes ``shard_tokens * d_in * 4`` bytes of memory per hook.
+        folder: Folder to write into.
+        tokens: Number of rows to write.
+        shard_tokens: Rows in a file. A shard takes ``shard_tokens * d_in * 4`` bytes of memory per hook.
         dtype: Precision on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        metadata: Kept in the manifest; must be JSON-able.
+        metadata: Metadata for the manifest, which must be representable as JSON.
 
     Raises:
-        UserError: If the folder holds anything, the stream ends early, or a value exceeds the dtype's range.
+        UserError: If the folder is not empty, the stream has too few rows, or a value exceeds the dtype's range.
     """
     folder = Path(folder)
     check_target(folder, dtype)
@@ -107,12 +107,14 @@ def write_activations(
 
 
 def check_target(folder: Path, dtype: str) -> None:
-    """Refuse what ``write_activations`` would, as far as it can be known before there are activations."""
+    """Raise the errors of ``write_activations`` that can be detected before any activations are computed."""
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.{nearest(dtype, DTYPES)}")
     check_folder_place(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"out must be a new or empty folder; {folder} holds other files. Name another, or remove it.")
+        raise UserError(
+            f"out must be a new or empty folder; {folder} contains files. Give another folder, or remove it."
+        )
 
 
 def _write(
@@ -133,7 +135,7 @@ def _write(
         count = reader.read(torch.arange(min(shard_tokens, left)))
         if count == 0:
             raise UserError(
-                f"tokens must not exceed what the text gives; got {tokens}, and it ended after {tokens - left}. "
+                f"tokens must not exceed the number of tokens in the text; got {tokens} with {tokens - left}. "
                 "Give more text or fewer tokens."
             )
         rows = store.first(count)
@@ -153,22 +155,24 @@ def _narrow(values: Tensor, hook: str, dtype: str) -> Tensor:
     narrow = values.to("cpu", DTYPES[dtype]).contiguous()
     if not bool(narrow.isfinite().all()):
         raise UserError(
-            f"dtype must hold every activation; hook '{hook}' has one of size {values.abs().max().item():g}, "
-            f"which {dtype} cannot. Give bfloat16 or float32."
+            f"dtype must represent every activation; got {dtype} with {values.abs().max().item():g} at hook '{hook}'. "
+            "Give bfloat16 or float32."
         )
     return narrow
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """Return the manifest of a folder, checked against the files beside it by name.
+    """Return the manifest of a folder, after checking that its files exist.
 
     Raises:
-        UserError: If there is none, it is damaged, or a file is missing.
+        UserError: If the manifest or one of its files is missing, or the manifest is damaged.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"folder must hold harvested activations; '{folder}' has no {MANIFEST}. Harvest into it first.")
+        raise UserError(
+            f"folder must contain harvested activations; '{folder}' has no {MANIFEST}. Harvest into it first."
+        )
     fields = read_json(path, "harvested activations")
     try:
         manifest = Manifest(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
@@ -179,34 +183,36 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise _damaged(path)
     if manifest.format != FORMAT:
         raise UserError(
-            f"{MANIFEST} must be of format {FORMAT}; '{path}' says '{manifest.format}'. Harvest again, or read it "
+            f"{MANIFEST} must have the format {FORMAT}; got '{manifest.format}' in '{path}'. Harvest again, or read it "
             "with the version that wrote it."
         )
     for shard in manifest.shards:
         if not (folder / shard.file).is_file():
-            raise UserError(f"'{folder / shard.file}' is missing, though {MANIFEST} names it. Harvest again.")
+            raise UserError(
+                f"folder must contain every shard of {MANIFEST}; '{folder / shard.file}' is missing. Harvest again."
+            )
     return manifest
 
 
 class StoredActivations:
-    """Yield ``({hook: values_BD}, state)`` from a folder of activations, in a random order over all of its rows.
+    """Yield ``({hook: values_BD}, state)`` from a folder of activations, in random order.
 
-    Every epoch takes all rows of all shards in a new order; the state is ``{"epoch", "batch"}``. Shards are
-    memory-mapped, and of each only the rows of a batch are read: memory is that of a batch, whatever the size of the
-    folder. Each shard's SHA-256 is compared with the manifest before the first batch, which reads every file once.
+    Every epoch has a new random order of all rows of all shards. The state is ``{"epoch", "batch"}``. Shards are
+    memory-mapped and only the rows of a batch are read, so that memory does not depend on the size of the folder. Each
+    shard's SHA-256 is compared with the manifest before the first batch, which reads every file once.
 
     Args:
-        folder: What ``write_activations`` wrote.
-        batch_size: Rows in a batch. Those that do not fill the last batch of an epoch are dropped from it.
+        folder: Folder written by ``write_activations``.
+        batch_size: Rows in a batch. Rows that do not fill the last batch of an epoch are dropped from that epoch.
         seed: Seed of the order.
-        repeat: Whether to begin anew at the end, without end.
-        device: Where to put the batches.
-        hooks: Which of the harvested hooks to read; None reads all.
-        state: Go on after the batch that this state came with.
+        repeat: Whether to repeat the data indefinitely.
+        device: Device of the batches.
+        hooks: Hooks to read; None reads all harvested hooks.
+        state: State yielded with a batch; iteration resumes after that batch.
 
     Raises:
-        UserError: If the folder or one of its files is missing or damaged, it lacks a hook or holds less than a
-            batch, or the state is of another version.
+        UserError: If the folder or one of its files is missing or damaged, a hook is missing, there are fewer rows than
+            ``batch_size``, or the state was written by an incompatible version.
     """
 
     def __init__(
@@ -245,7 +251,7 @@ class StoredActivations:
             yield {hook: _take(shards[hook], ends, rows).to(self._device) for hook in self._hooks}, state
 
     def _open(self) -> dict[str, list[Tensor]]:
-        """The shards of each hook, memory-mapped and checked."""
+        """Return the shards of each hook, memory-mapped, after checking their SHA-256."""
         paths = [self._folder / shard.file for shard in self.manifest.shards]
         with ThreadPoolExecutor(min(CHECKING_THREADS, os.cpu_count() or 1)) as threads:
             list(threads.map(_verify, paths, self.manifest.shards))
@@ -263,12 +269,12 @@ class StoredActivations:
 
 
 def _take(shards: Sequence[Tensor], ends: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Tensor:
-    """Return a copy, in float32, of rows that are numbered through all shards; each shard is read from front to back.
+    """Return a copy of the given rows in float32; each shard is read in ascending order of its rows.
 
     Args:
-        shards: The values of one hook.
-        ends: For each shard, the rows up to its end.
-        rows: Which rows.
+        shards: Values of one hook in each shard.
+        ends: Cumulative number of rows at the end of each shard.
+        rows: Row indices, counted over all shards.
     """
     values = torch.empty((len(rows), shards[0].shape[1]))
     order = np.argsort(rows)
@@ -291,10 +297,10 @@ def _verify(path: Path, shard: Shard) -> None:
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"'{path}' must be as it was written; it is damaged. Harvest again.")
+    return UserError(f"'{path}' must be unchanged since it was written; it is damaged. Harvest again.")
 
 
 @cache
 def _sha256_at(path: Path, size: int, modified_ns: int) -> str:
-    """The digest of a file as it was at that time: a plan and the training after it read a large folder once."""
+    """Return the SHA-256 of a file, cached by size and time, so that a plan and its training read a folder once."""
     return sha256(path)

@@ -1,9 +1,8 @@
-"""The protocol of every stage: an iterable of ``(item, state)``.
+"""Define the protocol of the data stages: an iterable of ``(item, state)``.
 
-A state is a small JSON-able dict. Building a stage again with ``state=`` goes on exactly after the item
-that the state came with, on this machine or another. Stages that read from another stage take a function
-that makes it (``functools.partial(TextStream, config)``), since only the outer stage knows from which of
-the inner states to start.
+A state is a small dict that can be written as JSON. A stage that is constructed with ``state=`` resumes exactly after
+the item with that state, on any machine. A stage that reads another stage takes a function that makes it, such as
+``functools.partial(TextStream, config)``, because only the outer stage knows at which inner state to start.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ Item_co = TypeVar("Item_co", covariant=True)
 
 
 class MakeStream(Protocol[Item_co]):
-    """Makes a stage that goes on after ``state``; None starts from the beginning."""
+    """Make a stage that resumes after ``state``; None starts at the beginning."""
 
     def __call__(self, *, state: State | None = None) -> Iterable[tuple[Item_co, State]]: ...
 
 
 def check_state(state: State, keys: Collection[str]) -> None:
-    """Refuse a state of another stage, or of this one in a version that served another order.
+    """Check that a state belongs to this stage and to the current version of its order.
 
     Raises:
-        UserError: The state has other keys.
+        UserError: If the state has other keys.
     """
     if set(state) != set(keys):
         raise UserError(
-            f"state must have the keys {', '.join(keys)}; got {', '.join(state)}. Another version of kronsae wrote it, "
-            "which read the data in another order: go on with that version, or begin anew in another folder."
+            f"state must have the keys {', '.join(keys)}; got {', '.join(state)}. It was written by a version of "
+            "kronsae with another data order: continue with that version, or start again in a new folder."
         )

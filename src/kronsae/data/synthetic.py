@@ -1,8 +1,8 @@
-"""Activations made of known features: what an SAE ought to find is written down beforehand.
+"""Generate synthetic activations from known features, which an SAE should recover.
 
-``x = sum_g a_g d_g`` with unit directions ``d_g`` in superposition and activations ``a_g >= 0``. The features are of
-three kinds: independent ones (in groups that fire together), hierarchies (a child fires only while its root does) and
-conjunctions (fire exactly while both of their parents do).
+``x = sum_g a_g d_g`` with unit directions ``d_g`` in superposition and activations ``a_g >= 0``. There are three kinds
+of features: independent features (correlated within groups), hierarchies (a child is active only if its root is) and
+conjunctions (active exactly when both of their parents are).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from kronsae.data.stream import State
 from kronsae.support.errors import UserError
 
 ACTIVATIONS = "activations"
-"""The name of the stream: where a language model has its hook."""
+"""Hook name of the synthetic activations."""
 
 
 class KnownFeatures(Protocol):
-    """Where activations come from, with the features they are made of.
+    """A source of activations with known features.
 
-    ``kinds`` divides the features; ``edges`` holds, by kind of relation, pairs ``(parent, child)`` such that the parent
-    is on whenever the child is.
+    ``kinds`` partitions the features. ``edges`` maps each kind of relation to pairs ``(parent, child)``: the parent is
+    active whenever the child is.
     """
 
     @property
@@ -42,28 +42,28 @@ class KnownFeatures(Protocol):
     def edges(self) -> Mapping[str, Int[Tensor, "E 2"]]: ...
 
     def sample(self, tokens: int, *, held_out: bool, number: int) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B G"]]:
-        """Batch ``number`` of the training or the held-out tokens: x, and the activations it is made of."""
+        """Return x and the true activations of batch ``number`` of the training or held-out tokens."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """How many features of each kind, how often they fire, how strongly they overlap.
+    """Numbers, probabilities and correlations of the synthetic features.
 
     Args:
-        d_in: D, width of the activations; fewer than features, so that directions overlap.
-        independent: features that fire in groups, each with a probability of its own.
-        group_size: features of a group; their firing is correlated, that of different groups is not.
-        correlation: of the Gaussians behind the firing within a group (a Gaussian copula: it leaves each probability
-            as it is).
-        roots: hierarchies.
-        branching: children of each root; while it fires, one of them does or, as often as each, none.
-        conjunctions: features with two parents in one group, no two with the same parents.
-        zipf_exponent: probability of the i-th most frequent feature ``~ i^-zipf_exponent``.
-        p_max: probability of the most frequent one, of the independent and of the roots.
-        p_min: no probability is smaller.
-        magnitude_spread: activations while on are ``1 + magnitude_spread * |normal|``.
-        seed: of the directions, the probabilities, the relations and the tokens.
+        d_in: D, width of the activations. It is smaller than the number of features, so that directions overlap.
+        independent: Number of independent features. Each has its own probability of being active.
+        group_size: Features in a group. Their activity is correlated within a group and independent across groups.
+        correlation: Correlation of the Gaussians that determine activity within a group (a Gaussian copula, which
+            preserves each feature's probability).
+        roots: Number of hierarchies.
+        branching: Children of each root. If the root is active, one child or none is, each with equal probability.
+        conjunctions: Number of features with two parents, which belong to one group. No two have the same parents.
+        zipf_exponent: The probability of the i-th most frequent feature is proportional to ``i^-zipf_exponent``.
+        p_max: Probability of the most frequent independent feature and of the most frequent root.
+        p_min: Lower bound of all probabilities.
+        magnitude_spread: An active feature has the activation ``1 + magnitude_spread * |normal|``.
+        seed: Seed of the directions, probabilities, relations and tokens.
     """
 
     d_in: int = 96
@@ -84,38 +84,38 @@ class SyntheticConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be a whole number above 0; got {getattr(self, name)!r}.")
         if self.conjunctions < 0 or self.seed < 0:
-            raise UserError("conjunctions and seed must be at least 0.")
+            raise UserError(f"conjunctions and seed must be at least 0; got {self.conjunctions} and {self.seed}.")
         if self.independent % self.group_size:
             raise UserError(
                 f"independent must be a multiple of group_size; got {self.independent} with group_size="
-                f"{self.group_size}. Change one."
+                f"{self.group_size}. Change one of them."
             )
         groups = self.independent // self.group_size
         if self.conjunctions > groups * math.comb(self.group_size, 2):
             raise UserError(
-                f"conjunctions must be at most the pairs within groups, {groups * math.comb(self.group_size, 2)}; got "
-                f"{self.conjunctions}. Lower it, or give larger groups."
+                "conjunctions must be at most the number of pairs within groups, "
+                f"{groups * math.comb(self.group_size, 2)}; got {self.conjunctions}. Lower it, or increase group_size."
             )
         if not 0 <= self.correlation < 1:
             raise UserError(f"correlation must be in [0, 1); got {self.correlation!r}.")
         if not 0 < self.p_min <= self.p_max < 1:
-            raise UserError(f"0 < p_min <= p_max < 1 must hold; got {self.p_min} and {self.p_max}.")
+            raise UserError(f"p_min and p_max must satisfy 0 < p_min <= p_max < 1; got {self.p_min} and {self.p_max}.")
         for name in ("zipf_exponent", "magnitude_spread"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be finite and at least 0; got {getattr(self, name)!r}.")
 
     @property
     def features(self) -> int:
-        """G, features of all kinds."""
+        """G, the number of features of all kinds."""
         return self.independent + self.roots * (1 + self.branching) + self.conjunctions
 
     def build(self) -> SyntheticFeatures:
-        """The features themselves."""
+        """Return the generator of these features."""
         return SyntheticFeatures(self)
 
 
 class SyntheticFeatures:
-    """The generator of `SyntheticConfig`: independent features first, then roots, their children, conjunctions."""
+    """Generate the features of a `SyntheticConfig`, ordered as independent ones, roots, children, conjunctions."""
 
     def __init__(self, config: SyntheticConfig) -> None:
         self.config = config
@@ -142,13 +142,13 @@ class SyntheticFeatures:
         }
 
     def _zipf(self, number: int, generator: torch.Generator) -> Tensor:
-        """Probabilities of firing, in random order."""
+        """Return the probabilities of being active, in random order."""
         rank = torch.arange(1, number + 1, dtype=torch.float64)
         probability = (self.config.p_max * rank**-self.config.zipf_exponent).clamp_min(self.config.p_min)
         return probability[torch.randperm(number, generator=generator)].float()
 
     def _parents(self, generator: torch.Generator) -> Tensor:
-        """Two different features of one group for each conjunction; the groups take turns."""
+        """Return two different features of one group for each conjunction; groups are used in rotation."""
         config = self.config
         groups = config.independent // config.group_size
         pairs_P2 = torch.tensor(list(combinations(range(config.group_size), 2)), dtype=torch.int64).reshape(-1, 2)
@@ -160,7 +160,7 @@ class SyntheticFeatures:
         return torch.cat(chosen)
 
     def sample(self, tokens: int, *, held_out: bool, number: int) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B G"]]:
-        """Batch ``number`` of the training or the held-out tokens: x, and the activations it is made of."""
+        """Return x and the true activations of batch ``number`` of the training or held-out tokens."""
         purpose = "held-out tokens" if held_out else "training tokens"
         generator = generator_for(self.config.seed, purpose, number)
         on_BG = self._firing(tokens, generator)
@@ -183,12 +183,12 @@ class SyntheticFeatures:
 
 
 class SyntheticActivations:
-    """The stream of activations: ``({ACTIVATIONS: [batch, D]}, {"batch": number})``; every batch is fresh.
+    """Yield ``({ACTIVATIONS: [batch, D]}, {"batch": number})``, with newly generated tokens in every batch.
 
     Args:
-        features: what they are made of.
-        batch: tokens in each batch.
-        state: of the last batch used; None: from the first.
+        features: Source of the activations.
+        batch: Tokens in each batch.
+        state: State of the last batch used; None starts at the first batch.
     """
 
     def __init__(self, features: KnownFeatures, *, batch: int, state: State | None = None) -> None:
@@ -201,6 +201,6 @@ class SyntheticActivations:
 
 
 def mean_l0(features: KnownFeatures, tokens: int = 8192) -> float:
-    """True features per token, over so many held-out tokens."""
+    """Return the mean number of active features per token, over ``tokens`` held-out tokens."""
     _, activations_BG = features.sample(tokens, held_out=True, number=0)
     return float((activations_BG > 0).sum(1).double().mean())

@@ -1,4 +1,4 @@
-"""Text as a stream of documents, divided into a training and a held-out part by document."""
+"""Yield documents from the training or the held-out part of a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Which text to read.
+    """Source of a text and how to read it.
 
     Args:
         source: ``"bundled"`` (Python's standard library), a local ``.txt``, ``.jsonl``, ``.json`` or
@@ -23,7 +23,7 @@ class TextConfig:
         split: Split of a Hub data set.
         column: Column that holds the text, in files with columns.
         revision: Branch, tag or commit of a Hub data set.
-        streaming: Read a Hub data set while it downloads; otherwise download it first.
+        streaming: Whether to read a Hub data set while it downloads, or to download it first.
     """
 
     source: str = BUNDLED
@@ -41,19 +41,19 @@ class TextConfig:
 class TextStream:
     """Yield ``(Document, state)``; the state is ``{"epoch", "document", ...}``.
 
-    Documents are divided by ``is_held_out(id, share)``, where the id is the name in the bundled corpus and
-    the digest of the text elsewhere: the training stream leaves out what the held-out stream consists of,
-    whatever the order. Blank documents are skipped.
+    Documents are assigned to the training or the held-out part by ``is_held_out(id, share)``, independently of their
+    order. The id is the document's name in the bundled corpus and the digest of the text elsewhere. Blank documents
+    are skipped.
 
     Args:
-        text: What to read: a config, or any collection of strings that can be read more than once.
-        held_out: Whether to read the held-out documents instead of the others.
-        held_out_share: Expected share of documents held out, from 0 to 1.
-        repeat: Whether to begin anew at the end, without end.
-        state: Go on after the document that this state came with.
+        text: A config, or any collection of strings that can be iterated more than once.
+        held_out: Whether to read the held-out part instead of the training part.
+        held_out_share: Expected share of held-out documents, from 0 to 1.
+        repeat: Whether to repeat the text indefinitely.
+        state: State yielded with a document; iteration resumes after that document.
 
     Raises:
-        UserError: If the text cannot be read, or no document is left on the chosen side.
+        UserError: If the text cannot be read, or the chosen part has no document.
 
     Example:
         >>> stream = TextStream(["one text", "another text"], held_out_share=0.0, repeat=False)
@@ -71,7 +71,7 @@ class TextStream:
         state: State | None = None,
     ) -> None:
         if not 0.0 <= held_out_share <= 1.0:
-            raise UserError(f"held_out_share must lie between 0 and 1; got {held_out_share}. Give 0.05 for 5%.")
+            raise UserError(f"held_out_share must be from 0 to 1; got {held_out_share}. Give 0.05 for 5%.")
         self.source = _open(text)
         self.held_out = held_out
         self.held_out_share = held_out_share
@@ -99,12 +99,12 @@ class TextStream:
 
     def _nothing_found(self, usable: int) -> UserError:
         if usable == 0:
-            return UserError(f"text: a source must hold text; {self.source.name} has none. Give another one.")
-        side, fate = ("held-out", "none") if self.held_out else ("training", "each")
+            return UserError(f"text: a source must contain text; {self.source.name} has none. Give another source.")
+        part, assigned = ("held-out", "none") if self.held_out else ("training", "each")
         return UserError(
-            f"held_out_share must leave a document for the {side} part; {fate} of the {usable} documents of "
-            f"{self.source.name} falls into the held-out share of {self.held_out_share}. Give more documents "
-            f"or a {'larger' if self.held_out else 'smaller'} held_out_share."
+            f"held_out_share must leave a document for the {part} part; got {self.held_out_share}, with which "
+            f"{assigned} of the {usable} documents of {self.source.name} is held out. Give more documents or a "
+            f"{'larger' if self.held_out else 'smaller'} held_out_share."
         )
 
 
@@ -122,12 +122,12 @@ def _open(text: TextConfig | Iterable[str]) -> Source:
         raise UserError("text must be a TextConfig or several strings; got one string. Put it into a list.")
     if iter(text) is text:
         raise UserError(
-            f"text must be readable more than once; got a one-shot {type(text).__name__}. Put it into a list."
+            f"text must be iterable more than once; got a one-shot {type(text).__name__}. Put it into a list."
         )
     return ListedSource("the given texts", lambda: map(document_of, map(_string, text)))
 
 
 def _string(text: object) -> str:
     if not isinstance(text, str):
-        raise UserError(f"text must consist of strings; got {type(text).__name__}. Give a list of str.")
+        raise UserError(f"text must contain only strings; got {type(text).__name__}. Give a list of str.")
     return text

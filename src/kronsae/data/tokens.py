@@ -1,9 +1,9 @@
-"""Text as batches of token windows.
+"""Tokenise documents into windows and yield batches of windows.
 
-A window holds consecutive tokens of one document, never of two. Encoders in the manner of BERT (a tokenizer
-with ``cls`` and ``sep``) get ``cls ... sep`` around every window; other models get ``bos`` in front where the
-tokenizer has one, and nothing where it has none. Batches are padded on the right to their longest window.
-For training, windows of many documents are shuffled in a pool before the model sees them.
+A window contains consecutive tokens of one document. If the tokenizer has ``cls`` and ``sep`` (BERT-style encoders),
+every window is ``cls ... sep``. Otherwise a window starts with ``bos`` if the tokenizer has one. Batches are padded on
+the right to their longest window. For training, windows of many documents are shuffled in a pool before the forward
+pass.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# Documents tokenised in one call: fast tokenizers use all cores within a call.
+# Documents tokenised in one call. Fast tokenizers use all cores within a call.
 GROUP_DOCUMENTS = 16
-# A text that repeats has no end to wait for: after so many documents without a token there is none.
+# A repeating text never ends, so the stream raises after this many consecutive documents without a usable token.
 PATIENCE_DOCUMENTS = 10_000
 
 
 class Tokens(Protocol):
-    """Windows of tokens as a forward pass needs them; `TokenBatch` says what the fields hold."""
+    """Token windows as input of a forward pass; `TokenBatch` documents the fields."""
 
     @property
     def input_ids_ST(self) -> Tensor: ...
@@ -48,15 +48,15 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenBatch:
-    """Windows of tokens, one in each row.
+    """A batch of token windows, one per row.
 
     Args:
         input_ids_ST: Token ids, padded on the right.
-        attention_mask_ST: 1 where there is a token, 0 where there is padding.
-        keep_ST: True where an activation counts: neither padding nor a special token.
-        documents: The document of each row, by id.
-        offsets: For each row, the index within its document of the token in column 0 (-1 where column 0 is
-            the ``bos`` before the document's first token), so that column t holds token ``offset + t``.
+        attention_mask_ST: 1 for tokens, 0 for padding.
+        keep_ST: True for tokens whose activations are kept: those that are neither padding nor special tokens.
+        documents: Document id of each row.
+        offsets: For each row, the index within its document of the token in column 0, so that column t contains
+            token ``offset + t``. It is -1 if column 0 is the ``bos`` before the document's first token.
     """
 
     input_ids_ST: Int[Tensor, "S T"]
@@ -67,17 +67,17 @@ class TokenBatch:
 
     @property
     def num_kept(self) -> int:
-        """Number of tokens whose activations count."""
+        """Number of tokens whose activations are kept."""
         return int(self.keep_ST.sum())
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive tokens of one document, with the special tokens around them.
+    """Consecutive tokens of one document, including the special tokens before and after them.
 
     Args:
-        ids: Token ids; 4 bytes each, since many windows are held at once.
-        document: The document's id.
+        ids: Token ids, 4 bytes each because many windows are kept in memory.
+        document: Document id.
         offset: As in `TokenBatch`.
     """
 
@@ -87,18 +87,18 @@ class Window:
 
 
 class WindowStream:
-    """Yield ``(windows, state)``: the windows of one document after another, in order.
+    """Yield ``(windows, state)``: the windows of each document, in text order.
 
-    The state is the text stream's. Windows without a token whose activation counts are left out.
+    The state is the text stream's. Windows that contain only special tokens are skipped.
 
     Args:
         make_text: Makes the stream of documents, such as ``partial(TextStream, config)``.
         tokenizer: Any Hugging Face tokenizer.
-        context_length: Tokens in a full window, special ones included.
-        state: Go on after the document that this state came with.
+        context_length: Tokens in a full window, including special tokens.
+        state: State yielded with a document's windows; iteration resumes after that document.
 
     Raises:
-        UserError: If a window has no room for text, or the text has no usable token.
+        UserError: If ``context_length`` leaves no room for text, or the text has no usable token.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class WindowStream:
         self._content = context_length - len(prefix) - len(suffix)
         if self._content < 1:
             raise UserError(
-                f"context_length must leave room for text beside {len(prefix + suffix)} special "
+                f"context_length must leave room for text besides {len(prefix + suffix)} special "
                 f"tokens; got {context_length}. Give at least {context_length - self._content + 1}."
             )
         self._prefix, self._suffix = np.array(prefix, dtype=np.int32), np.array(suffix, dtype=np.int32)
@@ -141,7 +141,7 @@ class WindowStream:
                 add_special_tokens=False,
                 return_attention_mask=False,
                 return_token_type_ids=False,
-                verbose=False,  # no warning of documents longer than the model's context
+                verbose=False,  # no warning about documents longer than the model's context
             )
             for (document, after), ids in zip(group, encoded["input_ids"], strict=True):
                 yield document, np.array(ids, dtype=np.int32), after
@@ -155,50 +155,50 @@ class WindowStream:
 
 
 class WindowRows:
-    """Keeps windows: a `kronsae.data.shuffle.RowStore`.
+    """Store windows; implements `kronsae.data.shuffle.RowStore`.
 
     Args:
-        capacity: Number of places.
+        capacity: Number of slots.
     """
 
     def __init__(self, capacity: int) -> None:
         self._windows: list[Window | None] = [None] * capacity
 
     def count(self, item: list[Window]) -> int:
-        """Number of windows."""
+        """Return the number of windows."""
         return len(item)
 
-    def put(self, item: list[Window], start: int, places: Int64[Tensor, "N"]) -> None:
-        """Keep the windows from ``start`` on at these places."""
-        for window, place in zip(item[start:], places.tolist(), strict=False):
-            if place != LET_GO:
-                self._windows[place] = window
+    def put(self, item: list[Window], start: int, slots: Int64[Tensor, "N"]) -> None:
+        """Store the windows from ``start`` on in the given slots."""
+        for window, slot in zip(item[start:], slots.tolist(), strict=False):
+            if slot != LET_GO:
+                self._windows[slot] = window
 
-    def take(self, places: Int64[Tensor, "N"]) -> list[Window]:
-        """Return the windows at these places."""
-        return [window for place in places.tolist() if (window := self._windows[place]) is not None]
+    def take(self, slots: Int64[Tensor, "N"]) -> list[Window]:
+        """Return the windows in the given slots."""
+        return [window for slot in slots.tolist() if (window := self._windows[slot]) is not None]
 
 
 class TokenStream:
-    """Yield ``(TokenBatch, state)`` from a stream of documents: windows in the order of the text, or shuffled.
+    """Yield ``(TokenBatch, state)`` from a stream of documents, with windows in text order or shuffled.
 
-    In the order of the text the state is ``{"upstream": state before the last window's document, "rows": windows taken
-    of it}``. Shuffled windows are served in a `kronsae.data.shuffle.StaggeredOrder`, and the state is that of a
-    `StaggeredShuffle`: going on from it tokenises at most two pools again.
+    In text order the state is ``{"upstream": state before the last window's document, "rows": windows of that document
+    already yielded}``. Shuffled windows have the order of `kronsae.data.shuffle.StaggeredOrder` and the state of
+    `StaggeredShuffle`; resuming from it tokenises at most two pools again.
 
     Args:
         make_text: Makes the stream of documents, such as ``partial(TextStream, config)``.
         tokenizer: Any Hugging Face tokenizer.
-        context_length: Tokens in a full window, special ones included.
-        batch_sequences: Windows in a batch; the last batch of a text that ends may hold fewer.
-        pool_tokens: Tokens in the pool from which shuffled windows are drawn, at least a batch; 0: no pool, the order
-            of the text. Takes 4 bytes a token.
-        seed: Seed of the order of shuffled windows.
-        state: Go on after the batch that this state came with.
+        context_length: Tokens in a full window, including special tokens.
+        batch_sequences: Windows in a batch; the last batch of a finite text may be smaller.
+        pool_tokens: Tokens in the pool from which shuffled windows are drawn: at least a batch, or 0 for text order.
+            The pool takes 4 bytes per token.
+        seed: Seed of the shuffled order.
+        state: State yielded with a batch; iteration resumes after that batch.
 
     Raises:
-        UserError: If a window has no room for text, the pool is smaller than a batch, the text has no usable token, or
-            the state is of another version.
+        UserError: If ``context_length`` leaves no room for text, the pool is smaller than a batch, the text has no
+            usable token, or the state was written by an incompatible version.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class TokenStream:
         if pool_tokens != 0 and pool_tokens < batch_tokens:
             raise UserError(
                 f"pool_tokens must be 0 or at least the {batch_tokens} tokens of a batch; got {pool_tokens}. "
-                f"Give at least {16 * batch_tokens} to mix well."
+                f"Give at least {16 * batch_tokens} to shuffle well."
             )
         make_windows = partial(WindowStream, make_text, tokenizer, context_length=context_length)
         make_windows(state=None)  # checks the context length
@@ -256,7 +256,7 @@ class TokenStream:
 
 
 class _InOrder:
-    """Yield so many windows at a time, in the order of the text."""
+    """Yield ``count`` windows at a time, in text order."""
 
     def __init__(self, make_windows: MakeStream[list[Window]], count: int, state: State | None) -> None:
         self._make_windows = make_windows
@@ -265,14 +265,14 @@ class _InOrder:
         check_state(self._state, tuple(START))
 
     def __iter__(self) -> Iterator[tuple[list[Window], State]]:
-        rows, places = WindowRows(self._count), torch.arange(self._count)
+        rows, slots = WindowRows(self._count), torch.arange(self._count)
         reader = BlockReader(self._make_windows, rows, self._state)
-        while found := reader.read(places):
-            yield rows.take(places[:found]), reader.position
+        while found := reader.read(slots):
+            yield rows.take(slots[:found]), reader.position
 
 
 def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the special tokens put before and after every window."""
+    """Return the special tokens that precede and follow the text of every window."""
     if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
         return [tokenizer.cls_token_id], [tokenizer.sep_token_id]
     if tokenizer.bos_token_id is not None:
@@ -282,13 +282,13 @@ def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 def _no_usable_tokens(documents: int) -> UserError:
     return UserError(
-        "text must hold tokens that are neither padding nor special to the tokenizer; found none in "
-        f"{documents} documents. Give another text, or a model whose tokenizer knows its writing."
+        "text must contain tokens that are neither padding nor special tokens; found none in "
+        f"{documents} documents. Give another text, or a model whose tokenizer supports its script."
     )
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id to pad with; the attention mask hides it, so that any id of the vocabulary will do."""
+    """Return the padding token's id; without one, any id works, because padding is masked in attention."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 

@@ -1,8 +1,8 @@
-"""The toy model of correlation: sparse features with a known covariance, squeezed through a small autoencoder.
+"""Generate the toy model of correlated features: sparse features with known covariance, compressed by an autoencoder.
 
-Features ``s = L TopK(ReLU(x))`` with ``x ~ N(0, 1)`` and L the Cholesky factor of a block-structured covariance; an
-autoencoder ``ReLU(W^T W s + b)`` (Elhage et al. 2022) keeps them in superposition. What SAEs are trained on is its
-hidden state ``W s``. Method: section 5.1 and appendix B of arXiv 2505.22255.
+The features are ``s = L TopK(ReLU(x))`` with ``x ~ N(0, 1)`` and L the Cholesky factor of a block-structured
+covariance. An autoencoder ``ReLU(W^T W s + b)`` (Elhage et al. 2022) represents them in superposition, and SAEs are
+trained on its hidden state ``W s``. Method: section 5.1 and appendix B of arXiv 2505.22255.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from kronsae.data.stream import State
 from kronsae.support.errors import UserError
 
 HIDDEN = "hidden"
-"""The name of the stream: where a language model has its hook."""
+"""Hook name of the hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSetup:
-    """A correlation matrix of blocks: ``across`` between blocks, ``within`` in them, ``inner_within`` in inner blocks.
+    """A block correlation matrix: ``across`` between blocks, ``within`` in blocks, ``inner_within`` in inner blocks.
 
-    ``S = across 1 1^T + (within - across) B + (inner_within - within) I_B + (1 - largest) I`` with B and I_B ones in
-    the blocks and the inner blocks; a sum of matrices without negative eigenvalues.
+    ``S = across 1 1^T + (within - across) B + (inner_within - within) I_B + (1 - largest) I``, where B and I_B are 1 in
+    the blocks and the inner blocks, and 0 elsewhere. It is a sum of positive semi-definite matrices.
 
     Args:
-        name: names the setup in tables.
-        blocks: sizes, in order; they sum to the number of features.
-        within: correlation of two features of one block.
-        across: correlation of two features of different blocks.
-        inner: size of the inner blocks into which each block is cut; None: there are none.
-        inner_within: correlation of two features of one inner block.
+        name: Name of the setup in tables.
+        blocks: Block sizes, in order. Their sum is the number of features.
+        within: Correlation of two features of the same block.
+        across: Correlation of two features of different blocks.
+        inner: Size of the inner blocks into which each block is divided; None for no inner blocks.
+        inner_within: Correlation of two features of the same inner block.
     """
 
     name: str
@@ -48,25 +48,28 @@ class BlockSetup:
 
     def __post_init__(self) -> None:
         if not self.blocks or min(self.blocks) < 1:
-            raise UserError(f"blocks must be sizes above 0; got {self.blocks} in setup '{self.name}'.")
+            raise UserError(f"blocks must be one or more sizes above 0; got {self.blocks} in setup '{self.name}'.")
         if (self.inner is None) != (self.inner_within is None):
-            raise UserError(f"inner and inner_within go together; setup '{self.name}' gives one of them.")
+            raise UserError(
+                f"inner and inner_within must be given together; got inner={self.inner} and inner_within="
+                f"{self.inner_within} in setup '{self.name}'."
+            )
         if self.inner is not None and self.inner < 1:
             raise UserError(f"inner must be above 0; got {self.inner} in setup '{self.name}'.")
         levels = [self.across, self.within, *([] if self.inner_within is None else [self.inner_within])]
         if levels != sorted(levels) or levels[0] < 0 or levels[-1] >= 1:
             raise UserError(
-                f"0 <= across <= within <= inner_within < 1 must hold; got {', '.join(map(str, levels))} in setup "
-                f"'{self.name}'."
+                "across, within and inner_within must satisfy 0 <= across <= within <= inner_within < 1; got "
+                f"{', '.join(map(str, levels))} in setup '{self.name}'."
             )
 
     @property
     def features(self) -> int:
-        """G, features in all."""
+        """G, the number of features."""
         return sum(self.blocks)
 
     def covariance(self) -> Float[Tensor, "G G"]:
-        """S, float64, with ones on its diagonal."""
+        """Return S in float64, with ones on its diagonal."""
         matrix_GG = torch.full((self.features, self.features), self.across, dtype=torch.float64)
         for end, size in zip(accumulate(self.blocks), self.blocks, strict=True):
             start = end - size
@@ -88,20 +91,21 @@ SETUPS = (
     BlockSetup(name="blocks of 32, crossed", blocks=(32,) * 8, within=0.9, across=0.3),
     BlockSetup(name="blocks of 16 in 64", blocks=(64,) * 4, within=0.5, inner=16, inner_within=0.9),
 )
-"""Ours: the paper's table of its eight covariances was not at hand. Sizes that are a head's (32, 64), that are no
-head's (odd, 8), equal and mixed, strong and weak, with correlation across blocks, and blocks within blocks. At 0.9 the
-truth's effective rank is about 15, as the paper's figures imply (63.3 - 47.9)."""
+"""Eight setups of our own, because the paper's table of its eight covariances was not available. They cover block sizes
+equal to a head's (32, 64) and different from any head's (odd sizes, 8), equal and mixed sizes, strong and weak
+correlation, correlation across blocks, and blocks within blocks. With a correlation of 0.9 the effective rank of the
+true covariance is about 15, as implied by the paper's results (63.3 - 47.9)."""
 
 INDEPENDENT = BlockSetup(name="independent", blocks=(256,), within=0.0)
-"""The control without any correlation."""
+"""Control setup without correlation."""
 
 
 class CorrelatedFeatures:
-    """Draws ``s = L TopK(ReLU(x))``, so that ``Cov(s)`` is nearly a multiple of S.
+    """Sample ``s = L TopK(ReLU(x))``, for which ``Cov(s)`` is approximately a multiple of S.
 
     Args:
         covariance_GG: S, positive definite.
-        active: entries of ReLU(x) that stay, of each token.
+        active: Number of entries of ReLU(x) that are kept per token.
     """
 
     def __init__(self, covariance_GG: Float[Tensor, "G G"], active: int) -> None:
@@ -111,7 +115,7 @@ class CorrelatedFeatures:
         self.active = active
 
     def sample(self, tokens: int, generator: torch.Generator) -> Float[Tensor, "B G"]:
-        """Features of so many tokens."""
+        """Return the features of ``tokens`` new tokens."""
         x_BG = torch.randn(tokens, len(self.factor_GG), generator=generator).relu()
         largest = x_BG.topk(self.active, dim=1)
         sparse_BG = torch.zeros_like(x_BG).scatter(1, largest.indices, largest.values)
@@ -121,8 +125,8 @@ class CorrelatedFeatures:
 class ToyAutoencoder(nn.Module):
     """``s_hat = ReLU(W^T h + b)`` with ``h = W s`` and ``W [hidden, features]`` (Elhage et al. 2022).
 
-    W starts at Normal(0, `START`^2 / hidden): a large random start would stay in the rows where the features, being
-    correlated, hardly vary, and hide the correlation that the rows learn.
+    W is initialised with Normal(0, `START`^2 / hidden). A large initialisation would remain in the directions in which
+    the correlated features hardly vary, and hide the correlation that the rows learn.
     """
 
     START = 0.1
@@ -133,7 +137,7 @@ class ToyAutoencoder(nn.Module):
         self.b = nn.Parameter(torch.zeros(features))
 
     def hidden(self, s_BG: Float[Tensor, "B G"]) -> Float[Tensor, "B D"]:
-        """What the SAEs see."""
+        """Return the hidden state h, on which SAEs are trained."""
         return s_BG @ self.W.T
 
     def forward(self, s_BG: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
@@ -142,11 +146,11 @@ class ToyAutoencoder(nn.Module):
 
     @property
     def rows(self) -> Float[Tensor, "G D"]:
-        """One direction per feature, in the features' order: a copy."""
+        """A copy of the feature directions, in the order of the features."""
         return self.W.detach().T.clone()
 
     def fit(self, s_NG: Float[Tensor, "N G"], *, steps: int, batch: int, lr: float, seed: int) -> ToyAutoencoder:
-        """Train on the tokens given: squared error, Adam, a rate that falls linearly to 0."""
+        """Train on ``s_NG`` with squared error, Adam and a learning rate that decays linearly to 0; return self."""
         generator = generator_for(seed, "batches of the autoencoder")
         optimizer = torch.optim.Adam(self.parameters(), lr=lr)
         for step in range(steps):
@@ -160,13 +164,13 @@ class ToyAutoencoder(nn.Module):
 
 
 class HiddenStates:
-    """The stream of hidden states, drawn with replacement: ``({HIDDEN: [batch, hidden]}, {"batch": number})``.
+    """Yield ``({HIDDEN: [batch, hidden]}, {"batch": number})``: hidden states, sampled with replacement.
 
     Args:
-        hidden_ND: the hidden states of the tokens to train on.
-        batch: tokens in each batch.
-        seed: of the order.
-        state: of the last batch used; None: from the first.
+        hidden_ND: Hidden states of the training tokens.
+        batch: Tokens in each batch.
+        seed: Seed of the sampling.
+        state: State of the last batch used; None starts at the first batch.
     """
 
     def __init__(self, hidden_ND: Float[Tensor, "N D"], *, batch: int, seed: int, state: State | None = None) -> None:
