@@ -1,7 +1,8 @@
-"""One hundred fresh processes must compute the same bits: a race at start-up would show here and nowhere else.
+"""Check that one hundred new processes compute the same bits.
 
-Each process imports the library, computes the seeded case of ``tests/kernels/test_repeatability.py`` (selection,
-decode, gradients, optimiser step) on all threads as its first act, and prints a hash.
+This benchmark detects race conditions at start-up. The first computation of each process is the seeded case of
+``tests/kernels/test_repeatability.py`` (selection, decode, gradients, optimiser step) on all threads, of which it
+prints a hash.
 
     python benchmarks/fresh_processes.py [--processes 100] [--out benchmarks/results/fresh_processes.csv]
 """
@@ -28,7 +29,7 @@ print(digest())
 
 
 def main() -> int:
-    """Run the processes one after another, two threads each; status 1 if any two differ."""
+    """Run the processes one after another with two threads each; return 1 if any two results differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--processes", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
@@ -42,7 +43,7 @@ def main() -> int:
             print(process.stderr, file=sys.stderr)
             return 1
         found[process.stdout.strip()] += 1
-    print(f"{arguments.processes} processes, {len(found)} different results")
+    print(f"{arguments.processes} processes, {len(found)} distinct results")
     if arguments.out is not None:
         row = {"processes": arguments.processes, "different_results": len(found), **provenance_columns(11)}
         row["threads"] = arguments.threads

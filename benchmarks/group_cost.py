@@ -1,8 +1,9 @@
-"""What a group of eight SAEs at one hook costs, against eight SAE steps measured alone plus one pass of the model.
+"""Compare the cost of training eight SAEs together with the sum of its parts.
 
-A group reads the model once for all. Its price is to be at most 1.25 times the sum of its parts: what the parts cost
-alone, on activations that are there already, and one harvest of the same number of tokens. All in one process, every
-part in turn within each round, so that slow drifts of the machine hit all alike; the ratio is formed round by round.
+SAEs that are trained together share one forward pass of the model. The cost may be at most 1.25 times the sum of the
+parts: training each SAE alone on existing activations, and harvesting the same number of tokens once. All parts are
+measured in one process and alternate within each round, so that drift of the machine's speed affects all of them
+equally. The ratio is computed per round.
 
     python benchmarks/group_cost.py [--rounds 7] [--out benchmarks/results/group_cost.csv]
 """
@@ -36,12 +37,12 @@ from kronsae.training.member import Member
 from kronsae.training.trainer import fit
 
 LIMIT = 1.25
-CONTEXT = 256  # tokens of a window
+CONTEXT = 256  # tokens in a window
 Block = list[tuple[Activations, State]]
 
 
 def group(heads: int) -> list[str]:
-    """Eight SAEs of one dictionary size, in ``--sae`` words: four sparsifiers and losses, two encoders."""
+    """Return the ``--sae`` strings of eight SAEs of equal size: four sparsifiers and losses, two encoders."""
     dense, kron = f"d_sae={8 * heads} k=32", f"num_heads={heads} d_base=2 d_extension=4 k=32"
     words = [f"topk {dense}", f"kron {kron}"]
     for kind in ("batch_topk", "matryoshka", "switch"):
@@ -50,11 +51,11 @@ def group(heads: int) -> list[str]:
 
 
 def parts(config: RunConfig) -> dict[str, Callable[[], object]]:
-    """The group, the model's pass, and each SAE alone; a call of any of them is the work of one block of tokens."""
+    """Return functions that process one block of tokens: the group, the model's forward pass, and each SAE alone."""
     source = Source(config)
 
     def members() -> list[Member]:
-        steps = config.loop.steps  # a block's: each call goes through the schedule once more, which costs nothing
+        steps = config.loop.steps  # of one block; each call repeats the schedule, which does not affect the cost
         return [Member(member, source.widths, config.hook, steps, source.device) for member in config.saes]
 
     def train(some: list[Member], batches: Iterator[tuple[Activations, State]]) -> None:
@@ -76,7 +77,7 @@ def parts(config: RunConfig) -> dict[str, Callable[[], object]]:
 
 
 def measure(contestants: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of each in each round, the first ``warmup`` rounds left out."""
+    """Return the milliseconds of each part in each round, without the first ``warmup`` rounds."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     gc.disable()
     for turn in range(warmup + rounds):
@@ -91,7 +92,7 @@ def measure(contestants: dict[str, Callable[[], object]], rounds: int, warmup: i
 
 
 def main() -> int:
-    """Print what each part costs and the ratio; status 1 if its median exceeds the limit."""
+    """Print the cost of each part and the ratio; return 1 if the median ratio exceeds the limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--hook", default="layers.3")
@@ -110,7 +111,7 @@ def main() -> int:
         saes=tuple(parse_sae(words) for words in group(arguments.heads)),
         loop=LoopConfig(tokens=block, batch_tokens=arguments.batch),
         buffer_tokens=block,
-        # several forward passes in a block: were there one for many blocks, a round would find it in one and not in all
+        # several forward passes in a block, so that every round includes the same number of them
         model_batch=min(32, max(1, block // (8 * CONTEXT))),
         context_length=CONTEXT,
     )

@@ -1,13 +1,14 @@
-"""Can an int8 product screen the heads, with a certificate, and cost less than the float32 product it replaces?
+"""Measure whether exact screening of heads with an int8 product is faster than the float32 product.
 
-The bound: with ``x = xq + rx`` and ``w = wq + rw`` (q: rounded to int8 times its row's scale, r: what is left),
-``|x.w - xq.wq| <= |xq| |rw| + |rx| |w|`` by Cauchy-Schwarz, known per token and row before the product. So every
-pre-latent lies in an interval, every head's best product too; a head whose upper end is below the k-th largest
-lower end cannot hold a chosen latent. The heads left over must be computed again in float32 for that token.
+The bound: let ``x = xq + rx`` and ``w = wq + rw``, where q is the int8 value times its row's scale and r the remainder.
+By Cauchy-Schwarz ``|x.w - xq.wq| <= |xq| |rw| + |rx| |w|``, which is known per token and row before the product. This
+gives an interval for every pre-latent and for the largest product of every head. A head whose upper bound is below the
+k-th largest lower bound cannot contain a selected latent. The remaining heads must be recomputed in float32 for that
+token.
 
-It prints how many heads are left over, the time of the int8 product, and the time of recomputing what is left over
-as one float32 product per head over the tokens that need it. ``selection_exact`` checks the certificate: every head
-that holds a chosen latent is among those left over.
+The script prints the number of remaining heads, the time of the int8 product, and the time of recomputing the remaining
+heads with one float32 product per head over the tokens that need it. ``selection_exact`` checks the bound: every head
+with a selected latent must be among the remaining heads.
 
     python benchmarks/int8_screening.py [--seed 0] [--out benchmarks/results/int8_screening.csv]
 """
@@ -31,7 +32,7 @@ D, H, M, N, K, B = 768, 1024, 4, 8, 32, 1024
 
 
 def quantise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """int8 values, scale per row, norm of the rounded rows, norm of the rest (enlarged for its own rounding)."""
+    """Return int8 values, row scales, norms of the rounded rows, and upper bounds of the norms of the remainders."""
     scale = rows.abs().amax(1, keepdim=True) / 127
     values = (rows / scale).round().clamp(-127, 127)
     rounded = values.double() * scale.double()
@@ -40,7 +41,7 @@ def quantise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def median_ms(function: Callable[[], object], rounds: int = 9) -> float:
-    """Median over rounds, two uncounted before."""
+    """Return the median time over the rounds, after two warm-up rounds."""
     times = []
     for turn in range(rounds + 2):
         started = perf_counter()
@@ -51,7 +52,7 @@ def median_ms(function: Callable[[], object], rounds: int = 9) -> float:
 
 
 def recompute(x_BD: Tensor, weight_HPD: Tensor, left_BH: Tensor) -> float:
-    """The float32 products of the heads left over, head by head; returned so that nothing is optimised away."""
+    """Compute the float32 products of the remaining heads; return a sum so that nothing is optimised away."""
     total = 0.0
     for head, tokens in enumerate(left_BH.T):
         part = x_BD[tokens.nonzero().squeeze(1)] @ weight_HPD[head].T
@@ -60,7 +61,7 @@ def recompute(x_BD: Tensor, weight_HPD: Tensor, left_BH: Tensor) -> float:
 
 
 def screen(x_BD: Tensor, weight_HPD: Tensor) -> dict[str, object]:
-    """One case: the share of (token, head) pairs left over, and the times."""
+    """Return the share of remaining (token, head) pairs and the times."""
     weight_PD = weight_HPD.flatten(0, 1)
     xq, x_scale, x_norm, x_rest = quantise(x_BD)
     wq, w_scale, _, w_rest = quantise(weight_PD)
@@ -85,7 +86,7 @@ def screen(x_BD: Tensor, weight_HPD: Tensor) -> dict[str, object]:
 
 
 def main() -> None:
-    """Two cases: isotropic activations, and activations made of the dictionary's own directions."""
+    """Measure isotropic activations, and activations that are sums of the dictionary's directions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)

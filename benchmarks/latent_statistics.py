@@ -1,10 +1,10 @@
-"""Statistics of all latents at full size: tokens per second and peak memory, apart from the model's own time.
+"""Measure speed and peak memory of the statistics of all latents at full size, separately from the model's time.
 
 python benchmarks/latent_statistics.py [--codes model|random] [--tokens 2000000] [--threads 1]
 
-``model``: the bundled model's activations of its own text, encoded by a KronSAE of 32,768 latents at its start.
-``random``: codes whose latents and tokens are drawn independently, so that hardly two entries share a pair of latent
-and token: the most memory that the token entropy can ask for.
+``model``: the bundled model's activations on the bundled text, encoded by an untrained KronSAE with 32,768 latents.
+``random``: codes with independent random latents and tokens, so that hardly any (latent, token) pair occurs twice. This
+is the maximum memory for the token entropy.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ WINDOWS, LENGTH, VOCABULARY = 32, 256, 4096
 
 
 class Clock:
-    """Seconds by what they were spent on: as they passed, and of the processor (which a busy machine does not stretch).
+    """Measure wall time and processor time by activity.
 
-    With more than one thread the processor's seconds are summed over them.
+    Processor time does not depend on other load of the machine. It is summed over threads.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Clock:
 
 
 def random_codes(tokens: int, d_sae: int, clock: Clock) -> Iterator[tuple[Windows, SparseCodes]]:
-    """Independent latents and tokens; a window's latents are distinct per token, as codes must be."""
+    """Yield codes with independent random latents and tokens; the latents of a token are distinct."""
     generator = torch.Generator().manual_seed(0)
     keep_ST = torch.ones(WINDOWS, LENGTH, dtype=torch.bool)
     size, stride = keep_ST.numel(), d_sae // K
@@ -71,7 +71,7 @@ def random_codes(tokens: int, d_sae: int, clock: Clock) -> Iterator[tuple[Window
 
 
 class Bundled:
-    """The bundled model's activations and a KronSAE of them."""
+    """The bundled model and an untrained KronSAE that encodes its activations."""
 
     def __init__(self) -> None:
         shape = kron(num_heads=HEADS, d_base=BASES, d_extension=EXTENSIONS, k=K)
@@ -113,7 +113,7 @@ class Bundled:
 
 
 def main() -> None:
-    """Measure, print, and add to the result."""
+    """Measure, print, and add the results to the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codes", choices=("model", "random"), default="model")
     parser.add_argument("--tokens", type=int, default=2_000_000)

@@ -1,4 +1,4 @@
-"""The quickstart's training with and without the compiled kernels: tokens per second, interleaved, one process each.
+"""Measure the quickstart's training speed with and without compiled kernels, alternately in separate processes.
 
 python benchmarks/quickstart_paths.py [--tokens 122880] [--rounds 3]
 """
@@ -22,7 +22,7 @@ PATHS = ("portable", "cpu")
 
 
 def tokens_per_second(path: str, tokens: int) -> dict[str, float]:
-    """Of one short quickstart training: in all, and of each SAE's steps alone."""
+    """Return the tokens per second of a short quickstart training, in total and of each SAE's steps alone."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "kronsae", "train", "--recipe", "quickstart", "--tokens", str(tokens)]
         command += ["--out", f"{folder}/run", "--quiet"]
@@ -34,7 +34,7 @@ def tokens_per_second(path: str, tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, print medians and their ratios, write the result."""
+    """Measure, print medians and their ratios, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=122_880)
     parser.add_argument("--rounds", type=int, default=3)

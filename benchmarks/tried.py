@@ -1,8 +1,9 @@
-"""What the kernels' README says was tried, measured again: each choice against the alternative it replaced.
+"""Measure the variants in the kernels' README: each implementation and the alternative that it replaced.
 
     python benchmarks/tried.py [--out benchmarks/results/tried.csv]
 
-One process, the contestants of a row in turn, median and quartiles. D = 768, H = 1024, M = 4, N = 8, B = 1024.
+All variants run in one process and alternate; the results are the median and quartiles.
+D = 768, H = 1024, M = 4, N = 8, B = 1024.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ D, H, M, N, K, B = 768, 1024, 4, 8, 32, 1024
 
 
 class Call:
-    """A function as a contestant; the batch is its argument."""
+    """Wrap a function of a batch for `interleaved`."""
 
     def __init__(self, function: Callable[[Tensor], object]) -> None:
         self._function = function
@@ -37,7 +38,7 @@ class Call:
 
 @numba.njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def bounds_of_any_size(start, stop, pre_BP, bias_P, best_BH, d_base, width):  # type: ignore[no-untyped-def]
-    """`_compiled_selection.head_maxima` with sizes known only at run time."""
+    """Compute `_compiled_selection.head_maxima` with sizes that are known only at run time."""
     for b in range(start, stop):
         for head in range(best_BH.shape[1]):
             row = head * width
@@ -51,7 +52,7 @@ def bounds_of_any_size(start, stop, pre_BP, bias_P, best_BH, d_base, width):  # 
 
 @numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def bounds_by_prange(pre_BP, bias_P, best_BH, d_base, width):  # type: ignore[no-untyped-def]
-    """The same on numba's own threads."""
+    """Compute the same on numba's threads."""
     for b in numba.prange(pre_BP.shape[0]):
         for head in range(best_BH.shape[1]):
             row = head * width
@@ -65,7 +66,7 @@ def bounds_by_prange(pre_BP, bias_P, best_BH, d_base, width):  # type: ignore[no
 
 @numba.njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def maxima_of_blocks(start, stop, values_BF, out_BL):  # type: ignore[no-untyped-def]
-    """Largest of each block of neighbours: a reduction that stays scalar."""
+    """Compute the maximum of each contiguous block, a reduction that is not vectorised."""
     size = values_BF.shape[1] // out_BL.shape[1]
     for b in range(start, stop):
         for lane in range(out_BL.shape[1]):
@@ -77,7 +78,7 @@ def maxima_of_blocks(start, stop, values_BF, out_BL):  # type: ignore[no-untyped
 
 @numba.njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def maxima_of_lanes(start, stop, values_BF, out_BL):  # type: ignore[no-untyped-def]
-    """Largest of each strided lane: elementwise maxima of whole rows of lanes."""
+    """Compute the maximum of each strided lane, as elementwise maxima of contiguous rows."""
     lanes = out_BL.shape[1]
     for b in range(start, stop):
         for lane in range(lanes):
@@ -88,7 +89,7 @@ def maxima_of_lanes(start, stop, values_BF, out_BL):  # type: ignore[no-untyped-
 
 
 def cases(seed: int) -> dict[str, dict[str, Callable[[Tensor], object]]]:
-    """Each question with its contestants, ours first."""
+    """Return the variants of each question, the one in use first."""
     generator = torch.Generator().manual_seed(seed)
     weight_PD = torch.randn(H * (M + N), D, generator=generator)
     pre_BP = torch.randn(B, H * (M + N), generator=generator).numpy()
@@ -128,7 +129,7 @@ def cases(seed: int) -> dict[str, dict[str, Callable[[Tensor], object]]]:
 
 
 def main() -> None:
-    """Measure every case, print it, write it."""
+    """Measure every case, print the times and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=15)

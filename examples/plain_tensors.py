@@ -1,4 +1,4 @@
-"""Every step alone, on plain tensors: no language model, no run folder.
+"""Train SAEs on plain tensors, without a language model or a run folder.
 
 python examples/plain_tensors.py
 """
@@ -11,9 +11,9 @@ from kronsae.training.config import LoopConfig
 from kronsae.training.member import Member
 from kronsae.training.trainer import fit
 
-# Ground truth that is an AND: 8 groups, in each of which 2 bases meet 4 extensions, and a token has two of the pairs.
-# Each pair's direction is its base's plus its extension's. (With directions drawn independently per pair there is
-# nothing to share between the latents of a head, and the dense encoder wins: try it.)
+# The true features are ANDs: each of 8 groups has 2 bases and 4 extensions, and each token has two active pairs. The
+# direction of a pair is the sum of its base's and its extension's direction. (With independent directions per pair the
+# latents of a head have nothing in common, and the dense encoder is better.)
 torch.manual_seed(0)
 groups, bases, extensions, d_in, tokens = 8, 2, 4, 32, 20_000
 base_directions, extension_directions = torch.randn(groups, bases, 1, d_in), torch.randn(groups, 1, extensions, d_in)
@@ -39,5 +39,5 @@ for member in members:
     found = (sae.W_dec @ directions.T).max(0).values.mean()
     print(
         f"{member.name}: explained variance {ks.explained_variance(x, x_hat):.3f}, l0 {codes.l0():.2f}, "
-        f"mean cosine of the true directions with the nearest latent {found:.3f}"
+        f"mean cosine between true directions and nearest latents {found:.3f}"
     )

@@ -1,11 +1,12 @@
-"""Compare kronsae's absorption with SAEBench's own functions on the same inputs: docs/results/absorption_parity.json.
+"""Compare kronsae's absorption with SAEBench's functions on equal inputs; write docs/results/absorption_parity.json.
 
-SAEBench (sae-bench 0.6.0) pins numpy<2 and datasets<4, so it lives in an environment of its own:
+SAEBench (sae-bench 0.6.0) pins numpy<2 and datasets<4, so it needs a separate environment:
 
     python -m venv /tmp/saebench && /tmp/saebench/bin/pip install torch==2.13.0 sae-bench==0.6.0
     .venv/bin/python scripts/absorption_parity.py --peer /tmp/saebench/bin/python
 
-This script writes the inputs, calls itself there (``--as-peer FOLDER``, without kronsae) and compares what both find.
+This script writes the inputs, runs itself in that environment (``--as-peer FOLDER``, without kronsae) and compares
+both results.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PACKAGES = ("torch", "numpy", "scikit-learn")
 
 
 def word_cases() -> dict[str, np.ndarray]:
-    """Codes, activations, probe and dictionary of many cases, a few of them made so that a border is hit."""
+    """Return codes, activations, probes and dictionaries of many random cases, some of them at boundaries."""
     rng = np.random.default_rng(0)
     d, f = 12, 30
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("W_dec", "codes", "x", "direction", "main")}
@@ -48,27 +49,27 @@ def word_cases() -> dict[str, np.ndarray]:
         W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
         codes = rng.exponential(2.0, (WORDS, f)) * (rng.random((WORDS, f)) < rng.choice([0.1, 0.3]))
         x = codes @ W_dec * rng.choice([0.5, 1.0, 1.5]) + 0.3 * rng.standard_normal((WORDS, d))
-        if case % 10 == 0:  # exact in binary: axes as rows, so that ties and p = main happen
+        if case % 10 == 0:  # exact in binary, with axes as rows, so that ties and p = main occur
             direction = np.eye(d)[0] * 2.0
             W_dec = np.eye(d)[rng.integers(0, 3, f)] * rng.choice([1.0, -1.0], (f, 1))
             codes = rng.integers(0, 3, (WORDS, f)) * (rng.random((WORDS, f)) < 0.15) * 0.5
             x = np.zeros((WORDS, d))
-            x[:, 0] = rng.choice([-1.0, 0.5, 1.0, 1.25, 2.5], WORDS)  # 0 is left out: SAEBench divides by it
+            x[:, 0] = rng.choice([-1.0, 0.5, 1.0, 1.25, 2.5], WORDS)  # without 0, because SAEBench divides by it
         main = np.zeros(f, dtype=bool)
         main[rng.choice(f, rng.integers(1, 4), replace=False)] = True
         if case % 4 == 1:
-            codes[:, main] = 0.0  # only then can absorption be full
+            codes[:, main] = 0.0  # required for full absorption
         for name, value in (("W_dec", W_dec), ("codes", codes), ("x", x), ("direction", direction), ("main", main)):
             found[name].append(value)
     return {name: np.stack(values) for name, values in found.items()}
 
 
 def pipeline_case(k: int) -> dict[str, np.ndarray]:
-    """26 classes that a probe can tell, and an SAE that takes the largest of relu(x W_enc + b_enc)."""
+    """Return 26 linearly separable classes and an SAE that keeps the k largest of relu(x W_enc + b_enc)."""
     rng = np.random.default_rng(1)
     d, f, train, held_out = 64, 60, 1400, 700
     means = 2 * rng.standard_normal((LETTERS, d))
-    kinds = means[:, None] + 1.2 * rng.standard_normal((LETTERS, 3, d))  # what a special latent would take up
+    kinds = means[:, None] + 1.2 * rng.standard_normal((LETTERS, 3, d))  # directions of specialised latents
     labels = np.concatenate([np.arange(train) % LETTERS, np.arange(held_out) % LETTERS])
     x = kinds[labels, rng.choice(3, len(labels), p=(0.7, 0.26, 0.04))] + 0.8 * rng.standard_normal((len(labels), d))
     rows = np.concatenate([means, kinds.reshape(-1, d)])[rng.permutation(4 * LETTERS)[:f]]
@@ -84,7 +85,7 @@ def pipeline_case(k: int) -> dict[str, np.ndarray]:
 
 
 def ours(words: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Absorption on each word, and how many words fall into which branch of the definition."""
+    """Return the absorption of each word and the number of words in each branch of the definition."""
     from kronsae.core.codes import SparseCodes
     from kronsae.eval.absorption.words import probe_cosines, word_absorption
 
@@ -93,7 +94,7 @@ def ours(words: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str,
     for W_dec, codes, x, direction, main in zip(*(words[name] for name in words), strict=True):
         d = torch.tensor(direction)
         dense = torch.tensor(codes)
-        sparse = SparseCodes(*dense.sort(dim=-1, descending=True), d_sae=dense.shape[1])  # another order, same codes
+        sparse = SparseCodes(*dense.sort(dim=-1, descending=True), d_sae=dense.shape[1])  # different order, same codes
         p = torch.tensor(x) @ (d / d.norm())
         result = word_absorption(sparse, p, probe_cosines(d, torch.tensor(W_dec)), np.flatnonzero(main).tolist())
         found["fraction"].append(result.fraction_E.numpy())
@@ -107,7 +108,7 @@ def ours(words: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def our_pipeline(pipeline: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """From activations and labels to the means, by kronsae."""
+    """Return kronsae's results, from activations and labels to the means."""
     from kronsae.eval.absorption import AbsorptionConfig, Examples, ProbeTraining, absorption, probe_classes
 
     case = {name: torch.tensor(value) for name, value in pipeline.items()}
@@ -116,7 +117,7 @@ def our_pipeline(pipeline: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     examples = Examples(x_ED=case["x"], labels_E=case["labels"], held_out_E=held_out, classes=names)
     training = ProbeTraining(
         batch=len(held_out), epochs=EPOCHS, weight_decay=1e-4
-    )  # one batch: no order of drawing to agree on
+    )  # one batch, so that the results do not depend on its order
     latents = ProbeTraining(batch=len(held_out), epochs=EPOCHS, weight_decay=1e-6, l1=0.01)
     config = AbsorptionConfig(probe=training, latent_probe=latents, max_k=MAX_K, seed=SEED)
     probed = probe_classes(examples, config)
@@ -138,7 +139,7 @@ def our_pipeline(pipeline: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _sae(case: dict[str, np.ndarray]) -> Any:
-    """The SAE of `pipeline_case` as kronsae's own, in float64."""
+    """Return the SAE of `pipeline_case` as a kronsae SAE in float64."""
     from kronsae.core.encoders import DenseEncoderConfig
     from kronsae.core.sae import SAEConfig
     from kronsae.core.sparsifiers import TopKConfig
@@ -154,7 +155,7 @@ def _sae(case: dict[str, np.ndarray]) -> Any:
 
 
 class PeerSAE:
-    """What SAEBench's functions ask of an SAE; given rows of codes, or computing them."""
+    """An SAE with the interface that SAEBench's functions need; codes are looked up in ``rows`` or computed."""
 
     def __init__(self, W_dec: np.ndarray, b_enc: np.ndarray | None = None, k: int = 0) -> None:
         self.W_dec, self.k = torch.tensor(W_dec), k
@@ -173,7 +174,7 @@ class PeerSAE:
 
 
 class PeerModel:
-    """A language model whose activation at a prompt is looked up by the prompt's last word."""
+    """A language model whose activation for a prompt is looked up by the prompt's last word."""
 
     tokenizer = SimpleNamespace()
     positions = 6
@@ -191,7 +192,7 @@ class PeerModel:
 
 
 def _word(letter: int, number: int) -> str:
-    """A different word of letters for each number, with the given first letter."""
+    """Return a distinct word of letters for each number, with the given first letter."""
     digits = np.base_repr(number, 26).rjust(5, "0").lower()
     return chr(97 + letter) + "".join(chr(97 + int(digit, 26)) for digit in digits)
 
@@ -210,11 +211,13 @@ def _calculator(x_of: dict[str, torch.Tensor]) -> Any:
 
 
 def theirs(words: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Absorption on each word, by SAEBench."""
+    """Return SAEBench's absorption of each word."""
     found: dict[str, list[Any]] = {"fraction": [], "full": []}
     for W_dec, codes, x, direction, main in zip(*(words[name] for name in words), strict=True):
         sae = PeerSAE(W_dec)
-        x = x + np.arange(WORDS)[:, None] * 1e-13 * (np.arange(x.shape[1]) == x.shape[1] - 1)  # every row another key
+        x = x + np.arange(WORDS)[:, None] * 1e-13 * (
+            np.arange(x.shape[1]) == x.shape[1] - 1
+        )  # makes the lookup key of every row unique
         sae.rows = {row.tobytes(): torch.tensor(f) for row, f in zip(x, codes, strict=True)}
         names = [_word(i, i) for i in range(WORDS)]
         calculator = _calculator({name: torch.tensor(row) for name, row in zip(names, x, strict=True)})
@@ -227,7 +230,7 @@ def theirs(words: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def their_pipeline(case: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    """From activations and labels to the means, by SAEBench."""
+    """Return SAEBench's results, from activations and labels to the means."""
     from sae_bench.evals.absorption import feature_absorption as absorbing
     from sae_bench.evals.absorption import k_sparse_probing as sparse
     from sae_bench.evals.absorption.main import _aggregate_results_df
@@ -280,7 +283,7 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def as_peer(folder: Path) -> None:
-    """Carry out the other side, in SAEBench's environment."""
+    """Compute SAEBench's results, in its environment."""
     torch.set_num_threads(1)
     np.savez(folder / "found_words.npz", **theirs(dict(np.load(folder / "words.npz"))))
     for k in PIPELINES:
@@ -290,7 +293,7 @@ def as_peer(folder: Path) -> None:
 
 
 def compare(peer: str) -> dict[str, Any]:
-    """Run both sides on the same inputs; the largest difference of every quantity."""
+    """Return the largest difference of every quantity between both implementations on equal inputs."""
     torch.set_num_threads(1)
     words, pipelines = word_cases(), {k: pipeline_case(k) for k in PIPELINES}
     with tempfile.TemporaryDirectory() as name:
@@ -331,7 +334,7 @@ def compare(peer: str) -> dict[str, Any]:
 
 
 def _gaps(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
-    """The largest absolute difference of each quantity; infinite where the shapes differ."""
+    """Return the largest absolute difference of each quantity, or infinity if the shapes differ."""
     gaps = {}
     for name, value in found.items():
         same = value.shape == expected[name].shape
@@ -340,7 +343,7 @@ def _gaps(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict
 
 
 def main() -> None:
-    """Compare, write the result, fail where a difference is above the tolerance."""
+    """Compare, write the result, and fail if a difference exceeds the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="python of the environment with sae-bench 0.6.0")
     parser.add_argument("--as-peer", type=Path, help=argparse.SUPPRESS)

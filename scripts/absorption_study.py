@@ -1,8 +1,9 @@
-"""Absorption of TopK, KronSAE and Matryoshka at l0 16, 32 and 64: docs/results/absorption.json and its page's table.
+"""Measure absorption of TopK, KronSAE and Matryoshka at l0 16, 32 and 64; write docs/results/absorption.json.
 
 .venv/bin/python scripts/absorption_study.py [--seeds 0 1 2] [--out runs/absorption-study] [--table-only]
 
-Each seed is a run of nine SAEs on one stream; the examples are the same for all. Stopped, the same command carries on.
+The script also writes the table of docs/measurements/absorption.md. Each seed is a run of nine SAEs on one stream; the
+examples are the same for all seeds. The same command resumes an interrupted study.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ START = "<!-- results:absorption -->"
 L0S = (16, 32, 64)
 FORMS = ("topk", "kron", "matryoshka")
 D_SAE = 2048
-LR = 8e-3  # between the two rates of studies/cells.json; the same for all
+LR = 8e-3  # between the two learning rates of studies/cells.json; the same for all SAEs
 KEYS = (
     "mean_absorption_fraction",
     "mean_full_absorption",
@@ -56,7 +57,7 @@ KEYS = (
 
 
 def members(seed: int, d_sae: int) -> tuple[MemberConfig, ...]:
-    """Every form at every l0."""
+    """Return each SAE type with each l0."""
     found = []
     for k in L0S:
         common: dict[str, Any] = {"k": k, "lr": LR, "init_norm": 0.5, "dead_after_tokens": 100_000, "seed": seed}
@@ -69,14 +70,14 @@ def members(seed: int, d_sae: int) -> tuple[MemberConfig, ...]:
 
 
 def config(seed: int, tokens: int, d_sae: int) -> RunConfig:
-    """The quickstart's model, text and hook."""
+    """Return the run's config, with the model, text and hook of the quickstart."""
     base = recipes.quickstart()
     loop = replace(base.loop, tokens=tokens, batch_tokens=1024, log_every=20, checkpoint_every=1000)
     return replace(base, saes=members(seed, d_sae), loop=loop, buffer_tokens=65_536, seed=seed)
 
 
 def run_seed(seed: int, out: Path, tokens: int, d_sae: int, windows: int | None) -> dict[str, Any]:
-    """Train nine SAEs, measure them; the examples and their probes are those of seed 0 for every run."""
+    """Train nine SAEs with one seed; return their absorption. Examples and probes always use seed 0."""
     started = perf_counter()
     run = trained(config(seed, tokens, d_sae), out / f"seed-{seed}")
     measuring = perf_counter()
@@ -100,7 +101,7 @@ def run_seed(seed: int, out: Path, tokens: int, d_sae: int, windows: int | None)
 
 
 def verdicts(runs: list[dict[str, Any]]) -> list[str]:
-    """KronSAE against TopK at each l0, seed by seed."""
+    """Return a sentence for each l0 on the ratio of KronSAE's absorption to TopK's, per seed."""
     found = []
     for k in L0S:
         ratios = []
@@ -109,14 +110,14 @@ def verdicts(runs: list[dict[str, Any]]) -> list[str]:
             own, other = (of_form[form]["mean_absorption_fraction"] for form in ("kron", "topk"))
             ratios.append(own / other if other > 0 else math.inf if own > 0 else 1.0)
         found.append(
-            f"- l0 = {k}: KronSAE's absorption fraction over TopK's is {mean_and_range(ratios, '{:.2f}')}: "
-            f"{side(ratios, 1, 'less', 'more')}."
+            f"- l0 = {k}: the ratio of KronSAE's absorption fraction to TopK's is {mean_and_range(ratios, '{:.2f}')}, "
+            f"{side(ratios, 1, 'below 1', 'above 1', 'not on the same side of 1 in every seed')}."
         )
     return found
 
 
 def markdown(kept: dict[str, Any]) -> str:
-    """The generated part of the page."""
+    """Return the generated part of the page."""
     runs, asked = kept["runs"], kept["settings"]
     headings = [
         "SAE",
@@ -124,7 +125,7 @@ def markdown(kept: dict[str, Any]) -> str:
         "absorption fraction",
         "full absorption",
         "split latents",
-        "F1 of one latent",
+        "F1 of best latent",
         "EV",
         "dead",
     ]
@@ -135,7 +136,7 @@ def markdown(kept: dict[str, Any]) -> str:
             saes = [row for run in runs for row in run["saes"] if row["form"] == form and row["k"] == k]
             cells = [mean_and_range([one[key] for one in saes], text) for key, text in zip(KEYS, forms, strict=True)]
             rows.append([form, str(k), *cells])
-    told = sum(f1 > 0.6 for f1 in runs[0]["probe_f1"].values())
+    reliable = sum(f1 > 0.6 for f1 in runs[0]["probe_f1"].values())
     minutes = sum(run["training_seconds"] + run["measuring_seconds"] for run in runs) / 60
     return "\n".join(
         [
@@ -144,8 +145,8 @@ def markdown(kept: dict[str, Any]) -> str:
             *verdicts(runs),
             "",
             f"Mean over {len(runs)} seeds, range in brackets; {asked['d_sae']:,} latents, {asked['tokens']:,} training "
-            f"tokens. {told} of {len(runs[0]['probe_f1'])} roles have a probe with F1 > 0.6; "
-            f"{runs[0]['examples']['scored_on']:,} held-out examples. {minutes:.0f} minutes. "
+            f"tokens. {reliable} of {len(runs[0]['probe_f1'])} roles have a probe with F1 > 0.6; "
+            f"{runs[0]['examples']['scored_on']:,} held-out examples. The study took {minutes:.0f} minutes. "
             f"{chance(len(runs))} "
             f"{made_with(kept['provenance'], RESULT)}",
         ]
@@ -153,7 +154,7 @@ def markdown(kept: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Train and measure seed by seed, write the result, then the table."""
+    """Train and measure with every seed, then write the result file and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=300_000)

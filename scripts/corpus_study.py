@@ -1,10 +1,10 @@
-"""Measure the bundled corpus without generated tables; write docs/results/corpus.json.
+"""Compare the bundled corpus with and without generated tables; write docs/results/corpus.json.
 
 .venv/bin/python scripts/corpus_study.py [--seeds 0 1] [--tokens 200000] [--threads 1]
 
-What is measured: how much of the standard library stays; the held-out loss of the bundled model with and without the
-tables; and that of small models trained on either text with the same seed, steps and settings. Each small model has a
-tokenizer of its own text, so that they are compared by bits per byte.
+The study measures the share of the standard library that is kept, the held-out loss of the bundled model with and
+without the tables, and the held-out loss of small models trained on either text with the same seed, steps and settings.
+Each small model has a tokenizer trained on its own text, so the models are compared by bits per byte.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL = Settings(
 
 
 def counts(include_tests: bool) -> dict[str, dict[str, int]]:
-    """Documents and characters of the corpus with the tables and without."""
+    """Return the numbers of documents and characters of the corpus with and without tables."""
     found = {}
     for name, include_tables in (("with_tables", True), ("without_tables", False)):
         documents = list(standard_library_documents(include_tests, include_tables))
@@ -46,7 +46,7 @@ def counts(include_tests: bool) -> dict[str, dict[str, int]]:
 
 
 def loss(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> dict[str, Any]:
-    """The model's loss on documents, in windows of its longest context."""
+    """Return the model's loss on documents, in windows of its maximum context length."""
     text_bytes = sum(len(document.text.encode("utf-8")) for document in documents)
     nats = token_nats(model, encode(tokenizer, documents), model.config.max_position_embeddings)
     return {
@@ -58,7 +58,7 @@ def loss(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, document
 
 
 def trained_loss(settings: Settings, include_tables: bool) -> dict[str, Any]:
-    """Train a small model; its loss on the held-out documents without tables."""
+    """Train a small model; return its loss on the held-out documents without tables."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(settings, Path(folder), include_tables=include_tables)
         started = perf_counter()
@@ -75,7 +75,7 @@ def trained_loss(settings: Settings, include_tables: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count, measure the bundled model, train the pairs; the file is written after each."""
+    """Count documents, train the pairs of models and measure the bundled model; write the file after each training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--tokens", type=int, default=200_000)

@@ -1,9 +1,10 @@
-"""SAEs of three sizes, measured every way: docs/results/dictionaries.json, and a table on each measurement's page.
+"""Run four measurements on SAEs of three sizes; write docs/results/dictionaries.json and the measurements' tables.
 
 .venv/bin/python scripts/dictionary_study.py [--seeds 0 1 2] [--out runs/dictionary-study] [--table-only]
 
-TopK, KronSAE and Matryoshka, nine SAEs a seed on one stream; then `kronsae eval probing`, `latents` and `token-rule`
-of all of them and `interaction` of the KronSAEs, on the same text for every seed. Stopped, the same command carries on.
+Each seed trains nine SAEs (TopK, KronSAE and Matryoshka) on one stream. The script runs `kronsae eval probing`,
+`latents` and `token-rule` for all SAEs and `interaction` for the KronSAEs, on the same text for every seed. The same
+command resumes an interrupted study.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ Figure = Callable[[SAE], float | None]
 
 
 def members(seed: int) -> tuple[MemberConfig, ...]:
-    """Every form at every size; the rate follows the size and is the same for all forms."""
+    """Return each SAE type in each size; the learning rate depends only on the size."""
     found = []
     for d_sae in SIZES:
         common: dict[str, Any] = {"k": K, "lr": recipes.short_run_lr(d_sae), "dead_after_tokens": 100_000, "seed": seed}
@@ -66,14 +67,14 @@ def members(seed: int) -> tuple[MemberConfig, ...]:
 
 
 def config(seed: int, tokens: int) -> RunConfig:
-    """The quickstart's model, text and hook."""
+    """Return the run's config, with the model, text and hook of the quickstart."""
     base = recipes.quickstart()
     loop = replace(base.loop, tokens=tokens, log_every=20, checkpoint_every=50)
     return replace(base, saes=members(seed), loop=loop, buffer_tokens=2**16, seed=seed)
 
 
 def run_seed(seed: int, out: Path, tokens: int) -> dict[str, Any]:
-    """Train nine SAEs and measure them."""
+    """Train nine SAEs with one seed; return their measurements."""
     run = trained(config(seed, tokens), out / f"seed-{seed}")
     saes = {name: {"form": name.partition("-")[0], **sizes} for name, sizes in reconstruction(run).items()}
     about = {}
@@ -87,13 +88,13 @@ def run_seed(seed: int, out: Path, tokens: int) -> dict[str, Any]:
 
 
 def _commit(run: Run, name: str) -> str:
-    """What a measurement was made with: one that is kept is not made again."""
+    """Return the commit of a measurement, which may be older than the current one because results are reused."""
     kept, _ = kept_results(run.folder)
     return str(kept[name.replace("_", "-")]["provenance"]["commit"])
 
 
 Measured = tuple[dict[str, Any], dict[str, dict[str, Any]]]
-"""What was the same for all SAEs, and the figures of each."""
+"""Values common to all SAEs, and the results of each SAE."""
 
 
 def _probing(run: Run) -> Measured:
@@ -155,21 +156,21 @@ def _interaction(run: Run) -> Measured:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of an SAE, as a column of a table."""
+    """A table column that shows one result of an SAE."""
 
     heading: str
     figure: Figure
     form: str = "{:.3f}"
 
     def cell(self, saes: Sequence[SAE]) -> str:
-        """Over the seeds."""
+        """Return the cell with the mean and range over the seeds."""
         values = [self.figure(sae) for sae in saes]
         known = [value for value in values if value is not None]
         return mean_and_range(known, self.form) if len(known) == len(values) else "–"
 
 
 def at(*path: Any) -> Figure:
-    """The figure under some keys."""
+    """Return a function that looks up a result by its keys."""
 
     def figure(sae: SAE) -> float | None:
         value: Any = sae
@@ -181,7 +182,7 @@ def at(*path: Any) -> Figure:
 
 
 def perturbed(latents_taken: int) -> Figure:
-    """The score of targeted perturbation with so many latents."""
+    """Return a function that looks up the score of targeted perturbation for a number of latents."""
     return lambda sae: next(one["score"] for one in sae["probing"]["perturbation"] if one["latents"] == latents_taken)
 
 
@@ -198,7 +199,7 @@ PROBING = (
 RULES = (
     Column("balanced accuracy", at("token_rule", "balanced_accuracy")),
     Column("AUC", at("token_rule", "auc")),
-    Column("latents that could be drawn", at("token_rule", "eligible"), "{:,.0f}"),
+    Column("eligible latents", at("token_rule", "eligible"), "{:,.0f}"),
 )
 PROFILE = (
     ("frequency", "frequency", "{:.3%}"),
@@ -207,22 +208,26 @@ PROFILE = (
     ("multitoken ratio", "multitoken_ratio", "{:.4f}"),
 )
 HEADS = (
-    Column("meanings of a base", at("interaction", "meanings_of_a_base"), "{:.2f}"),
-    Column("of an extension", at("interaction", "meanings_of_an_extension"), "{:.2f}"),
-    Column(f"mass with a parent up to {WEAK} of its mean", at("interaction", "false_positive_mass", WEAK), "{:.2%}"),
+    Column("effective meanings of a base", at("interaction", "meanings_of_a_base"), "{:.2f}"),
+    Column("effective meanings of an extension", at("interaction", "meanings_of_an_extension"), "{:.2f}"),
+    Column(
+        f"activation mass with a parent at most {WEAK} of its mean",
+        at("interaction", "false_positive_mass", WEAK),
+        "{:.2%}",
+    ),
     Column("frequency, r with a·b", at("interaction", "inheritance", "frequency", "product")),
     Column("token entropy, r with a·b", at("interaction", "inheritance", "token_entropy", "product")),
-    Column("heads all alive", at("interaction", "all_alive"), "{:.1%}"),
+    Column("heads without dead latents", at("interaction", "all_alive"), "{:.1%}"),
 )
 
 
 def of(runs: list[dict[str, Any]], form: str, d_sae: int) -> list[SAE]:
-    """The SAEs of one form and size, seed by seed."""
+    """Return the SAEs of one type and size, in the order of the seeds."""
     return [sae for run in runs for sae in run["saes"] if (sae["form"], sae["d_sae"]) == (form, d_sae)]
 
 
 def by_form_and_size(runs: list[dict[str, Any]], columns: Sequence[Column]) -> list[str]:
-    """A row for every form and size."""
+    """Return a table with a row for every SAE type and size."""
     rows = []
     for form in FORMS:
         for d_sae in SIZES:
@@ -233,7 +238,7 @@ def by_form_and_size(runs: list[dict[str, Any]], columns: Sequence[Column]) -> l
 
 
 def against_topk(runs: list[dict[str, Any]], column: Column, what: str) -> list[str]:
-    """How much more of a figure KronSAE and Matryoshka have than TopK of the same size and seed."""
+    """Return sentences on the differences of KronSAE and Matryoshka to TopK of the same size and seed."""
     found = []
     for form in ("kron", "matryoshka"):
         parts = []
@@ -242,14 +247,14 @@ def against_topk(runs: list[dict[str, Any]], column: Column, what: str) -> list[
             gains = [_known(column.figure(own)) - _known(column.figure(other)) for own, other in pairs]
             form_of_gain = column.form.replace("{:", "{:+")
             parts.append(
-                f"{mean_and_range(gains, form_of_gain)} at {d_sae:,} latents, {side(gains, 0, 'less', 'more')}"
+                f"{mean_and_range(gains, form_of_gain)} at {d_sae:,} latents, {side(gains, 0, 'lower', 'higher')}"
             )
-        found.append(f"- {FORMS[form]}'s {what} less TopK's: {'; '.join(parts)}.")
+        found.append(f"- {FORMS[form]}'s {what} minus TopK's: {'; '.join(parts)}.")
     return found
 
 
 def closing(kept: dict[str, Any], measure: str, more: str) -> str:
-    """The last paragraph of every page."""
+    """Return the last paragraph of a page."""
     runs = kept["runs"]
     commits = ", ".join(sorted({run["about"][measure]["commit"] for run in runs}))
     return (
@@ -260,7 +265,7 @@ def closing(kept: dict[str, Any], measure: str, more: str) -> str:
 
 
 def probing_page(kept: dict[str, Any]) -> str:
-    """Concepts against the size of the dictionary."""
+    """Return the generated part of the page on probing."""
     runs = kept["runs"]
     about = runs[0]["about"]["probing"]
     growth = []
@@ -270,13 +275,13 @@ def probing_page(kept: dict[str, Any]) -> str:
         gains = [_known(recall(more)) - _known(recall(less)) for more, less in zip(large, small, strict=True)]
         growth.append(
             f"- {name}'s recall at {BARS[0]} changes by {mean_and_range(gains, '{:+.3f}')} from {SIZES[0]:,} to "
-            f"{SIZES[-1]:,} latents: {side(gains, 0, 'less', 'more')}."
+            f"{SIZES[-1]:,} latents, {side(gains, 0, 'lower', 'higher')}."
         )
     always_on = sum(2 * share / (1 + share) for share in about["share"].values()) / len(about["share"])
     more = (
-        f"{len(about['share'])} concepts, {about['tokens']['learnt_from']:,} tokens to learn from, "
-        f"{about['tokens']['scored_on']:,} held-out ones; a detector that is always on has a mean F1 of "
-        f"{always_on:.3f}."
+        f"{len(about['share'])} concepts, {about['tokens']['learnt_from']:,} tokens for fitting and "
+        f"{about['tokens']['scored_on']:,} held-out tokens for scoring. A detector that is always active has a mean F1 "
+        f"of {always_on:.3f}."
     )
     verdicts = [
         *against_topk(runs, PROBING[0], "F1 of the best latent"),
@@ -287,7 +292,7 @@ def probing_page(kept: dict[str, Any]) -> str:
 
 
 def latents_page(kept: dict[str, Any]) -> str:
-    """Medians over the living latents, bases and extensions."""
+    """Return the generated part of the page on latents: medians over active latents, bases and extensions."""
     runs = kept["runs"]
     rows = []
     for form in FORMS:
@@ -301,17 +306,18 @@ def latents_page(kept: dict[str, Any]) -> str:
     for heading, key, text in PROFILE[2:]:
         verdicts += against_topk(runs, Column(heading, at("latents", "latents", key), text), f"median {heading}")
     more = (
-        f"Medians over what lives: latents on {runs[0]['about']['latents']['tokens']:,} held-out tokens, bases and "
-        f"extensions on the first {LatentsConfig().pre_latent_tokens:,} of them (whole windows)."
+        "Medians over active units. Latents are measured on "
+        f"{runs[0]['about']['latents']['tokens']:,} held-out tokens, and bases and extensions on the first "
+        f"{LatentsConfig().pre_latent_tokens:,} of these (complete windows)."
     )
     return "\n".join([*table, "", *verdicts, "", closing(kept, "latents", more)])
 
 
 def token_rule_page(kept: dict[str, Any]) -> str:
-    """How far nearby tokens tell."""
+    """Return the generated part of the page on the token rule."""
     runs = kept["runs"]
     least = runs[0]["about"]["token_rule"]["min_active_tokens"]
-    more = f"100 latents per SAE and seed, of those active on at least {least} tokens of both texts."
+    more = f"100 latents per SAE and seed, sampled from those active on at least {least} tokens of both texts."
     verdicts = against_topk(runs, RULES[1], "AUC")
     return "\n".join([*by_form_and_size(runs, RULES), "", *verdicts, "", closing(kept, "token_rule", more)])
 
@@ -323,16 +329,20 @@ KINDS = {
     "neither": "neither",
     "between": "between heads",
 }
-PAIRS = {"kept": "r, as kept", "composed": "r, before the sparsifier", "directions": "cosine of decoder rows"}
+PAIRS = {
+    "kept": "r after the sparsifier",
+    "composed": "r before the sparsifier",
+    "directions": "cosine of decoder rows",
+}
 
 
 def of_pairs(whose: str, which: str, kind: str) -> Column:
-    """A mean over pairs of latents."""
+    """Return the column with a mean over pairs of latents."""
     return Column(f"{whose}, {kind}", at("interaction", whose, which, kind))
 
 
 def interaction_page(kept: dict[str, Any]) -> str:
-    """Pairs of latents within and between heads, and what else goes on within heads."""
+    """Return the generated part of the page on interaction: pairs of latents, and statistics of heads."""
     runs = kept["runs"]
     rows, verdicts = [], []
     for which, word in PAIRS.items():
@@ -342,7 +352,7 @@ def interaction_page(kept: dict[str, Any]) -> str:
             saes = of(runs, "kron", d_sae)
             rows.append([word, f"{d_sae:,}", *(column.cell(saes) for column in columns)])
     for which, word in PAIRS.items():
-        for (one, other), told in CLAIMS[which].items():
+        for (one, other), difference in CLAIMS[which].items():
             parts = []
             for d_sae in SIZES:
                 saes = of(runs, "kron", d_sae)
@@ -350,34 +360,34 @@ def interaction_page(kept: dict[str, Any]) -> str:
                 parts.append(
                     f"{mean_and_range(gaps, '{:+.3f}')} at {d_sae:,} latents, {side(gaps, 0, 'lower', 'higher')}"
                 )
-            verdicts.append(f"- {word}, {told}: {'; '.join(parts)}.")
-    pairs = markdown_rows(["figure", "latents", *KINDS.values(), "twin, within", "twin, between"], rows)
+            verdicts.append(f"- {word}, {difference}: {'; '.join(parts)}.")
+    pairs = markdown_rows(["quantity", "latents", *KINDS.values(), "twin, within", "twin, between"], rows)
     heads = markdown_rows(
         ["latents", *(column.heading for column in HEADS)],
         [[f"{d_sae:,}", *(column.cell(of(runs, "kron", d_sae)) for column in HEADS)] for d_sae in SIZES],
     )
     more = (
-        f"{runs[0]['about']['interaction']['tokens']:,} held-out tokens. Latents that are dead on these have no r as "
-        "kept and no cosine; in r before the sparsifier they count."
+        f"{runs[0]['about']['interaction']['tokens']:,} held-out tokens. Latents that are dead on these tokens are "
+        "excluded from r after the sparsifier and from the cosine, but included in r before the sparsifier."
     )
     return "\n".join([*pairs, "", *heads, "", *verdicts, "", closing(kept, "interaction", more)])
 
 
 def _claims(which: str) -> dict[tuple[Column, Column], str]:
-    """What figures 6 and 19 say, as a difference that should be above 0."""
+    """Return the claims of figures 6 and 19 as differences that should be positive."""
     within = of_pairs("trained", which, "within")
-    found = {(within, of_pairs("trained", which, "between")): "within a head less between heads"}
+    found = {(within, of_pairs("trained", which, "between")): "within a head minus between heads"}
     if which == "directions":
         bases, extensions = (of_pairs("trained", which, kind) for kind in ("same_base", "same_extension"))
-        return found | {(bases, extensions): "same base less same extension"}
-    return found | {(within, of_pairs("twin", which, "within")): "within a head, trained less untrained"}
+        return found | {(bases, extensions): "same base minus same extension"}
+    return found | {(within, of_pairs("twin", which, "within")): "within a head, trained minus twin"}
 
 
 CLAIMS = {which: _claims(which) for which in PAIRS}
 
 
 def _known(value: float | None) -> float:
-    """A figure that every SAE of the study has."""
+    """Return a value that must not be None."""
     assert value is not None
     return value
 
@@ -392,12 +402,12 @@ START = "<!-- results:dictionaries -->"
 
 
 def page_path(name: str) -> Path:
-    """The page of a measurement."""
+    """Return the path of a measurement's page."""
     return MEASUREMENTS / f"{name}.md"
 
 
 def main() -> None:
-    """Train and measure seed by seed, write the result, then the tables."""
+    """Train and measure with every seed, then write the result file and the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=TOKENS)

@@ -1,10 +1,11 @@
-"""What shuffling windows and refilling the buffer in part does to training: docs/results/mixing.json, .svg and table.
+"""Measure how shuffled windows and partial buffer refills affect training; write mixing.json and mixing.svg.
 
 .venv/bin/python scripts/mixing_results.py [--seeds 0 1] [--tokens 400000] [--threads 2] [--table-only]
 
-Trains quickstart's two SAEs, with every step logged, from this commit and from the last one before the change
-(`BEFORE`). Each training has a process of its own; the two commits alternate within every seed. Both read one text, a
-file with the documents of today's bundled corpus in their order. This commit evaluates both on one held-out text.
+The script also writes the table of docs/results/README.md. It trains quickstart's two SAEs and logs every step, with
+this commit and with the last commit before the change (`BEFORE`). Each training has a separate process, and the two
+commits alternate within every seed. Both read the same text, a file with the documents of the current bundled corpus in
+their order. This commit evaluates both on the same held-out text.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ PLOT = RESULTS / "mixing.svg"
 PAGE = RESULTS / "README.md"
 START = "<!-- results:mixing -->"
 SMOOTHED_STEPS = 16
-"""Steps on either side of a refill whose EV is averaged, over the seeds too: that of one batch varies too much."""
+"""Steps before and after a refill over which EV is averaged, in addition to seeds, because EV of one batch is noisy."""
 
 
 @contextmanager
 def worktree(commit: str) -> Iterator[Path]:
-    """A checkout of a commit, for as long as it is needed."""
+    """Yield a temporary checkout of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkout"
         git = ["git", "-C", str(ROOT), "worktree"]
@@ -61,7 +62,7 @@ def write_text_file(path: Path) -> None:
 
 
 def train(source: Path, text: Path, seed: int, tokens: int, threads: int) -> dict[str, Any]:
-    """Train in a process of its own with the package of a checkout; evaluate with this one."""
+    """Train in a separate process with the package of a checkout; return training EV, costs and held-out results."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "kronsae", "train", "--recipe", "quickstart", "--seed", str(seed), "--quiet"]
@@ -93,7 +94,7 @@ def train(source: Path, text: Path, seed: int, tokens: int, threads: int) -> dic
 
 
 def refills(order: str, batch_tokens: int, buffer_tokens: int, steps: int) -> list[int]:
-    """Steps after which the buffer is refilled: all of it before, a part of it now."""
+    """Return the steps after which the buffer is refilled, completely with "before" and partially otherwise."""
     if order == "before":
         every = buffer_tokens // batch_tokens
         return list(range(every, steps, every))
@@ -105,19 +106,19 @@ def refills(order: str, batch_tokens: int, buffer_tokens: int, steps: int) -> li
 
 
 def mean_ev(runs: list[dict[str, Any]], name: str) -> list[float]:
-    """EV of each step's batch, mean over the seeds."""
+    """Return the EV of each step's batch, mean over the seeds."""
     return [statistics.mean(values) for values in zip(*(run["ev"][name] for run in runs), strict=True)]
 
 
 def drops(ev: list[float], places: list[int]) -> list[float]:
-    """For each place, the mean of `SMOOTHED_STEPS` steps before it minus that of as many after it."""
+    """Return, for each step in ``places``, the mean EV of `SMOOTHED_STEPS` steps before it minus that after it."""
     n = SMOOTHED_STEPS
     inside = [place for place in places if n <= place <= len(ev) - n]
     return [statistics.mean(ev[place - n : place]) - statistics.mean(ev[place : place + n]) for place in inside]
 
 
 def figures(kept: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each order and SAE the drops at refills; for each order what it costs."""
+    """Return the largest drops of EV and the final EV of each order and SAE."""
     settings, found = kept["settings"], []
     for order, runs in kept["runs"].items():
         steps = settings["tokens"] // settings["batch_tokens"]
@@ -140,7 +141,7 @@ def figures(kept: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(kept: dict[str, Any]) -> str:
-    """The generated part of the page."""
+    """Return the generated part of the page."""
     settings, runs = kept["settings"], kept["runs"]
     rows = [
         [
@@ -170,7 +171,7 @@ def markdown(kept: dict[str, Any]) -> str:
         "SAE",
         "refills",
         "largest drop of EV at a refill",
-        "at any step",
+        "largest drop at any step",
         "training EV, last steps",
         "held-out EV",
     ]
@@ -179,21 +180,22 @@ def markdown(kept: dict[str, Any]) -> str:
         [
             *markdown_rows(headings, rows),
             "",
-            f"Drop: mean training EV of the {SMOOTHED_STEPS} steps before minus that of as many steps after, "
-            f"over {len(runs['after'])} seeds; a negative drop is a rise. {settings['tokens']:,} tokens, "
-            f"{settings['batch_tokens']:,} a step, buffer of {settings['buffer_tokens']:,}, pool of "
-            f"{settings['window_pool_tokens']:,}.",
+            f"The drop is the mean training EV of the {SMOOTHED_STEPS} steps before minus that of the {SMOOTHED_STEPS} "
+            f"steps after, averaged over {len(runs['after'])} seeds; a negative drop is an increase. "
+            f"{settings['tokens']:,} training tokens, {settings['batch_tokens']:,} tokens per step, a buffer of "
+            f"{settings['buffer_tokens']:,} tokens and a pool of {settings['window_pool_tokens']:,} tokens.",
             "",
             *markdown_rows(costs, cost),
             "",
-            f"Mean, range in brackets; {settings['threads']} thread(s), trained in turn, on a machine in use. "
-            f"Before: commit {kept['before']}. {made_with(kept['provenance'], RESULT, '.')}",
+            f"Mean, range in brackets; {settings['threads']} thread(s). Both orders were trained alternately on a "
+            f'machine with other load. "before" is commit {kept["before"]}. '
+            f"{made_with(kept['provenance'], RESULT, '.')}",
         ]
     )
 
 
 def plot(kept: dict[str, Any]) -> None:
-    """EV of every step against tokens, a panel for each SAE, with the refills."""
+    """Plot the EV of every step against tokens, with the refills, in one panel per SAE."""
     from matplotlib.figure import Figure
 
     settings, names = kept["settings"], list(kept["runs"]["after"][0]["ev"])
@@ -207,12 +209,12 @@ def plot(kept: dict[str, Any]) -> None:
                 axes.axvline(step * settings["batch_tokens"], place, place + 0.05, color=color, linewidth=1)
         axes.set(ylabel=f"EV, {name}", ylim=(0.4, None))
         axes.legend(loc="center right")
-    axes.set_xlabel("training tokens; marks below: refills of the buffer")
+    axes.set_xlabel("training tokens (marks at the bottom: buffer refills)")
     save_figure(figure, PLOT)
 
 
 def main() -> None:
-    """Train seed by seed, write the result, then table and plot."""
+    """Train with every seed, then write the result file, the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--tokens", type=int, default=400_000)

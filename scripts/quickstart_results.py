@@ -1,4 +1,4 @@
-"""Run the quickstart with three seeds, one process each; write docs/results/quickstart.json and README's table.
+"""Run the quickstart with three seeds in separate processes; write docs/results/quickstart.json and README's table.
 
 .venv/bin/python scripts/quickstart_results.py [--seeds 0 1 2]
 """
@@ -24,7 +24,7 @@ START, END = "<!-- results:quickstart -->", "<!-- /results -->"
 
 
 def run_once(seed: int) -> dict[str, Any]:
-    """One quickstart in a process of its own: its summary, wall time and peak memory."""
+    """Run the quickstart in a separate process; return its summary, wall time and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "kronsae", "quickstart", "--out", str(out), "--seed", str(seed), "--quiet"]
@@ -45,10 +45,10 @@ def run_once(seed: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """README's lines: mean over seeds with the range in brackets."""
+    """Return README's table: mean over seeds and the range in brackets."""
     runs = result["runs"]
     lines = [
-        "| SAE | latents | encoder parameters | EV | l0 | dead | CE recovered | KL recovered | time of its steps |",
+        "| SAE | latents | encoder parameters | EV | l0 | dead | CE recovered | KL recovered | step time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for index, first in enumerate(runs[0]["saes"]):
@@ -77,9 +77,9 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Mean over {len(runs)} seeds, range in brackets; {runs[0]['saes'][0]['tokens']:,} training tokens, "
-        f"{runs[0]['saes'][0]['evaluation_tokens']:,} held-out ones. At most {wall / 60:.1f} minutes and "
-        f"{memory:.1f} GB on {about['cores']} cores of {about['processor']} "
-        "([all figures](docs/results/quickstart.json); again by `python scripts/quickstart_results.py`).",
+        f"{runs[0]['saes'][0]['evaluation_tokens']:,} held-out tokens. Each run took at most "
+        f"{wall / 60:.1f} minutes and {memory:.1f} GB on {about['cores']} cores of {about['processor']} "
+        "([all figures](docs/results/quickstart.json); reproduce with `python scripts/quickstart_results.py`).",
     ]
     return "\n".join(lines)
 

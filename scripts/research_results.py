@@ -1,11 +1,12 @@
-"""Ideas for closing the gap between KronSAE and TopK at equal tokens, each measured on the same real activations.
+"""Measure ideas for reducing the gap between KronSAE and TopK at equal tokens, on equal activations.
 
-    python scripts/research_results.py run [--seeds 3] [--only NAME ...] [--part 0/2]  # trains what is missing
-    python scripts/research_results.py table  # the tables of docs/research-log.md
+    python scripts/research_results.py run [--seeds 3] [--only NAME ...] [--part 0/2]  # trains missing cells
+    python scripts/research_results.py table  # writes the tables of docs/research-log.md
 
-Activations of the bundled language model are harvested once into --data. Every cell of an idea is trained on the same
-rows in an order that its seed fixes, and scored on held-out documents. Results are JSON lines, one file per part, so
-that several processes may share the work; what is there is not trained again. Ideas that lost live here alone.
+Activations of the bundled language model are harvested once into --data. A cell is one idea, SAE type and seed. Every
+cell is trained on the same rows, in an order that depends on its seed, and scored on held-out documents. Results are
+JSON lines in one file per part, so that several processes can share the work. Existing results are not recomputed.
+Ideas without an improvement are implemented only in this script.
 """
 
 from __future__ import annotations
@@ -53,16 +54,17 @@ EachStep = Callable[[Member, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Idea:
-    """A change of one or both sides.
+    """A change to TopK, KronSAE or both.
 
     Args:
-        about: in words.
-        sides: which of them it concerns; the others stay as in ``base``.
-        words: keywords of `kronsae.topk` and `kronsae.kron` that it sets; ``lr`` and ``init_norm`` among them.
-        topk, kron: likewise for one of them alone.
-        config: changes the member's config.
-        prepare: changes the member before its first step.
-        each_step: called before every step with (member, step, steps).
+        about: Description.
+        sides: SAE types to which it applies; the others are the same as in ``base``.
+        words: Keyword arguments for `kronsae.topk` and `kronsae.kron`, such as ``lr`` and ``init_norm``.
+        topk: Keyword arguments for `kronsae.topk` only.
+        kron: Keyword arguments for `kronsae.kron` only.
+        config: Changes the member's config.
+        prepare: Changes the member before its first step.
+        each_step: Called before every step with (member, step, steps).
     """
 
     about: str
@@ -76,7 +78,7 @@ class Idea:
 
 
 def encoder_lr(scale: float) -> Prepare:
-    """The encoder in a group of its own, at ``scale`` times the rate."""
+    """Return a change that trains the encoder with ``scale`` times the learning rate."""
 
     def prepare(member: Member) -> None:
         group = member.optimizer.param_groups[1]
@@ -88,13 +90,13 @@ def encoder_lr(scale: float) -> Prepare:
 
 
 def only_touched(member: Member) -> None:
-    """Rows that no chosen latent reads keep weights and moments: not Adam."""
+    """Leave weights and moments of rows without active latents unchanged, unlike Adam."""
     for group in member.optimizer.param_groups:
         group["only_touched"] = True
 
 
 def k_warm_up(start: float, share: float) -> EachStep:
-    """k falls linearly from ``start * K`` to K over the first ``share`` of the steps."""
+    """Return a schedule in which k decreases linearly from ``start * K`` to K over the first ``share`` of the steps."""
 
     def each_step(member: Member, step: int, steps: int) -> None:
         left = max(0.0, 1 - step / (share * steps))
@@ -106,7 +108,7 @@ def k_warm_up(start: float, share: float) -> EachStep:
 
 @torch.no_grad()
 def orthogonal_heads(member: Member) -> None:
-    """The M + N rows of a head start orthogonal, with the norms they have."""
+    """Initialise the M + N rows of a head to be orthogonal, with unchanged norms."""
     encoder = member.sae.encoder
     assert isinstance(encoder, KroneckerEncoder)
     norms = encoder.weight.norm(dim=2, keepdim=True)
@@ -115,13 +117,13 @@ def orthogonal_heads(member: Member) -> None:
 
 
 def rows_from_data(member: Member) -> None:
-    """Encoder rows start as differences between activations, with the norms they have."""
+    """Initialise encoder rows with centred activations, with unchanged norms."""
     member.start_from_data = True  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def start_from_data(member: Member, x_BD: Tensor) -> None:
-    """Carry out `rows_from_data` with the first batch."""
+    """Apply `rows_from_data` with the first batch."""
     weight = member.sae.encoder.weight.flatten(0, -2)  # type: ignore[union-attr, operator]
     generator = torch.Generator().manual_seed(member.config.seed + 2)
     chosen = torch.randint(len(x_BD), (len(weight),), generator=generator)
@@ -131,7 +133,7 @@ def start_from_data(member: Member, x_BD: Tensor) -> None:
 
 
 def extension_bias(value: float) -> Prepare:
-    """Extensions start switched on for most tokens: their biases at ``value`` times the expected |v|."""
+    """Return a change that initialises extension biases with ``value`` times the expected |v|."""
 
     @torch.no_grad()
     def prepare(member: Member) -> None:
@@ -172,12 +174,12 @@ class _BoundedSlopes(torch.autograd.Function):
 
 
 def mean_on_support(u: Tensor, v: Tensor) -> Tensor:
-    """``(u + v) / 2`` where both are positive; chosen by the product."""
+    """Return ``(u + v) / 2`` where both are positive, and 0 elsewhere; TopK ranks by the product."""
     return torch.where((u > 0) & (v > 0), 0.5 * (u + v), 0.0)
 
 
 def with_gate(gate: Gate) -> Prepare:
-    """A gate that the library does not have."""
+    """Return a change that uses a gate which is not part of the library."""
 
     def prepare(member: Member) -> None:
         encoder = member.sae.encoder
@@ -190,18 +192,18 @@ def with_gate(gate: Gate) -> Prepare:
 
 
 def aux(weight: float) -> dict[str, Any]:
-    """Another weight of AuxK."""
+    """Return the keyword arguments that set the weight of AuxK."""
     return {"aux_weight": weight}
 
 
 BASE = {"lr": 16e-3, "init_norm": 0.15}
 IDEAS: dict[str, Idea] = {
     "base": Idea(
-        about="unit-norm decoder, AuxK 1/32 after 150,000 tokens, mAND, (2, 4), lr 0.016, first rows of norm 0.15"
+        about="unit-norm decoder, AuxK 1/32 after 150,000 tokens, mAND, (2, 4), lr 0.016, initial row norm 0.15"
     ),
     **{
         f"lr {lr:g}, start {norm:g}": Idea(
-            about=f"lr {lr:g}, rows of norm {norm:g}", words={"lr": lr, "init_norm": norm}
+            about=f"lr {lr:g}, initial row norm {norm:g}", words={"lr": lr, "init_norm": norm}
         )
         for lr, norm in (
             (4e-3, 0.15),
@@ -213,44 +215,47 @@ IDEAS: dict[str, Idea] = {
     },
     **{
         f"{d_sae:,} latents, lr {lr:g}": Idea(
-            about="another size", words={"lr": lr}, topk={"d_sae": d_sae}, kron={"num_heads": d_sae // 8}
+            about="different dictionary size", words={"lr": lr}, topk={"d_sae": d_sae}, kron={"num_heads": d_sae // 8}
         )
         for d_sae in (512, 4096)
         for lr in (8e-3, 16e-3, 32e-3)
     },
     "revival": Idea(
-        about="dead rows start anew every 100,000 tokens of the first half, beside AuxK",
+        about="dead latents are reinitialised every 100,000 tokens in the first half, in addition to AuxK",
         config=lambda config: replace(config, revive_every_tokens=100_000),
     ),
-    "free decoder norm": Idea(
-        about="rows of W_dec may have any norm: a scale per latent", words={"unit_norm_decoder": False}
-    ),
-    "no AuxK": Idea(about="without the loss on dead latents", words=aux(0.0)),
+    "free decoder norm": Idea(about="rows of W_dec have unconstrained norms", words={"unit_norm_decoder": False}),
+    "no AuxK": Idea(about="without the auxiliary loss on dead latents", words=aux(0.0)),
     "only touched rows": Idea(
-        about="the optimiser leaves rows without gradient alone (the fast inexact variant)", prepare=only_touched
+        about="the optimiser does not update rows without gradient (faster, but not equal to Adam)",
+        prepare=only_touched,
     ),
-    "encoder rate / 3": Idea(about="encoder at a third of the decoder's rate", prepare=encoder_lr(1 / 3)),
-    "encoder rate x 3": Idea(about="encoder at three times the decoder's rate", prepare=encoder_lr(3.0)),
-    "k from 4k": Idea(about="k falls from 4k over the first half", each_step=k_warm_up(4, 0.5)),
-    "rows from data": Idea(about="encoder rows start as centred activations", prepare=rows_from_data),
-    "orthogonal heads": Idea(about="a head's rows start orthogonal", sides=("kron",), prepare=orthogonal_heads),
-    "extensions well on": Idea(about="extensions start on (bias 2 sd)", sides=("kron",), prepare=extension_bias(2.0)),
+    "encoder rate / 3": Idea(about="encoder learning rate 1/3 of the decoder's", prepare=encoder_lr(1 / 3)),
+    "encoder rate x 3": Idea(about="encoder learning rate 3 times the decoder's", prepare=encoder_lr(3.0)),
+    "k from 4k": Idea(about="k decreases from 4k to k over the first half", each_step=k_warm_up(4, 0.5)),
+    "rows from data": Idea(about="encoder rows initialised with centred activations", prepare=rows_from_data),
+    "orthogonal heads": Idea(
+        about="rows of a head initialised to be orthogonal", sides=("kron",), prepare=orthogonal_heads
+    ),
+    "extensions well on": Idea(
+        about="extension biases initialised to 2 standard deviations", sides=("kron",), prepare=extension_bias(2.0)
+    ),
     "equal slopes": Idea(
-        about="mAND's value, slope 1/2 for both parents",
+        about="value of mAND, gradient 1/2 for both parents",
         sides=("kron",),
         prepare=with_gate(Gate(lambda u, v: _EqualSlopes.apply(u, v), "product", homogeneous=True)),
     ),
     "bounded slopes": Idea(
-        about="mAND's slopes bounded by 1",
+        about="value of mAND, gradients clipped at 1",
         sides=("kron",),
         prepare=with_gate(Gate(lambda u, v: _BoundedSlopes.apply(u, v), "product", homogeneous=True)),
     ),
     "mean as value": Idea(
-        about="chosen by mAND, valued (u + v) / 2",
+        about="TopK ranks by mAND, but the latent's value is (u + v) / 2",
         sides=("kron",),
         prepare=with_gate(Gate(mean_on_support, "product", homogeneous=True)),
     ),
-    "learned gate": Idea(about="power mean, exponent learned", sides=("kron",), kron={"gate": "power_mean"}),
+    "learned gate": Idea(about="power mean with a learned exponent", sides=("kron",), kron={"gate": "power_mean"}),
     **{
         f"{m} x {n}, {what}": Idea(
             about=f"({m}, {n}), {heads} heads",
@@ -270,7 +275,7 @@ IDEAS: dict[str, Idea] = {
 
 
 def build(idea: Idea, side: str, seed: int, steps: int, d_in: int) -> Member:
-    """The member of one cell."""
+    """Return the member of one cell."""
     words: dict[str, Any] = {"k": K, **BASE, "dead_after_tokens": 150_000, "seed": seed}
     words |= idea.words
     if side == "topk":
@@ -283,7 +288,7 @@ def build(idea: Idea, side: str, seed: int, steps: int, d_in: int) -> Member:
 
 
 def train(idea: Idea, side: str, seed: int, train_ND: np.ndarray[Any, Any], held_out_ND: Tensor) -> dict[str, Any]:
-    """Train and score one cell."""
+    """Train one cell and return its scores."""
     started = perf_counter()
     steps = len(train_ND) // BATCH
     member = build(idea, side, seed, steps, train_ND.shape[1])
@@ -316,7 +321,7 @@ def train(idea: Idea, side: str, seed: int, train_ND: np.ndarray[Any, Any], held
 
 
 def activations(folder: Path) -> tuple[np.ndarray[Any, Any], Tensor]:
-    """``[tokens, D]`` float32 to train on (mapped from disk) and held-out ones; harvested if they are not there."""
+    """Return training (memory-mapped) and held-out activations ``[tokens, D]``, harvested if they do not exist."""
     sizes = {"train": STEPS * BATCH, "held_out": HELD_OUT_TOKENS}
     for name, tokens in sizes.items():
         path = folder / f"{name}-{tokens}.npy"
@@ -342,7 +347,7 @@ def _harvest(tokens: int, *, held_out: bool) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train what is not measured yet."""
+    """Train the cells without results."""
     part, parts = (int(number) for number in arguments.part.split("/"))
     arguments.data.mkdir(parents=True, exist_ok=True)
     train_ND, held_out_ND = activations(arguments.data)
@@ -358,7 +363,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measured(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The rows that are there."""
+    """Return the existing results by cell."""
     rows = [
         json.loads(line) for path in sorted(folder.glob("results-*.jsonl")) for line in path.read_text().splitlines()
     ]
@@ -366,7 +371,7 @@ def measured(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    """Gather the rows into the result file and the log's tables."""
+    """Write the results into the result file and the tables of the research log."""
     rows = list(measured(arguments.data).values())
     if not rows:
         raise SystemExit("nothing is measured yet: python scripts/research_results.py run")
@@ -386,7 +391,7 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def _rates(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| lr, norm of the first rows | TopK EV | KronSAE EV |", "|---|---|---|"]
+    lines = ["| lr, initial row norm | TopK EV | KronSAE EV |", "|---|---|---|"]
     for name in IDEAS:
         if name == "base" or name.startswith("lr "):
             cells = [[row["explained_variance"] for row in _values(rows, name, side).values()] for side in SIDES]
@@ -412,7 +417,8 @@ def _sizes(rows: list[dict[str, Any]]) -> list[str]:
 
 def _ideas(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| idea | SAE | EV, mean ± std (seeds) | against base, same seeds | never used | latents | encoder parameters |"
+        "| idea | SAE | EV, mean ± std (seeds) | difference to base, same seeds | never active | latents "
+        "| encoder parameters |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
     for name, idea in IDEAS.items():
@@ -436,7 +442,7 @@ def _ideas(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """``run`` or ``table``."""
+    """Run the command ``run`` or ``table``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -444,7 +450,7 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="this process's share of the work, such as 0/2 and 1/2")
     parser.add_argument("--data", type=Path, default=Path("runs/research"))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # two processes share the work; the sums are then the same in any company
+    torch.set_num_threads(1)  # so that sums do not depend on the number of processes
     (run if arguments.what == "run" else table)(arguments)
 
 

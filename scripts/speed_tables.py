@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md from ``benchmarks/results``: no figure there is typed.
+"""Write the tables of docs/speed.md from ``benchmarks/results``.
 
 python scripts/speed_tables.py
 """
@@ -20,19 +20,19 @@ Row = dict[str, str]
 
 
 def rows_of(name: str) -> list[Row]:
-    """The rows of a result file."""
+    """Return the rows of a result file."""
     with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def table(headings: list[str], cells: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
 def about(name: str, row: Row) -> str:
-    """Where the figures are from, in small print."""
+    """Return a sentence with the machine, versions and commit of a result."""
     return (
         f"\n\n{row['machine']}, {row['threads']} threads; Python {row['python']}, {row['versions']}; commit "
         f"{row['commit']}, seed {row['seed']}, {row['date']} ([CSV](../benchmarks/results/{name}.csv))."
@@ -40,14 +40,14 @@ def about(name: str, row: Row) -> str:
 
 
 def milliseconds(row: Row) -> str:
-    """Median, with quartiles."""
+    """Return ``median (lower quartile to upper quartile)``."""
     low, median, high = (float(row[key]) for key in ("low_quartile_ms", "median_ms", "high_quartile_ms"))
     digits = 0 if median >= 100 else 1
     return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 def step() -> str:
-    """A training step of every contestant."""
+    """Return the table of the training step of every library."""
     rows = rows_of("step")
     own = next(float(row["median_ms"]) for row in rows if row["subject"] == "kronsae")
     cells = [[row["subject"], milliseconds(row), f"{float(row['median_ms']) / own:.2f}"] for row in rows]
@@ -55,13 +55,13 @@ def step() -> str:
     sizes = (
         f"D = {first['d_in']}, F = {int(first['d_sae']):,} ({int(first['num_heads']):,} heads of {first['d_base']} x "
         f"{first['d_extension']}), k = {first['k']}, {int(first['batch']):,} tokens, "
-        f"{first['rounds']} rounds, interleaved."
+        f"{first['rounds']} interleaved rounds."
     )
     return table(["", "ms, median (quartiles)", "relative to kronsae"], cells) + f"\n\n{sizes}" + about("step", first)
 
 
 def grid() -> str:
-    """Hidden widths and dictionary sizes."""
+    """Return the table of widths D and dictionary sizes F."""
     rows = rows_of("grid")
     places = list(dict.fromkeys((row["d_sae"], row["d_in"]) for row in rows))
     by = {(row["d_sae"], row["d_in"], row["subject"]): row for row in rows}
@@ -75,7 +75,7 @@ def grid() -> str:
 
 
 def scaling() -> str:
-    """Cost against the size of the dictionary at a fixed number of heads."""
+    """Return the table of cost against dictionary size with a fixed number of heads."""
     rows = [row for row in rows_of("scaling") if row["subject"] == "kronsae"]
     at = {int(row["d_sae"]): float(row["median_ms"]) for row in rows}
     cells = [
@@ -94,7 +94,7 @@ def scaling() -> str:
 
 
 def memory() -> str:
-    """Peak extra memory of forward and backward."""
+    """Return the table of peak additional memory of forward and backward."""
     [row] = rows_of("memory")
     cells = [
         [
@@ -110,7 +110,7 @@ def memory() -> str:
 
 
 def quickstart() -> str:
-    """The quickstart's training with and without compiled kernels."""
+    """Return the table of the quickstart's training speed with and without compiled kernels."""
     result = json.loads((RESULTS / "quickstart_paths.json").read_text(encoding="utf-8"))
     cells = []
     for what, ratio in result["ratio_of_medians"].items():
@@ -127,7 +127,7 @@ def quickstart() -> str:
 
 
 def screening() -> str:
-    """int8 screening."""
+    """Return the table of int8 screening of heads."""
     rows = rows_of("int8_screening")
     cells = [
         [
@@ -140,12 +140,12 @@ def screening() -> str:
         ]
         for row in rows
     ]
-    headings = ["activations", "heads left over per token", "exact", "float32 product, ms", "int8 product, ms"]
-    return table([*headings, "float32 of the heads left over, ms"], cells) + about("int8_screening", rows[0])
+    headings = ["activations", "remaining heads per token", "exact", "float32 product, ms", "int8 product, ms"]
+    return table([*headings, "float32 product of the remaining heads, ms"], cells) + about("int8_screening", rows[0])
 
 
 def sparsifiers() -> str:
-    """BatchTopK and JumpReLU against TopK."""
+    """Return the table of BatchTopK and JumpReLU relative to TopK."""
     rows = rows_of("sparsifiers")
     cells = [
         [
@@ -169,13 +169,13 @@ def sparsifiers() -> str:
         "ms, median (quartiles)",
         "relative to topk",
         "l0",
-        "places per token",
+        "stored entries per token",
     ]
     return table(headings, cells) + about("sparsifiers", rows[0])
 
 
 def tried() -> str:
-    """Alternatives of the kernels."""
+    """Return the table of kernel variants and their alternatives."""
     rows = rows_of("tried")
     return table(
         ["question", "choice", "ms, median (quartiles)"],
@@ -184,7 +184,7 @@ def tried() -> str:
 
 
 def group() -> str:
-    """Eight SAEs on one pass of the model against their parts."""
+    """Return the table of eight SAEs trained together, compared with the sum of the parts."""
     rows = rows_of("group_cost")
     cells = [
         [
@@ -198,10 +198,10 @@ def group() -> str:
 
 
 def processes() -> str:
-    """Fresh processes."""
+    """Return a sentence on the repeatability over new processes."""
     [row] = rows_of("fresh_processes")
-    words = f"{row['processes']} fresh processes computed {row['different_results']} different result(s)."
-    return words + about("fresh_processes", row)
+    sentence = f"{row['processes']} new processes computed {row['different_results']} distinct result(s)."
+    return sentence + about("fresh_processes", row)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -219,7 +219,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def main() -> None:
-    """Replace what stands between the marks of each table."""
+    """Replace the text between the markers of each table."""
     for name, make in TABLES.items():
         write_marked(PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
 

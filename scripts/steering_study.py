@@ -1,9 +1,10 @@
-"""How much to steer: docs/results/steering.json and the table of docs/intervention.md.
+"""Measure the effect of the steering strength; write docs/results/steering.json and the table of docs/intervention.md.
 
 .venv/bin/python scripts/steering_study.py [--seeds 0 1 2] [--table-only]
 
-Living latents of a TopK SAE and a KronSAE (those of `scripts/dictionary_study.py`, trained if they are not there) are
-steered by shares of the activations' norm: how many continuations change, and do they stay text?
+Active latents of a TopK SAE and a KronSAE are steered by shares of the activations' mean norm. The SAEs are those of
+`scripts/dictionary_study.py`, which are trained if they do not exist. The study measures how many continuations change,
+and how many distinct tokens they contain, which is low for repetitive text.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ LATENTS, NEW_TOKENS = 12, 20
 
 
 def run_seed(seed: int, out: Path) -> list[dict[str, Any]]:
-    """Every SAE at every strength."""
+    """Return the results of one seed: every SAE at every strength."""
     run = trained(dictionary_study.config(seed, dictionary_study.TOKENS), out / f"seed-{seed}")
-    run.compare(EV_TOKENS)  # says which latents live
+    run.compare(EV_TOKENS)  # writes which latents are active
     loaded = LoadedRun(run)
     norm = mean_activation_norm(loaded.source, run.config.hook)
     return [
@@ -55,7 +56,7 @@ def run_seed(seed: int, out: Path) -> list[dict[str, Any]]:
 
 
 def steered(loaded: LoadedRun, name: str, amount: float, seed: int) -> dict[str, float]:
-    """The share of texts that change, and the share of different tokens in them, steered and as they are."""
+    """Return the share of changed texts, and the share of distinct tokens with and without steering."""
     model, sae = loaded.language_model, loaded.saes[name]
     after_prefix = slice(len(special_frame(model.tokenizer)[0]), None)
     changed, different, plain = [], [], []
@@ -70,7 +71,7 @@ def steered(loaded: LoadedRun, name: str, amount: float, seed: int) -> dict[str,
 
 
 def living(run: Run, name: str, seed: int) -> list[int]:
-    """Latents drawn among those active on held-out text."""
+    """Return random latents among those that are active on held-out text."""
     counts = read_json(run.folder / "latents.json", "the evaluation's latents")[name]["statistics"]["active_tokens"]
     alive = [latent for latent, count in enumerate(counts) if count]
     order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:LATENTS]
@@ -78,13 +79,13 @@ def living(run: Run, name: str, seed: int) -> list[int]:
 
 
 def share_of_different(tokenizer: Any, text: str) -> float:
-    """Different tokens over all tokens: near 0 where a text repeats itself."""
+    """Return the number of distinct tokens over that of all tokens; it is near 0 for repetitive text."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return len(set(ids)) / len(ids) if ids else 1.0
 
 
 def markdown(kept: dict[str, Any]) -> str:
-    """The generated part of the page."""
+    """Return the generated part of the page."""
     rows, seeds = kept["rows"], sorted({row["seed"] for row in kept["rows"]})
     lines = []
     for name in SAES:
@@ -95,17 +96,17 @@ def markdown(kept: dict[str, Any]) -> str:
     plain = mean_and_range([row["plain"] for row in rows if row["strength"] == STRENGTHS[0]], "{:.0%}")
     return "\n".join(
         [
-            *markdown_rows(["SAE", "strength", "texts that change", "different tokens of a text"], lines),
+            *markdown_rows(["SAE", "strength", "changed texts", "distinct tokens of a text"], lines),
             "",
-            f"Mean over {len(seeds)} seeds, range in brackets; {LATENTS} living latents of 4,096, {len(PROMPTS)} "
-            f"prompts and {NEW_TOKENS} new tokens. Without steering {plain} of a text's tokens are different ones. "
+            f"Mean over {len(seeds)} seeds, range in brackets; {LATENTS} active latents out of 4,096, {len(PROMPTS)} "
+            f"prompts and {NEW_TOKENS} new tokens. Without steering, {plain} of a text's tokens are distinct. "
             f"{made_with(kept['provenance'], RESULT, 'results')}",
         ]
     )
 
 
 def main() -> None:
-    """Steer seed by seed, write the result, then the table."""
+    """Run the study for every seed, then write the result file and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/dictionary-study"))

@@ -30,17 +30,17 @@ ON_TRAINING_TEXT = "l0_on_training_text"
 
 
 def result_path(study: str) -> Path:
-    """The study's committed figures."""
+    """Return the path of the study's committed results."""
     return ROOT / "docs" / "results" / f"{study}.csv"
 
 
 def marker(study: str) -> str:
-    """Where the study's table begins."""
+    """Return the marker at which the study's table begins."""
     return f"<!-- results:{study} -->"
 
 
 def run(study: str) -> None:
-    """Train and evaluate what is missing of the study; replace its committed figures."""
+    """Train and evaluate the missing runs of the study; replace its committed results."""
     config = sweep_config(ROOT / "studies" / f"{study}.json", {})
     folder = ROOT / "runs" / "studies" / study
     found = execute_sweep(config, folder, say=_say)
@@ -52,7 +52,7 @@ def run(study: str) -> None:
 
 @torch.no_grad()
 def l0_on_training_text(folder: Path) -> dict[str, float]:
-    """Of the SAEs of a run that choose by thresholds, which training sets; TopK keeps k on any text."""
+    """Return the l0 on training text of a run's SAEs with learned thresholds; that of TopK is always k."""
     loaded = LoadedRun(open_run(folder))
     free = {name: sae for name, sae in loaded.saes.items() if sae.config.sparsifier.kind != "topk"}
     active, tokens = dict.fromkeys(free, 0), 0
@@ -64,13 +64,13 @@ def l0_on_training_text(folder: Path) -> dict[str, float]:
 
 
 def read_rows(study: str) -> list[dict[str, Any]]:
-    """The committed figures, numbers as numbers and None where there is none."""
+    """Return the committed results, with numbers as float and None for empty cells."""
     with result_path(study).open(encoding="utf-8", newline="") as file:
         return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def table(study: str) -> str:
-    """The study's lines in the README: means over seeds with one standard deviation, and whether l0 is as asked."""
+    """Return the study's table: mean and standard deviation over seeds, and a comparison of l0 with k."""
     rows = read_rows(study)
     settings = {
         point.name: {"kind": point.kind} | dict(point.settings)
@@ -88,41 +88,44 @@ def table(study: str) -> str:
         "",
         f"Mean ± one standard deviation over seeds; {_evaluated_on(measured)} held-out tokens. "
         f"{' '.join([*divergences(rows), *_l0_checks(measured)])} "
-        f"On {first['cores']:.0f} core(s) of {first['processor']}, commit {first['commit']} "
-        f"([all figures]({study}.csv); again by `python scripts/study_results.py {study}`).",
+        f"Measured on {first['cores']:.0f} core(s) of {first['processor']}, commit {first['commit']} "
+        f"([all figures]({study}.csv); reproduce with `python scripts/study_results.py {study}`).",
     ]
     return "\n".join(lines)
 
 
 def _evaluated_on(rows: list[dict[str, Any]]) -> str:
-    """Each number of held-out tokens once; rows measured on different ones must not look alike."""
+    """Return the distinct numbers of held-out tokens, so that rows with different numbers are not confused."""
     return " or ".join(f"{tokens:,.0f}" for tokens in sorted({row["evaluation_tokens"] for row in rows}))
 
 
 def _l0_checks(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """l0 against the k asked for: on held-out text, and on the text that thresholds were learnt from."""
+    """Yield comparisons of l0 with k on held-out text, and on training text for SAEs with learned thresholds."""
     yield _l0_check(rows, "l0", "l0")
-    learnt = [row for row in rows if row.get(ON_TRAINING_TEXT) is not None]
-    if learnt:
-        yield _l0_check(learnt, ON_TRAINING_TEXT, "On as much of the training text, where thresholds are learnt, l0")
+    learned = [row for row in rows if row.get(ON_TRAINING_TEXT) is not None]
+    if learned:
+        yield _l0_check(
+            learned, ON_TRAINING_TEXT, "On the same number of training tokens, from which thresholds are learned, l0"
+        )
 
 
 def _l0_check(rows: list[dict[str, Any]], key: str, what: str) -> str:
-    """Whether each SAE's l0 is within 2% of the k it was asked for; where not, by how much."""
+    """Return whether each SAE's l0 is within 2% of k, and the deviations of those for which it is not."""
     shares: dict[str, list[float]] = {}
     for row in rows:
         shares.setdefault(row["name"], []).append(row[key] / row["k"] - 1)
     wrong = {name: of for name, of in shares.items() if max(map(abs, of)) > L0_TOLERANCE}
     if wrong:
-        told = ", ".join(f"{name} ({_range(of)})" for name, of in wrong.items())
-        most = "is within 2% of k but for" if len(wrong) < len(shares) else "is further than 2% from k for"
-        return f"{what} {most} {told}."
+        deviations = ", ".join(f"{name} ({_range(of)})" for name, of in wrong.items())
+        rule = "is within 2% of k except for" if len(wrong) < len(shares) else "deviates by more than 2% from k for"
+        return f"{what} {rule} {deviations}."
     most_off = max(abs(one) for of in shares.values() for one in of)
-    return f"{what} is within 2% of k for every {'SAE' if key == 'l0' else 'such SAE'} (at most {most_off:.1%} off)."
+    which = "every SAE" if key == "l0" else "every SAE with learned thresholds"
+    return f"{what} is within 2% of k for {which} (maximum deviation {most_off:.1%})."
 
 
 def _range(shares: list[float]) -> str:
-    """Smallest and largest difference over the seeds: ``+17.9% to +21.5%``."""
+    """Return the smallest and largest difference over the seeds, such as ``+17.9% to +21.5%``."""
     low, high = (f"{share:+.1%}".replace("-", "−") for share in (min(shares), max(shares)))
     return low if low == high else f"{low} to {high}"
 
@@ -141,7 +144,7 @@ def _value(text: str) -> Any:
 
 
 def main() -> None:
-    """Measure, write the figures, then the table."""
+    """Run the study, then write its results and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--table-only", action="store_true", help="only write the table from the committed figures")

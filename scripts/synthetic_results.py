@@ -1,8 +1,8 @@
-"""Measure SAEs on known features; write docs/results/synthetic.json and the tables of docs/measurements/synthetic.md.
+"""Measure SAEs on synthetic features; write docs/results/synthetic.json and docs/measurements/synthetic.md's table.
 
 .venv/bin/python scripts/synthetic_results.py [--seeds 3] [--table-only]
 
-The SAEs are those of `kronsae architectures`, and a KronSAE with larger heads.
+The SAEs are those of `kronsae architectures` and a KronSAE with larger heads.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ FORMS = TEN | {"topk-kron-m4-n4": "kron num_heads=64 d_base=4 d_extension=4 k=16
 
 
 def members() -> tuple[MemberConfig, ...]:
-    """One SAE of each form; their sizes are the measurement's."""
+    """Return one SAE of each form; the measurement sets their sizes."""
     return tuple(replace(parse_sae(words), name=name) for name, words in FORMS.items())
 
 
 def markdown(kept: dict[str, Any]) -> str:
-    """The generated part of the page: the table, the verdict, and what they were made with."""
+    """Return the generated part of the page: the table, the verdict, and their provenance."""
     result, about, settings = kept["result"], kept["provenance"], kept["settings"]
     truth = result["about"]
     l0 = sum(one["l0"] for one in truth) / len(truth)
@@ -49,8 +49,9 @@ def markdown(kept: dict[str, Any]) -> str:
     lines += [
         "",
         f"Mean ± standard deviation over {len(truth)} seeds; {truth[0]['features']} features in width "
-        f"{truth[0]['d_in']}, {l0:.1f} of them on per token; {settings['steps'] * settings['batch']:,} training tokens "
-        f"for every SAE. Measured in {in_time(kept['seconds'])} on {about['cores']} core(s) of {about['processor']}, "
+        f"{truth[0]['d_in']}, {l0:.1f} of them active per token; {settings['steps'] * settings['batch']:,} training "
+        f"tokens for every SAE. Measured in {in_time(kept['seconds'])} on {about['cores']} core(s) of "
+        f"{about['processor']}, "
         f"commit {about['commit']} "
         "([all figures](../results/synthetic.json)).",
     ]
@@ -58,7 +59,7 @@ def markdown(kept: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, write the result, then the table."""
+    """Run the measurement, then write the result file and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=SyntheticStudyConfig.seeds)
     parser.add_argument("--table-only", action="store_true", help="only write the table from the result file")

@@ -1,4 +1,4 @@
-"""Measure the toy model of correlation; write docs/results/toy.json and the tables of docs/measurements/toy.md.
+"""Measure SAEs on the toy model of correlated features; write docs/results/toy.json and the tables of toy.md.
 
 .venv/bin/python scripts/toy_results.py [--seeds 3] [--table-only]
 """
@@ -27,7 +27,7 @@ START, END = "<!-- results:toy -->", "<!-- /results -->"
 
 
 def markdown(kept: dict[str, Any]) -> str:
-    """The generated part of the page: both tables, the verdict, and what they were made with."""
+    """Return the generated part of the page: both tables, the verdict, and their provenance."""
     result, about, settings = kept["result"], kept["provenance"], kept["settings"]
     lines = [markdown_table(table(result), "dictionary"), "", "RV by setup:", ""]
     lines += [markdown_table(setup_table(result), "setup"), ""]
@@ -43,7 +43,7 @@ def markdown(kept: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, write the result, then the tables."""
+    """Run the measurement, then write the result file and the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=ToyConfig.seeds)
     parser.add_argument("--table-only", action="store_true", help="only write the tables from the result file")

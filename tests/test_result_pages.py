@@ -21,7 +21,7 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
@@ -33,7 +33,7 @@ def test_the_page_is_the_result_file(name: str) -> None:
     if study.RESULT.exists():
         kept: dict[str, Any] = json.loads(study.RESULT.read_text("utf-8"))
         assert f"{study.START}\n{study.markdown(kept)}\n{study.END}" in page
-    else:  # not measured yet: then there are no figures to show
+    else:  # not measured yet, so there are no results to show
         assert f"{study.START}\n{study.END}" in page
 
 
@@ -70,7 +70,7 @@ def test_the_pages_words_come_from_the_figures() -> None:
     page = script("synthetic_results").markdown(kept)
     assert "| kron | 0.255 ± 0.007 |" in page
     assert "- Over 2 pairs, Kronecker encoders are significantly worse in MCC (−0.250 ± 0.000)." in page
-    assert "9 features in width 3, 2.5 of them on per token; 2,000 training tokens" in page
+    assert "9 features in width 3, 2.5 of them active per token; 2,000 training tokens" in page
     assert "Measured in 90 s on 2 core(s) of a processor, commit abc" in page
 
 

@@ -77,17 +77,17 @@ def test_a_table_by_hand(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     lines = script.table("x").splitlines()
     assert lines[0] == "| SAE | k | EV | l0 | seeds |"
     assert lines[2] == "| topk-k4 | 4 | 0.5500 ± 0.0707 | 4.02 ± 0.03 | 2 |"
-    assert "l0 is within 2% of k for every SAE (at most 1.0% off)." in lines[-1]
+    assert "l0 is within 2% of k for every SAE (maximum deviation 1.0%)." in lines[-1]
     rows[3] |= {"l0": 8.4, "evaluation_tokens": 900}
     (tmp_path / "docs" / "results" / "x.csv").write_text(as_csv(rows))
-    told = script.table("x")
-    assert "; 900 or 1,000 held-out tokens. l0 is within 2% of k but for topk-k8 (+0.0% to +5.0%). On" in told
+    text = script.table("x")
+    assert "; 900 or 1,000 held-out tokens. l0 is within 2% of k except for topk-k8 (+0.0% to +5.0%). Meas" in text
     for row in rows[:2]:
         row["l0_on_training_text"] = 4.04
     (tmp_path / "docs" / "results" / "x.csv").write_text(as_csv(rows))
-    learnt = "On as much of the training text, where thresholds are learnt, l0 is within 2% of k for every such SAE"
-    assert f" {learnt} (at most 1.0% off). " in script.table("x")
+    trained = "On the same number of training tokens, from which thresholds are learned, l0 is within 2% of k for every"
+    assert f" {trained} SAE with learned thresholds (maximum deviation 1.0%). " in script.table("x")
     for row in rows:
         row["l0"] = row["k"] * 1.5
     (tmp_path / "docs" / "results" / "x.csv").write_text(as_csv(rows))
-    assert " l0 is further than 2% from k for topk-k4 (+50.0%), topk-k8 (+50.0%). " in script.table("x")
+    assert " l0 deviates by more than 2% from k for topk-k4 (+50.0%), topk-k8 (+50.0%). " in script.table("x")
