@@ -13,7 +13,7 @@ from kronsae.support.files import sha256
 
 
 def replace_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write other weights into a saved SAE, and their checksum into its ``cfg.json``."""
+    """Replace the weights of a saved SAE, and their checksum in ``cfg.json``."""
     save_file(dict(weights), folder / "sae_weights.safetensors")
     path = folder / "cfg.json"
     config = json.loads(path.read_text()) | {"weights_sha256": sha256(folder / "sae_weights.safetensors")}

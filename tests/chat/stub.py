@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on loopback, which answers, or misbehaves, as it is told."""
+"""An OpenAI-compatible server on loopback with configurable replies and failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "sk-secret-of-the-tests-0123456789"
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server sends: status, headers, body; ``cut`` closes the connection after so many bytes of the body."""
+    """A reply with status, headers and body; ``cut`` closes the connection after that many bytes of the body."""
 
     status: int = 200
     body: str = ""
@@ -25,7 +25,7 @@ class Reply:
 
 
 def completion(text: str, *, usage: tuple[int, int] | None = (100, 10)) -> Reply:
-    """A chat completion with this text."""
+    """Return a chat completion with this text."""
     body: dict[str, Any] = {
         "id": "1",
         "object": "chat.completion",
@@ -39,7 +39,7 @@ def completion(text: str, *, usage: tuple[int, int] | None = (100, 10)) -> Reply
 
 
 def failure(status: int, message: str = "no", **headers: str) -> Reply:
-    """An error in OpenAI's form."""
+    """Return an error in OpenAI's format."""
     body = json.dumps({"error": {"message": message, "type": "x", "code": None}})
     return Reply(status, body, {"Content-Type": "application/json", **headers})
 
@@ -49,7 +49,7 @@ Answering = Callable[[dict[str, Any], int], Reply]
 
 
 class Stub:
-    """What the server was asked, with how many requests at once, and how it answers."""
+    """The requests received, the maximum number of concurrent ones, and the replies."""
 
     def __init__(self, answering: Answering) -> None:
         self.answering = answering
@@ -82,7 +82,7 @@ class Stub:
 
 @contextmanager
 def serving(answering: Answering) -> Iterator[Stub]:
-    """A server on a free port of loopback, for as long as the block lasts."""
+    """Yield a server on a free loopback port."""
     stub = Stub(answering)
 
     class Handler(BaseHTTPRequestHandler):

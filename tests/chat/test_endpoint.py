@@ -1,4 +1,4 @@
-"""Everything here goes over real HTTP on loopback."""
+"""Test the endpoint over HTTP on loopback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PERSISTENCE = Persistence(concurrency=4, attempts=3, backoff_seconds=0.001)
 
 
 class Slept:
-    """Instead of waiting, remembers for how long it was asked to."""
+    """Record the requested waiting times instead of waiting."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -31,7 +31,7 @@ class Slept:
 
 
 class Outcome:
-    """What became of some questions."""
+    """Outcome of several questions."""
 
     def __init__(self) -> None:
         self.answers: list[str | None] = []
@@ -51,7 +51,7 @@ def ask(
     persistence: Persistence = PERSISTENCE,
     **settings: Any,
 ) -> Outcome:
-    """Ask all at once; waiting for a pause is not waited for."""
+    """Ask all questions concurrently; waiting times are only recorded."""
     environment = {**stub.environment, "KRONSAE_CHAT_KEY": key or ""}
     endpoint, found = endpoint_from_environment(environment=environment, **{"timeout_seconds": 5.0, **settings})
     outcome = Outcome()
@@ -85,7 +85,7 @@ def ask(
 
 
 def first(*replies: Reply) -> Answering:
-    """These replies, then a good one for ever."""
+    """Return these replies, followed by valid ones."""
     return lambda request, number: replies[number] if number < len(replies) else completion("fine")
 
 

@@ -9,7 +9,7 @@ from kronsae.support.errors import UserError
 
 
 class Time:
-    """A clock that only sleeping moves."""
+    """A clock that advances only by sleeping."""
 
     def __init__(self) -> None:
         self.now = 0.0

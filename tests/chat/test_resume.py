@@ -1,4 +1,4 @@
-"""A process that is killed loses what was under way, and no more."""
+"""Test that a killed process loses only its unfinished requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ask_all(Path(sys.argv[1]))
 
 
 def ask_all(folder: Path, environment: dict[str, str] | None = None) -> list[str | None]:
-    """One question after the other."""
+    """Ask the questions one after another."""
 
     async def run() -> list[str | None]:
         model = EndpointModel(*endpoint_from_environment(environment=environment))

@@ -1,4 +1,4 @@
-"""The SAEs that every contract of `kronsae.core` is run over: a new encoder or sparsifier is one more line here."""
+"""SAEs with which the contract tests of `kronsae.core` run; add a line for a new encoder or sparsifier."""
 
 from __future__ import annotations
 

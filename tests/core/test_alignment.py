@@ -31,7 +31,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], i
 
 
 def placed(tensor: Tensor, offset: int) -> Tensor:
-    """A copy of a tensor that starts ``offset`` bytes past a multiple of 64."""
+    """Return a copy of a tensor that starts ``offset`` bytes after a multiple of 64."""
     size = tensor.numel() * tensor.element_size()
     raw = torch.empty(size + 2 * ALIGNMENT_BYTES, dtype=torch.uint8)
     start = (offset - raw.data_ptr()) % ALIGNMENT_BYTES
@@ -54,7 +54,7 @@ def build(encoder: str, d_in: int, dtype: torch.dtype, *, skip: bool = False) ->
 
 
 def outputs(sae: SAE, x_BD: Tensor) -> dict[str, Tensor]:
-    """Codes, reconstruction, loss and every gradient."""
+    """Return codes, reconstruction, loss and all gradients."""
     sae.zero_grad()
     codes = sae.encode(x_BD)
     target = None if sae.config.autoencodes else 2 * x_BD

@@ -38,7 +38,7 @@ def edit(saved: Path, **changes: Any) -> None:
 
 
 def refusal(folder: Path) -> str:
-    """The one sentence that `load` refuses with; it names a file by its path, here written ``SAE``."""
+    """Return the error message of `load`, with the folder's path replaced by ``SAE``."""
     with pytest.raises(UserError) as error:
         checkpoint.load(folder)
     assert error.value.__suppress_context__ or error.value.__context__ is None
@@ -227,7 +227,7 @@ def test_metadata_that_is_no_json_leaves_no_sae_behind(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for the process ending at that point."""
+    """Simulate that the process ends at this point."""
 
 
 def kill(*_: Any, **__: Any) -> None:
@@ -248,7 +248,7 @@ def test_killed_while_saving_for_the_first_time_leaves_no_sae(
 def test_killed_while_saving_over_another_leaves_the_old_or_none_but_no_mixture(
     saved: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same shapes, other gate: new weights under the old config would load and be wrong in silence."""
+    """With equal shapes and another gate, new weights with the old config would load without an error."""
     monkeypatch.setattr(checkpoint, point, kill)
     with pytest.raises(Killed):
         checkpoint.save(build(gate="mand_eps", seed=1), saved)

@@ -1,4 +1,4 @@
-"""What every SAE keeps to, whatever it is composed of."""
+"""Contract tests that hold for every combination of encoder, sparsifier and decoder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def batch(config: SAEConfig, *leading: int, dtype: torch.dtype = torch.float32, 
 
 
 def trained(config: SAEConfig, dtype: torch.dtype = torch.float32) -> SAE:
-    """An SAE whose biases are no longer 0, and whose thresholds, if it has any, have seen a batch."""
+    """Return an SAE with nonzero biases and, if it has thresholds, thresholds updated on a batch."""
     sae = config.build(seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def trained(config: SAEConfig, dtype: torch.dtype = torch.float32) -> SAE:
 
 
 def has_fixed_width(config: SAEConfig) -> bool:
-    """Whether every token's codes have k places, whatever the batch."""
+    """Return whether the codes of every token have k entries in every batch."""
     return config.sparsifier.kind == "topk"
 
 

@@ -1,4 +1,4 @@
-"""The choices an encoder's latents offer, against the materialised definition; the paper's initialisation."""
+"""Test selections of latents against the materialised definition, and the paper's initialisation."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def inputs(tokens: int, d_in: int, seed: int) -> Tensor:
 
 # conditions: changes made to the weights and the input
 def as_drawn(sae: SAE, x_BD: Tensor) -> None:
-    """Continuous values: no ties."""
+    """Return continuous values, which have no ties."""
 
 
 def tied(sae: SAE, x_BD: Tensor) -> None:
-    """Small whole numbers: many equal products, many exact zeros, no rounding."""
+    """Return small integers, with many equal products, many exact zeros and no rounding."""
     for tensor in (*sae.parameters(), x_BD):
         tensor.round_().clamp_(-1, 1)
 
@@ -59,7 +59,7 @@ def all_negative(sae: SAE, x_BD: Tensor) -> None:
 
 
 def some_tokens_silent(sae: SAE, x_BD: Tensor) -> None:
-    """Every second token has fewer active latents than k: none."""
+    """Return values for which every second token has no active latents."""
     sae.encoder.weight.abs_()
     sae.encoder.bias.zero_()
     x_BD[::2].abs_().neg_()
@@ -194,7 +194,7 @@ def test_choosing_among_some_latents_equals_masking(
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("k", range(1, 10))
 def test_each_of_the_k_largest_may_sit_in_a_head_of_its_own(k: int, path: str | None) -> None:
-    """The case that needs all k heads: with one head fewer expanded, the last would be missed."""
+    """Test a case that needs all k heads: with k - 1 expanded heads, the last latent would be missed."""
     sae = build(KroneckerEncoderConfig(num_heads=9, d_base=2, d_extension=3), k, 4, seed=0)
     strength_H = torch.tensor([4.0, 9.0, 1.0, 7.0, 3.0, 8.0, 2.0, 6.0, 5.0])
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_indices_agree_where_nothing_is_tied(gate: GateName, path: str | None) -
 
 
 def test_tied_inputs_are_tied() -> None:
-    """The test above would prove nothing about ties if there were none at the threshold."""
+    """The previous test covers ties only if there are ties at the threshold."""
     shape = KroneckerEncoderConfig(num_heads=9, d_base=3, d_extension=4)
     sae, x_BD = build(shape, 5, 7, seed=0), inputs(40, 7, seed=0)
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_tied_inputs_are_tied() -> None:
 
 
 def test_a_head_that_pruning_leaves_out_would_change_the_answer() -> None:
-    """The oracle can fail: leaving out the best head is caught."""
+    """The check detects that the best head is left out."""
     shape = KroneckerEncoderConfig(num_heads=9, d_base=2, d_extension=3)
     sae, x_BD = build(shape, 3, 7, seed=0), inputs(5, 7, seed=0)
     latents = sae.encoder(x_BD)

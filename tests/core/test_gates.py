@@ -113,7 +113,7 @@ def test_paper_epsilon_is_the_listing() -> None:
 @given(seed=st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
 def test_gates_of_order_product_rise_with_the_product(gate: str, seed: int) -> None:
-    """What makes the TopK by product exact for it."""
+    """Test the property that makes TopK by product exact."""
     u, v = torch.randn(2, 200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     order = (u.relu() * v.relu()).argsort()
     z = GATES[gate](u, v)[order]
@@ -121,7 +121,7 @@ def test_gates_of_order_product_rise_with_the_product(gate: str, seed: int) -> N
 
 
 def rises_with_the_parents(gate: str) -> bool:
-    """On a grid: never falls as one parent rises, and is 0 unless both are positive."""
+    """On a grid, the gate is nondecreasing in each parent, and 0 unless both are positive."""
     grid = torch.linspace(-2, 2, 41, dtype=torch.float64)
     z_UV = GATES[gate](grid.unsqueeze(1), grid.unsqueeze(0), *learned(gate))
     off = (grid.unsqueeze(1) <= 0) | (grid.unsqueeze(0) <= 0)
@@ -137,7 +137,7 @@ def test_pruning_by_head_is_claimed_for_the_gates_that_rise_with_their_parents(g
 
 
 def learned(gate: str) -> list[torch.Tensor]:
-    """The gate's parameter where it has one, away from its start."""
+    """Return the gate's parameter, if it has one, at a value other than its initial one."""
     return [] if GATES[gate].start is None else [torch.tensor([0.3], dtype=torch.float64, requires_grad=True)]
 
 

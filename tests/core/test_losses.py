@@ -1,4 +1,4 @@
-"""Matryoshka's groups and what they refuse; the loss itself is compared with its definition in test_cells."""
+"""Test Matryoshka's groups and their errors; test_cells compares the loss with its definition."""
 
 from __future__ import annotations
 

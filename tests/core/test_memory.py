@@ -1,4 +1,4 @@
-"""The promise that training makes no tensor of size tokens x latents, measured operation by operation."""
+"""Test for every operation that training creates no tensor of size tokens x latents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, Sparsifier
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation returned while the mode was on."""
+    """Record the largest number of elements of any tensor that an operation returns."""
 
     numel, operation = 0, ""
 
@@ -84,7 +84,7 @@ def test_no_cell_with_a_prunable_gate_makes_it(sparsifier: SparsifierConfig, gat
 
 @both_encoders
 def test_the_materialised_definition_does_make_it(encoder: EncoderConfig) -> None:
-    """The test above can fail."""
+    """Test that the previous test can fail."""
     sae, x_BD = build(encoder)
     with Largest() as largest:
         top = sae.encoder(x_BD).materialize().topk(5)

@@ -58,7 +58,7 @@ def config(role: str, encoder: str = "kron", sparsifier: str = "topk") -> SAECon
 
 
 def batch(shape: SAEConfig, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """What is read, and what is to be written."""
+    """Return the input and the target."""
     generator = torch.Generator().manual_seed(seed)
     x_BD = torch.randn(TOKENS, shape.d_in, generator=generator, dtype=torch.float64)
     other_BO = torch.randn(TOKENS, shape.d_out, generator=generator, dtype=torch.float64)
@@ -66,7 +66,7 @@ def batch(shape: SAEConfig, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def trained(shape: SAEConfig, seed: int = 0) -> SAE:
-    """An SAE with every weight random, and thresholds that have seen a batch."""
+    """Return an SAE with random weights and thresholds updated on a batch."""
     sae = shape.build(seed).double()
     generator = torch.Generator().manual_seed(seed)
     learned = [sae.encoder, sae.decoder] if sae.skip is None else [sae.encoder, sae.decoder, sae.skip]

@@ -25,7 +25,7 @@ SIZES = (7, 1, 12, 5, 9, 3, 11)
 
 
 class CountingStream:
-    """Items of uneven size whose rows are numbered through; row n holds (n, document) and (-n)."""
+    """Yield items of different sizes with consecutively numbered rows; row n contains (n, document) and (-n)."""
 
     def __init__(self, items: int | None = None, *, state: State | None) -> None:
         self.items = items
@@ -54,7 +54,7 @@ def numbers(batches: list[tuple[Activations, State]]) -> list[int]:
 
 class TestShuffleBuffer:
     def test_each_row_is_served_once(self) -> None:
-        """30 rows hold 7 batches of 4, so that blocks are of 3 batches; rows that are left over come later."""
+        """A capacity of 30 rows fits 7 batches of 4, so that a block has 3 batches."""
         served = numbers(list(itertools.islice(buffer(), 40)))
         assert len(set(served)) == len(served)
         assert set(range(40 * 4 - 24)) <= set(served)

@@ -1,4 +1,4 @@
-"""The standard library as a corpus: the same documents and the same split everywhere."""
+"""Test that the bundled corpus has the same documents and split on every machine."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_row_of_another_kind_ends_a_run() -> None:
 
 
 def test_a_document_of_half_a_table_stays() -> None:
-    """The border: exactly the share stays, one character more goes."""
+    """A document with exactly the share is kept, one with an additional character is omitted."""
     table = "'a': 1,\n" * corpus.NEAR_COPIES
     code = "x" * (len("'a': 1,") * corpus.NEAR_COPIES)
     assert corpus.without_tables(table + code + "\n") == table + code + "\n"

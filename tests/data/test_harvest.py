@@ -44,7 +44,7 @@ def first_batch(language_model: LanguageModel) -> TokenBatch:
 
 @contextmanager
 def counted(modules: list[nn.Module]) -> Iterator[list[int]]:
-    """How often each module is called within the block."""
+    """Count the calls of each module in the context."""
     calls = [0] * len(modules)
 
     def counter(index: int) -> Callable[..., None]:
@@ -162,7 +162,7 @@ NORM_BEFORE_MLP = {
 
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
 def test_inputs_of_modules(kind: str, tiny_model_folder: FolderOf) -> None:
-    """A block is given what the one before it gives, an MLP what the norm in front of it gives."""
+    """The input of a block is the previous block's output, and that of an MLP the preceding norm's output."""
     language_model = load(tiny_model_folder(kind))
     norm = f"layers.2.{NORM_BEFORE_MLP[kind]}"
     hooks = ["layers.1", "layers.2:input", norm, "layers.2.mlp:input", "layers.2.mlp", "layers.2.mlp:output"]

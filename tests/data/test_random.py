@@ -1,4 +1,4 @@
-"""Orders that depend on a seed and a purpose alone."""
+"""Test permutations that depend only on a seed and a purpose."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_parts_of_a_lazy_permutation_are_the_whole(count: int, data: st.DataObje
     assert np.array_equal(np.concatenate([order.part(0, cut), order.part(cut, count)]), order.part(0, count))
 
 
-def test_places_and_things_of_a_lazy_permutation_are_independent() -> None:
-    """Chi-square of (tenth of the places, tenth of the things) over many orders, two-sided at 1e-6; exact margins."""
+def test_positions_and_elements_of_a_lazy_permutation_are_independent() -> None:
+    """Two-sided chi-square test at 1e-6 of (decile of the position, decile of the element), with exact margins."""
     count, orders, cells = 1000, 200, 10
     table = np.zeros((cells, cells))
     for seed in range(orders):
@@ -40,8 +40,8 @@ def test_places_and_things_of_a_lazy_permutation_are_independent() -> None:
     assert chi2.ppf(1e-6, free) < statistic < chi2.isf(1e-6, free)
 
 
-def test_neighbours_of_a_lazy_permutation_are_no_neighbours() -> None:
-    """Steps between neighbouring places: of a random order, 2 in ``count`` are +1 or -1, Poisson with mean 2."""
+def test_adjacent_elements_of_a_lazy_permutation_are_rarely_consecutive() -> None:
+    """In a random permutation the number of adjacent differences of +1 or -1 is Poisson with mean 2."""
     near, orders, count = 0, 300, 1009
     for seed in range(orders):
         steps = np.diff(LazyPermutation(count, seed, "test").part(0, count))

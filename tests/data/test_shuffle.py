@@ -1,4 +1,4 @@
-"""The staggered order: every row once, in bounded memory, resumable after every batch, well mixed."""
+"""Test the staggered order: every row once, bounded memory, resumable after every batch, well shuffled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batch = list[int]
 
 
 class Numbers:
-    """Items of the given sizes, over and over if they repeat; rows are numbered through."""
+    """Yield items of the given sizes with consecutively numbered rows, repeatedly if asked."""
 
     def __init__(self, sizes: list[int], repeat: bool, *, state: State | None) -> None:
         self.sizes, self.repeat = sizes, repeat
@@ -38,9 +38,9 @@ class Numbers:
 
 
 class Cells:
-    """A `RowStore` of numbers that refuses to lose one: a slot must be served before it is filled again.
+    """A `RowStore` of numbers that fails if a slot is overwritten before it was read.
 
-    Where a stream goes on, batches of its first unit may have been served before: then nothing is refused.
+    A resumed stream does not yield the batches of its first unit that were yielded before, so this is not checked then.
     """
 
     def __init__(self, capacity: int, goes_on: bool = False) -> None:
@@ -136,7 +136,7 @@ def test_what_is_held_fits_and_going_on_reads_two_capacities_at_most(the_order: 
 
 
 def test_a_unit_exchanges_a_part_of_what_is_held() -> None:
-    """64 batches of capacity: blocks of 10 batches, of which each batch is served in another of 10 units."""
+    """With a capacity of 64 batches a block has 10 batches, each of which is yielded in a different unit."""
     the_order = order(8, 8 * 64)
     assert (the_order.parts, the_order.block_rows, the_order.held_rows) == (10, 80, 440)
     batches = [batch for batch, _ in itertools.islice(shuffled([1], the_order, repeat=True), 300)]
@@ -149,7 +149,7 @@ def test_a_unit_exchanges_a_part_of_what_is_held() -> None:
 
 
 def old_order(rows: int, batch_size: int, capacity: int) -> list[Batch]:
-    """A buffer that is filled, served in a random order to its end, and filled anew."""
+    """Yield batches of a buffer that is filled, emptied in random order, and filled again."""
     generator = torch.Generator().manual_seed(0)
     found: list[Batch] = []
     for start in range(0, rows - capacity + 1, capacity):
@@ -159,7 +159,7 @@ def old_order(rows: int, batch_size: int, capacity: int) -> list[Batch]:
 
 
 def largest_jump(batches: list[Batch], window: int) -> float:
-    """Largest difference of the mean row number between neighbouring windows of batches: where the text changes."""
+    """Return the largest difference of mean row number between adjacent windows of batches."""
     means = torch.tensor([sum(batch) / len(batch) for batch in batches])
     return max(
         float((means[at : at + window].mean() - means[at - window : at].mean()).abs())
@@ -168,7 +168,7 @@ def largest_jump(batches: list[Batch], window: int) -> float:
 
 
 def test_the_distribution_of_the_batches_changes_slowly() -> None:
-    """Documents follow one another in the text; in a buffer filled all at once, all of them change at a refill."""
+    """A complete refill replaces all documents in the buffer at once, a partial refill only some."""
     batch_size, capacity, rows = 16, 16 * 64, 16 * 64 * 8
     before = old_order(rows, batch_size, capacity)
     now = [batch for batch, _ in itertools.islice(shuffled([9, 4], order(batch_size, capacity), repeat=True), 500)]
@@ -178,7 +178,7 @@ def test_the_distribution_of_the_batches_changes_slowly() -> None:
 
 
 def test_a_batch_holds_rows_of_as_much_text_as_there_are_places() -> None:
-    """The spread of a batch over the text: a buffer of C rows filled at once spans C, this one r^2 batches < 2 C."""
+    """A batch spans C rows of the stream with a complete refill, and r^2 batches < 2 C rows with partial refills."""
     batch_size, capacity = 16, 16 * 64
     now = [batch for batch, _ in itertools.islice(shuffled([9, 4], order(batch_size, capacity), repeat=True), 400)]
     spread = torch.tensor([float(torch.tensor(batch).float().std()) for batch in now[55:]]).mean()

@@ -21,7 +21,7 @@ Change = Callable[[Path], object]
 
 
 def activations(items: int = 20, rows: int = 7) -> Iterator[tuple[Activations, State]]:
-    """Rows numbered through; hook "a" has width 2, hook "b" width 1."""
+    """Yield consecutively numbered rows; hook "a" has width 2, hook "b" width 1."""
     for item in range(items):
         numbers_N1 = torch.arange(item * rows, (item + 1) * rows, dtype=torch.float32)[:, None]
         yield {"a": numbers_N1.expand(-1, 2), "b": -numbers_N1}, {"item": item + 1}
@@ -70,10 +70,10 @@ def test_epochs_differ_and_drop_what_does_not_fill_a_batch(folder: Path) -> None
 
 
 def test_every_shard_has_its_share_of_every_batch(tmp_path: Path) -> None:
-    """Rows of a shard in a batch of 400 of 40 shards: hypergeometric, mean 10, variance about 9.5.
+    """The number of rows of a shard in a batch of 400 from 40 shards is hypergeometric: mean 10, variance about 9.5.
 
-    Read a shard at a time, a batch would hold 400 of one. The variance of 40 * 40 counts is within 6 of its standard
-    deviations, of about sqrt(2 / 1600).
+    If shards were read one after another, a batch would have 400 rows of one shard. The variance of 40 * 40 counts must
+    be within 6 of its standard errors, which are about sqrt(2 / 1600) of it.
     """
     write_activations(activations(1600, 10), tmp_path / "acts", tokens=16_000, shard_tokens=400)
     batches = [numbers(values) for values, _ in StoredActivations(tmp_path / "acts", batch_size=400, repeat=False)]
@@ -93,7 +93,7 @@ def test_batches_are_owned_and_aligned(folder: Path) -> None:
 
 
 def test_only_the_rows_of_a_batch_are_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening and reading allocates a batch, not a shard: the shards are maps of their files."""
+    """Opening and reading allocate a batch, not a shard, because shards are memory-mapped."""
     write_activations(activations(20, 1000), tmp_path / "acts", tokens=20_000, shard_tokens=10_000)
     largest = 0
     empty = torch.empty

@@ -1,4 +1,4 @@
-"""Known features: every relation that is promised holds on every token."""
+"""Test that the relations between the known features hold for every token."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_a_batch_holds_at_least_one_window() -> None:
 
 
 def rows(batches: list[TokenBatch]) -> list[tuple[str, int, tuple[int, ...], tuple[bool, ...]]]:
-    """Every window, without its padding."""
+    """Return every window without padding."""
     return [
         (
             document,
@@ -181,10 +181,11 @@ def test_a_pool_serves_the_windows_of_the_text_each_once_in_another_order(kind: 
 
 
 def test_a_pool_mixes_documents() -> None:
-    """A document's share of a batch varies as if windows were drawn at random, not as in runs of one document.
+    """The number of a document's windows in a batch varies as under random sampling of windows.
 
-    40 documents of 30 windows each, batches of 20: in order of the text a batch holds one or two documents, and the
-    variance of a document's count is near 20 * (mean of its squared share); drawn at random it is about 20 / 40.
+    There are 40 documents of 30 windows each and batches of 20. In text order a batch has windows of one or two
+    documents, and the variance of a document's count is near 20 * (mean of its squared share). Under random sampling it
+    is about 20 / 40.
     """
     tokenizer = make_tokenizer("gpt2")
     document = " ".join(TEXT)

@@ -1,4 +1,4 @@
-"""The toy model of correlation: its covariances, features, autoencoder and stream."""
+"""Test the toy model of correlated features: covariances, features, autoencoder and stream."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_bad_input() -> None:
 
 
 def test_padding_may_be_anything() -> None:
-    """NaN at a padded place is nobody's business."""
+    """NaN in padding has no effect."""
     model, hook = toys.language_model(10, 4)
     model.model.embedding.weight[toys.PADDING] = torch.nan
     found = spliced_models({"a": toys.perfect_sae(4)}, model, hook, toys.batches([[1, 2, 3], [1, 2]], 2), tokens=9)

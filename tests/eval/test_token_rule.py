@@ -1,4 +1,4 @@
-"""The rule finds what tokens tell, and nothing where they tell nothing."""
+"""Test that the rule detects dependence on tokens, and none if there is none."""
 
 from __future__ import annotations
 

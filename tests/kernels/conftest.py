@@ -1,4 +1,4 @@
-"""Every path that can run here, as a fixture: the suite holds each of them to the reference."""
+"""A fixture with every kernel path that can run here; the tests compare each with the reference."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kronsae.kernels.dispatch import PATHS, refuse
 
 
 def available(path: str) -> str | None:
-    """Why ``path`` cannot run its best-known operation here, or None."""
+    """Return the reason why ``path`` cannot run here, or None."""
     device = torch.device("cuda" if torch.cuda.is_available() and path == "gpu" else "cpu")
     return refuse(path, "weighted_rows", device, torch.float32)
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest) -> str:
-    """Each path in turn; skipped with the reason of the dispatch where it cannot run."""
+    """Return each path; skip with the dispatcher's reason if it cannot run."""
     name: str = request.param
     reason = available(name)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""Shared by the kernels' tests: a path's operation on the device it wants, and the stated tolerances."""
+"""Helpers for kernel tests: the operations of a path on its device, and the tolerances."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 1.6e-2}
 
 
 def operation(path: str, name: str) -> Callable[..., Any]:
-    """The function of ``path`` called ``name``."""
+    """Return the function ``name`` of ``path``."""
     function: Callable[..., Any] = getattr(importlib.import_module(f"kronsae.kernels.{path}"), name)
     return function
 
 
 def same_values(got: Tensor, want: Tensor, factor: float = 1.0) -> None:
-    """Equal within the dtype's tolerance of the largest value; shape and dtype equal; NaN nowhere."""
+    """Assert equal shape and dtype, no NaN, and differences within the dtype's tolerance of the largest value."""
     assert got.shape == want.shape
     assert not got.isnan().any()
     if want.numel():

@@ -1,4 +1,4 @@
-"""The choice of path: by rule, by name, by environment; and what is said about it."""
+"""Test the choice of the kernel path by rule, name and environment, and its messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same bits on every run, whatever the threads do: races show here and in `benchmarks/fresh_processes.py`."""
+"""Test for equal bits in every run; `benchmarks/fresh_processes.py` also detects races."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ cpu = pytest.importorskip("kronsae.kernels.cpu")
 
 
 def digest() -> str:
-    """Hash of everything the CPU path computes on one seeded case."""
+    """Return a hash of all results of the CPU path for one seeded case."""
     generator = torch.Generator().manual_seed(11)
     x_BD = torch.randn(96, 40, generator=generator)
     weight_HPD = torch.randn(48, 12, 40, generator=generator)

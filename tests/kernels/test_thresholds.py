@@ -1,4 +1,4 @@
-"""What is above thresholds and the best of a batch: every path against its definition, and the same in chunks.
+"""Test thresholding and the best of a batch: every path against its definition, whole and in chunks.
 
 Inputs are small multiples of 1/4, whose products and sums are exact in any order: rows and values are compared bit for
 bit, and ties are everywhere.

@@ -1,4 +1,4 @@
-"""The page in a real browser, where there is one."""
+"""Test the page in a browser, if one is installed."""
 
 from __future__ import annotations
 

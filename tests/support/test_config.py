@@ -1,4 +1,4 @@
-"""Configs to JSON and back, strictly: what is wrong is named, with its place."""
+"""Test the conversion of configs to and from JSON, and that errors name the key."""
 
 from __future__ import annotations
 

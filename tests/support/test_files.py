@@ -1,4 +1,4 @@
-"""A reader sees the old file or the new one, never half of one."""
+"""Test that files are replaced atomically."""
 
 from __future__ import annotations
 

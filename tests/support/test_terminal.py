@@ -1,4 +1,4 @@
-"""Tables in a terminal: every figure whole, whatever the width."""
+"""Test that tables in a terminal never truncate numbers, for any width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of the comparison, each trained on a tiny stream, stopped, carried on, saved and read again."""
+"""Train every architecture on a tiny stream, interrupt, resume, save and load it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CELLS = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def batch(seed: int, tokens: int = BATCH) -> Tensor:
-    """Sparse sums of 60 fixed directions, off centre."""
+    """Return sparse sums of 60 fixed directions with a nonzero mean."""
     directions = torch.randn(60, D_IN, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed + 1)
     on = torch.rand(tokens, 60, generator=generator) < 0.05
@@ -37,14 +37,14 @@ def batch(seed: int, tokens: int = BATCH) -> Tensor:
 
 
 def at_hooks(hooks: Sequence[str], seed: int, tokens: int = BATCH) -> dict[str, Tensor]:
-    """The same directions at every hook, turned by the hook's own rotation."""
+    """Return the same directions for every hook, each with its own rotation."""
     x_BD = batch(seed, tokens)
     turns = (torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(n)) for n in range(len(hooks)))
     return {hook: x_BD @ torch.linalg.qr(turn).Q for hook, turn in zip(hooks, turns, strict=True)}
 
 
 def small(name: str) -> MemberConfig:
-    """The cell's own words, an eighth as large in every size."""
+    """Return the architecture's ``--sae`` string with all sizes divided by 8."""
     smaller = {"d_sae": "128", "num_heads": "16", "k": "4", "smallest": "16", "num_experts": "4"}
     kind, *words = ARCHITECTURES[name].split()
     pairs = [word.split("=") for word in words]

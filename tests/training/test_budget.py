@@ -99,7 +99,7 @@ def members() -> list[Member]:
 
 
 class Memory:
-    """A sink that remembers which SAE told when."""
+    """A sink that records which SAE wrote at which step."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, int, float]] = []
@@ -108,10 +108,10 @@ class Memory:
         self.rows.append((row["sae"], row["step"], row["lr"]))
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: nothing is buffered."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 LOOP = LoopConfig(tokens=9 * BATCH, batch_tokens=BATCH, log_every=3, checkpoint_every=2)

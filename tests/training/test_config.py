@@ -1,4 +1,4 @@
-"""Configs of training refuse what cannot work, and the learning rate follows its formula."""
+"""Test that training configs reject invalid values and that the learning rate follows its formula."""
 
 from __future__ import annotations
 

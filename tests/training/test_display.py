@@ -1,4 +1,4 @@
-"""What a person sees: lines where the output is no terminal, a live table where it is one."""
+"""Test the progress display: lines without a terminal, a live table in a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROW: dict[str, Any] = {
 
 
 def plain(text: str) -> str:
-    """Without colours and movements of the cursor."""
+    """Return the text without escape sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 

@@ -1,4 +1,4 @@
-"""A step of a member is the step that plain PyTorch takes, and no member feels another."""
+"""Test that a member's step equals that of plain PyTorch and does not depend on other members."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(config: MemberConfig, **changes: Any) -> Member:
 
 
 class Reference:
-    """The method as it is written down: every latent materialised, every gradient by autograd, torch's AdamW."""
+    """Reference training: all latents materialised, gradients by autograd, torch's AdamW."""
 
     def __init__(self, member: Member) -> None:
         self.config = member.config
@@ -72,7 +72,7 @@ class Reference:
         return torch.where(on, torch.where(on, u * v, 1.0).sqrt(), 0.0).flatten(1)
 
     def step(self, x_BD: Tensor, step: int) -> tuple[float, float]:
-        """Returns the loss and the norm of the gradient before clipping."""
+        """Return the loss and the gradient norm before clipping."""
         config, settings = self.config, self.config.optimizer
         W_dec, b_dec = self.weights["decoder.W_dec"], self.weights["decoder.b_dec"]
         z_BF = self.latents(x_BD)
@@ -200,7 +200,7 @@ def test_the_state_of_another_sae_is_refused() -> None:
 
 @pytest.mark.parametrize("lost", ["optimizer.decoder.W_dec.step", "optimizer.encoder.bias.exp_avg_sq"])
 def test_a_state_without_all_of_the_optimiser_is_refused(lost: str) -> None:
-    """Adam would start anew, and the run carry on with other bits than it would have had."""
+    """Otherwise Adam would start with empty moments and the resumed run would have other bits."""
     first = make(CONFIGS["kron"])
     first.step(batches(1)[0], 0, want_metrics=False)
     state = first.state()

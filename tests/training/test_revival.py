@@ -1,4 +1,4 @@
-"""Dead parts of an encoder start anew, and nothing else does."""
+"""Test that only the dead parts of an encoder are reinitialised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics go to JSON lines always, and elsewhere when asked for and installed."""
+"""Test that metrics are always written as JSON lines, and to other sinks if configured and installed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_is_not_installed_is_told_with_the_remedy(package: str, monkeypatch
 
 
 class FakeWandb(types.ModuleType):
-    """As much of wandb as the sink uses."""
+    """A stub of the functions of wandb that the sink uses."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, and a damaged one is told."""
+"""Test that checkpoints are written atomically and that damage is detected."""
 
 from __future__ import annotations
 

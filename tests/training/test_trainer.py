@@ -1,4 +1,4 @@
-"""The loop: how long, what is told, what is saved, and how it ends."""
+"""Test the loop: its length, metrics, checkpoints and end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH = 16
 
 
 class Memory:
-    """A sink that remembers."""
+    """A sink that records its rows."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -37,7 +37,7 @@ class Memory:
         self.flushed_after.append(len(self.rows))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 def stream(first: int = 0, last: int = 1000) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
@@ -137,7 +137,7 @@ def test_a_stream_that_ends_early_is_told() -> None:
 
 
 def test_what_is_not_defined_is_null() -> None:
-    """All activations equal: there is no variance to explain, and JSON has no NaN."""
+    """With equal activations the explained variance is undefined, and JSON has no NaN."""
     sink = Memory()
     constant = (({"h": torch.ones(BATCH, D_IN)}, {"batch": index}) for index in range(1, 3))
     as_they_are = Member(topk(d_sae=16, k=2, normalize_activations="none"), D_IN, "h", 2)
@@ -149,7 +149,7 @@ def test_what_is_not_defined_is_null() -> None:
 def test_weights_that_the_last_step_made_infinite_are_neither_kept_nor_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss was finite: only the weights tell, and no later step would."""
+    """The loss is finite, so only a check of the weights detects the failure."""
     (member, _) = members(3)
     plain, taken = member.optimizer.step, []
 
