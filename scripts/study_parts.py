@@ -45,7 +45,8 @@ def side(
 
 def chance(seeds: int) -> str:
     """Return a sentence with the probability that all seeds are on the same side by chance."""
-    return f"Without a true difference, all {seeds} seeds fall on the same side with a probability of 1/{2 ** (seeds - 1)}."
+    probability = f"1/{2 ** (seeds - 1)}"
+    return f"Without a true difference, all {seeds} seeds fall on the same side with a probability of {probability}."
 
 
 def markdown_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
