@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from kronsae.chat.limits import Bounds, Pace, Purse, Usage
+from kronsae.chat.limits import Bounds, Budget, Pace, Usage
 from kronsae.support.errors import UserError
 
 
@@ -86,15 +86,15 @@ def test_which_bound_is_exceeded(bounds: Bounds, named: str) -> None:
     assert bounds.exceeded_by(Usage(requests=3, tokens_in=300, tokens_out=100)) == named
 
 
-def test_a_purse_counts_what_is_promised() -> None:
-    purse = Purse(Bounds(max_tokens=100))
+def test_a_purse_counts_what_is_reserved() -> None:
+    budget = Budget(Bounds(max_tokens=100))
     large, small = Usage(requests=1, tokens_in=30, tokens_out=30), Usage(requests=1, tokens_in=30, tokens_out=5)
-    purse.promise(large)
+    budget.reserve(large)
     with pytest.raises(UserError, match=r"stopped before the next request would exceed max_tokens=100 \(120 tokens\)"):
-        purse.promise(large)
-    purse.settle(large, small)
-    assert purse.spent == small
-    purse.promise(large)  # 35 + 60
+        budget.reserve(large)
+    budget.settle(large, small)
+    assert budget.spent == small
+    budget.reserve(large)  # 35 + 60
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from kronsae.chat.limits import Bounds, Pace, Purse, Usage
+from kronsae.chat.limits import Bounds, Budget, Pace, Usage
 from kronsae.chat.memory import AnswerMemory
 from kronsae.chat.question import Answer, ChatModel, Question, RefusedError, TryAgainError
 from kronsae.support.errors import UserError
@@ -93,7 +93,7 @@ class Asker:
                 "asking a language model needs tenacity. Install it with: pip install 'kronsae[autointerp]'"
             )
         self._model, self._memory = model, memory
-        self._budget, self._pace, self._persistence, self._sleep = Purse(bounds), pace, persistence, sleep
+        self._budget, self._pace, self._persistence, self._sleep = Budget(bounds), pace, persistence, sleep
         self._slots = asyncio.Semaphore(persistence.concurrency)
         self._under_way: set[asyncio.Task[Answer]] = set()
         self._failed_in_a_row, self._last_reason = 0, ""
@@ -167,7 +167,7 @@ class Asker:
     async def _attempt(self, question: Question) -> Answer:
         largest = _largest_usage(question, self._model.max_answer_tokens)
         await self._pace.wait(largest.tokens)
-        self._budget.promise(largest)
+        self._budget.reserve(largest)
         # A separate, shielded task: if the work is stopped, answers already paid for are still received and kept.
         task = asyncio.create_task(self._send(question, largest))
         self._under_way.add(task)

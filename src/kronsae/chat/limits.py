@@ -79,32 +79,32 @@ class Bounds:
         return ""
 
 
-class Purse:
+class Budget:
     """Tracks spent and reserved usage, and refuses a request that `Bounds` does not allow."""
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
-        self._promised = Usage()
+        self._reserved = Usage()
         self.spent = Usage()
 
-    def promise(self, request: Usage) -> None:
+    def reserve(self, request: Usage) -> None:
         """Reserve ``request`` before it is sent.
 
         Raises:
             UserError: it would exceed a bound.
         """
-        total = self.spent + self._promised + request
+        total = self.spent + self._reserved + request
         if excess := self._bounds.exceeded_by(total):
             raise UserError(
                 f"stopped before the next request would exceed {excess}; {self.spent.requests:,} requests and "
                 f"{self.spent.tokens:,} tokens were spent. Answers are kept: raise the bound and run the same command "
                 "again to continue."
             )
-        self._promised += request
+        self._reserved += request
 
     def settle(self, request: Usage, spent: Usage) -> None:
         """Replace the reservation of ``request`` by its actual usage."""
-        self._promised += Usage(
+        self._reserved += Usage(
             requests=-request.requests, tokens_in=-request.tokens_in, tokens_out=-request.tokens_out
         )
         self.spent += spent
