@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.chat.stub import KEY, Answering, Reply, Stub, completion, failure, serving
 
-from kronsae.chat import AnswerMemory, Asker, AskReport, Bounds, Pace, Persistence, Usage
+from kronsae.chat import AnswerMemory, Asker, AskReport, Bounds, Persistence, RateLimiter, Usage
 from kronsae.chat.endpoint import Endpoint, EndpointModel, endpoint_from_environment
 from kronsae.support.errors import UserError
 
@@ -68,7 +68,7 @@ def ask(
             EndpointModel(endpoint, found),
             AnswerMemory(folder),
             bounds=Bounds() if bounds is None else bounds,
-            pace=Pace(clock=lambda: now, sleep=sleep),
+            rate_limiter=RateLimiter(clock=lambda: now, sleep=sleep),
             persistence=persistence,
             sleep=sleep,
         )
@@ -354,7 +354,7 @@ def test_requests_under_way_when_stopped_are_kept(tmp_path: Path) -> None:
 
         async def run() -> None:
             model = EndpointModel(endpoint, key)
-            asker = Asker(model, memory, bounds=Bounds(), pace=Pace(), persistence=PERSISTENCE)
+            asker = Asker(model, memory, bounds=Bounds(), rate_limiter=RateLimiter(), persistence=PERSISTENCE)
             try:
                 async with asyncio.TaskGroup() as group:
                     for content in ("a", "b", "bad"):

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from kronsae.chat.limits import Bounds, Budget, Pace, Usage
+from kronsae.chat.limits import Bounds, Budget, RateLimiter, Usage
 from kronsae.support.errors import UserError
 
 
@@ -23,9 +23,9 @@ def sent_at(sizes: list[int], **limits: int) -> list[float]:
     times = []
 
     async def run() -> None:
-        pace = Pace(**limits, clock=lambda: time.now, sleep=time.sleep)
+        rate_limiter = RateLimiter(**limits, clock=lambda: time.now, sleep=time.sleep)
         for size in sizes:
-            await pace.wait(size)
+            await rate_limiter.wait(size)
             times.append(time.now)
 
     asyncio.run(run())
@@ -57,10 +57,10 @@ def test_a_pause_holds_for_all() -> None:
     time = Time()
 
     async def run() -> float:
-        pace = Pace(clock=lambda: time.now, sleep=time.sleep)
-        pace.pause(30)
-        pace.pause(10)
-        await pace.wait(1)
+        rate_limiter = RateLimiter(clock=lambda: time.now, sleep=time.sleep)
+        rate_limiter.pause(30)
+        rate_limiter.pause(10)
+        await rate_limiter.wait(1)
         return time.now
 
     assert asyncio.run(run()) == 30
@@ -113,4 +113,4 @@ def test_bounds_that_make_no_sense(values: dict[str, float], message: str) -> No
 
 def test_a_pace_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="requests_per_minute must be at least 1; got 0"):
-        Pace(requests_per_minute=0)
+        RateLimiter(requests_per_minute=0)

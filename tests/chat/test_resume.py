@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.chat.stub import Reply, Stub, completion, serving
 
-from kronsae.chat import AnswerMemory, Asker, Bounds, Pace, Persistence
+from kronsae.chat import AnswerMemory, Asker, Bounds, Persistence, RateLimiter
 from kronsae.chat.endpoint import EndpointModel, endpoint_from_environment
 
 QUESTIONS, ANSWERED = 30, 10
@@ -33,7 +33,7 @@ def ask_all(folder: Path, environment: dict[str, str] | None = None) -> list[str
     async def run() -> list[str | None]:
         model = EndpointModel(*endpoint_from_environment(environment=environment))
         one_by_one = Persistence(concurrency=1)
-        asker = Asker(model, AnswerMemory(folder), bounds=Bounds(), pace=Pace(), persistence=one_by_one)
+        asker = Asker(model, AnswerMemory(folder), bounds=Bounds(), rate_limiter=RateLimiter(), persistence=one_by_one)
         try:
             return [await asker("Repeat.", str(number)) for number in range(QUESTIONS)]
         finally:

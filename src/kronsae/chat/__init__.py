@@ -5,7 +5,7 @@ limits and a budget (`limits`), retries (tenacity) and one of the models (`endpo
 """
 
 from kronsae.chat.asker import Asker, AskReport, Estimate, Estimator, Persistence
-from kronsae.chat.limits import Bounds, Pace, Usage
+from kronsae.chat.limits import Bounds, RateLimiter, Usage
 from kronsae.chat.memory import AnswerMemory
 from kronsae.chat.question import Answer, ChatModel, Question, RefusedError, TryAgainError
 
@@ -18,7 +18,7 @@ __all__ = [
     "ChatModel",
     "Estimate",
     "Estimator",
-    "Pace",
+    "RateLimiter",
     "Persistence",
     "Question",
     "RefusedError",

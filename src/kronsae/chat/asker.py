@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from kronsae.chat.limits import Bounds, Budget, Pace, Usage
+from kronsae.chat.limits import Bounds, Budget, RateLimiter, Usage
 from kronsae.chat.memory import AnswerMemory
 from kronsae.chat.question import Answer, ChatModel, Question, RefusedError, TryAgainError
 from kronsae.support.errors import UserError
@@ -69,7 +69,7 @@ class Asker:
         model: the model that answers.
         memory: the answers on disk.
         bounds: the budget.
-        pace: the rate limits.
+        rate_limiter: limits requests and tokens per minute.
         persistence: concurrency and retries.
         sleep: waits the given number of seconds.
 
@@ -84,7 +84,7 @@ class Asker:
         memory: AnswerMemory,
         *,
         bounds: Bounds,
-        pace: Pace,
+        rate_limiter: RateLimiter,
         persistence: Persistence,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -93,7 +93,12 @@ class Asker:
                 "asking a language model needs tenacity. Install it with: pip install 'kronsae[autointerp]'"
             )
         self._model, self._memory = model, memory
-        self._budget, self._pace, self._persistence, self._sleep = Budget(bounds), pace, persistence, sleep
+        self._budget, self._rate_limiter, self._persistence, self._sleep = (
+            Budget(bounds),
+            rate_limiter,
+            persistence,
+            sleep,
+        )
         self._slots = asyncio.Semaphore(persistence.concurrency)
         self._under_way: set[asyncio.Task[Answer]] = set()
         self._failed_in_a_row, self._last_reason = 0, ""
@@ -166,7 +171,7 @@ class Asker:
 
     async def _attempt(self, question: Question) -> Answer:
         largest = _largest_usage(question, self._model.max_answer_tokens)
-        await self._pace.wait(largest.tokens)
+        await self._rate_limiter.wait(largest.tokens)
         self._budget.reserve(largest)
         # A separate, shielded task: if the work is stopped, answers already paid for are still received and kept.
         task = asyncio.create_task(self._send(question, largest))
@@ -183,7 +188,7 @@ class Asker:
                         f"longer than max_wait_seconds={self._persistence.max_wait_seconds:g}. Answers are kept: "
                         "run the same command again later."
                     ) from None
-                self._pace.pause(error.retry_after)
+                self._rate_limiter.pause(error.retry_after)
             raise
 
     async def _send(self, question: Question, promised: Usage) -> Answer:

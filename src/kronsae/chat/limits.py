@@ -110,7 +110,7 @@ class Budget:
         self.spent += spent
 
 
-class Pace:
+class RateLimiter:
     """Rate limit on requests and tokens in any 60 seconds; requests wait in a queue.
 
     Args:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from kronsae.chat import Asker, AskReport, Bounds, Estimator, Pace, Persistence
+from kronsae.chat import Asker, AskReport, Bounds, Estimator, Persistence, RateLimiter
 from kronsae.chat.memory import AnswerMemory
 from kronsae.chat.question import ChatModel
 from kronsae.eval.autointerp import (
