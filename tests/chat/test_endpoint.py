@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tests.chat.stub import KEY, Answering, Reply, Stub, completion, failure, serving
 
-from kronsae.chat import AnswerMemory, Asker, AskReport, Bounds, Persistence, RateLimiter, Usage
+from kronsae.chat import AnswerMemory, Asker, AskReport, Bounds, RateLimiter, RetrySettings, Usage
 from kronsae.chat.endpoint import Endpoint, EndpointModel, endpoint_from_environment
 from kronsae.support.errors import UserError
 
-PERSISTENCE = Persistence(concurrency=4, attempts=3, backoff_seconds=0.001)
+RETRY = RetrySettings(concurrency=4, attempts=3, backoff_seconds=0.001)
 
 
 class Slept:
@@ -48,7 +48,7 @@ def ask(
     *,
     key: str | None = KEY,
     bounds: Bounds | None = None,
-    persistence: Persistence = PERSISTENCE,
+    retry: RetrySettings = RETRY,
     **settings: Any,
 ) -> Outcome:
     """Ask all questions concurrently; waiting times are only recorded."""
@@ -69,7 +69,7 @@ def ask(
             AnswerMemory(folder),
             bounds=Bounds() if bounds is None else bounds,
             rate_limiter=RateLimiter(clock=lambda: now, sleep=sleep),
-            persistence=persistence,
+            retry=retry,
             sleep=sleep,
         )
         try:
@@ -150,7 +150,7 @@ def test_attempts_end(tmp_path: Path) -> None:
     with serving(lambda request, number: failure(500)) as stub:
         outcome = ask(stub, tmp_path)
     assert outcome.answers == [None]
-    assert len(stub.requests) == PERSISTENCE.attempts
+    assert len(stub.requests) == RETRY.attempts
     assert outcome.report.unanswered == {"HTTP 500": 1}
     assert not any(tmp_path.rglob("*.json"))
 
@@ -158,7 +158,7 @@ def test_attempts_end(tmp_path: Path) -> None:
 def test_too_many_failures_in_a_row_end_the_work(tmp_path: Path) -> None:
     with serving(lambda request, number: failure(500)) as stub:
         outcome = ask(stub, tmp_path, [str(i) for i in range(30)])
-        assert len(stub.requests) <= (PERSISTENCE.give_up_after + PERSISTENCE.concurrency) * PERSISTENCE.attempts
+        assert len(stub.requests) <= (RETRY.give_up_after + RETRY.concurrency) * RETRY.attempts
     assert "the language model must answer; 5 questions in a row had no answer (the last: HTTP 500)" in str(
         outcome.error
     )
@@ -166,8 +166,8 @@ def test_too_many_failures_in_a_row_end_the_work(tmp_path: Path) -> None:
 
 def test_an_answer_between_failures_is_no_row(tmp_path: Path) -> None:
     with serving(lambda request, number: failure(500) if number % 2 else completion("fine")) as stub:
-        one_at_a_time = Persistence(concurrency=1, attempts=1, give_up_after=2)
-        outcome = ask(stub, tmp_path, [str(i) for i in range(6)], persistence=one_at_a_time)
+        one_at_a_time = RetrySettings(concurrency=1, attempts=1, give_up_after=2)
+        outcome = ask(stub, tmp_path, [str(i) for i in range(6)], retry=one_at_a_time)
     assert outcome.answers == ["fine", None] * 3
 
 
@@ -299,7 +299,7 @@ def test_no_more_at_once_than_allowed(tmp_path: Path) -> None:
     with serving(slow) as stub:
         outcome = ask(stub, tmp_path, [str(i) for i in range(12)])
     assert outcome.answers == ["fine"] * 12
-    assert 2 <= stub.most_at_once <= PERSISTENCE.concurrency
+    assert 2 <= stub.most_at_once <= RETRY.concurrency
 
 
 def test_an_answer_is_asked_for_once_in_a_lifetime(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_requests_under_way_when_stopped_are_kept(tmp_path: Path) -> None:
 
         async def run() -> None:
             model = EndpointModel(endpoint, key)
-            asker = Asker(model, memory, bounds=Bounds(), rate_limiter=RateLimiter(), persistence=PERSISTENCE)
+            asker = Asker(model, memory, bounds=Bounds(), rate_limiter=RateLimiter(), retry=RETRY)
             try:
                 async with asyncio.TaskGroup() as group:
                     for content in ("a", "b", "bad"):
@@ -432,4 +432,4 @@ def test_an_endpoint_that_makes_no_sense(values: dict[str, Any], message: str) -
 )
 def test_a_persistence_that_makes_no_sense(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Persistence(**values)
+        RetrySettings(**values)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.chat.stub import Reply, Stub, completion, serving
 
-from kronsae.chat import AnswerMemory, Asker, Bounds, Persistence, RateLimiter
+from kronsae.chat import AnswerMemory, Asker, Bounds, RateLimiter, RetrySettings
 from kronsae.chat.endpoint import EndpointModel, endpoint_from_environment
 
 QUESTIONS, ANSWERED = 30, 10
@@ -32,8 +32,8 @@ def ask_all(folder: Path, environment: dict[str, str] | None = None) -> list[str
 
     async def run() -> list[str | None]:
         model = EndpointModel(*endpoint_from_environment(environment=environment))
-        one_by_one = Persistence(concurrency=1)
-        asker = Asker(model, AnswerMemory(folder), bounds=Bounds(), rate_limiter=RateLimiter(), persistence=one_by_one)
+        one_by_one = RetrySettings(concurrency=1)
+        asker = Asker(model, AnswerMemory(folder), bounds=Bounds(), rate_limiter=RateLimiter(), retry=one_by_one)
         try:
             return [await asker("Repeat.", str(number)) for number in range(QUESTIONS)]
         finally:

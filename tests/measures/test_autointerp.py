@@ -14,7 +14,7 @@ import torch
 from tests.chat.stub import KEY, Reply, Stub, completion, failure, sensible, serving
 from typer.testing import CliRunner
 
-from kronsae.chat import Bounds, Persistence
+from kronsae.chat import Bounds, RetrySettings
 from kronsae.chat.endpoint import EndpointModel, endpoint_from_environment
 from kronsae.cli.main import app
 from kronsae.eval.autointerp import AutointerpConfig
@@ -31,7 +31,7 @@ from kronsae.support.errors import UserError
 CONFIG = AutointerpConfig(
     latents=3, tokens=2000, radius=2, explained=4, tested=8, per_prompt=4, min_active_tokens=20, seed=1
 )
-ASKING = Asking(persistence=Persistence(attempts=2, backoff_seconds=0.001))
+ASKING = Asking(retry=RetrySettings(attempts=2, backoff_seconds=0.001))
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_stopped_at_a_bound_it_goes_on_without_paying_twice(run: Run) -> None:
         return failure(500) if number % 3 == 2 and number < 20 else sensible(request)
 
     with serving(flaky) as stub:
-        first = Asking(persistence=Persistence(attempts=4, backoff_seconds=0.001, concurrency=2), bounds=Bounds())
+        first = Asking(retry=RetrySettings(attempts=4, backoff_seconds=0.001, concurrency=2), bounds=Bounds())
         questions: list[str] = []
         model = EndpointModel(*endpoint_from_environment(environment=stub.environment))
         assert measure(run, CONFIG, model, asking=first, only_estimate=True, say=questions.append) is None
@@ -176,7 +176,7 @@ def test_failures_are_reported_stored_and_asked_again(run: Run) -> None:
         judging = "explanation" in json.loads(request["messages"][1]["content"])
         return failure(400, "filtered") if broken and judging and number % 2 else sensible(request)
 
-    patient = Asking(persistence=Persistence(attempts=1, concurrency=1, give_up_after=50))
+    patient = Asking(retry=RetrySettings(attempts=1, concurrency=1, give_up_after=50))
     lines: list[str] = []
     with serving(failing) as stub:
         found = interpreted(run, stub, asking=patient, say=lines.append)

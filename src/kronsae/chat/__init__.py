@@ -4,7 +4,7 @@ This room knows nothing of SAEs. The rest of the package uses `Asker`, which com
 limits and a budget (`limits`), retries (tenacity) and one of the models (`endpoint`, `local`).
 """
 
-from kronsae.chat.asker import Asker, AskReport, Estimate, Estimator, Persistence
+from kronsae.chat.asker import Asker, AskReport, Estimate, Estimator, RetrySettings
 from kronsae.chat.limits import Bounds, RateLimiter, Usage
 from kronsae.chat.memory import AnswerMemory
 from kronsae.chat.question import Answer, ChatModel, Question, RefusedError, TryAgainError
@@ -19,7 +19,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "RateLimiter",
-    "Persistence",
+    "RetrySettings",
     "Question",
     "RefusedError",
     "TryAgainError",

@@ -15,7 +15,7 @@ from kronsae.support.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Persistence:
+class RetrySettings:
     """Settings of concurrency and retries.
 
     Args:
@@ -70,7 +70,7 @@ class Asker:
         memory: the answers on disk.
         bounds: the budget.
         rate_limiter: limits requests and tokens per minute.
-        persistence: concurrency and retries.
+        retry: concurrency and retries.
         sleep: waits the given number of seconds.
 
     Raises:
@@ -85,7 +85,7 @@ class Asker:
         *,
         bounds: Bounds,
         rate_limiter: RateLimiter,
-        persistence: Persistence,
+        retry: RetrySettings,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         if find_spec("tenacity") is None:
@@ -93,13 +93,13 @@ class Asker:
                 "asking a language model needs tenacity. Install it with: pip install 'kronsae[autointerp]'"
             )
         self._model, self._memory = model, memory
-        self._budget, self._rate_limiter, self._persistence, self._sleep = (
+        self._budget, self._rate_limiter, self._retry, self._sleep = (
             Budget(bounds),
             rate_limiter,
-            persistence,
+            retry,
             sleep,
         )
-        self._slots = asyncio.Semaphore(persistence.concurrency)
+        self._slots = asyncio.Semaphore(retry.concurrency)
         self._under_way: set[asyncio.Task[Answer]] = set()
         self._failed_in_a_row, self._last_reason = 0, ""
         self.report = AskReport()
@@ -141,7 +141,7 @@ class Asker:
         self._check_failures()
 
     def _check_failures(self) -> None:
-        if self._failed_in_a_row >= self._persistence.give_up_after:
+        if self._failed_in_a_row >= self._retry.give_up_after:
             raise UserError(
                 f"the language model must answer; {self._failed_in_a_row} questions in a row had no answer (the last: "
                 f"{self._last_reason}). Answers are kept: run the same command again when the model works."
@@ -151,7 +151,7 @@ class Asker:
         from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
         from tenacity import wait_random_exponential as random_exponential
 
-        limits = self._persistence
+        limits = self._retry
         backoff = random_exponential(multiplier=limits.backoff_seconds, max=limits.max_wait_seconds)
 
         def wait(state: RetryCallState) -> float:
@@ -182,10 +182,10 @@ class Asker:
         except TryAgainError as error:
             self.report.failed_attempts[error.reason] += 1
             if error.retry_after is not None:
-                if error.retry_after > self._persistence.max_wait_seconds:
+                if error.retry_after > self._retry.max_wait_seconds:
                     raise UserError(
                         f"the language model asks for a wait of {error.retry_after:.0f} s ({error.reason}), "
-                        f"longer than max_wait_seconds={self._persistence.max_wait_seconds:g}. Answers are kept: "
+                        f"longer than max_wait_seconds={self._retry.max_wait_seconds:g}. Answers are kept: "
                         "run the same command again later."
                     ) from None
                 self._rate_limiter.pause(error.retry_after)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from kronsae.chat import Asker, AskReport, Bounds, Estimator, Persistence, RateLimiter
+from kronsae.chat import Asker, AskReport, Bounds, Estimator, RateLimiter, RetrySettings
 from kronsae.chat.memory import AnswerMemory
 from kronsae.chat.question import ChatModel
 from kronsae.eval.autointerp import (
@@ -69,7 +69,7 @@ class Asking:
     """
 
     bounds: Bounds = field(default_factory=lambda: Bounds(max_requests=2000))
-    persistence: Persistence = field(default_factory=Persistence)
+    retry: RetrySettings = field(default_factory=RetrySettings)
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
 
@@ -354,7 +354,7 @@ def autointerp(
             price_in=price_in,
             price_out=price_out,
         ),
-        persistence=Persistence(concurrency=concurrency, attempts=attempts),
+        retry=RetrySettings(concurrency=concurrency, attempts=attempts),
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
     )
