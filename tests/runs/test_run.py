@@ -29,7 +29,7 @@ from kronsae.runs.config import RunConfig, with_overrides
 from kronsae.runs.harvest import harvest, with_activations
 from kronsae.runs.run import Interrupted, Run, open_run
 from kronsae.support.errors import UserError
-from kronsae.support.files import only_writer
+from kronsae.support.files import folder_lock
 from kronsae.training.config import LoopConfig
 
 FolderOf = Callable[[str], Path]
@@ -189,11 +189,11 @@ class TestTheFolder:
         assert go(short, tmp_path).finished
 
     def test_another_process_is_at_work_in_it(self, finished_run: Run, config: RunConfig, tmp_path: Path) -> None:
-        with only_writer(tmp_path / "r"):
+        with folder_lock(tmp_path / "r"):
             with pytest.raises(UserError, match=rf"another kronsae process is writing to {tmp_path / 'r'}\."):
                 go(config, tmp_path / "r")
             assert listing(tmp_path / "r") == [".lock"]
-        with only_writer(finished_run.folder):
+        with folder_lock(finished_run.folder):
             assert go(config, finished_run.folder) == finished_run  # it is only read
 
     def test_a_run_that_another_one_ended_meanwhile_is_left_alone(
@@ -203,12 +203,12 @@ class TestTheFolder:
         short = replace(config, loop=LoopConfig(tokens=64, batch_tokens=64))
 
         def late(folder: Path) -> AbstractContextManager[None]:
-            monkeypatch.setattr(run_module, "only_writer", only_writer)
+            monkeypatch.setattr(run_module, "folder_lock", folder_lock)
             go(short, folder)
             monkeypatch.setattr(run_module, "fit", None)
-            return only_writer(folder)
+            return folder_lock(folder)
 
-        monkeypatch.setattr(run_module, "only_writer", late)
+        monkeypatch.setattr(run_module, "folder_lock", late)
         said: list[str] = []
         go(short, tmp_path / "r", say=said.append)
         assert said == [f"The run in {tmp_path / 'r'} is already finished; nothing is trained or logged."]

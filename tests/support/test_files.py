@@ -14,7 +14,7 @@ import pytest
 
 from kronsae.support import files
 from kronsae.support.errors import UserError
-from kronsae.support.files import LOCK_FILE, atomic_path, only_writer, read_json, write_json, write_marked, write_text
+from kronsae.support.files import LOCK_FILE, atomic_path, folder_lock, read_json, write_json, write_marked, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -132,8 +132,8 @@ def test_reading_a_folder(tmp_path: Path) -> None:
 class TestOnlyWriter:
     def test_a_second_one_is_kept_out_until_the_first_is_done(self, tmp_path: Path) -> None:
         folder = tmp_path / "a" / "b"
-        with only_writer(folder):
-            with pytest.raises(UserError) as caught, only_writer(folder):
+        with folder_lock(folder):
+            with pytest.raises(UserError) as caught, folder_lock(folder):
                 pass
             assert str(caught.value) == (
                 f"out must be a folder without another writer; another kronsae process is writing to {folder}. "
@@ -141,28 +141,28 @@ class TestOnlyWriter:
             )
             (folder / "kept").touch()
         assert names(folder) == ["kept"]
-        with only_writer(folder):
+        with folder_lock(folder):
             assert names(folder) == [LOCK_FILE, "kept"]
 
     def test_what_it_made_is_removed_where_nothing_was_written(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         for folder in (tmp_path / "a" / "b", tmp_path / "empty"):
-            with pytest.raises(KeyError), only_writer(folder):
+            with pytest.raises(KeyError), folder_lock(folder):
                 raise KeyError
         assert names(tmp_path) == ["empty"]
 
     def test_one_that_was_killed_keeps_nobody_out(self, tmp_path: Path) -> None:
-        script = "import sys, time, pathlib\nfrom kronsae.support.files import only_writer\n"
-        script += "with only_writer(pathlib.Path(sys.argv[1])):\n    print(flush=True)\n    time.sleep(600)"
+        script = "import sys, time, pathlib\nfrom kronsae.support.files import folder_lock\n"
+        script += "with folder_lock(pathlib.Path(sys.argv[1])):\n    print(flush=True)\n    time.sleep(600)"
         command = [sys.executable, "-c", script, str(tmp_path / "r")]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            with pytest.raises(UserError), only_writer(tmp_path / "r"):
+            with pytest.raises(UserError), folder_lock(tmp_path / "r"):
                 pass
             process.send_signal(signal.SIGKILL)
         assert names(tmp_path / "r") == [LOCK_FILE]
-        with only_writer(tmp_path / "r"):
+        with folder_lock(tmp_path / "r"):
             pass
         assert names(tmp_path / "r") == []
 
@@ -171,6 +171,6 @@ class TestOnlyWriter:
             raise OSError(95, "Operation not supported")
 
         monkeypatch.setattr("fcntl.flock", none_here)
-        with only_writer(tmp_path), only_writer(tmp_path):
+        with folder_lock(tmp_path), folder_lock(tmp_path):
             pass
         assert names(tmp_path) == []

@@ -23,7 +23,7 @@ from kronsae.runs.planning import Plan, make_plan, with_times
 from kronsae.runs.run import Interrupted, execute, open_run
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
-from kronsae.support.files import only_writer
+from kronsae.support.files import folder_lock
 from kronsae.sweeps import sweep as sweeping
 from kronsae.sweeps.grid import SweepConfig, points
 from kronsae.sweeps.results import Sweep, as_csv, result_row
@@ -354,7 +354,7 @@ def test_a_folder_that_holds_other_things(base: str, run_config: RunConfig, tmp_
 
 
 def test_another_process_is_at_work_in_the_folder(base: str, tmp_path: Path) -> None:
-    with only_writer(tmp_path / "s"), pytest.raises(UserError, match="another kronsae process is writing to"):
+    with folder_lock(tmp_path / "s"), pytest.raises(UserError, match="another kronsae process is writing to"):
         go(SweepConfig(saes=SAES, config=base), tmp_path / "s")
     assert listing(tmp_path) == []
 

@@ -28,7 +28,7 @@ from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
 from kronsae.support.config import differences, from_dict, to_dict
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import check_folder_place, only_writer, write_json
+from kronsae.support.files import check_folder_place, folder_lock, write_json
 from kronsae.training.config import LoopConfig, MemberConfig
 from kronsae.training.display import DisplaySink
 from kronsae.training.member import Member

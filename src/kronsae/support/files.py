@@ -102,7 +102,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Create the folder if needed and lock it for one writer until the end of the block.
 
     The lock ends with the process, however it ends. Folders that were created and are empty at the end are removed.

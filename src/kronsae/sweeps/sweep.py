@@ -23,7 +23,7 @@ from kronsae.runs.planning import TIMED_FROM_STEPS, MemberPlan, Plan, in_time, m
 from kronsae.runs.run import Run, execute
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import check_folder_place, only_writer, read_json, write_json
+from kronsae.support.files import check_folder_place, folder_lock, read_json, write_json
 from kronsae.support.progress import progress_bar
 from kronsae.support.provenance import provenance
 from kronsae.support.resources import free_disk_bytes, in_bytes
