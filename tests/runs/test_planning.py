@@ -21,7 +21,7 @@ from kronsae.runs.planning import Plan, in_time, make_plan, plan_run
 from kronsae.runs.run import Run, execute, open_run
 from kronsae.support import resources
 from kronsae.support.errors import UserError
-from kronsae.support.resources import available_memory_bytes, check_disk, free_disk_bytes, in_bytes
+from kronsae.support.resources import available_memory_bytes, check_disk, format_bytes, free_disk_bytes
 from kronsae.training.config import LoopConfig
 
 FolderOf = Callable[[str], Path]
@@ -205,7 +205,7 @@ def test_what_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_sizes_and_durations_in_words() -> None:
-    assert [in_bytes(n) for n in (0, 2**19, 3 * 2**20, 1.5 * 2**30, 1500 * 2**30, 2**41)] == [
+    assert [format_bytes(n) for n in (0, 2**19, 3 * 2**20, 1.5 * 2**30, 1500 * 2**30, 2**41)] == [
         "0 MB",
         "0.5 MB",
         "3 MB",

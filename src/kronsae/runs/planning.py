@@ -21,7 +21,7 @@ from kronsae.kernels.portable import PRODUCT_ELEMENTS
 from kronsae.runs.config import RunConfig
 from kronsae.runs.pipeline import Source
 from kronsae.support.errors import UserError
-from kronsae.support.resources import available_memory_bytes, free_disk_bytes, in_bytes, size_bytes
+from kronsae.support.resources import available_memory_bytes, format_bytes, free_disk_bytes, size_bytes
 from kronsae.training.budget import member_steps
 from kronsae.training.config import MemberConfig
 from kronsae.training.member import Member
@@ -192,7 +192,7 @@ class Plan:
             UserError: the run does not fit into memory or on the disk.
         """
         if not self.fits_memory:
-            available = in_bytes(self.memory_available_bytes or 0)
+            available = format_bytes(self.memory_available_bytes or 0)
             raise UserError(
                 f"the run must fit into memory; it needs about {in_bytes(self.memory_bytes)} "
                 f"({self._memory_parts()}), but only {available} are available. "
@@ -220,9 +220,9 @@ class Plan:
             if member.note:
                 lines.append(f"    {member.note}")
         available = self.memory_available_bytes
-        there = "" if available is None else f" of {in_bytes(available)}"
-        lines.append(f"Memory: about {in_bytes(self.memory_bytes)}{there} ({self._memory_parts()}).")
-        lines.append(f"Disk: about {in_bytes(self.disk_bytes)} of {in_bytes(self.disk_free_bytes)}.")
+        there = "" if available is None else f" of {format_bytes(available)}"
+        lines.append(f"Memory: about {format_bytes(self.memory_bytes)}{there} ({self._memory_parts()}).")
+        lines.append(f"Disk: about {format_bytes(self.disk_bytes)} of {format_bytes(self.disk_free_bytes)}.")
         if self.seconds is not None and self.batch_seconds is not None:
             share = (self.steps - self.steps_done) * self.batch_seconds / self.seconds
             first = f" The first step starts after about {in_time(self.first_seconds)}." if self.first_seconds else ""
@@ -239,7 +239,7 @@ class Plan:
             "language model": self.language_model_bytes,
             "work space": rest,
         }
-        return ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items() if size)
+        return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
 
 def plan_run(config: RunConfig, folder: Path, *, timed: bool = True) -> Plan:

@@ -36,12 +36,12 @@ def check_disk(folder: Path, needed_bytes: int, what: str, remedy: str) -> None:
     """Raise if more would be written than fits on the disk."""
     if needed_bytes > (free := free_disk_bytes(folder)):
         raise UserError(
-            f"{what} must fit on the disk; about {in_bytes(needed_bytes)} are needed at {folder} and {in_bytes(free)} "
+            f"{what} must fit on the disk; about {format_bytes(needed_bytes)} are needed at {folder} and {format_bytes(free)} "
             f"are free. {remedy}"
         )
 
 
-def in_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Format a number of bytes: ``1.5 GB`` (1 GB is 2^30 bytes)."""
     for size, unit in ((2**40, "TB"), (2**30, "GB"), (2**20, "MB")):
         if count >= size:

@@ -26,7 +26,7 @@ from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import check_folder_place, folder_lock, read_json, write_json
 from kronsae.support.progress import progress_bar
 from kronsae.support.provenance import provenance
-from kronsae.support.resources import free_disk_bytes, in_bytes
+from kronsae.support.resources import format_bytes, free_disk_bytes
 from kronsae.sweeps.grid import Point, SweepConfig, digest_of, points, seeds
 from kronsae.sweeps.results import CONFIG_FILE, Sweep, result_row
 from kronsae.training.config import MemberConfig
