@@ -19,7 +19,7 @@ from kronsae.report.sections.synthetic import table, verdict
 from kronsae.report.tables import markdown_table
 from kronsae.runs.architectures import ARCHITECTURES
 from kronsae.runs.parsing import parse_sae
-from kronsae.runs.planning import in_time
+from kronsae.runs.planning import format_duration
 from kronsae.support.config import to_dict
 from kronsae.support.files import write_json, write_marked
 from kronsae.support.progress import progress_bar
@@ -50,7 +50,7 @@ def markdown(kept: dict[str, Any]) -> str:
         "",
         f"Mean ± standard deviation over {len(truth)} seeds; {truth[0]['features']} features in width "
         f"{truth[0]['d_in']}, {l0:.1f} of them active per token; {settings['steps'] * settings['batch']:,} training "
-        f"tokens for every SAE. Measured in {in_time(kept['seconds'])} on {about['cores']} core(s) of "
+        f"tokens for every SAE. Measured in {format_duration(kept['seconds'])} on {about['cores']} core(s) of "
         f"{about['processor']}, "
         f"commit {about['commit']} "
         "([all figures](../results/synthetic.json)).",

@@ -14,7 +14,7 @@ from typing import Any
 from kronsae.measures.toy import ToyConfig, measure
 from kronsae.report.sections.toy import setup_table, table, verdict
 from kronsae.report.tables import markdown_table
-from kronsae.runs.planning import in_time
+from kronsae.runs.planning import format_duration
 from kronsae.support.config import to_dict
 from kronsae.support.files import write_json, write_marked
 from kronsae.support.progress import progress_bar
@@ -36,7 +36,7 @@ def markdown(kept: dict[str, Any]) -> str:
         "",
         f"Mean ± standard deviation: in the first table over {len(settings['setups'])} correlated setups and "
         f"{settings['seeds']} seeds, in the second over seeds. Measured in "
-        f"{in_time(kept['seconds'])} on {about['cores']} core(s) of {about['processor']}, commit "
+        f"{format_duration(kept['seconds'])} on {about['cores']} core(s) of {about['processor']}, commit "
         f"{about['commit']} ([all figures](../results/toy.json)).",
     ]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from kronsae.runs import planning
 from kronsae.runs.architectures import kron
 from kronsae.runs.config import RunConfig
 from kronsae.runs.pipeline import Source
-from kronsae.runs.planning import Plan, in_time, make_plan, plan_run
+from kronsae.runs.planning import Plan, format_duration, make_plan, plan_run
 from kronsae.runs.run import Run, execute, open_run
 from kronsae.support import resources
 from kronsae.support.errors import UserError
@@ -213,7 +213,7 @@ def test_sizes_and_durations_in_words() -> None:
         "1.46 TB",
         "2 TB",
     ]
-    assert [in_time(n) for n in (3, 119, 180, 7200, 200_000)] == [
+    assert [format_duration(n) for n in (3, 119, 180, 7200, 200_000)] == [
         "3 s",
         "119 s",
         "3.0 minutes",

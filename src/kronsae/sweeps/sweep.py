@@ -19,7 +19,7 @@ from kronsae.core.flops import training_flops
 from kronsae.runs.config import RunConfig
 from kronsae.runs.evaluation import evaluate_run
 from kronsae.runs.pipeline import Source
-from kronsae.runs.planning import TIMED_FROM_STEPS, MemberPlan, Plan, in_time, make_plan, with_times
+from kronsae.runs.planning import TIMED_FROM_STEPS, MemberPlan, Plan, format_duration, make_plan, with_times
 from kronsae.runs.run import Run, execute
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError, nearest
