@@ -271,7 +271,7 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         """Architecture and sizes, printed above the submodules."""
-        return in_words(self.config)
+        return describe_config(self.config)
 
     def unsound_weight(self) -> str | None:
         """Return the name of a weight that holds NaN or infinity; None if all weights are finite.
@@ -299,7 +299,7 @@ class SAE(nn.Module):
             )
 
 
-def in_words(config: SAEConfig) -> str:
+def describe_config(config: SAEConfig) -> str:
     """Describe a config: ``kronecker-topk, d_in=256, d_sae=4096, k=32, num_heads=512, d_base=2, d_extension=4``."""
     return ", ".join([config.architecture, *(f"{name}={size}" for name, size in config.sizes.items())])
 

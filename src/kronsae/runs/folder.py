@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kronsae.core import checkpoint
 from kronsae.core.checks import check_count
-from kronsae.core.sae import SAE, in_words
+from kronsae.core.sae import SAE, describe_config
 from kronsae.runs.config import RunConfig
 from kronsae.runs.pipeline import Source
 from kronsae.support.config import from_dict
