@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kronsae.data.shuffle import LET_GO, StaggeredOrder, StaggeredShuffle
+from kronsae.data.shuffle import NOT_STORED, StaggeredOrder, StaggeredShuffle
 from kronsae.data.stream import State
 from kronsae.support.errors import UserError
 
@@ -54,7 +54,7 @@ class Cells:
     def put(self, item: list[int], start: int, slots: Tensor) -> None:
         for number, slot in zip(item[start:], slots.tolist(), strict=False):
             self.read += 1
-            if slot != LET_GO:
+            if slot != NOT_STORED:
                 assert self.cells[slot] is None or self.goes_on
                 self.cells[slot] = number
 

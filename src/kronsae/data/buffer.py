@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kronsae.data.random import LazyPermutation
-from kronsae.data.shuffle import LET_GO, StaggeredOrder, StaggeredShuffle
+from kronsae.data.shuffle import NOT_STORED, StaggeredOrder, StaggeredShuffle
 from kronsae.data.stream import MakeStream, State, check_state
 from kronsae.support.errors import UserError
 
@@ -41,7 +41,7 @@ class ActivationRows:
 
     def put(self, item: Mapping[str, Tensor], start: int, slots: Int64[Tensor, "N"]) -> None:
         """Store the rows from ``start`` on in the given slots, the same slots for every hook."""
-        kept = slots != LET_GO
+        kept = slots != NOT_STORED
         for hook, rows in item.items():
             if hook not in self._storage:
                 self._storage[hook] = rows.new_empty((self._capacity, *rows.shape[1:]))

@@ -30,7 +30,7 @@ Rows = TypeVar("Rows")
 START: State = {"upstream": None, "rows": 0}
 """Position of a `BlockReader` at the beginning of the stream."""
 
-LET_GO = -1
+NOT_STORED = -1
 """Slot of a row that is not stored."""
 
 
@@ -42,7 +42,7 @@ class RowStore(Protocol[Item_contra, Rows_co]):
         ...
 
     def put(self, item: Item_contra, start: int, slots: Int64[Tensor, "N"], /) -> None:
-        """Store the rows of an item from ``start`` on in the given slots; skip rows whose slot is `LET_GO`."""
+        """Store the rows of an item from ``start`` on in the given slots; skip rows whose slot is `NOT_STORED`."""
         ...
 
     def take(self, slots: Int64[Tensor, "N"], /) -> Rows_co:
@@ -136,11 +136,11 @@ class StaggeredOrder:
         return max(0, unit - self.parts + 1)
 
     def slots(self, block: int, unit: int) -> Int64[Tensor, "N"]:
-        """Return the slot of each row of a block, in stream order; `LET_GO` for rows yielded before ``unit``."""
+        """Return the slot of each row of a block, in stream order; `NOT_STORED` for rows yielded before ``unit``."""
         order = permutation(self.block_rows, self.seed, self.purpose, 0, block)
         part, within = order // self.batch_size, order % self.batch_size
         slots = self._batch_slot(part, block) * self.batch_size + within
-        return torch.where(part < unit - block, LET_GO, slots)
+        return torch.where(part < unit - block, NOT_STORED, slots)
 
     def served(self, unit: int) -> Int64[Tensor, "N"]:
         """Return the slots of the rows that a unit yields, in order, if the stream does not end in its block."""
@@ -153,7 +153,7 @@ class StaggeredOrder:
         """Return the slots of the rows that a unit yields, in order, if the stream ends after ``count`` rows of it."""
         blocks = [self.slots(block, unit) for block in range(self.first_block(unit), unit)]
         slots = torch.cat([*blocks, self.slots(unit, unit)[:count]])
-        return self._mixed(slots[slots != LET_GO], unit)
+        return self._mixed(slots[slots != NOT_STORED], unit)
 
     def _batch_slot(self, part: Tensor, block: Tensor | int) -> Tensor:
         """Return the batch-sized slot of a block's part i, which has i + 1 such slots in rotation.

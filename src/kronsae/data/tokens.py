@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int, Int32, Int64
 from torch import Tensor
 
 from kronsae.data.corpus import Document
-from kronsae.data.shuffle import LET_GO, START, BlockReader, StaggeredOrder, StaggeredShuffle
+from kronsae.data.shuffle import NOT_STORED, START, BlockReader, StaggeredOrder, StaggeredShuffle
 from kronsae.data.stream import MakeStream, State, check_state
 from kronsae.support.errors import UserError
 
@@ -171,7 +171,7 @@ class WindowRows:
     def put(self, item: list[Window], start: int, slots: Int64[Tensor, "N"]) -> None:
         """Store the windows from ``start`` on in the given slots."""
         for window, slot in zip(item[start:], slots.tolist(), strict=False):
-            if slot != LET_GO:
+            if slot != NOT_STORED:
                 self._windows[slot] = window
 
     def take(self, slots: Int64[Tensor, "N"]) -> list[Window]:
