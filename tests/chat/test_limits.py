@@ -86,7 +86,7 @@ def test_which_bound_is_exceeded(bounds: Bounds, named: str) -> None:
     assert bounds.exceeded_by(Usage(requests=3, tokens_in=300, tokens_out=100)) == named
 
 
-def test_a_purse_counts_what_is_reserved() -> None:
+def test_a_budget_counts_reserved_usage() -> None:
     budget = Budget(Bounds(max_tokens=100))
     large, small = Usage(requests=1, tokens_in=30, tokens_out=30), Usage(requests=1, tokens_in=30, tokens_out=5)
     budget.reserve(large)

@@ -18,10 +18,10 @@ __all__ = [
     "ChatModel",
     "Estimate",
     "Estimator",
-    "RateLimiter",
-    "RetrySettings",
     "Question",
+    "RateLimiter",
     "RefusedError",
+    "RetrySettings",
     "TryAgainError",
     "Usage",
 ]

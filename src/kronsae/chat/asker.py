@@ -93,12 +93,8 @@ class Asker:
                 "asking a language model needs tenacity. Install it with: pip install 'kronsae[autointerp]'"
             )
         self._model, self._memory = model, memory
-        self._budget, self._rate_limiter, self._retry, self._sleep = (
-            Budget(bounds),
-            rate_limiter,
-            retry,
-            sleep,
-        )
+        self._budget, self._rate_limiter = Budget(bounds), rate_limiter
+        self._retry, self._sleep = retry, sleep
         self._slots = asyncio.Semaphore(retry.concurrency)
         self._under_way: set[asyncio.Task[Answer]] = set()
         self._failed_in_a_row, self._last_reason = 0, ""

@@ -36,8 +36,8 @@ def check_disk(folder: Path, needed_bytes: int, what: str, remedy: str) -> None:
     """Raise if more would be written than fits on the disk."""
     if needed_bytes > (free := free_disk_bytes(folder)):
         raise UserError(
-            f"{what} must fit on the disk; about {format_bytes(needed_bytes)} are needed at {folder} and {format_bytes(free)} "
-            f"are free. {remedy}"
+            f"{what} must fit on the disk; about {format_bytes(needed_bytes)} are needed at {folder} and "
+            f"{format_bytes(free)} are free. {remedy}"
         )
 
 
