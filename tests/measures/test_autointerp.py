@@ -299,4 +299,4 @@ def test_a_wrong_key_ends_it_in_a_sentence(run: Run) -> None:
         assert isinstance(outcome.exception, UserError)
         assert "refuses: the key is not accepted (HTTP 401)" in str(outcome.exception)
         assert "sk-wrong" not in outcome.output + str(outcome.exception)
-        assert len(stub.requests) <= Persistence.concurrency
+        assert len(stub.requests) <= RetrySettings.concurrency

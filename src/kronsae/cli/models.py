@@ -9,7 +9,7 @@ import typer
 
 from kronsae.support.cache import is_whole
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.resources import in_bytes
+from kronsae.support.resources import format_bytes
 from kronsae.support.terminal import Json, print_json, print_table, say, what_now
 
 app = typer.Typer(help="List the language models that `--model` knows by name; `fetch` gets one.")
@@ -39,7 +39,7 @@ def list_models(context: typer.Context, as_json: Json = False) -> None:
         for row in rows:
             at_hand = "yes" if row["at_hand"] else "no"
             table.add_row(
-                row["name"], at_hand, in_bytes(row["size_bytes"]), row["licence"], row["source"], row["about"]
+                row["name"], at_hand, format_bytes(row["size_bytes"]), row["licence"], row["source"], row["about"]
             )
         print_table(table)
     what_now("kronsae models fetch NAME", "kronsae train --model NAME, or quickstart --model NAME")

@@ -12,7 +12,7 @@ from kronsae.support.errors import UserError, nearest
 from kronsae.support.terminal import Json, Quiet, say, what_now
 
 if TYPE_CHECKING:
-    from kronsae.runs.config import RunConfig
+    pass
 
 
 def quickstart(
@@ -55,3 +55,13 @@ def quickstart(
     run = execute(config, out, show_progress=not quiet, say=say)
     evaluate_and_report(run, as_json, quiet)
     what_now(f"open {run.folder / 'report.html'} in a browser", "kronsae train --help, to train on your own model")
+
+
+def _check_text(config: RunConfig) -> None:
+    """Raise if the recipe's own text, which may be on the Hub, cannot be read."""
+    from kronsae.data.text import TextStream
+
+    try:
+        next(iter(TextStream(config.text, held_out_share=config.held_out_share)))
+    except UserError as error:
+        raise UserError(f"{error} Or give your own text: --text FILE, a .txt, .jsonl or .parquet file.") from None

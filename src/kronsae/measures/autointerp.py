@@ -218,8 +218,10 @@ async def _interpret(
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None,
 ) -> AutointerpResult:
-    pace = Pace(requests_per_minute=asking.requests_per_minute, tokens_per_minute=asking.tokens_per_minute)
-    asker = Asker(model, memory, bounds=asking.bounds, pace=pace, persistence=asking.persistence)
+    rate_limiter = RateLimiter(
+        requests_per_minute=asking.requests_per_minute, tokens_per_minute=asking.tokens_per_minute
+    )
+    asker = Asker(model, memory, bounds=asking.bounds, rate_limiter=rate_limiter, retry=asking.retry)
     ask = _count_questions(asker, questions, progress)
     try:
         latents = await _gather(
@@ -310,10 +312,10 @@ def autointerp(
     max_cost: Annotated[float | None, typer.Option(help="Maximum cost; requires both prices.")] = None,
     price_in: Annotated[float | None, typer.Option(help="Price of a million input tokens.")] = None,
     price_out: Annotated[float | None, typer.Option(help="Price of a million output tokens.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Number of concurrent requests.")] = Persistence.concurrency,
+    concurrency: Annotated[int, typer.Option(help="Number of concurrent requests.")] = RetrySettings.concurrency,
     requests_per_minute: Annotated[int | None, typer.Option(help="Rate limit on requests.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Rate limit on input and output tokens.")] = None,
-    attempts: Annotated[int, typer.Option(help="Attempts per question.")] = Persistence.attempts,
+    attempts: Annotated[int, typer.Option(help="Attempts per question.")] = RetrySettings.attempts,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for one answer.")] = 60.0,
     answer_tokens: Annotated[
         int, typer.Option(help="Maximum length of an answer in tokens; reasoning models need more.")

@@ -65,7 +65,7 @@ class RunFolder:
             shape = member.shape(1, config.hook)
             if self.finished:
                 saved = checkpoint.read_shape(self.sae_folder(member.name))
-                lines.append(f"  {member.name}: {in_words(replace(saved, sparsifier=member.sparsifier))}")
+                lines.append(f"  {member.name}: {describe_config(replace(saved, sparsifier=member.sparsifier))}")
             else:  # the width of the activations is not stored in the config
                 lines.append(f"  {member.name}: {shape.architecture}, d_sae={shape.d_sae}, k={shape.sparsifier.k}")
         return "\n".join(lines)

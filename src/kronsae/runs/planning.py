@@ -194,14 +194,14 @@ class Plan:
         if not self.fits_memory:
             available = format_bytes(self.memory_available_bytes or 0)
             raise UserError(
-                f"the run must fit into memory; it needs about {in_bytes(self.memory_bytes)} "
+                f"the run must fit into memory; it needs about {format_bytes(self.memory_bytes)} "
                 f"({self._memory_parts()}), but only {available} are available. "
                 "Lower buffer_tokens, train fewer or smaller SAEs at once, or use smaller batches."
             )
         if self.disk_bytes > self.disk_free_bytes:
             raise UserError(
-                f"checkpoints and SAEs must fit on the disk; they need about {in_bytes(self.disk_bytes)}, but only "
-                f"{in_bytes(self.disk_free_bytes)} are free. Free space, or choose another --out."
+                f"checkpoints and SAEs must fit on the disk; they need about {format_bytes(self.disk_bytes)}, but only "
+                f"{format_bytes(self.disk_free_bytes)} are free. Free space, or choose another --out."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,8 +225,12 @@ class Plan:
         lines.append(f"Disk: about {format_bytes(self.disk_bytes)} of {format_bytes(self.disk_free_bytes)}.")
         if self.seconds is not None and self.batch_seconds is not None:
             share = (self.steps - self.steps_done) * self.batch_seconds / self.seconds
-            first = f" The first step starts after about {in_time(self.first_seconds)}." if self.first_seconds else ""
-            lines.append(f"Time: about {in_time(self.seconds)}, {share:.0%} of it for the activations.{first}")
+            first = (
+                f" The first step starts after about {format_duration(self.first_seconds)}."
+                if self.first_seconds
+                else ""
+            )
+            lines.append(f"Time: about {format_duration(self.seconds)}, {share:.0%} of it for the activations.{first}")
         return "\n".join(lines)
 
     def _memory_parts(self) -> str:
@@ -294,7 +298,7 @@ def with_times(plan: Plan, source: Source) -> Plan:
     return replace(plan, members=tuple(timed), batch_seconds=token_seconds * plan.batch_tokens)
 
 
-def in_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as text: ``2.5 hours``."""
     for size, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:

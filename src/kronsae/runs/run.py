@@ -145,7 +145,7 @@ def execute(
     for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
         if wanted:
             require(package)
-    with nullcontext() if run.finished else only_writer(run.folder):
+    with nullcontext() if run.finished else folder_lock(run.folder):
         check_folder(run, config)  # again: another process may have started or finished a run before the lock was taken
         if run.finished:
             say(f"The run in {run.folder} is already finished; nothing is trained or logged.")

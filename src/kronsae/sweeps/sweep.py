@@ -83,8 +83,9 @@ class SweepPlan:
         """
         if self.disk_bytes > self.disk_free_bytes:
             raise UserError(
-                f"the sweep must fit on the disk; it needs about {in_bytes(self.disk_bytes)}, but only "
-                f"{in_bytes(self.disk_free_bytes)} are free. Free space, choose another --out, or use a smaller grid."
+                f"the sweep must fit on the disk; it needs about {format_bytes(self.disk_bytes)}, but only "
+                f"{format_bytes(self.disk_free_bytes)} are free. Free space, choose another --out, or use a "
+                "smaller grid."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,10 +119,12 @@ class SweepPlan:
         if self.stale:
             lines.append(f"{len(self.stale)} finished group(s) to evaluate again, because eval_tokens changed.")
         if self.disk_bytes:
-            disk, free = in_bytes(self.disk_bytes), in_bytes(self.disk_free_bytes)
-            lines.append(f"Memory: about {in_bytes(self.memory_bytes)} at a time. Disk: about {disk} of {free} free.")
+            disk, free = format_bytes(self.disk_bytes), format_bytes(self.disk_free_bytes)
+            lines.append(
+                f"Memory: about {format_bytes(self.memory_bytes)} at a time. Disk: about {disk} of {free} free."
+            )
         if self.seconds is not None:
-            lines.append(f"Time: about {in_time(self.seconds)} of training, plus the evaluation of each group.")
+            lines.append(f"Time: about {format_duration(self.seconds)} of training, plus the evaluation of each group.")
         return "\n".join(lines)
 
 
@@ -200,7 +203,7 @@ def execute_sweep(
     config = from_dict(SweepConfig, to_dict(config))
     wanted = sweep_points(config)
     _check_folder(folder)
-    with only_writer(folder):
+    with folder_lock(folder):
         return _run_sweep(config, wanted, folder, group_size, show_progress, say)
 
 
