@@ -117,7 +117,7 @@ class TestQuickstart:
         monkeypatch.chdir(tmp_path)
         said = kronsae("quickstart", "--model", "smollm2").sentence
         assert said.startswith("text: there is no 'Salesforce/wikitext' here, and the Hugging Face Hub cannot be")
-        assert said.endswith("Or give a text of yours: --text FILE, a .txt, .jsonl or .parquet.")
+        assert said.endswith("Or give your own text: --text FILE, a .txt, .jsonl or .parquet file.")
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.slow

@@ -14,6 +14,9 @@ from kronsae.support.terminal import Json, Quiet, say, what_now
 if TYPE_CHECKING:
     pass
 
+if TYPE_CHECKING:
+    from kronsae.runs.config import RunConfig
+
 
 def quickstart(
     out: OptionalOut = None,
