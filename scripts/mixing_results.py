@@ -145,11 +145,11 @@ def figures(kept: dict[str, Any]) -> list[dict[str, Any]]:
 def cells() -> list[str]:
     """Return the table of held-out EV of ten architectures, before the change and now: the two CSVs of one study."""
     by_order = {order: explained_variance(RESULTS / file) for order, file in CELLS.items()}
-    rows = [
-        [name, *(mean_and_range(by_order[order][name], "{:.4f}") for order in CELLS)]
-        + [f"{statistics.mean(by_order['after'][name]) - statistics.mean(by_order['before'][name]):+.4f}"]
-        for name in by_order["after"]
-    ]
+    rows = []
+    for name, after in by_order["after"].items():
+        before = by_order["before"][name]
+        difference = f"{statistics.mean(after) - statistics.mean(before):+.4f}"
+        rows.append([name, *(mean_and_range(values, "{:.4f}") for values in (before, after)), difference])
     return markdown_rows(["SAE of the study `cells`", "EV before", "EV after", "difference"], rows)
 
 
