@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("toy_results", "synthetic_results", "absorption_study", "steering_study", "mixing_results")
+STUDIES = ("corpus_study", "toy_results", "synthetic_results", "absorption_study", "steering_study", "mixing_results")
 
 
 def script(name: str) -> ModuleType:
