@@ -141,7 +141,7 @@ class TestTraining:
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
         library = [Document(id=f"library/{i}", text=f"def f{i}(x):\n    return x + {i}\n" * 40) for i in range(6)]
         tests = [Document(id=f"tests/{i}", text=f"assert f{i}(1) == {i + 1}\n" * 40) for i in range(3)]
-        monkeypatch.setattr(train, "training_documents", lambda: (library, tests))
+        monkeypatch.setattr(train, "training_documents", lambda include_tables: (library, tests))
         monkeypatch.setattr(train, "standard_library_documents", lambda: iter(library))
         monkeypatch.setattr(train, "is_held_out", lambda name: name == "library/0")
 

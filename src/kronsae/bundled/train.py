@@ -101,10 +101,11 @@ class Settings:
             )
 
 
-def training_documents() -> tuple[list[Document], list[Document]]:
-    """Return the library's and the tests' documents that may be trained on."""
-    library_ids = {document.id for document in standard_library_documents()}
-    kept = [document for document in standard_library_documents(include_tests=True) if not is_held_out(document.id)]
+def training_documents(include_tables: bool = False) -> tuple[list[Document], list[Document]]:
+    """Return the library's and the tests' documents that may be trained on, without generated tables by default."""
+    library_ids = {document.id for document in standard_library_documents(include_tables=include_tables)}
+    documents = standard_library_documents(include_tests=True, include_tables=include_tables)
+    kept = [document for document in documents if not is_held_out(document.id)]
     library = [document for document in kept if document.id in library_ids]
     tests = [document for document in kept if document.id not in library_ids]
     return library, tests
@@ -263,13 +264,15 @@ class Run:
     Args:
         settings: What to train.
         out: Folder for the checkpoint, the log and the exported model.
+        include_tables: Train on generated tables too, as the first release of the model did.
     """
 
-    def __init__(self, settings: Settings, out: Path) -> None:
+    def __init__(self, settings: Settings, out: Path, *, include_tables: bool = False) -> None:
         self.settings = settings
         self.out = out
+        self.include_tables = include_tables
         out.mkdir(parents=True, exist_ok=True)
-        library, tests = training_documents()
+        library, tests = training_documents(include_tables)
         self.tokenizer = train_tokenizer([*library, *tests], settings.vocab_size, settings.max_positions)
         self.library = encode(self.tokenizer, library)
         self.tests = encode(self.tokenizer, tests)
@@ -343,6 +346,7 @@ class Run:
             "parameters": self.model.num_parameters(),
             "steps": self.step,
             "tokens_seen": self.step * self.settings.batch_tokens,
+            "include_tables": self.include_tables,
             "library_tokens": len(self.library),
             "test_tokens": len(self.tests),
             "settings": asdict(self.settings),
