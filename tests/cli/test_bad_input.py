@@ -115,7 +115,10 @@ class TestBadInput:
             ),
             (["--wandb", "project"], r"^wandb must be installed to log to it. Install it with: pip install 'krons"),
             (["--sae", "topk d_sae=8 k=2 name=kron"], r"^saes must have different names; got kron, kron. Give name="),
-            (["--recipe", "tny"], r"^recipe must be one of quickstart, tiny, .*; got 'tny'. Did you mean 'tiny'\?$"),
+            (
+                ["--recipe", "tny"],
+                r"^recipe must be one of quickstart, quickstart-smollm2, tiny, .*; got 'tny'. Did you mean 'tiny'\?$",
+            ),
             (
                 ["--recipe", "tiny", "--config", "x"],
                 r"^--recipe and --config must not be given together; got both. Leave one out.$",
@@ -244,7 +247,7 @@ class TestBadInput:
         asked = [*without(base, "--text"), "--text", str(tmp_path / "t.txt"), "--set", "held_out_share=0.001"]
         outcome = kronsae(*asked, "--sae", KRON, "--out", tmp_path / "r")
         assert outcome.status == 2
-        assert "text must hold tokens that are neither padding nor special to the tokenizer; found none" in outcome.err
+        assert "text must contain tokens that are neither padding nor special tokens; found none" in outcome.err
         assert listing(tmp_path) == ["t.txt"]
 
     @pytest.mark.parametrize("verb", ["train", "harvest"])

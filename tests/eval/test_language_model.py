@@ -134,7 +134,7 @@ def test_bad_input() -> None:
     with pytest.raises(UserError, match="neither padding nor special; found none"):
         spliced_models(saes, model, hook, toys.batches([[1], [1]], 2), tokens=2)
     unused = toys.ToyHook("unused", model.model.unused)
-    with pytest.raises(UserError, match=r"'unused' does not\. Give a transformer block"):
+    with pytest.raises(UserError, match=r"'unused' is not\. Give a transformer block"):
         spliced_models(saes, model, unused, toys.batches([[1, 2]], 1), tokens=2)
     model.model.embedding.weight[4, 0] = torch.nan
     with pytest.raises(UserError, match="'block' gave NaN or infinity in window 2, token 3"):

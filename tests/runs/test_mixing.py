@@ -127,7 +127,9 @@ def test_an_unfinished_run_of_an_earlier_version_is_refused(
     old = {"upstream": {"upstream": {"epoch": 0, "document": 3}, "window": 2}, "rows": 7, "block": 1, "batch": 2}
     progress.write_text(json.dumps(json.loads(progress.read_text()) | {"stream": old}))
     without_pool(tmp_path / "r")
-    with pytest.raises(UserError, match=r"^state must have the keys .*; got upstream, rows, block, batch\. Another"):
+    with pytest.raises(
+        UserError, match=r"^state must have the keys .*; got upstream, rows, block, batch\. It was written by"
+    ):
         go(config, tmp_path / "r")
     assert progress.exists()
 

@@ -282,7 +282,7 @@ class TestActivations:
         ):
             go(replace(config, text=TextConfig(source=str(path))), tmp_path / "r")
         path.write_text("<|endoftext|>")
-        with pytest.raises(UserError, match=r"^text must hold tokens that are neither padding nor special"):
+        with pytest.raises(UserError, match=r"^text must contain tokens that are neither padding nor special"):
             go(replace(config, text=TextConfig(source=str(path))), tmp_path / "r")
         assert not (tmp_path / "r").exists()
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kronsae.cli.options import Out
 from kronsae.support.terminal import Json, Quiet, print_json, what_now
 
 
 def harvest(
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty folder for the activations.")],
     hook: Annotated[
         list[str],
         typer.Option(help="Hook to read, repeatable: module path or layer, such as layers.6 or layers.6.mlp:input."),

@@ -32,7 +32,7 @@ Hook = Annotated[
     str | None,
     typer.Option(help="Hook to read: module path or layer, such as layers.6; with --activations, a harvested hook."),
 ]
-Tokens = Annotated[int | None, typer.Option(help="Number of tokens.")]
+Tokens = Annotated[int | None, typer.Option(help="Number of tokens to train on, or to evaluate on.")]
 Flops = Annotated[
     float | None, typer.Option(help="Training budget of each SAE in FLOPs, such as 1e15; instead of --tokens.")
 ]

@@ -51,7 +51,7 @@ def command(
         float | None,
         typer.Option(
             help="Norm to add for every --latent, as a share of the activations' mean norm on held-out text "
-            f"[default: {STRENGTH}]. At 0.1 little changes; at 1 the text becomes incoherent. Negative: steer away."
+            f"(default: {STRENGTH}). At 0.1 little changes; at 1 the text becomes incoherent. Negative: steer away."
         ),
     ] = None,
     ablated: Annotated[list[int] | None, typer.Option("--ablate", help="Latent to set to 0, repeatable.")] = None,
