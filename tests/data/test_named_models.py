@@ -183,15 +183,15 @@ class TestRefusing:
             unpack(known, tmp_path / "no.whl", tmp_path)
 
 
-def test_the_catalogue_says_what_is_at_hand(
+def test_the_catalogue_says_what_is_downloaded(
     stand_in: tuple[NamedModel, Path], own_cache: Path, tiny_model_folder: Callable[[str], Path]
 ) -> None:
     model, wheel = stand_in
     rows = {row["name"]: row for row in catalogue()}
     assert list(rows) == ["bundled", "smollm2"]
-    assert [row["at_hand"] for row in rows.values()] == [True, False]
+    assert [row["downloaded"] for row in rows.values()] == [True, False]
     fetch(model, wheel)
-    assert [row["at_hand"] for row in catalogue()] == [True, True]
+    assert [row["downloaded"] for row in catalogue()] == [True, True]
     assert all(row["size_bytes"] > 0 and row["licence"] and row["source"] and row["about"] for row in rows.values())
 
 

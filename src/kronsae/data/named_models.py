@@ -90,14 +90,14 @@ NAMED: dict[str, NamedModel] = {SMOLLM2.name: SMOLLM2}
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Return what there is to know of each model with a name: name, about, size_bytes, licence, source, at_hand."""
+    """Describe each model that has a short name: name, about, size_bytes, licence, source, downloaded."""
     inside = {
         "name": bundled.NAME,
         "about": "a small model of Python code: GPT-NeoX architecture, width 256, 6 layers, vocabulary 4,096",
         "size_bytes": size_bytes(bundled.path()),
         "licence": "Apache-2.0",
         "source": "inside the package",
-        "at_hand": True,
+        "downloaded": True,
     }
     others = [
         {
@@ -106,7 +106,7 @@ def catalogue() -> list[dict[str, Any]]:
             "size_bytes": model.wheel_bytes,
             "licence": model.licence,
             "source": model.source,
-            "at_hand": is_whole(model.folder),
+            "downloaded": is_whole(model.folder),
         }
         for model in NAMED.values()
     ]
