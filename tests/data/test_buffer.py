@@ -168,6 +168,10 @@ class TestShuffleBuffer:
 
 
 class TestTensorStream:
+    def test_a_state_of_the_earlier_order_is_refused(self) -> None:
+        with pytest.raises(UserError, match=r"^state must have the keys epoch, next_batch; got epoch, batch\. It was"):
+            TensorStream(torch.zeros(12, 1), batch_size=3, state={"epoch": 0, "batch": 1})
+
     def test_an_epoch_serves_each_row_once(self) -> None:
         values_ND = torch.arange(24.0).reshape(12, 2)
         stream = TensorStream(values_ND, batch_size=4, repeat=False)

@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from kronsae.data.random import LazyPermutation, permutation
+from kronsae.data.random import SMALL, LazyPermutation, permutation
 
 
 @settings(max_examples=200, deadline=None)
-@given(count=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 10**6))
+@given(count=st.integers(1, 3 * SMALL), seed=st.integers(0, 2**40), epoch=st.integers(0, 10**6))
 def test_a_lazy_permutation_is_a_bijection(count: int, seed: int, epoch: int) -> None:
     found = LazyPermutation(count, seed, "test", epoch).part(0, count)
     assert np.array_equal(np.sort(found), np.arange(count))
 
 
 @settings(max_examples=100, deadline=None)
-@given(count=st.integers(1, 500), data=st.data())
+@given(count=st.integers(1, 2 * SMALL), data=st.data())
 def test_parts_of_a_lazy_permutation_are_the_whole(count: int, data: st.DataObject) -> None:
     order = LazyPermutation(count, 5, "test")
     cut = data.draw(st.integers(0, count))
@@ -29,7 +29,7 @@ def test_parts_of_a_lazy_permutation_are_the_whole(count: int, data: st.DataObje
 
 def test_positions_and_elements_of_a_lazy_permutation_are_independent() -> None:
     """Two-sided chi-square test at 1e-6 of (decile of the position, decile of the element), with exact margins."""
-    count, orders, cells = 1000, 200, 10
+    count, orders, cells = SMALL + 904, 60, 10
     table = np.zeros((cells, cells))
     for seed in range(orders):
         found = LazyPermutation(count, seed, "test").part(0, count)
@@ -42,11 +42,21 @@ def test_positions_and_elements_of_a_lazy_permutation_are_independent() -> None:
 
 def test_adjacent_elements_of_a_lazy_permutation_are_rarely_consecutive() -> None:
     """In a random permutation the number of adjacent differences of +1 or -1 is Poisson with mean 2."""
-    near, orders, count = 0, 300, 1009
+    near, orders, count = 0, 100, SMALL + 913
     for seed in range(orders):
         steps = np.diff(LazyPermutation(count, seed, "test").part(0, count))
         near += int((np.abs(steps) == 1).sum())
     assert abs(near - 2 * orders) < 6 * (2 * orders) ** 0.5
+
+
+def test_a_short_lazy_permutation_is_uniform() -> None:
+    """Two-sided chi-square test at 1e-6 of the frequencies of all 120 orders of five elements."""
+    orders, table = 6000, np.zeros((5,) * 5)
+    for seed in range(orders):
+        table[tuple(LazyPermutation(5, seed, "test").part(0, 5))] += 1
+    expected = orders / 120
+    statistic = ((table[table > 0] - expected) ** 2).sum() / expected + (120 - (table > 0).sum()) * expected
+    assert chi2.ppf(1e-6, 119) < statistic < chi2.isf(1e-6, 119)
 
 
 def test_a_part_of_a_huge_order_takes_no_more_than_itself() -> None:

@@ -148,6 +148,15 @@ def test_a_unit_exchanges_a_part_of_what_is_held() -> None:
         assert sorted(blocks) == [block for block in range(newest - 9, newest + 1) for _ in range(8)]
 
 
+@pytest.mark.parametrize("batches", [2, 3, 5])
+def test_a_buffer_of_few_batches_mixes_batches(batches: int) -> None:
+    """Without a buffer larger than a batch nothing can be mixed across batches; two batches suffice to mix two."""
+    found = [batch for batch, _ in itertools.islice(shuffled([9, 4], order(10, 10 * batches + 9), repeat=True), 40)]
+    consecutive = [batch for batch in found if max(batch) - min(batch) == len(batch) - 1]
+    assert len(consecutive) <= 2
+    assert order(10, 10 * batches + 9).held_rows <= 10 * batches + 9
+
+
 def old_order(rows: int, batch_size: int, capacity: int) -> list[Batch]:
     """Yield batches of a buffer that is filled, emptied in random order, and filled again."""
     generator = torch.Generator().manual_seed(0)

@@ -62,10 +62,10 @@ def test_epochs_differ_and_drop_what_does_not_fill_a_batch(folder: Path) -> None
     assert all(len(set(epoch)) == 96 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert [state for _, state in batches[10:14]] == [
-        {"epoch": 0, "batch": 11},
-        {"epoch": 0, "batch": 12},
-        {"epoch": 1, "batch": 1},
-        {"epoch": 1, "batch": 2},
+        {"epoch": 0, "next_batch": 11},
+        {"epoch": 0, "next_batch": 12},
+        {"epoch": 1, "next_batch": 1},
+        {"epoch": 1, "next_batch": 2},
     ]
 
 
@@ -142,7 +142,9 @@ def test_files_are_checked_before_the_first_batch_and_again_only_if_they_changed
 
 
 def test_a_state_of_the_order_by_shards_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"^state must have the keys epoch, batch; got upstream, .*It was written by"):
+    with pytest.raises(
+        UserError, match=r"^state must have the keys epoch, next_batch; got upstream, .*It was written by"
+    ):
         StoredActivations(folder, batch_size=10, state={"upstream": None, "rows": 0, "block": 0, "batch": 3})
 
 

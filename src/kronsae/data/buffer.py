@@ -110,7 +110,7 @@ class ShuffleBuffer:
 class TensorStream:
     """Yield ``({hook: values_BD}, state)`` from activations in memory or memory-mapped, shuffled per epoch.
 
-    The state is ``{"epoch", "batch"}``. Rows that do not fill the last batch of an epoch are dropped from it.
+    The state is ``{"epoch", "next_batch"}``. Rows that do not fill the last batch of an epoch are dropped from it.
 
     Args:
         values: One tensor or array ``[N, d_in]`` (its hook name is then ``"values"``), or one per hook.
@@ -157,7 +157,7 @@ class TensorStream:
 class EpochRows:
     """Yield ``(rows_B, state)``: the row indices of each batch, in a new random order every epoch.
 
-    The state is ``{"epoch", "batch"}``. The order is a `LazyPermutation`, which needs no memory per row.
+    The state is ``{"epoch", "next_batch"}``. The order is a `LazyPermutation`, which needs no memory per row.
 
     Args:
         count: Number of rows.
@@ -183,16 +183,16 @@ class EpochRows:
         self._batch_size = batch_size
         self._seed = seed
         self._repeat = repeat
-        self._state: State = {"epoch": 0, "batch": 0} if state is None else state
-        check_state(self._state, ("epoch", "batch"))
+        self._state: State = {"epoch": 0, "next_batch": 0} if state is None else state
+        check_state(self._state, ("epoch", "next_batch"))
 
     def __iter__(self) -> Iterator[tuple[npt.NDArray[np.int64], State]]:
-        epoch, first = self._state["epoch"], self._state["batch"]
+        epoch, first = self._state["epoch"], self._state["next_batch"]
         while True:
             order = LazyPermutation(self._count, self._seed, "epoch", epoch)
             for batch in range(first, self._count // self._batch_size):
                 rows = order.part(batch * self._batch_size, (batch + 1) * self._batch_size)
-                yield rows, {"epoch": epoch, "batch": batch + 1}
+                yield rows, {"epoch": epoch, "next_batch": batch + 1}
             if not self._repeat:
                 return
             epoch, first = epoch + 1, 0

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _ROUNDS = 8
+SMALL = 4096
+"""Up to this length a permutation is drawn whole: the network is not uniform for a handful of elements."""
 # A key of 8 bytes per round: 64 bytes, the longest digest of BLAKE2b.
 _KEY_BYTES = 8
 # Increment and multipliers of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
@@ -41,7 +43,8 @@ class LazyPermutation:
     It is a Feistel network on a grid with ``ceil(sqrt(count))`` rows and the smallest sufficient number of columns. A
     round adds a keyed hash of the column to the row, and the next round a keyed hash of the row to the column; each
     round is a bijection. A result that is not below ``count`` is permuted again until it is (cycle walking), which
-    preserves the bijection. Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002), method 3.
+    preserves the bijection. Up to `SMALL` elements, `permutation` is used instead. Source: Black and Rogaway, "Ciphers
+    with arbitrary finite domains" (2002), method 3.
 
     Args:
         count: Length of the permutation, at least 1.
@@ -57,12 +60,15 @@ class LazyPermutation:
 
     def __init__(self, count: int, seed: int, purpose: str, *numbers: int) -> None:
         self.count = count
+        self._whole = permutation(count, seed, purpose, *numbers).numpy() if count <= SMALL else None
         self._rows = np.uint64(math.isqrt(count - 1) + 1)
         self._columns = np.uint64(-(-count // int(self._rows)))
         self._keys = np.frombuffer(_digest(seed, purpose, numbers, size=_KEY_BYTES * _ROUNDS), dtype="<u8")
 
     def part(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return the elements ``start`` to ``stop - 1`` of the permutation."""
+        if self._whole is not None:
+            return self._whole[start:stop].astype(np.int64)
         found = self._permute(np.arange(start, stop, dtype=np.uint64))
         while (outside := found >= self.count).any():
             found[outside] = self._permute(found[outside])

@@ -94,14 +94,14 @@ class BlockReader(Generic[Item]):
 class StaggeredOrder:
     """Define a shuffled order of a stream's rows that needs a buffer of at most ``capacity`` rows.
 
-    The stream is divided into blocks of r batches. Each block is permuted and cut into r parts of one batch each. Unit
-    u yields part i of block u - i for i = 0 ... r - 1, permuted together. These are r batches, one of which comes from
-    the block that was just read. Units before the r-th yield the parts that exist; the last unit yields all rows that
-    are still in the buffer.
+    The stream is divided into blocks of r parts. A part is one batch, except for capacities below 3 batches: then r = 1
+    and the part is all the batches that fit. Each block is permuted and cut into its parts. Unit u yields part i of
+    block u - i for i = 0 ... r - 1, permuted together; one of them comes from the block that was just read. Units
+    before the r-th yield the parts that exist; the last unit yields all rows that are still in the buffer.
 
     Every row is yielded exactly once, within r units of being read. Unit u depends only on the blocks
     u - r + 1 ... u. Part i of a block stays in the buffer for i + 1 units, so the buffer contains r (r + 1) / 2
-    batches; r is the largest number for which these fit into ``capacity``. A refill therefore replaces a share of
+    parts; r is the largest number for which these fit into ``capacity``. A refill therefore replaces a share of
     2 / (r + 1) of the buffer.
 
     Args:
@@ -118,18 +118,24 @@ class StaggeredOrder:
 
     @cached_property
     def parts(self) -> int:
-        """r, the number of parts of a block and of batches of a unit."""
+        """r, the number of parts of a block and of a unit."""
         return (math.isqrt(8 * (self.capacity // self.batch_size) + 1) - 1) // 2
+
+    @cached_property
+    def part_rows(self) -> int:
+        """Number of rows of a part: a batch, or all batches that fit where there is one part."""
+        batches = self.capacity // self.batch_size
+        return self.batch_size * (batches if self.parts == 1 else 1)
 
     @property
     def block_rows(self) -> int:
         """Number of rows of a block."""
-        return self.parts * self.batch_size
+        return self.parts * self.part_rows
 
     @property
     def held_rows(self) -> int:
         """Maximum number of rows in the buffer, and the number of slots."""
-        return self.parts * (self.parts + 1) // 2 * self.batch_size
+        return self.parts * (self.parts + 1) // 2 * self.part_rows
 
     def first_block(self, unit: int) -> int:
         """Return the oldest block of which the unit yields a part."""
@@ -138,15 +144,15 @@ class StaggeredOrder:
     def slots(self, block: int, unit: int) -> Int64[Tensor, "N"]:
         """Return the slot of each row of a block, in stream order; `NOT_STORED` for rows yielded before ``unit``."""
         order = permutation(self.block_rows, self.seed, self.purpose, 0, block)
-        part, within = order // self.batch_size, order % self.batch_size
-        slots = self._batch_slot(part, block) * self.batch_size + within
+        part, within = order // self.part_rows, order % self.part_rows
+        slots = self._part_slot(part, block) * self.part_rows + within
         return torch.where(part < unit - block, NOT_STORED, slots)
 
     def served(self, unit: int) -> Int64[Tensor, "N"]:
         """Return the slots of the rows that a unit yields, in order, if the stream does not end in its block."""
         blocks = torch.arange(self.first_block(unit), unit + 1)
-        batch_slots = self._batch_slot(unit - blocks, blocks)
-        slots = (batch_slots[:, None] * self.batch_size + torch.arange(self.batch_size)).flatten()
+        part_slots = self._part_slot(unit - blocks, blocks)
+        slots = (part_slots[:, None] * self.part_rows + torch.arange(self.part_rows)).flatten()
         return self._mixed(slots, unit)
 
     def served_last(self, unit: int, count: int) -> Int64[Tensor, "N"]:
@@ -155,8 +161,8 @@ class StaggeredOrder:
         slots = torch.cat([*blocks, self.slots(unit, unit)[:count]])
         return self._mixed(slots[slots != NOT_STORED], unit)
 
-    def _batch_slot(self, part: Tensor, block: Tensor | int) -> Tensor:
-        """Return the batch-sized slot of a block's part i, which has i + 1 such slots in rotation.
+    def _part_slot(self, part: Tensor, block: Tensor | int) -> Tensor:
+        """Return the part-sized slot of a block's part i, which has i + 1 such slots in rotation.
 
         The part of block b + i + 1 reuses the slot of block b, whose part has been yielded by then.
         """

@@ -197,7 +197,7 @@ def read_manifest(folder: Path | str) -> Manifest:
 class StoredActivations:
     """Yield ``({hook: values_BD}, state)`` from a folder of activations, in random order.
 
-    Every epoch has a new random order of all rows of all shards. The state is ``{"epoch", "batch"}``. Shards are
+    Every epoch has a new random order of all rows of all shards. The state is ``{"epoch", "next_batch"}``. Shards are
     memory-mapped and only the rows of a batch are read, so that memory does not depend on the size of the folder. Each
     shard's SHA-256 is compared with the manifest before the first batch, which reads every file once.
 
