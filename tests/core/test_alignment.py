@@ -107,6 +107,26 @@ def test_activations_at_any_address_give_the_same_bits(
         assert_same_bits(outputs(sae, placed(x_BD, offset)), expected, f"x {offset} bytes past a multiple of 64")
 
 
+@EVERY_DTYPE
+@EVERY_SHAPE
+@EVERY_SAE
+def test_strided_and_transposed_activations_give_the_same_bits(
+    encoder: str, d_in: int, tokens: int, dtype: torch.dtype
+) -> None:
+    sae = build(encoder, d_in, dtype)
+    x_BD = torch.randn(tokens, d_in, dtype=dtype)
+    expected = outputs(sae, x_BD)
+    wide = torch.randn(tokens, d_in + 3, dtype=dtype)
+    wide[:, :d_in] = x_BD
+    assert_same_bits(outputs(sae, wide[:, :d_in]), expected, "columns of a wider matrix")
+    assert_same_bits(outputs(sae, x_BD.T.contiguous().T), expected, "a transposed matrix")
+
+
+def test_aligned_leaves_tensors_of_functional_transforms_alone() -> None:
+    tensor = torch.randn(4, 3)
+    assert torch.equal(torch.func.vmap(aligned)(tensor), tensor)
+
+
 @EVERY_SHAPE
 def test_a_skip_connection_reads_activations_at_any_address(d_in: int, tokens: int) -> None:
     sae = build("kron", d_in, torch.float32, skip=True)

@@ -15,6 +15,7 @@ from kronsae.core.losses import LossConfig, SquaredErrorConfig, squared_error
 from kronsae.core.sae import SAE
 from kronsae.kernels import Choice
 from kronsae.support.errors import UserError
+from kronsae.support.tensors import aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +69,11 @@ def objective(
     - ``l0`` is included only if the sparsifier learns from it (JumpReLU);
     - ``penalty`` is the encoder's own term (the load-balancing loss of a switch encoder).
     """
+    x_BD = aligned(x_BD)
     latents = sae.encoder(x_BD)
     codes, aux_codes, l0 = sae.sparsifier.choose_in_training(latents, *_dead_choice(sae, dead_C, aux_k))
     reconstruct = SquaredErrorConfig() if loss is None else loss
-    target_BO = x_BD if target_BO is None else target_BO
+    target_BO = x_BD if target_BO is None else aligned(target_BO)
     if sae.skip is None:
         reconstruction_loss, x_hat_BO = reconstruct(sae.decoder, codes, target_BO)
     else:  # the dictionary reconstructs the target minus the skip output; this holds for every prefix of the loss

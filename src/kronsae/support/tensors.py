@@ -3,7 +3,9 @@
 MKL's matrix products sum in another order when an operand does not start at a multiple of 16 bytes (AVX2) or 64 bytes
 (AVX-512), so the last bits of a result depend on where its inputs lie. PyTorch's own allocations start at multiples of
 64 bytes. Memory from elsewhere does not: safetensors maps files into memory at any multiple of 8 bytes (and such
-tensors change or crash when the file does), and a slice ``x[1:]`` starts wherever a row ends.
+tensors change or crash when the file does), a slice ``x[1:]`` starts wherever a row ends, and a transposed or strided
+matrix takes another path through MKL. So weights are aligned where they are loaded (`read_tensors`), and activations
+where they enter an SAE (`aligned`). Weights that a caller assigns to an SAE are used as they are.
 """
 
 from __future__ import annotations
@@ -18,13 +20,20 @@ ALIGNMENT_BYTES = 64
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return a CPU tensor itself if its memory starts at a multiple of 64 bytes, else a copy that does.
+    """Return a CPU tensor itself if it is contiguous and starts at a multiple of 64 bytes, else a copy that is.
 
-    The copy is differentiable. Tensors of other devices are returned as they are.
+    The copy is differentiable. Tensors of other devices, and those without memory of their own (under `torch.compile`
+    and `torch.func`), are returned as they are.
     """
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.data_ptr() % ALIGNMENT_BYTES == 0:
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return tensor
-    return tensor.clone()
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # a tensor of torch.func
+        return tensor
+    if tensor.is_contiguous() and address % ALIGNMENT_BYTES == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
