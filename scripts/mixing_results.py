@@ -255,7 +255,7 @@ def main() -> None:
             "batch_tokens": recipe.loop.batch_tokens,
             "saes": [sae.name for sae in recipe.saes],
             "buffer_tokens": recipe.buffer_tokens,
-            "window_pool_tokens": recipe.window_pool_tokens,
+            "window_pool_tokens": recipe.pool_tokens,
             "threads": asked.threads,
         }
         about = provenance()

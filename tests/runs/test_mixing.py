@@ -137,7 +137,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_refused(
 def test_a_finished_run_of_an_earlier_version_is_still_the_same_run(
     config: RunConfig, finished_run: Run, tmp_path: Path, tiny_model_folder: Callable[[str], Path]
 ) -> None:
-    config = replace(config, window_pool_tokens=2**20)
+    config = replace(config, window_pool_tokens=None)
     run = go(config, tmp_path / "r")
     without_pool(tmp_path / "r")
     said: list[str] = []
@@ -150,6 +150,12 @@ def test_a_finished_run_of_an_earlier_version_is_still_the_same_run(
 def without_pool(folder: Path) -> None:
     """Remove the field from the config, as in a run folder of an earlier version."""
     about = json.loads((folder / "run.json").read_text())
-    if about["config"].pop("window_pool_tokens") != 2**20:
+    if about["config"].pop("window_pool_tokens") is not None:
         about["config"]["window_pool_tokens"] = 1024  # of `tiny_config`, which is not the default
     (folder / "run.json").write_text(json.dumps(about))
+
+
+def test_the_default_pool_holds_many_forward_passes_of_any_length(config: RunConfig) -> None:
+    long = replace(config, window_pool_tokens=None, model_batch=64, context_length=32_768)
+    assert long.pool_tokens == 16 * 64 * 32_768
+    assert replace(config, window_pool_tokens=None).pool_tokens == 2**20

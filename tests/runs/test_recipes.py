@@ -45,7 +45,7 @@ def test_a_short_try_is_short() -> None:
     assert shortened(whole, 100).loop.batch_tokens == 100
     longer = shortened(whole, 10_000_000)
     assert (longer.buffer_tokens, longer.eval_tokens) == (whole.buffer_tokens, whole.eval_tokens)
-    assert longer.window_pool_tokens == whole.window_pool_tokens
+    assert longer.window_pool_tokens == whole.pool_tokens
     assert short.saes == whole.saes
     with pytest.raises(UserError, match=r"^tokens must be a whole number above 0; got 0\.$"):
         shortened(whole, 0)

@@ -27,8 +27,8 @@ class RunConfig:
         activations: folder of harvested activations to train on; None: run the model.
         context_length: T, length of a sequence of the model in tokens.
         model_batch: S, sequences per forward pass of the model.
-        window_pool_tokens: tokens in the pool in which windows are shuffled before the model, 4 bytes each; 0: read the
-            windows in the order of the text.
+        window_pool_tokens: tokens in the pool in which windows are shuffled before the model, 4 bytes each; None:
+            2**20, or 16 forward passes if these are more; 0: read the windows in the order of the text.
         buffer_tokens: tokens whose activations are shuffled together; memory is ``buffer_tokens * 4`` bytes times the
             sum of the widths of all `hooks`. A run on harvested `activations` has neither pool nor buffer, because it
             reads them from disk in random order.
@@ -45,7 +45,7 @@ class RunConfig:
     activations: str | None = None
     context_length: int = 256
     model_batch: int = 32
-    window_pool_tokens: int = 2**20
+    window_pool_tokens: int | None = None
     buffer_tokens: int = 2**18
     eval_tokens: int = 262_144
     held_out_share: float = 0.05
@@ -60,10 +60,10 @@ class RunConfig:
         if len(set(names)) < len(names):
             raise UserError(f"saes must have different names; got {', '.join(names)}. Give name= to each.")
         check_reference(self.loop.same_flops_as, names)
-        if self.window_pool_tokens != 0:
+        if self.window_pool_tokens not in (None, 0):
             check_count("window_pool_tokens", self.window_pool_tokens)
         batch_of_windows = self.model_batch * self.context_length
-        if 0 < self.window_pool_tokens < batch_of_windows:
+        if 0 < self.pool_tokens < batch_of_windows:
             raise UserError(
                 "window_pool_tokens must be 0 or at least model_batch * context_length; "
                 f"got {self.window_pool_tokens} with {batch_of_windows}. Enlarge the pool, or give 0 to read the "
@@ -75,6 +75,13 @@ class RunConfig:
                 f"batch_tokens={self.loop.batch_tokens}. Enlarge the buffer or shrink the batch."
             )
         check_held_out_share(self.held_out_share)
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens in the pool of windows: `window_pool_tokens`, or its default for this context length and batch."""
+        if self.window_pool_tokens is None:
+            return max(2**20, 16 * self.model_batch * self.context_length)
+        return self.window_pool_tokens
 
     @property
     def hooks(self) -> tuple[str, ...]:

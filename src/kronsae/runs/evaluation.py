@@ -23,7 +23,7 @@ from kronsae.support.files import read_json, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-REVISION = 1
+REVISION = 2
 """Revision of ``evaluation.json`` and ``latents.json``; increased when their structure or a metric changes."""
 
 SUMMARY_KEYS = (

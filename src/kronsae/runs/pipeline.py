@@ -81,7 +81,7 @@ class Source:
             self.language_model.tokenizer,
             context_length=config.context_length,
             batch_sequences=config.model_batch,
-            pool_tokens=config.window_pool_tokens if shuffled else 0,
+            pool_tokens=config.pool_tokens if shuffled else 0,
             seed=config.seed,
         )
 

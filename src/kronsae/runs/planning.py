@@ -272,7 +272,7 @@ def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
     return Plan(
         model=config.model.name,
         batch_tokens=config.loop.batch_tokens,
-        window_pool_tokens=config.window_pool_tokens if live else 0,
+        window_pool_tokens=config.pool_tokens if live else 0,
         buffer_tokens=config.buffer_tokens if live else 0,
         first_tokens=order.block_rows if live else 0,
         steps_done=steps_done,

@@ -81,7 +81,7 @@ def shortened(config: RunConfig, tokens: int) -> RunConfig:
     return replace(
         config,
         loop=replace(config.loop, tokens=tokens, batch_tokens=batch),
-        window_pool_tokens=min(config.window_pool_tokens, max(4 * tokens, config.model_batch * config.context_length)),
+        window_pool_tokens=min(config.pool_tokens, max(4 * tokens, config.model_batch * config.context_length)),
         buffer_tokens=max(batch, min(config.buffer_tokens, tokens // 4)),
         eval_tokens=min(config.eval_tokens, tokens),
     )

@@ -10,7 +10,7 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.ranking import ranking_sentence
 from kronsae.report.section import Section, series_of
 
-REVISION = 2
+REVISION = 3
 """Revision of the stored result; see `kronsae.report.measurements`."""
 
 _HEADINGS = (

@@ -9,7 +9,7 @@ from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section
 
-REVISION = 1
+REVISION = 2
 """Revision of the stored result; see `kronsae.report.measurements`."""
 
 _HEADINGS = (

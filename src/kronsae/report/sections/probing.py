@@ -11,7 +11,7 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.ranking import ranking_sentence
 from kronsae.report.section import Section, series_of
 
-REVISION = 1
+REVISION = 2
 """Revision of the stored result; see `kronsae.report.measurements`."""
 
 
