@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kronsae.bench.measure import interleaved
 from kronsae.kernels import _compiled_selection
-from kronsae.kernels.cpu import _run, _split_evenly
+from kronsae.kernels.threads import run_parts, split_evenly
 from kronsae.support.files import write_csv
 from kronsae.support.provenance import provenance_columns
 
@@ -100,13 +100,15 @@ def cases(seed: int) -> dict[str, dict[str, Callable[[Tensor], object]]]:
     specialised = _compiled_selection.head_maxima(M, N, True)
     return {
         "head maxima: compiled per head shape, or sizes at run time": {
-            "per shape": lambda x_BD: _run(specialised, _split_evenly(B), pre_BP, bias_P, best_BH, best_BH),
-            "at run time": lambda x_BD: _run(bounds_of_any_size, _split_evenly(B), pre_BP, bias_P, best_BH, M, M + N),
+            "per shape": lambda x_BD: run_parts(specialised, split_evenly(B), pre_BP, bias_P, best_BH, best_BH),
+            "at run time": lambda x_BD: run_parts(
+                bounds_of_any_size, split_evenly(B), pre_BP, bias_P, best_BH, M, M + N
+            ),
         },
         "head maxima after a product: plain threads, or numba's": {
             "plain threads": lambda x_BD: (
                 torch.mm(x_BD, weight_PD.T, out=reused_BP),
-                _run(bounds_of_any_size, _split_evenly(B), pre_BP, bias_P, best_BH, M, M + N),
+                run_parts(bounds_of_any_size, split_evenly(B), pre_BP, bias_P, best_BH, M, M + N),
             ),
             "numba's threads": lambda x_BD: (
                 torch.mm(x_BD, weight_PD.T, out=reused_BP),
@@ -114,8 +116,8 @@ def cases(seed: int) -> dict[str, dict[str, Callable[[Tensor], object]]]:
             ),
         },
         "maxima of 32,768 outputs: strided lanes, or blocks": {
-            "strided lanes": lambda x_BD: _run(maxima_of_lanes, _split_evenly(B), dense_BF, lanes_BL),
-            "blocks": lambda x_BD: _run(maxima_of_blocks, _split_evenly(B), dense_BF, lanes_BL),
+            "strided lanes": lambda x_BD: run_parts(maxima_of_lanes, split_evenly(B), dense_BF, lanes_BL),
+            "blocks": lambda x_BD: run_parts(maxima_of_blocks, split_evenly(B), dense_BF, lanes_BL),
         },
         "encoder product: into a reused buffer, or a fresh one": {
             "reused": lambda x_BD: torch.mm(x_BD, weight_PD.T, out=reused_BP),

@@ -67,6 +67,7 @@ def test_a_saved_sae_is_two_files(saved: Path) -> None:
         "read_widths": [],
         "write_widths": [],
         "skip": False,
+        "pursuit": None,
     }
     assert checkpoint.read_config(saved) == config
     with safe_open(saved / "sae_weights.safetensors", "pt") as weights:

@@ -14,10 +14,11 @@ def forward_multiply_adds(config: SAEConfig) -> int:
     """Multiply-adds per token of one forward pass.
 
     Sum of the encoder's, ``K*O`` for K decoder rows and, only with a skip connection, ``D*O``. O is ``d_out``, the
-    output width; it equals D for an SAE.
+    output width; it equals D for an SAE. A pursuit adds `Pursuit.multiply_adds`.
     """
     skip = config.d_in * config.d_out if config.skip else 0
-    return encoder_multiply_adds(config) + config.sparsifier.k * config.d_out + skip
+    pursued = 0 if config.pursuit is None else config.pursuit.multiply_adds(config.sparsifier.k, config.d_in)
+    return encoder_multiply_adds(config) + config.sparsifier.k * config.d_out + skip + pursued
 
 
 def training_flops(config: SAEConfig, tokens: int) -> int:

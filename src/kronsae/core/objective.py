@@ -12,6 +12,7 @@ from torch import Tensor
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.losses import LossConfig, SquaredErrorConfig, squared_error
+from kronsae.core.pursuit import choose_and_pursue
 from kronsae.core.sae import SAE
 from kronsae.kernels import Choice
 from kronsae.support.errors import UserError
@@ -66,12 +67,19 @@ def objective(
     - ``loss`` is ``||y - y_hat||^2`` unless another is given; every ``y_hat`` includes the skip connection;
     - ``e_hat`` is decoded without bias from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
       the encoder and the decoder rows of dead latents; without dead latents this term is absent;
+    - the codes of an SAE with a pursuit are pursued (`kronsae.core.pursuit`); the gradient includes all its steps;
     - ``l0`` is included only if the sparsifier learns from it (JumpReLU);
     - ``penalty`` is the encoder's own term (the load-balancing loss of a switch encoder).
     """
     x_BD = aligned(x_BD)
     latents = sae.encoder(x_BD)
-    codes, aux_codes, l0 = sae.sparsifier.choose_in_training(latents, *_dead_choice(sae, dead_C, aux_k))
+    dead_choice = _dead_choice(sae, dead_C, aux_k)
+    if sae.pursuit is None:
+        codes, aux_codes, l0 = sae.sparsifier.choose_in_training(latents, *dead_choice)
+    else:  # what is chosen is fixed, its values are functions of encoder and decoder
+        k = sae.sparsifier.config.k
+        found = choose_and_pursue(sae.pursuit, x_BD, latents, sae.decoder, k, *dead_choice)
+        codes, aux_codes, l0 = found[0], found[1:], None
     reconstruct = SquaredErrorConfig() if loss is None else loss
     target_BO = x_BD if target_BO is None else aligned(target_BO)
     if sae.skip is None:

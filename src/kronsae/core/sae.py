@@ -18,6 +18,7 @@ from kronsae.core.decoders import Decoder, Skip
 from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder, SwitchEncoderConfig
 from kronsae.core.heads import head_grid
+from kronsae.core.pursuit import Pursuit, choose_and_pursue
 from kronsae.core.sparsifiers import BatchTopK, JumpReLU, SparsifierConfig, TopK
 from kronsae.support.errors import UserError
 
@@ -33,6 +34,8 @@ class SAEConfig:
         read_widths: width of each hook read; (): one hook of ``d_in``.
         write_widths: width of each hook written, if these differ from the hooks read; (): the input is reconstructed.
         skip: whether to add ``W_skip x`` to the output (skip transcoders, Paulo et al. 2025).
+        pursuit: how the codes are computed from the encoder's candidates (`kronsae.core.pursuit`); None: they are the
+            encoder's.
     """
 
     d_in: int
@@ -41,6 +44,7 @@ class SAEConfig:
     read_widths: tuple[int, ...] = ()
     write_widths: tuple[int, ...] = ()
     skip: bool = False
+    pursuit: Pursuit | None = None
 
     def __post_init__(self) -> None:
         check_count("d_in", self.d_in)
@@ -59,6 +63,16 @@ class SAEConfig:
                 "connection would copy the input. Set the hooks to write, or leave skip out."
             )
         self.sparsifier.check(self.encoder)
+        if self.pursuit is not None:
+            self.check_pursuit(self.pursuit)
+
+    def check_pursuit(self, pursuit: Pursuit) -> None:
+        """Refuse a pursuit that is not defined for this SAE.
+
+        Raises:
+            UserError: it is a transcoder or a crosscoder, its k is not fixed, or it has too few latents.
+        """
+        pursuit.check(self.sparsifier.kind, self.sparsifier.k, self.encoder.latents_per_token, self.role)
 
     @property
     def autoencodes(self) -> bool:
@@ -114,6 +128,8 @@ class SAEConfig:
             found |= asdict(grid)
         if isinstance(self.encoder, SwitchEncoderConfig):
             found["num_experts"] = self.encoder.num_experts
+        if self.pursuit is not None:
+            found |= {f"pursuit_{name}": getattr(self.pursuit, name) for name in ("rounds", "candidates", "refit")}
         return found
 
     def build(self, seed: int = 0) -> SAE:
@@ -143,6 +159,7 @@ class SAEConfig:
             Skip(self.d_in, self.d_out) if self.skip else None,
             read_widths=self.read_widths,
             write_widths=self.write_widths,
+            pursuit=self.pursuit,
         )
 
 
@@ -154,7 +171,7 @@ class SAE(nn.Module):
         sparsifier: selects the active latents.
         decoder: sums the selected rows of ``W_dec [d_sae, d_out]`` and adds ``b_dec``.
         skip: adds ``W_skip x``; None: no skip connection.
-        read_widths, write_widths: as in `SAEConfig`.
+        read_widths, write_widths, pursuit: as in `SAEConfig`.
 
     Example:
         >>> from kronsae.core.encoders import KroneckerEncoderConfig
@@ -175,10 +192,11 @@ class SAE(nn.Module):
         *,
         read_widths: tuple[int, ...] = (),
         write_widths: tuple[int, ...] = (),
+        pursuit: Pursuit | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.sparsifier, self.decoder, self.skip = encoder, sparsifier, decoder, skip
-        self.read_widths, self.write_widths = read_widths, write_widths
+        self.read_widths, self.write_widths, self.pursuit = read_widths, write_widths, pursuit
 
     @property
     def config(self) -> SAEConfig:
@@ -190,6 +208,7 @@ class SAE(nn.Module):
             read_widths=self.read_widths,
             write_widths=self.write_widths,
             skip=self.skip is not None,
+            pursuit=self.pursuit,
         )
 
     @property
@@ -223,14 +242,29 @@ class SAE(nn.Module):
         parts: tuple[Tensor, ...] = self.W_dec.split(self.write_widths or self.read_widths or self.d_out, dim=1)
         return parts
 
-    def encode(self, x: Float[Tensor, "... D"]) -> SparseCodes:
+    def encode(self, x: Float[Tensor, "... D"], pursuit: Pursuit | None = None) -> SparseCodes:
         """Return the sparse codes of activations; leading dimensions are kept.
 
+        Args:
+            x: activations.
+            pursuit: how the codes are pursued; None: as the SAE's config says. ``Pursuit(rounds=1, refit=0)`` gives
+                the encoder's own codes of an SAE that has a pursuit.
+
         Raises:
-            UserError: the last dimension is not ``d_in``, or the dtype is not the SAE's.
+            UserError: the last dimension is not ``d_in``, the dtype is not the SAE's, or the pursuit is not defined.
         """
         self._check_input(x)
-        codes: SparseCodes = self.sparsifier(self.encoder(x.reshape(-1, self.d_in)))
+        if pursuit is None:
+            pursuit = self.pursuit
+        elif pursuit != self.pursuit:
+            self.config.check_pursuit(pursuit)
+        x_BD = x.reshape(-1, self.d_in)
+        latents = self.encoder(x_BD)
+        codes: SparseCodes
+        if pursuit is None:
+            codes = self.sparsifier(latents)
+        else:
+            (codes,) = choose_and_pursue(pursuit, x_BD, latents, self.decoder, self.sparsifier.config.k)
         return codes.reshape(*x.shape[:-1])
 
     def decode(self, codes: SparseCodes, x: Float[Tensor, "... D"] | None = None) -> Float[Tensor, "... O"]:
@@ -267,6 +301,7 @@ class SAE(nn.Module):
             self.skip,
             read_widths=self.read_widths,
             write_widths=self.write_widths,
+            pursuit=self.pursuit,
         )
 
     def extra_repr(self) -> str:

@@ -13,10 +13,12 @@ from kronsae.kernels.autograd import (
     linear_at,
     linear_batch_topk,
     linear_topk,
+    pursue,
     sampled_products,
 )
 from kronsae.kernels.dispatch import explain, use
 from kronsae.kernels.optimizer import RowAdamW, clip_scale, grad_norm
+from kronsae.kernels.portable import inverse_norms
 from kronsae.kernels.requests import kronecker_linear_select
 from kronsae.kernels.rows import AdamW, RowGradient
 from kronsae.kernels.selection import (
@@ -29,6 +31,8 @@ from kronsae.kernels.selection import (
     KroneckerSelection,
     Order,
     PaddedPairs,
+    Pursued,
+    PursuitRounds,
     Request,
     parents,
 )
@@ -44,6 +48,8 @@ __all__ = [
     "KroneckerSelection",
     "Order",
     "PaddedPairs",
+    "Pursued",
+    "PursuitRounds",
     "Request",
     "RowAdamW",
     "RowGradient",
@@ -54,6 +60,7 @@ __all__ = [
     "decode",
     "explain",
     "grad_norm",
+    "inverse_norms",
     "kronecker_batch_topk",
     "kronecker_linear_select",
     "kronecker_linear_topk",
@@ -64,6 +71,7 @@ __all__ = [
     "linear_batch_topk",
     "linear_topk",
     "parents",
+    "pursue",
     "sampled_products",
     "use",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kronsae.kernels.dispatch import choose
 from kronsae.kernels.rows import AdamW, RowGradient, Term
-from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection
+from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, KroneckerSelection, Pursued, PursuitRounds
 
 
 class RowGradients:
@@ -282,6 +282,26 @@ def sampled_products(
 ) -> Float[Tensor, "B R"]:
     """Return ``x[b] . matrix[rows[b, r]]``, R dot products per token; not differentiable."""
     return cast(Tensor, choose("sampled_products", matrix_PD)(x_BD, matrix_PD, rows_BR))
+
+
+@torch.no_grad()
+def pursue(
+    target_BD: Float[Tensor, "B D"],
+    matrix_FD: Float[Tensor, "F D"],
+    values_BC: Float[Tensor, "B C"],
+    latents_BC: Int[Tensor, "B C"],
+    rounds: PursuitRounds,
+) -> Pursued:
+    """The pursuit of `kronsae.core.pursuit` among the C candidates of each token; not differentiable.
+
+    Args:
+        target_BD: what is to be written, less the bias.
+        matrix_FD: the dictionary; only the rows of candidates are read.
+        values_BC: the candidates' values; those of 0 are padding.
+        latents_BC: the candidates.
+        rounds: what is done.
+    """
+    return cast(Pursued, choose("pursue", matrix_FD)(target_BD, matrix_FD, values_BC, latents_BC, rounds))
 
 
 @torch.no_grad()

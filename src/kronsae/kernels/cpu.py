@@ -6,12 +6,9 @@ pre-latent that is NaN ranks with the zeros, which only fill up.
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,71 +16,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kronsae.kernels import _compiled_rows, _compiled_selection, portable
-from kronsae.kernels.portable import PRODUCT_ELEMENTS, join_inputs, pad_selection
+from kronsae.kernels import _compiled_pursuit, _compiled_rows, _compiled_selection, portable
+from kronsae.kernels.portable import PRODUCT_ELEMENTS, inverse_norms, join_inputs, pad_selection
 from kronsae.kernels.rows import AdamW, RowGradient, Term
-from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Composition, KroneckerSelection
+from kronsae.kernels.selection import (
+    BatchSelection,
+    Choice,
+    ChosenPairs,
+    Composition,
+    KroneckerSelection,
+    Pursued,
+    PursuitRounds,
+)
+from kronsae.kernels.threads import run_parts, split_by_work, split_evenly
 from kronsae.support.tensors import ALIGNMENT_BYTES
 
 Array = np.ndarray[Any, Any]
-PARTS_PER_THREAD = 4  # threads take parts as they become free, so rows with many entries do not delay the others
-
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
-_pool_lock = threading.Lock()
 _workspaces = threading.local()
-
-
-def _drop_pool() -> None:
-    """Drop the pool after a fork: a child process has none of its parent's threads."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_drop_pool)
-
-
-def _get_pool(helpers: int) -> ThreadPoolExecutor:
-    global _pool, _pool_size
-    with _pool_lock:
-        if _pool is None or _pool_size < helpers:
-            _pool, _pool_size = ThreadPoolExecutor(helpers, "kronsae-kernels"), helpers
-        return _pool
-
-
-def _run(kernel: Callable[..., object], bounds: Sequence[int], *arguments: Any) -> None:
-    """Call ``kernel(start, stop, *arguments)`` for each pair of neighbours in ``bounds``, on all threads."""
-    parts = iter([(start, stop) for start, stop in itertools.pairwise(bounds) if start < stop])
-
-    def work() -> None:
-        for start, stop in parts:  # taking the next part is atomic under the GIL
-            kernel(start, stop, *arguments)
-
-    helpers = min(torch.get_num_threads(), len(bounds) - 1) - 1
-    if helpers < 1:
-        return work()
-    pool = _get_pool(helpers)
-    futures = [pool.submit(work) for _ in range(helpers)]
-    work()
-    for future in futures:
-        future.result()
-    return None
-
-
-def _split_evenly(items: int) -> list[int]:
-    """Return the boundaries of parts of equal size."""
-    parts = max(1, min(items, PARTS_PER_THREAD * torch.get_num_threads()))
-    return [items * part // parts for part in range(parts + 1)]
-
-
-def _split_by_work(offsets: Array, per_row: int) -> list[int]:
-    """Return the boundaries of parts with about equal work, where a row costs ``per_row`` and each entry 1."""
-    rows = len(offsets) - 1
-    work = offsets + per_row * np.arange(rows + 1)
-    parts = max(1, min(rows, PARTS_PER_THREAD * torch.get_num_threads()))
-    inner = np.searchsorted(work, work[-1] * np.arange(1, parts) // parts)
-    return [0, *map(int, inner), rows]
 
 
 def _to_numpy(tensor: Tensor) -> Array:
@@ -171,7 +120,7 @@ def _allocate_choice(tokens: int, k: int, dtype: torch.dtype) -> ChosenPairs:
 def _head_bounds(pre_BP: Array, bias_P: Array, heads: int, d_base: int) -> Array:
     best_BH: Array = np.empty((len(pre_BP), heads), pre_BP.dtype)
     kernel = _compiled_selection.head_maxima(d_base, len(bias_P) // heads - d_base, True)
-    _run(kernel, _split_evenly(len(pre_BP)), pre_BP, bias_P, best_BH, best_BH)
+    run_parts(kernel, split_evenly(len(pre_BP)), pre_BP, bias_P, best_BH, best_BH)
     return best_BH
 
 
@@ -182,7 +131,7 @@ def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Ten
     pre_BP = _to_numpy(pre_BHP).reshape(tokens, heads * width)
     kernel = _compiled_selection.head_maxima(d_base, width - d_base, False)
     bias_P = np.zeros(heads * width, pre_BP.dtype)
-    _run(kernel, _split_evenly(tokens), pre_BP, bias_P, base_BH.numpy(), extension_BH.numpy())
+    run_parts(kernel, split_evenly(tokens), pre_BP, bias_P, base_BH.numpy(), extension_BH.numpy())
     return base_BH, extension_BH
 
 
@@ -192,11 +141,11 @@ def _select(pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, choice: C
     outputs = (_to_numpy(chosen.selection.indices_BK), _to_numpy(chosen.rows_BR), _to_numpy(chosen.pre_BR))
     shared = (pre_BP, bias_P, best_BH, d_base, d_extension)
     if choice.latents_C is None:
-        _run(_compiled_selection.kronecker_topk, _split_evenly(len(pre_BP)), *shared, *outputs)
+        run_parts(_compiled_selection.kronecker_topk, split_evenly(len(pre_BP)), *shared, *outputs)
         return
     latents_C = np.sort(_to_numpy(choice.latents_C))
     ends_H = np.searchsorted(latents_C, (1 + np.arange(heads)) * (d_base * d_extension))
-    _run(_compiled_selection.kronecker_topk_among, _split_evenly(len(pre_BP)), *shared, latents_C, ends_H, *outputs)
+    run_parts(_compiled_selection.kronecker_topk_among, split_evenly(len(pre_BP)), *shared, latents_C, ends_H, *outputs)
 
 
 def kronecker_linear_topk(
@@ -273,9 +222,9 @@ def pairs_at(
     outputs = (_to_numpy(chosen.selection.indices_BK), _to_numpy(chosen.rows_BR), _to_numpy(chosen.pre_BR))
     bias_P = np.zeros(pre_BP.shape[1], _to_numpy(pre_BP[:0]).dtype)
     kernel = _compiled_selection.pairs_at
-    _run(
+    run_parts(
         kernel,
-        _split_evenly(len(pre_BP)),
+        split_evenly(len(pre_BP)),
         _to_numpy(pre_BP),
         bias_P,
         d_base,
@@ -308,7 +257,7 @@ def linear_topk(
     bias = _to_numpy(bias_P)
     for part, pre_BP in _products(x_BD, weight_PD):
         outputs = (_to_numpy(values_BK[part]), _to_numpy(rows_BK[part]))
-        _run(_compiled_selection.topk, _split_evenly(len(pre_BP)), pre_BP, bias, *outputs)
+        run_parts(_compiled_selection.topk, split_evenly(len(pre_BP)), pre_BP, bias, *outputs)
     return values_BK, rows_BK
 
 
@@ -337,7 +286,7 @@ def linear_batch_topk(
     least = bias.dtype.type(0)
     for part, pre_BP in _products(x_BD, weight_PD):
         lanes_BL = np.empty((len(pre_BP), min(_compiled_selection.LANES, len(bias))), bias.dtype)
-        _run(_compiled_selection.lane_maxima, _split_evenly(len(pre_BP)), pre_BP, bias, lanes_BL)
+        run_parts(_compiled_selection.lane_maxima, split_evenly(len(pre_BP)), pre_BP, bias, lanes_BL)
         least = max(least, _kth_largest(lanes_BL.ravel(), total))
         just_below = np.full(len(bias), np.nextafter(least, bias.dtype.type(0)))
         best = _concatenate([best, _find_above(part, pre_BP, bias, just_below)], x_BD.dtype)
@@ -366,7 +315,7 @@ def _run_lists(
     def work(start: int, stop: int) -> None:
         parts[start] = kernel(start, stop, *arguments, counts_B)
 
-    _run(work, _split_evenly(tokens))
+    run_parts(work, split_evenly(tokens))
     if not parts:  # no tokens
         work(0, 0)
     tokens_N = np.repeat(np.arange(first_token, first_token + tokens), counts_B)
@@ -389,8 +338,8 @@ def _pad_outputs(found: _Outputs, tokens: int) -> tuple[Tensor, Tensor]:
     rows_BK = torch.empty(tokens, width, dtype=torch.int64)
     values_BK = torch.from_numpy(np.empty((tokens, width), found.values_N.dtype))
     outputs = (values_BK.numpy(), rows_BK.numpy())
-    _run(
-        _compiled_selection.lay_out, _split_evenly(tokens), np.cumsum(counts_B), found.values_N, found.rows_N, *outputs
+    run_parts(
+        _compiled_selection.lay_out, split_evenly(tokens), np.cumsum(counts_B), found.values_N, found.rows_N, *outputs
     )
     return values_BK, rows_BK
 
@@ -405,7 +354,7 @@ def weighted_rows(
     out_BD = torch.empty(len(rows_BR), matrix_PD.shape[1], dtype=matrix_PD.dtype)
     bias = matrix_PD.new_zeros(matrix_PD.shape[1]) if bias_D is None else bias_D
     inputs = map(_to_numpy, (weights_BR, rows_BR, matrix_PD, bias))
-    _run(_compiled_rows.weighted_rows, _split_evenly(len(out_BD)), *inputs, out_BD.numpy())
+    run_parts(_compiled_rows.weighted_rows, split_evenly(len(out_BD)), *inputs, out_BD.numpy())
     return out_BD
 
 
@@ -415,8 +364,25 @@ def sampled_products(
     """Return ``out[b, r] = x[b] . matrix[rows[b, r]]``."""
     out_BR = torch.empty(rows_BR.shape, dtype=matrix_PD.dtype)
     inputs = map(_to_numpy, (x_BD, matrix_PD, rows_BR))
-    _run(_compiled_rows.sampled_products, _split_evenly(len(out_BR)), *inputs, out_BR.numpy())
+    run_parts(_compiled_rows.sampled_products, split_evenly(len(out_BR)), *inputs, out_BR.numpy())
     return out_BR
+
+
+def pursue(
+    target_BD: Float[Tensor, "B D"],
+    matrix_FD: Float[Tensor, "F D"],
+    values_BC: Float[Tensor, "B C"],
+    latents_BC: Int[Tensor, "B C"],
+    rounds: PursuitRounds,
+) -> Pursued:
+    """A pursuit among the candidates of each token, one token at a time: its residual never leaves the cache."""
+    shape = (len(target_BD), sum(rounds.sizes))
+    found = Pursued(torch.empty(shape, dtype=values_BC.dtype), *(torch.empty(shape, dtype=torch.int64) for _ in "12"))
+    inputs = map(_to_numpy, (target_BD, matrix_FD, inverse_norms(matrix_FD.detach()), values_BC, latents_BC))
+    step, start = _to_scalars(values_BC.dtype, rounds.step, rounds.start)
+    settings = (np.array(rounds.sizes), rounds.refit, step, start)
+    run_parts(_compiled_pursuit.pursue, split_evenly(len(target_BD)), *inputs, *settings, *map(_to_numpy, found))
+    return found
 
 
 def group_rows(terms: Sequence[Term], height: int) -> RowGradient:
@@ -448,7 +414,7 @@ def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
     """Return the gradient as a tensor; every row is written."""
     out_PD = _allocate((gradient.height, gradient.x_BD.shape[1]), gradient.x_BD.dtype)
     grouped = _grouped(gradient)
-    _run(_compiled_rows.scatter_rows, _split_by_work(grouped[0], per_row=1), *grouped, out_PD.numpy())
+    run_parts(_compiled_rows.scatter_rows, split_by_work(grouped[0], per_row=1), *grouped, out_PD.numpy())
     return out_PD
 
 
@@ -456,7 +422,7 @@ def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
     """Return ``|G|^2`` in float64 without storing G."""
     grouped = _grouped(gradient)
     squares_P = np.empty(gradient.height, grouped[3].dtype)
-    _run(_compiled_rows.squared_norms, _split_by_work(grouped[0], per_row=0), *grouped, squares_P)
+    run_parts(_compiled_rows.squared_norms, split_by_work(grouped[0], per_row=0), *grouped, squares_P)
     return torch.tensor(squares_P.sum(dtype=np.float64))
 
 
@@ -482,9 +448,9 @@ def adamw(
     )
     if isinstance(gradient, RowGradient):
         grouped = _grouped(gradient)
-        borders = _split_by_work(grouped[0], per_row=0 if settings.only_touched else 6)
+        borders = split_by_work(grouped[0], per_row=0 if settings.only_touched else 6)
         flags = (settings.unit_norm, settings.only_touched)
-        _run(_compiled_rows.adamw_entries, borders, *weights, *grouped, *scalars, *flags)
+        run_parts(_compiled_rows.adamw_entries, borders, *weights, *grouped, *scalars, *flags)
     else:
-        borders = _split_evenly(len(weight_PD))
-        _run(_compiled_rows.adamw_dense, borders, *weights, _to_numpy(gradient), *scalars, settings.unit_norm)
+        borders = split_evenly(len(weight_PD))
+        run_parts(_compiled_rows.adamw_dense, borders, *weights, _to_numpy(gradient), *scalars, settings.unit_norm)

@@ -36,6 +36,7 @@ OPERATIONS: Final = (
     "pairs_at",
     "weighted_rows",
     "sampled_products",
+    "pursue",
     "group_rows",
     "gradient_rows",
     "squared_norm",

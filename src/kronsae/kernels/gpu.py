@@ -29,6 +29,7 @@ from kronsae.kernels.portable import (
     linear_topk,
     pairs_at,
     product_chunks,
+    pursue,
 )
 from kronsae.kernels.rows import AdamW, RowGradient
 from kronsae.kernels.selection import Choice, ChosenPairs, KroneckerSelection, parents
@@ -48,6 +49,7 @@ __all__ = [
     "linear_topk",
     "pairs_at",
     "product_chunks",
+    "pursue",
     "sampled_products",
     "squared_norm",
     "weighted_rows",

@@ -12,7 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kronsae.kernels.rows import AdamW, RowGradient, Term
-from kronsae.kernels.selection import BatchSelection, Choice, ChosenPairs, Composition, KroneckerSelection, parents
+from kronsae.kernels.selection import (
+    BatchSelection,
+    Choice,
+    ChosenPairs,
+    Composition,
+    KroneckerSelection,
+    Pursued,
+    PursuitRounds,
+    parents,
+)
 
 
 def product_chunks(
@@ -189,6 +198,51 @@ def sampled_products(
 ) -> Float[Tensor, "B R"]:
     """Return the entries ``rows`` of ``x matrix^T``."""
     return (x_BD @ matrix_PD.T).gather(1, rows_BR)
+
+
+def pursue(
+    target_BD: Float[Tensor, "B D"],
+    matrix_FD: Float[Tensor, "F D"],
+    values_BC: Float[Tensor, "B C"],
+    latents_BC: Int[Tensor, "B C"],
+    rounds: PursuitRounds,
+) -> Pursued:
+    """One token after another, with codes of all F latents: round, residual, refit, as `kronsae.core.pursuit` says.
+
+    With ``e = target - z matrix`` and ``g_f = <d_f, e> / |d_f|``, the first round takes the largest values and each
+    further one the largest positive g of the candidates left, which start at ``start * g_f / |d_f|``; of equal ones
+    the smaller latent comes first. A refit step is ``z_f <- relu(z_f + step * g_f / |d_f|)`` for all chosen at once.
+    """
+    k = sum(rounds.sizes)
+    out = Pursued(
+        values_BC.new_zeros(len(values_BC), k), *(latents_BC.new_full((len(values_BC), k), n) for n in (0, -1))
+    )
+    norm_F = matrix_FD.norm(dim=1)
+    inverse_F = torch.where(norm_F > 0, 1 / norm_F, 0.0)
+    for b, target_D in enumerate(target_BD):
+        if not bool(values_BC[b].isfinite().all()):
+            out.values_BK[b] = torch.nan
+            continue
+        place_of = {int(latents_BC[b, c]): c for c in range(latents_BC.shape[1]) if values_BC[b, c] > 0}
+        left, column_of = sorted(place_of), dict[int, int]()
+        z_F = values_BC.new_zeros(len(matrix_FD))
+        column = 0
+        for number, size in enumerate(rounds.sizes):
+            g_F = matrix_FD @ (target_D - z_F @ matrix_FD) * inverse_F
+            worth = {f: float(values_BC[b, place_of[f]] if number == 0 else g_F[f]) for f in left}
+            best = sorted((f for f in left if worth[f] > 0), key=lambda f: (-worth[f], f))[:size]
+            for f in sorted(best, key=place_of.__getitem__):
+                column_of[f] = column + len(column_of.keys() & set(best))
+                z_F[f] = values_BC[b, place_of[f]] if number == 0 else rounds.start * g_F[f] * inverse_F[f]
+            left = [f for f in left if f not in column_of]
+            column += size
+            chosen = list(column_of)
+            for _ in range(rounds.refit):
+                g_F = matrix_FD @ (target_D - z_F @ matrix_FD) * inverse_F
+                z_F[chosen] = (z_F + rounds.step * g_F * inverse_F)[chosen].relu()
+        for f, place in column_of.items():
+            out.values_BK[b, place], out.latents_BK[b, place], out.places_BK[b, place] = z_F[f], f, place_of[f]
+    return out
 
 
 def group_rows(terms: Sequence[Term], height: int) -> RowGradient:

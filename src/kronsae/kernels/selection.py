@@ -68,6 +68,30 @@ class Composition(NamedTuple):
     least_product: Callable[[Tensor], Tensor] | None = None
 
 
+class PursuitRounds(NamedTuple):
+    """What a pursuit does: how many latents each round takes, refit steps after each, their size, the first share.
+
+    `kronsae.core.pursuit` says what these mean.
+    """
+
+    sizes: tuple[int, ...]
+    refit: int
+    step: float
+    start: float
+
+
+class Pursued(NamedTuple):
+    """What a pursuit chose, round after round in the columns.
+
+    ``places`` are the latents' columns among the candidates; -1 is padding, whose latent and value are 0. All k values
+    of a token with a candidate that is not finite are NaN.
+    """
+
+    values_BK: Float[Tensor, "B K"]
+    latents_BK: Int[Tensor, "B K"]
+    places_BK: Int[Tensor, "B K"]
+
+
 class ChosenPairs(NamedTuple):
     """A selection with its parents' values: ``pre[:, :K]`` holds u of the bases, ``pre[:, K:]`` v of the extensions."""
 

@@ -1,0 +1,207 @@
+"""Pursuit: the encoder proposes candidates, the decoder decides which of them stay and with which values.
+
+A sparse autoencoder encodes in one step: the k latents of largest pre-activation, with these as values. What k rows of
+the dictionary can do for x is more. Of TopK and KronSAE alike, most of what is lost at a given k is lost by values and
+ranking, not by the dictionary (`kronsae eval ladder` measures it). A pursuit wins some of it back for a few row reads
+per token. With the dictionary's rows ``d_f``, unit rows ``u_f = d_f / |d_f|`` and candidates Q, the ``candidates * k``
+largest latents of the encoder:
+
+1. round 1 takes the encoder's largest latents, with the encoder's values z;
+2. each further round takes, of the candidates left, those of largest positive ``<u_f, e>``, where
+   ``e = x - b_dec - sum_f z_f d_f`` is what is not yet explained: alone, f would lower ``|e|^2`` by the square of that.
+   Their values start at ``start * <u_f, e> / |d_f|``;
+3. each round ends with ``refit`` projected gradient steps on all values chosen so far, at once:
+   ``z_f <- relu(z_f + step * <u_f, e> / |d_f|)``.
+
+The rounds share k evenly, the first ones take the remainder. Division by ``|d_f|`` makes all of it independent of how
+a latent's scale is split between value and row; where rows are of unit norm it does nothing. Latents that the encoder
+gives 0 are no candidates, so fewer than k may be active, as in TopK.
+
+Relatives: matching pursuit (Mallat and Zhang 1993) takes one atom at a time, of all F; orthogonal matching pursuit
+(Pati et al. 1993) solves for all values after each. The refit is ISTA (Daubechies et al. 2004) on a support that is
+given; LISTA (Gregor and LeCun 2010) learns such steps. Inference-time optimisation of SAEs (Nanda et al. 2024) and the
+amortisation gap (O'Neill et al., arXiv 2411.13117) measure what an encoder loses to an optimiser; MP-SAE (Costa et
+al., arXiv 2506.03093) trains with matching pursuit over all F latents. Here only candidates are looked at, which a
+factorised encoder finds exactly, so a round costs ``candidates * k`` row reads instead of F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kronsae import kernels
+from kronsae.core.checks import check_count
+from kronsae.core.codes import SparseCodes
+from kronsae.core.decoders import Decoder
+from kronsae.core.encoders import Latents
+from kronsae.kernels import Choice, Pursued, PursuitRounds
+from kronsae.support.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pursuit:
+    """How codes are pursued; this module's docstring has the formulas.
+
+    ``Pursuit(rounds=1, refit=0)`` is none: the codes are the encoder's, bit for bit.
+
+    Args:
+        rounds: how many times latents are chosen, at most k.
+        candidates: C; the encoder proposes its ``C * k`` largest latents. One round takes k of them: C is then 1.
+        refit: gradient steps on the values after each round.
+        step: size of these steps; 1 is exact for orthogonal rows, and too large where chosen rows are alike.
+        start: share of ``<u_f, e> / |d_f|`` at which a value of a further round starts.
+    """
+
+    rounds: int = 2
+    candidates: int = 2
+    refit: int = 2
+    step: float = 0.5
+    start: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_count("pursuit.rounds", self.rounds)
+        check_count("pursuit.candidates", self.candidates)
+        if isinstance(self.refit, bool) or not isinstance(self.refit, int) or self.refit < 0:
+            raise UserError(f"pursuit.refit must be a whole number from 0; got {self.refit!r}.")
+        for name in ("step", "start"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise UserError(f"pursuit.{name} must be above 0 and at most 1; got {value!r}.")
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether its codes are the encoder's."""
+        return self.rounds == 1 and self.refit == 0
+
+    def proposed(self, k: int) -> int:
+        """How many candidates the encoder is asked for: ``C * k``; k where there is one round, which takes these."""
+        return k if self.rounds == 1 else self.candidates * k
+
+    def sizes(self, k: int) -> tuple[int, ...]:
+        """How many latents each round takes: ``k // rounds``, and one more in each of the first ``k % rounds``."""
+        return tuple(k // self.rounds + (number < k % self.rounds) for number in range(self.rounds))
+
+    def multiply_adds(self, k: int, d_in: int) -> int:
+        """Multiply-adds per token besides the encoder's and the decoder's: ``d_in`` for each row read.
+
+        A further round reads the candidates left; what is chosen is subtracted, and each refit step reads all chosen
+        twice, for their products and to subtract what has changed. Nothing is subtracted at the end.
+        """
+        rows, chosen, last = 0, 0, 0
+        for number, size in enumerate(self.sizes(k)):
+            rows += 0 if number == 0 else self.proposed(k) - chosen
+            chosen += size
+            rows += size + 2 * self.refit * chosen
+            last = chosen if self.refit else size
+        return (rows - last) * d_in
+
+    def check(self, sparsifier: str, k: int, latents_per_token: int, role: str) -> None:
+        """Refuse an SAE for which it is not defined.
+
+        Args:
+            sparsifier: its kind.
+            k: its k.
+            latents_per_token: how many latents a token can have.
+            role: "" for an SAE, else ``transcoder``, ``crosscoder`` or one of these with a skip connection.
+
+        Raises:
+            UserError: saying which rule is broken.
+        """
+        if role:
+            raise UserError(
+                f"pursuit needs an SAE of one hook that reconstructs what it reads; got a {role}. What a transcoder is "
+                "to write is unknown when it encodes, and the hooks of a crosscoder have no common scale. Leave it out."
+            )
+        if sparsifier != "topk":
+            raise UserError(
+                f"pursuit shares out a k that is the same for every token, as sparsifier 'topk' has; got "
+                f"'{sparsifier}', whose thresholds were learned for the encoder's own values. Leave pursuit out."
+            )
+        if self.rounds > k:
+            raise UserError(f"pursuit.rounds must be at most k; got {self.rounds} with k={k}. Take fewer rounds.")
+        if self.proposed(k) > latents_per_token:
+            raise UserError(
+                f"pursuit.candidates * k must be at most the latents a token can have, {latents_per_token}; got "
+                f"{self.candidates} * {k}. Take fewer candidates."
+            )
+
+
+def choose_and_pursue(
+    pursuit: Pursuit, x_BD: Float[Tensor, "B D"], latents: Latents, decoder: Decoder, k: int, *also: Choice
+) -> tuple[SparseCodes, ...]:
+    """`pursue` among the encoder's candidates, and the codes of each choice in ``also`` for the same product."""
+    candidates, *rest = latents.choose(Choice(pursuit.proposed(k)), *also)
+    return pursue(pursuit, x_BD, candidates, decoder, k), *rest
+
+
+def pursue(
+    pursuit: Pursuit, x_BD: Float[Tensor, "B D"], candidates: SparseCodes, decoder: Decoder, k: int
+) -> SparseCodes:
+    """The pursued codes, K a token; the columns hold one round after another.
+
+    Which latents are chosen carries no gradient. Under autograd their values do: as functions of the encoder's values
+    of round 1, of the dictionary and bias through every residual, and of x. Only ``|d_f|`` is held fixed, so the
+    gradient of a row is exact but for its component along the row, which a decoder of unit norm does not have.
+
+    Args:
+        pursuit: how.
+        x_BD: what is to be reconstructed.
+        candidates: the encoder's `Pursuit.proposed` largest latents.
+        decoder: the dictionary.
+        k: latents kept a token.
+    """
+    if pursuit.changes_nothing:
+        return candidates
+    target_BD = x_BD - decoder.b_dec
+    rounds = PursuitRounds(pursuit.sizes(k), pursuit.refit, pursuit.step, pursuit.start)
+    found = kernels.pursue(target_BD, decoder.W_dec, candidates.values, candidates.indices, rounds)
+    values_BK = found.values_BK
+    if torch.is_grad_enabled():
+        values_BK = unrolled_values(target_BD, decoder.W_dec, candidates.values, found, rounds)
+    return SparseCodes(values_BK, found.latents_BK, candidates.d_sae)
+
+
+def unrolled_values(
+    target_BD: Float[Tensor, "B D"],
+    W_dec_FD: Float[Tensor, "F D"],
+    proposed_BC: Float[Tensor, "B C"],
+    found: Pursued,
+    rounds: PursuitRounds,
+) -> Float[Tensor, "B K"]:
+    """``found.values_BK`` again, differentiable in the target, the dictionary and the encoder's values.
+
+    Nothing larger than B x K and B x D is kept; the dictionary's gradient consists of the rows touched.
+    """
+    inverse_norm_BK = kernels.inverse_norms(W_dec_FD.detach())[found.latents_BK]
+    bias_D, no_bias_F = target_BD.new_zeros(target_BD.shape[1]), W_dec_FD.new_zeros(len(W_dec_FD))
+    chosen_BK = found.places_BK >= 0
+    values_BK = target_BD.new_zeros(len(target_BD), 0)
+    column = 0
+
+    def shares(start: int, stop: int) -> Tensor:
+        """``<u_f, e> / |d_f|`` of the latents in these columns; 0 where there is none."""
+        known = values_BK.shape[1]
+        residual_BD = target_BD
+        if known:
+            residual_BD = target_BD - kernels.decode(values_BK, found.latents_BK[:, :known], W_dec_FD, bias_D)
+        rows_BR = found.latents_BK[:, start:stop]
+        products_BR = kernels.sampled_products(residual_BD, W_dec_FD, rows_BR)
+        products_BR = kernels.linear_at(residual_BD, W_dec_FD, no_bias_F, rows_BR, products_BR)
+        return torch.where(chosen_BK[:, start:stop], products_BR * inverse_norm_BK[:, start:stop].square(), 0.0)
+
+    for number, size in enumerate(rounds.sizes):
+        stop = column + size
+        if number == 0:
+            first_BK = proposed_BC.gather(1, found.places_BK[:, :size].clamp_min(0))
+            started_BK = torch.where(chosen_BK[:, :size], first_BK, 0.0)
+        else:
+            started_BK = rounds.start * shares(column, stop)
+        values_BK = torch.cat([values_BK, started_BK], dim=1)
+        for _ in range(rounds.refit):
+            values_BK = (values_BK + rounds.step * shares(0, stop)).relu()
+        column = stop
+    return values_BK
