@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import shlex
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from kronsae.cli.options import OptionalOut, RunFolder, Tokens, evaluate_with_progress, one_folder, show_rows
+from kronsae.cli.options import (
+    OptionalOut,
+    RunFolder,
+    Tokens,
+    evaluate_pursuit_with_progress,
+    evaluate_with_progress,
+    one_folder,
+    show_rows,
+)
 from kronsae.report.measurements import MEASUREMENTS, module_name
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.terminal import Json, Quiet, what_now
@@ -62,6 +70,12 @@ def evaluate(
     run_folder: RunFolder = None,
     out: OptionalOut = None,
     tokens: Tokens = None,
+    pursuit: Annotated[
+        str | None,
+        typer.Option(
+            help="Also with pursued codes, 'rounds=2 candidates=2' (besides: refit, step, start); rows side by side."
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,5 +83,9 @@ def evaluate(
     from kronsae.runs.run import open_run
 
     run = open_run(one_folder(run_folder, out))
-    show_rows(evaluate_with_progress(run, tokens, quiet), as_json)
+    if pursuit is None:
+        rows = evaluate_with_progress(run, tokens, quiet)
+    else:
+        rows = evaluate_pursuit_with_progress(run, pursuit, tokens, quiet)
+    show_rows(rows, as_json)
     what_now(f"kronsae report {shlex.quote(str(run.folder))}")

@@ -55,6 +55,16 @@ def evaluate_with_progress(run: Run, tokens: int | None, quiet: bool) -> list[di
         return evaluate_run(run, tokens=tokens, say=say, progress=progress)
 
 
+def evaluate_pursuit_with_progress(run: Run, spec: str, tokens: int | None, quiet: bool) -> list[dict[str, Any]]:
+    from kronsae.runs.evaluation import evaluate_pursuit
+    from kronsae.runs.parsing import parse_pursuit
+    from kronsae.support.progress import progress_bar
+
+    pursuit = parse_pursuit(spec)
+    with progress_bar("evaluating", quiet=quiet) as progress:
+        return evaluate_pursuit(run, pursuit, tokens=tokens, say=say, progress=progress)
+
+
 def evaluate_and_report(run: Run, as_json: bool, quiet: bool) -> None:
     """Evaluate a run, write its report and print its table."""
     from kronsae.runs.evaluation import write_report

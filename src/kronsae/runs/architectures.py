@@ -19,6 +19,7 @@ from kronsae.core.gates import GateName
 from kronsae.core.losses import LossConfig, MatryoshkaConfig, SquaredErrorConfig, matryoshka_groups
 from kronsae.core.normalization import NormalizationName, is_foldable
 from kronsae.core.objective import AuxKConfig
+from kronsae.core.pursuit import Pursuit
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
 from kronsae.support.errors import UserError, nearest
 from kronsae.training.config import MemberConfig, OptimizerConfig
@@ -60,6 +61,8 @@ class TrainingOptions(TypedDict, total=False):
         read: hooks read, if not the run's: one name or several (``"layers.2,layers.3"``; a crosscoder).
         write: hooks written, if not the hooks read (a transcoder).
         skip: add a transcoder's linear path ``W_skip x``.
+        pursuit_rounds: pursue the codes, in training and afterwards, in so many rounds (`kronsae.core.pursuit`).
+        pursuit_candidates, pursuit_refit, pursuit_step, pursuit_start: its other settings; defaults as in `Pursuit`.
     """
 
     name: str
@@ -72,6 +75,11 @@ class TrainingOptions(TypedDict, total=False):
     read: str | tuple[str, ...] | None
     write: str | tuple[str, ...] | None
     skip: bool
+    pursuit_rounds: int
+    pursuit_candidates: int
+    pursuit_refit: int
+    pursuit_step: float
+    pursuit_start: float
 
 
 TRAINING_DEFAULTS: TrainingOptions = {
@@ -280,7 +288,17 @@ def _member(
         read=_hooks(given["read"]),
         write=_hooks(given["write"]),
         skip=given["skip"],
+        pursuit=_pursuit(options),
     )
+
+
+def _pursuit(options: TrainingOptions) -> Pursuit | None:
+    """Return the pursuit that the options ask for: None without any of them."""
+    prefix = "pursuit_"
+    given: dict[str, Any] = {name.removeprefix(prefix): value for name, value in options.items() if prefix in name}
+    if given and "rounds" not in given:
+        raise UserError(f"{prefix}{next(iter(given))} must be used with pursuit_rounds; give it too, such as 2.")
+    return Pursuit(**given) if given else None
 
 
 def _hooks(given: str | tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kronsae.core.flops import training_flops
+from kronsae.core.pursuit import Pursuit
 from kronsae.core.sae import SAE, count_parameters
 from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.report import report_data, write
@@ -18,6 +19,7 @@ from kronsae.report.measurements import kept_results
 from kronsae.runs.config import RunConfig
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.loaded import LoadedRun, describe_tokens
+from kronsae.support.config import to_dict
 from kronsae.support.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -69,9 +71,62 @@ def evaluate_run(
         say(f"Already evaluated on {describe_tokens(counted, known['requested_tokens'])}: {path}.")
         return list(known["saes"])
     wanted = config.eval_tokens if tokens is None else tokens
-    say(f"Evaluating on whole windows of held-out text with at least {wanted:,} tokens in total.")
+    found, rows = _measure(run, wanted, None, say, progress)
+    path.unlink(missing_ok=True)  # written last: if it exists, all three files belong together
+    write_json(run.folder / "latents.json", {name: one.latents() for name, one in found.items()})
+    write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
+    write_json(path, {"revision": REVISION, "requested_tokens": wanted, "saes": rows})
+    return rows
+
+
+def evaluate_pursuit(
+    run: RunFolder,
+    pursuit: Pursuit,
+    *,
+    tokens: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate a run as it is and with a pursuit, on the same tokens; the latter is kept in a file of its own.
+
+    ``evaluation-pursuit.json`` holds the pursuit asked for last.
+
+    Returns:
+        The rows of `evaluate_run`, each followed by that of the same SAE with the pursuit, ``<name> + pursuit``.
+
+    Raises:
+        UserError: the pursuit is not defined for one of the SAEs.
+    """
+    plain = evaluate_run(run, tokens=tokens, say=say, progress=progress)
+    wanted = _known_evaluation(run.folder / "evaluation.json")
+    assert wanted is not None  # just written
+    about = {"revision": REVISION, "requested_tokens": wanted["requested_tokens"], "pursuit": to_dict(pursuit)}
+    path = run.folder / "evaluation-pursuit.json"
+    known = _known_evaluation(path)
+    if known is None or any(known.get(key) != value for key, value in about.items()):
+        _, rows = _measure(run, wanted["requested_tokens"], pursuit, say, progress)
+        known = about | {"saes": [row | {"name": f"{row['name']} + pursuit"} for row in rows]}
+        write_json(path, known)
+    else:
+        say(f"Already evaluated with this pursuit: {path}.")
+    return [row for pair in zip(plain, known["saes"], strict=True) for row in pair]
+
+
+def _measure(
+    run: RunFolder,
+    wanted: int,
+    pursuit: Pursuit | None,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, Evaluation], list[dict[str, Any]]]:
+    """Measure all SAEs with their own codes, or all with a pursuit; their rows too."""
     loaded = LoadedRun(run)
     saes = loaded.saes
+    if pursuit is not None:
+        for sae in saes.values():
+            sae.config.check_pursuit(pursuit)
+            sae.pursuit = pursuit
+    say(f"Evaluating on whole windows of held-out text with at least {wanted:,} tokens in total.")
     found = evaluate(
         saes,
         loaded.language_model,
@@ -81,13 +136,9 @@ def evaluate_run(
         progress=progress,
     )
     training = read_json(run.folder / "training.json", "the training's summary")
-    rows = [_row(config, name, sae, found[name], training) for name, sae in saes.items()]
+    rows = [_row(run.config, name, sae, found[name], training) for name, sae in saes.items()]
     say(f"Evaluated on {describe_tokens(rows[0]['evaluation_tokens'], wanted)}.")
-    path.unlink(missing_ok=True)  # written last: if it exists, all three files belong together
-    write_json(run.folder / "latents.json", {name: found[name].latents() for name in saes})
-    write_json(run.folder / "summary.json", {"saes": [{key: row[key] for key in SUMMARY_KEYS} for row in rows]})
-    write_json(path, {"revision": REVISION, "requested_tokens": wanted, "saes": rows})
-    return rows
+    return found, rows
 
 
 def _known_evaluation(path: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from kronsae.core.pursuit import Pursuit
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.runs.architectures import SAE_KINDS, keyword_arguments
@@ -143,6 +144,19 @@ def parse_sae(spec: str, seed: int | None = None) -> MemberConfig:
     if missing := [name for name in required if name not in values]:
         raise UserError(f"--sae {kind} must have {', '.join(missing)}; got '{spec}'.")
     return SAE_KINDS[kind](**({} if seed is None else {"seed": seed}) | values)
+
+
+def parse_pursuit(spec: str) -> Pursuit:
+    """``"rounds=2 candidates=2"`` as ``Pursuit(rounds=2, candidates=2)``."""
+    values: dict[str, Any] = {}
+    for word in spec.split():
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--pursuit takes name=value pairs, such as 'rounds=2 candidates=2'; got '{word}'.")
+        if name in values:
+            raise UserError(f"--pursuit must say each thing once; '{name}' is there twice in '{spec}'.")
+        values[name] = json_value(value)
+    return from_dict(Pursuit, values, where="--pursuit")
 
 
 def with_options(config: RunConfig, options: Sequence[str]) -> RunConfig:

@@ -12,6 +12,7 @@ from kronsae.core.experts import AnyEncoderConfig
 from kronsae.core.losses import LossConfig, SquaredErrorConfig
 from kronsae.core.normalization import NormalizationName, check_foldable
 from kronsae.core.objective import AuxKConfig
+from kronsae.core.pursuit import Pursuit
 from kronsae.core.sae import SAEConfig
 from kronsae.core.sparsifiers import SparsifierConfig
 from kronsae.support.errors import UserError
@@ -78,6 +79,7 @@ class MemberConfig:
         read: hooks read; None: the run's hook.
         write: hooks reconstructed; None: the hooks read.
         skip: add ``W_skip x`` to the reconstruction; for a transcoder.
+        pursuit: how the codes are pursued, in training and afterwards (`kronsae.core.pursuit`); None: not at all.
     """
 
     name: str
@@ -94,6 +96,7 @@ class MemberConfig:
     read: tuple[str, ...] | None = None
     write: tuple[str, ...] | None = None
     skip: bool = False
+    pursuit: Pursuit | None = None
 
     def __post_init__(self) -> None:
         for name in ("read", "write"):
@@ -123,6 +126,13 @@ class MemberConfig:
         check_foldable(self.normalize_activations, self.encoder)
         self.sparsifier.check(self.encoder)
         self.loss.check(self.encoder)
+        if self.pursuit is not None:
+            if not self.unit_norm_decoder:  # its gradient takes the rows' norms for constants
+                raise UserError(
+                    f"pursuit must be used with unit_norm_decoder in training; '{self.name}' has none. Turn it on, or "
+                    "leave pursuit out and use it when encoding."
+                )
+            self.shape(1, "hook").check_pursuit(self.pursuit)
 
     def reads(self, hook: str) -> tuple[str, ...]:
         """Return the hooks read, in a run whose hook is ``hook``."""
@@ -155,6 +165,7 @@ class MemberConfig:
             read_widths=read if len(read) > 1 else (),
             write_widths=() if self.writes(hook) == self.reads(hook) else write,
             skip=self.skip,
+            pursuit=self.pursuit,
         )
 
 
