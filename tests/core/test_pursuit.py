@@ -231,13 +231,13 @@ def test_folders_of_before_pursuit_load_as_before(tmp_path: Path) -> None:
     ("changes", "text"),
     [
         ({"rounds": 0}, "pursuit.rounds must be a whole number above 0; got 0."),
-        ({"candidates": 1.5}, "pursuit.candidates must be a whole number above 0; got 1.5."),
+        ({"candidates": 0}, "pursuit.candidates must be a whole number above 0; got 0."),
         ({"refit": -1}, "pursuit.refit must be a whole number from 0; got -1."),
         ({"step": 0.0}, "pursuit.step must be above 0 and at most 1; got 0.0."),
         ({"start": 1.5}, "pursuit.start must be above 0 and at most 1; got 1.5."),
     ],
 )
-def test_settings_that_are_refused(changes: dict[str, int], text: str) -> None:
+def test_settings_that_are_refused(changes: dict[str, float], text: str) -> None:
     with pytest.raises(UserError) as error:
         replace(Pursuit(), **changes)
     assert str(error.value) == text

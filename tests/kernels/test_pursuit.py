@@ -134,7 +134,7 @@ def test_memory_is_written_before_it_is_read(path: str, monkeypatch: pytest.Monk
     plain = torch.empty
 
     def poisoned(*size: object, dtype: torch.dtype = torch.float32) -> Tensor:
-        made = plain(*size, dtype=dtype)  # type: ignore[call-overload]
+        made: Tensor = plain(*size, dtype=dtype)  # type: ignore[call-overload]
         return made.fill_(torch.nan if dtype.is_floating_point else 10**6)
 
     monkeypatch.setattr(torch, "empty", poisoned)

@@ -79,7 +79,7 @@ def test_described_tokens_are_those_of_the_result(run: Run, verb: str, wanted: i
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-@pytest.mark.parametrize("verb", [verb for verb in MEASUREMENTS if verb not in ("toy", "autointerp")])
+@pytest.mark.parametrize("verb", [verb for verb in MEASUREMENTS if verb not in ("toy", "autointerp", "ladder")])
 def test_a_seed_no_generator_takes_is_refused(kronsae: Callable[..., Outcome], run: Run, verb: str, seed: int) -> None:
     outcome = kronsae("eval", verb, run.folder, "--seed", seed)
     assert outcome.status == 2
@@ -111,7 +111,7 @@ def test_brackets_in_a_table_are_text() -> None:
     assert all(text in shown for text in ("[b]", "[bold]f1", "[red]a[/red]", "[1]"))
 
 
-@pytest.mark.parametrize("verb", ["table", "latents", "interaction", "token-rule", "absorption", "probing"])
+@pytest.mark.parametrize("verb", ["table", "latents", "interaction", "token-rule", "absorption", "probing", "ladder"])
 def test_weights_that_are_no_numbers_are_no_result(
     kronsae: Callable[..., Outcome], finished_run: Run, tmp_path: Path, verb: str
 ) -> None:

@@ -75,7 +75,7 @@ def test_an_sae_with_pursuit_by_its_words() -> None:
         ),
     ):
         with pytest.raises(UserError, match=text.replace(".", r"\.")):
-            make()  # type: ignore[no-untyped-call]
+            make()
 
 
 def test_training_with_pursuit_learns_and_keeps_it() -> None:

@@ -29,6 +29,7 @@ MEASUREMENTS: tuple[str, ...] = (
     "toy",
     "absorption",
     "probing",
+    "ladder",
 )
 """Names of all measurements, in the order of the command line's help and of the report."""
 
