@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_folders_of_before_pursuit_load_as_before(tmp_path: Path) -> None:
         ({"start": 1.5}, "pursuit.start must be above 0 and at most 1; got 1.5."),
     ],
 )
-def test_settings_that_are_refused(changes: dict[str, float], text: str) -> None:
+def test_settings_that_are_refused(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError) as error:
         replace(Pursuit(), **changes)
     assert str(error.value) == text
