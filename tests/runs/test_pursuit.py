@@ -34,6 +34,7 @@ def test_rows_side_by_side_and_the_plain_file_as_it_was(finished_run: Run, tmp_p
     for own, pursued in zip(rows[::2], rows[1::2], strict=True):
         assert pursued["explained_variance"] > own["explained_variance"]
         assert pursued["evaluation_tokens"] == own["evaluation_tokens"]
+        assert pursued["training_flops"] == own["training_flops"]  # it was trained without
     kept = json.loads((run.folder / "evaluation-pursuit.json").read_text())
     assert kept["pursuit"] == {"rounds": 2, "candidates": 2, "refit": 2, "step": 0.5, "start": 0.7}
     again = CliRunner().invoke(app, [*words, "--json"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +183,7 @@ def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, trainin
         "d_sae": sae.d_sae,
         "parameters": sae.num_parameters(),
         "encoder_parameters": count_parameters(sae.encoder),
-        "training_flops": training_flops(sae.config, tokens),
+        "training_flops": training_flops(replace(sae.config, pursuit=member.pursuit), tokens),
         "tokens": tokens,
         "explained_variance": reconstruction["explained_variance"],
         "explained_variance_per_token": reconstruction["explained_variance_per_token"],
