@@ -36,16 +36,18 @@ ARROWS: dict[str, set[str]] = {
     "chat": set(),
     "bench": {"core", "kernels", "training"},
     "report": {"eval", "core"},
-    "runs": {"core", "kernels", "data", "training", "eval", "report"},
+    "runs": {"core", "kernels", "data", "training", "eval", "report", "interop"},
     "sweeps": {"core", "training", "report", "runs"},
     "measures": {"core", "data", "training", "eval", "report", "runs", "chat", "interop"},
     "interventions": {"core", "kernels", "data", "eval", "runs"},
-    "cli": {"data", "eval", "report", "runs", "sweeps", "measures", "interventions", "bench"},
+    "cli": {"data", "eval", "report", "runs", "sweeps", "measures", "interventions", "bench", "interop"},
     "__main__": {"cli"},
 }
 """Rooms that each room may import in addition to ``support``."""
 
 PLANNED: dict[str, set[str]] = {
+    # a run as others want it: model card, Hub repository, folders of other libraries' formats
+    "publishing": {"core", "interop", "runs", "report", "data", "eval"},
     # training over several processes; the trainer and core stay unaware of torch.distributed
     "distributed": {"core", "kernels", "training", "data"},
     # the static site of a run: heads, latents, comparisons
