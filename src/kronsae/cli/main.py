@@ -9,6 +9,7 @@ import typer
 from kronsae.cli import harvest, lists, quickstart, report, sweep, train
 from kronsae.cli.eval import app as eval_app
 from kronsae.cli.models import app as models_app
+from kronsae.cli.texts import app as texts_app
 from kronsae.support.errors import UserError
 from kronsae.support.terminal import run_app
 
@@ -28,6 +29,7 @@ app.add_typer(eval_app, name="eval")
 app.command()(report.report)
 app.command()(harvest.harvest)
 app.add_typer(models_app, name="models")
+app.add_typer(texts_app, name="texts")
 app.command("recipes")(lists.list_recipes)
 app.command("architectures")(lists.list_architectures)
 
