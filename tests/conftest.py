@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ from tests.tiny_models import KINDS, make_tiny_model  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.command_line import Outcome
+    from tests.hub_stand_in import Hub
 
     from kronsae.data.named_models import NamedModel
     from kronsae.runs.config import RunConfig
@@ -134,6 +135,24 @@ def config(tiny_model_folder: Callable[[str], Path], text_file: Path) -> RunConf
     from tests.tiny_runs import tiny_config
 
     return tiny_config(tiny_model_folder("gpt_neox"), text_file)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in of the Hugging Face Hub for ``huggingface_hub``, with a token and an empty cache of this test."""
+    from huggingface_hub import constants, utils
+    from tests.hub_stand_in import TOKEN, serve
+
+    with serve() as stand_in:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+        template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield stand_in
+        utils.close_session()
 
 
 @pytest.fixture

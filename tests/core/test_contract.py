@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,13 @@ def test_save_then_load_gives_the_same_sae(config: SAEConfig, dtype: torch.dtype
     assert torch.equal(sae(x_BD), again(x_BD))
     assert all(parameter.requires_grad for parameter in again.parameters())
     assert again.training == sae.training
+
+
+@pytest.mark.parametrize("write_widths", [(), (3,)])
+def test_the_number_of_weights_is_known_without_building(config: SAEConfig, write_widths: tuple[int, ...]) -> None:
+    config = replace(config, write_widths=write_widths, skip=bool(write_widths))
+    weights = config.build_empty().state_dict().values()
+    assert checkpoint.weight_elements(config) == sum(weight.numel() for weight in weights)
 
 
 def test_everything_learned_is_in_the_state_dict(config: SAEConfig) -> None:

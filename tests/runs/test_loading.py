@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from tests.tiny_models import WIDTH
 
 import kronsae as ks
@@ -91,39 +88,46 @@ def test_a_damaged_sae(finished_run: Run, tmp_path: Path) -> None:
         ks.load(tmp_path, "topk")
 
 
-class TestHub:
-    def test_both_layouts(self, finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[str, Any]] = []
-        layouts = {"user/run": finished_run.folder, "user/one": finished_run.folder / "saes" / "topk"}
+def test_a_revision_is_for_the_hub(finished_run: Run) -> None:
+    with pytest.raises(UserError) as caught:
+        ks.load(finished_run.folder, "kron", revision="main")
+    assert str(caught.value) == (
+        f"revision is for repositories of the Hub; got 'main' with the folder {finished_run.folder}."
+    )
 
-        def download(repository: str, allow_patterns: Any) -> str:
-            asked.append((repository, allow_patterns))
-            return str(layouts[repository])
 
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        assert same(ks.load("user/run", "kron"), finished_run.load("kron"))
-        assert same(ks.load("user/one"), finished_run.load("topk"))
-        assert asked == [(name, ["*.json", "*.safetensors"]) for name in ("user/run", "user/one")]
+def test_sizes_that_no_machine_has(finished_run: Run, tmp_path: Path) -> None:
+    """A config of a stranger may claim any size; nothing of that size is built."""
+    for part, sizes in (
+        ("topk", {"d_sae": 10**12}),
+        ("topk", {"d_sae": 10**30}),
+        ("kron", {"num_heads": 10**11, "d_sae": 4 * 10**11}),
+    ):
+        folder = tmp_path / f"{part}-{len(str(sizes))}"
+        shutil.copytree(finished_run.folder / "saes" / part, folder)
+        about = json.loads((folder / "cfg.json").read_text())
+        about["sae"]["encoder"] |= sizes
+        (folder / "cfg.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match=r"does not fit cfg\.json: it holds|d_sae must be at most"):
+            ks.load(folder)
 
-    def test_a_local_folder_comes_first(
-        self, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        shutil.copytree(finished_run.folder, tmp_path / "runs" / "whole")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-        assert same(ks.load("runs/whole", "kron"), finished_run.load("kron"))
 
-    def test_no_network(self) -> None:
-        with pytest.raises(UserError) as caught:
-            ks.load("user/repo")
-        assert str(caught.value) == (
-            "'user/repo' must be a local folder or a Hub repository; there is no such folder, and the download failed "
-            "(LocalEntryNotFoundError). Check the name, the network and your access."
-        )
-        assert isinstance(caught.value.__context__, LocalEntryNotFoundError)
+def test_a_billion_experts_are_not_built(tmp_path: Path) -> None:
+    ks.save(ks.switch(num_experts=2, d_sae=8, k=2).shape(4).build(), tmp_path)
+    about = json.loads((tmp_path / "cfg.json").read_text())
+    about["sae"]["encoder"]["num_experts"] = 10**9
+    (tmp_path / "cfg.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"does not fit cfg\.json: it holds"):
+        ks.load(tmp_path)
 
-    def test_a_name_that_the_hub_cannot_have(self) -> None:
-        with pytest.raises(
-            UserError, match=r"^'us er/repo' must be a local folder or a Hub repository; .*HFValidationError"
-        ):
-            ks.load("us er/repo")
+
+def test_a_product_of_sizes_that_no_tensor_has(tmp_path: Path) -> None:
+    ks.save(ks.topk(d_sae=8, k=2).shape(4).build(), tmp_path)
+    about = json.loads((tmp_path / "cfg.json").read_text())
+    about["sae"]["encoder"]["d_sae"] = about["sae"]["d_in"] = 10**12
+    (tmp_path / "cfg.json").write_text(json.dumps(about))
+    with pytest.raises(UserError) as caught:
+        ks.load(tmp_path)
+    assert str(caught.value) == (
+        "the sizes of an SAE must fit into memory; got d_in=1000000000000, d_sae=1000000000000, k=2. Use smaller ones."
+    )

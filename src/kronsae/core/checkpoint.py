@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from kronsae.core.decoders import Decoder, Skip
+from kronsae.core.experts import SwitchEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError
@@ -57,6 +59,12 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
     config = _shape(folder, about)
     _check_digest(folder / WEIGHTS_FILE, about.get("weights_sha256"))
     weights = _read_weights(folder / WEIGHTS_FILE, device)
+    elements, read = weight_elements(config), sum(tensor.numel() for tensor in weights.values())
+    if elements > 2 * read + 1:  # building the SAE could take hours: one module per expert, for example
+        raise UserError(
+            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: it holds {read:,} numbers, and {CONFIG_FILE} implies "
+            f"{elements:,}. Save the SAE again."
+        )
     with torch.device("meta"):
         sae = config.build_empty()
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
@@ -73,6 +81,32 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
         )
     sae.load_state_dict(weights, assign=True)
     return sae
+
+
+def weight_elements(config: SAEConfig) -> int:
+    """Return how many numbers the weights of an SAE have, without allocating them or building its experts.
+
+    Raises:
+        UserError: more than a tensor can hold.
+    """
+    try:
+        with torch.device("meta"):
+            if isinstance(config.encoder, SwitchEncoderConfig):
+                experts = config.encoder.num_experts
+                encoder = experts * (_numel(config.encoder.expert.build(config.d_in)) + config.d_in + 1)
+            else:
+                encoder = _numel(config.encoder.build(config.d_in))
+            sparsifier = _numel(config.sparsifier.build(config.d_sae))
+            decoder = _numel(Decoder(config.d_sae, config.d_out))
+            skip = _numel(Skip(config.d_in, config.d_out)) if config.skip else 0
+    except (RuntimeError, TypeError, OverflowError):  # torch's words for sizes beyond 64 bits
+        sizes = ", ".join(f"{name}={size}" for name, size in config.sizes.items())
+        raise UserError(f"the sizes of an SAE must fit into memory; got {sizes}. Use smaller ones.") from None
+    return encoder + sparsifier + decoder + skip
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
 def read_shape(folder: Path) -> SAEConfig:

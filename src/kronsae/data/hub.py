@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kronsae.support.errors import UserError
@@ -59,6 +61,28 @@ def check_model(name: str, revision: str | None) -> bool:
 
 def _ask(ask: Callable[[], object], argument: str, kind: str, name: str) -> str:
     """Return why the Hub cannot be reached, or ``""`` where it knows the name; else raise a UserError."""
+    try:
+        with refusals(argument, kind, name):
+            ask()
+    except UserError:
+        raise
+    except Exception as error:  # the transport's own exceptions changed with every major version
+        return one_line(error)
+    return ""
+
+
+@contextmanager
+def refusals(argument: str, kind: str, name: str) -> Iterator[None]:
+    """Turn the Hub's refusals inside the block into one sentence; faults of the network pass through.
+
+    Args:
+        argument: the argument that holds the name.
+        kind: what is asked for: ``"model"``, ``"data set"``, ``"repository"``.
+        name: its name on the Hub.
+
+    Raises:
+        UserError: the name is impossible or unknown, gated, or has no such revision.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -67,7 +91,7 @@ def _ask(ask: Callable[[], object], argument: str, kind: str, name: str) -> str:
     )
 
     try:
-        ask()
+        yield
     except HFValidationError as error:
         raise UserError(
             f"{argument}: '{name}' is neither a local path that exists nor a possible Hub name. Check the spelling."
@@ -86,6 +110,3 @@ def _ask(ask: Callable[[], object], argument: str, kind: str, name: str) -> str:
             f"{argument}: there is no local path '{name}', and the Hugging Face Hub has no public {kind} of "
             "that name. Check the spelling, or log in with 'hf auth login' if it is private."
         ) from error
-    except Exception as error:  # the transport's own exceptions changed with every major version
-        return one_line(error)
-    return ""

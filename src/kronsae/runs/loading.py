@@ -8,23 +8,37 @@ import torch
 
 from kronsae.core import checkpoint
 from kronsae.core.sae import SAE
+from kronsae.runs.hub_download import download, is_repository
 from kronsae.support.errors import UserError, nearest
 
 
-def load(source: Path | str, name: str | None = None, *, device: torch.device | str = "cpu") -> SAE:
+def load(
+    source: Path | str,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+) -> SAE:
     """Load a saved SAE.
 
     Args:
-        source: a run folder, a folder with ``cfg.json``, or ``"user/repo"`` on the Hub with either layout.
-        name: name of an SAE of a run; optional if the run has only one.
+        source: a run folder, a folder with ``cfg.json``, or ``"user/repo"`` on the Hub with either layout. From the
+            Hub only the config and the weights of the SAE are downloaded (`kronsae.runs.hub_download`), once; stderr
+            says of which commit they are.
+        name: name of an SAE of a run, or its folder in a Hub repository; optional if there is only one.
+        revision: branch, tag or commit of a Hub repository; None: its default branch.
         device: device of the SAE.
 
     Raises:
-        UserError: there is no such SAE, or its files are damaged.
+        UserError: there is no such SAE, its files are damaged, or they cannot be downloaded.
     """
     folder = Path(source)
     if not folder.is_dir():
-        folder = _from_hub(str(source))
+        if not is_repository(str(source)):
+            raise UserError(f"the source must be a folder or a Hub name (user/repo); got {source}. Check the path.")
+        return checkpoint.load(download(str(source), name, revision).folder, device)
+    if revision is not None:
+        raise UserError(f"revision is for repositories of the Hub; got '{revision}' with the folder {source}.")
     if (folder / checkpoint.CONFIG_FILE).exists():
         if name not in (None, folder.name):
             raise UserError(f"name must be left out for {source}, the folder of a single SAE; got '{name}'.")
@@ -40,24 +54,3 @@ def load(source: Path | str, name: str | None = None, *, device: torch.device | 
         hint = "" if name is None else nearest(name, names)
         raise UserError(f"name must be one of {', '.join(names)} for {source}; got {name!r}.{hint}")
     return checkpoint.load(folder / "saes" / name, device)
-
-
-def _from_hub(repository: str) -> Path:
-    if not _is_repository(repository):
-        raise UserError(f"the source must be a folder or a Hub name (user/repo); got {repository}. Check the path.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors"]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"'{repository}' must be a local folder or a Hub repository; there is no such folder, and the download "
-            f"failed ({type(error).__name__}). Check the name, the network and your access."
-        ) from None
-
-
-def _is_repository(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
