@@ -16,7 +16,7 @@ CPU_SETTINGS := ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_
 PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-cpus check format lock clean
+.PHONY: help setup quickstart test test-all test-cpus test-interop check format lock clean
 
 help: ## show this list
 	@echo "make <target>:"
@@ -45,6 +45,9 @@ test-cpus: $(STAMP) ## run the tests of core and kernels under each of the CPU s
 	done; \
 	exit $$status
 
+test-interop: ## run the checks against others' packages, each group in its own .venv-interop; make test-interop ARGS=saelens
+	@python=$$(PYTHON="$(PYTHON)" sh scripts/find_python.sh) && $$python scripts/test_interop.py $(ARGS)
+
 check: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,7 +61,7 @@ lock: ## resolve constraints.txt anew
 	@python=$$(PYTHON="$(PYTHON)" sh scripts/find_python.sh) && PYTHON="$$python" sh scripts/lock.sh
 
 clean: ## remove .venv and the caches; runs/ stays
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-interop build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv that is there and works is kept: after a failure halfway the next run goes on from what is installed.

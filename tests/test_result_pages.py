@@ -21,6 +21,7 @@ STUDIES = (
     "steering_study",
     "mixing_results",
     "pursuit_ideas",
+    "interop_results",
 )
 
 
