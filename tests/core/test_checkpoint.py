@@ -149,7 +149,7 @@ def test_a_folder_without_a_checksum_loads_with_a_note(saved: Path) -> None:
 def test_a_folder_in_place_of_the_weights(saved: Path) -> None:
     (saved / "sae_weights.safetensors").unlink()
     (saved / "sae_weights.safetensors").mkdir()
-    assert "SAE/sae_weights.safetensors cannot be read" in refusal(saved)
+    assert refusal(saved) == "the saved SAE: SAE/sae_weights.safetensors must be a file; it is a folder."
 
 
 class Bomb:

@@ -125,7 +125,7 @@ def test_reading_damaged_json(tmp_path: Path, content: bytes) -> None:
 
 
 def test_reading_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"^the run: .* must be a file; it is a folder\.$"):
         read_json(tmp_path, "the run")
 
 

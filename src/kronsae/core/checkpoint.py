@@ -1,15 +1,16 @@
 """Saving and loading an SAE as a folder of ``cfg.json`` and ``sae_weights.safetensors``; loading executes no code.
 
-``cfg.json`` holds the SHA-256 of the weights file, which `load` checks.
+``cfg.json`` holds the SHA-256 of the weights file, which `load` checks. Sizes are compared before anything is
+allocated: a config that claims 10^12 latents costs nothing.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,12 +20,18 @@ from kronsae.core.decoders import Decoder, Skip
 from kronsae.core.experts import SwitchEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.support.config import from_dict, to_dict
-from kronsae.support.errors import UserError
-from kronsae.support.files import atomic_path, read_json, sha256, write_json
-from kronsae.support.tensors import read_tensors
+from kronsae.support.errors import UserError, shown, shown_text
+from kronsae.support.files import atomic_path, file_bytes, read_json, sha256, write_json
+from kronsae.support.resources import check_memory
+from kronsae.support.tensors import FLOATS, read_headers, read_tensors
+
+T = TypeVar("T")
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 FORMAT = 1
+MAX_CONFIG_BYTES = 2**24
+MAX_HEADER_BYTES = 2**27
+"""More than the header of a safetensors file may have (100 MB)."""
 
 
 def save(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> Path:
@@ -57,24 +64,13 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> SAE:
     folder = Path(folder)
     about = read_config(folder)
     config = _shape(folder, about)
+    _check_size(folder / WEIGHTS_FILE, weight_elements(config))
     _check_digest(folder / WEIGHTS_FILE, about.get("weights_sha256"))
-    weights = _read_weights(folder / WEIGHTS_FILE, device)
-    weight_elements(config)  # refuses sizes that no tensor has
     with torch.device("meta"):
         sae = config.build_empty()
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
-        detail = "; ".join(f"{name}: expected {expected.get(name)}, found {found.get(name)}" for name in wrong)
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} ({detail}). Save the SAE again.")
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        got = ", ".join(sorted(map(str, dtypes)))
-        raise UserError(
-            f"{folder / WEIGHTS_FILE}: weights must all have one floating-point dtype; got {got}. Save the SAE again."
-        )
-    sae.load_state_dict(weights, assign=True)
+    _check_headers(folder / WEIGHTS_FILE, expected)
+    sae.load_state_dict(_read(read_tensors, folder / WEIGHTS_FILE, device), assign=True)
     return sae
 
 
@@ -111,17 +107,17 @@ def read_shape(folder: Path) -> SAEConfig:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the contents of ``cfg.json``, after checking that kronsae wrote it."""
-    config = read_json(folder / CONFIG_FILE, "the saved SAE")
+    config = read_json(folder / CONFIG_FILE, "the saved SAE", max_bytes=MAX_CONFIG_BYTES)
     if not isinstance(config, dict) or "sae" not in config:
         raise UserError(f"{folder / CONFIG_FILE} is not a config written by kronsae: it has no 'sae' entry.")
     if config.get("format") != FORMAT:
         raise UserError(
-            f"{folder / CONFIG_FILE} has format {config.get('format')!r}; this version reads format {FORMAT}. "
-            f"It was written by kronsae {config.get('kronsae_version')}: install that version."
+            f"{folder / CONFIG_FILE} has format {shown(config.get('format'))}; this version reads format {FORMAT}. "
+            f"It was written by kronsae {shown_text(config.get('kronsae_version'))}: install that version."
         )
     known = {"format", "kronsae_version", "architecture", "weights_sha256", "sae", "metadata"}
     if unknown := sorted(config.keys() - known):
-        raise UserError(f"{folder / CONFIG_FILE} has unknown keys {', '.join(unknown)}; remove them.")
+        raise UserError(f"{folder / CONFIG_FILE} has unknown keys {shown_text(', '.join(unknown))}; remove them.")
     return config
 
 
@@ -138,22 +134,43 @@ def _check_digest(path: Path, expected: object) -> None:
             stacklevel=3,
         )
         return
-    try:
-        found = sha256(path)
-    except FileNotFoundError:
-        raise UserError(f"the saved SAE: {path} does not exist.") from None
-    except OSError as error:
-        raise UserError(f"the saved SAE: {path} cannot be read ({error}).") from None
+    found = _read(sha256, path)
     if found != expected:
         raise UserError(
-            f"the saved SAE: {path} is damaged: its SHA-256 is {found}, and {CONFIG_FILE} names {expected}. "
-            "Save or download it again."
+            f"the saved SAE: {path} is damaged: its SHA-256 is {found}, and {CONFIG_FILE} names "
+            f"{shown_text(expected)}. Save or download it again."
         )
 
 
-def _read_weights(path: Path, device: torch.device | str) -> dict[str, torch.Tensor]:
+def _check_size(path: Path, numbers: int) -> None:
+    """Refuse a weights file that is larger than the config's numbers or than the memory, before it is read."""
+    size = file_bytes(path, "the saved SAE")
+    if size > (largest := 8 * numbers + MAX_HEADER_BYTES):  # 8 bytes: float64
+        raise UserError(
+            f"{path} does not fit {CONFIG_FILE}: it has {size:,} bytes, more than the {largest:,} that "
+            f"{numbers:,} numbers can take. Save the SAE again."
+        )
+    check_memory(size, f"the saved SAE {path}", "Free memory, or use a larger machine.")
+
+
+def _check_headers(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    headers = _read(read_headers, path)
+    found = {name: header.shape for name, header in headers.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
+        detail = "; ".join(f"{name}: expected {expected.get(name)}, found {found.get(name)}" for name in wrong)
+        raise UserError(f"{path} does not fit {CONFIG_FILE} ({detail}). Save the SAE again.")
+    dtypes = {header.dtype for header in headers.values()}
+    if len(dtypes) > 1 or not dtypes <= FLOATS.keys():
+        raise UserError(
+            f"{path}: weights must all have one floating-point dtype ({', '.join(FLOATS)}); got "
+            f"{', '.join(sorted(dtypes))}. Save the SAE again."
+        )
+
+
+def _read(read: Callable[..., T], path: Path, *arguments: object) -> T:
     try:
-        return read_tensors(path, device)
+        return read(path, *arguments)
     except FileNotFoundError:
         raise UserError(f"the saved SAE: {path} does not exist.") from None
     except (SafetensorError, OSError) as error:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from kronsae.support.errors import UserError, nearest
+from kronsae.support.errors import UserError, nearest, shown, shown_text
 
 C = TypeVar("C")
 
@@ -38,17 +38,17 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
         UserError: not a mapping, unknown or missing key, wrong type, or a value that ``cls`` itself refuses.
     """
     if not isinstance(data, Mapping):
-        raise UserError(f"{where} must be a mapping of {cls.__name__} fields; got {data!r}.")
+        raise UserError(f"{where} must be a mapping of {cls.__name__} fields; got {shown(data)}.")
     values = dict(data)
     kind = values.pop("kind", None)
     if kind != getattr(cls, "kind", None):
-        raise UserError(f"{where}.kind must be {getattr(cls, 'kind', None)!r}; got {kind!r}.")
+        raise UserError(f"{where}.kind must be {getattr(cls, 'kind', None)!r}; got {shown(kind)}.")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
     for name in values:
         if name not in fields:
             raise UserError(
-                f"{where}.{name} is not a known key of {cls.__name__}.{nearest(str(name), fields)} "
+                f"{where}.{shown_text(name)} is not a known key of {cls.__name__}.{nearest(shown_text(name), fields)} "
                 f"Known keys: {', '.join(fields)}."
             )
     for name, field in fields.items():
@@ -93,11 +93,11 @@ def checked(hint: Any, value: Any, where: str) -> Any:
         return from_dict(typing.cast(type[Any], hint), value, where)
     if origin is tuple and len(get_args(hint)) == 2 and get_args(hint)[1] is Ellipsis:
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise UserError(f"{where} must be a list; got {value!r}.")
+            raise UserError(f"{where} must be a list; got {shown(value)}.")
         return tuple(checked(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is typing.Literal:
         if value not in get_args(hint):
-            raise UserError(f"{where} must be one of {', '.join(map(repr, get_args(hint)))}; got {value!r}.")
+            raise UserError(f"{where} must be one of {', '.join(map(repr, get_args(hint)))}; got {shown(value)}.")
         return value
     return _scalar(hint, value, where)
 
@@ -111,7 +111,9 @@ def _union_value(options: tuple[Any, ...], value: Any, where: str) -> Any:
         kind = value.get("kind") if isinstance(value, Mapping) else None
         if not isinstance(kind, str) or kind not in tagged:
             known = ", ".join(map(repr, tagged))
-            raise UserError(f"{where}.kind must be one of {known}; got {kind!r}.{nearest(str(kind), tagged)}")
+            raise UserError(
+                f"{where}.kind must be one of {known}; got {shown(kind)}.{nearest(shown_text(kind), tagged)}"
+            )
         return from_dict(tagged[kind], value, where)
     problems = []
     for option in options:
@@ -125,7 +127,10 @@ def _union_value(options: tuple[Any, ...], value: Any, where: str) -> Any:
 def _scalar(hint: Any, value: Any, where: str) -> Any:
     right = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} must be a number below 1e308; got {shown(value)}.") from None
     if not right:
-        raise UserError(f"{where} must be {hint.__name__}; got {value!r}.")
+        raise UserError(f"{where} must be {hint.__name__}; got {shown(value)}.")
     return value

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,8 +92,38 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Read JSON; a missing or damaged file raises `UserError`, where ``what`` says what the file is."""
+def file_bytes(path: Path, what: str) -> int:
+    """Return the size of a regular file, or of what a link to one leads to.
+
+    Raises:
+        UserError: it does not exist, or is a folder, a device or a pipe, which could be read from without end.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{what}: {path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {path} cannot be read ({error}).") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{what}: {path} must be a file; it is a {_kind(status.st_mode)}.")
+    return status.st_size
+
+
+def _kind(mode: int) -> str:
+    return "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
+
+
+def read_json(path: Path, what: str, *, max_bytes: int | None = None) -> Any:
+    """Read JSON; a missing or damaged file raises `UserError`, where ``what`` says what the file is.
+
+    Args:
+        path: the file.
+        what: what it is.
+        max_bytes: largest size that is read; None: any.
+    """
+    size = file_bytes(path, what)
+    if max_bytes is not None and size > max_bytes:
+        raise UserError(f"{what}: {path} must have at most {max_bytes:,} bytes; it has {size:,}.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

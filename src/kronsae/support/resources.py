@@ -41,6 +41,16 @@ def check_disk(folder: Path, needed_bytes: int, what: str, remedy: str) -> None:
         )
 
 
+def check_memory(needed_bytes: int, what: str, remedy: str) -> None:
+    """Raise if more would be allocated than is available; passes where that is not reported."""
+    available = available_memory_bytes()
+    if available is not None and needed_bytes > available:
+        raise UserError(
+            f"{what} must fit into memory; {format_bytes(needed_bytes)} are needed and {format_bytes(available)} are "
+            f"available. {remedy}"
+        )
+
+
 def format_bytes(count: float) -> str:
     """Format a number of bytes: ``1.5 GB`` (1 GB is 2^30 bytes)."""
     for size, unit in ((2**40, "TB"), (2**30, "GB"), (2**20, "MB")):

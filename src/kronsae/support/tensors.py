@@ -11,6 +11,7 @@ where they enter an SAE (`aligned`). Weights that a caller assigns to an SAE are
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,30 @@ def aligned(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and address % ALIGNMENT_BYTES == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Names of the floating-point types in a safetensors file in which an SAE computes; float8 and float4 are storage."""
+
+
+class TensorHeader(NamedTuple):
+    """What the header of a safetensors file says about a tensor: the file's name of its type, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """Return type and shape of each tensor of a safetensors file without reading a tensor.
+
+    Raises:
+        SafetensorError, OSError: the file is damaged or cannot be read.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it has no __iter__)
+        return {name: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from kronsae.interop.formats.foreign import Foreign, Format
 from kronsae.support.errors import UserError
 
-FORMATS: dict[str, str] = {}
+FORMATS: dict[str, str] = {"sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
 """Names of the formats, and the module of each in this package; recognised in this order."""
 
 
@@ -40,4 +40,7 @@ def read(folder: Path, device: torch.device | str = "cpu") -> Foreign:
     name = recognize(folder)
     if name is None:
         raise UserError(f"{folder} must hold an SAE in a known format ({', '.join(FORMATS)}); it has none of them.")
-    return format_module(name).read(folder, device)
+    foreign = format_module(name).read(folder, device)
+    if (weight := foreign.sae.unsound_weight()) is not None:
+        raise UserError(f"{folder}: weights must be finite in float32; {weight} holds NaN or infinity.")
+    return foreign
