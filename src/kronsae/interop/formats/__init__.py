@@ -15,7 +15,12 @@ import torch
 from kronsae.interop.formats.foreign import Foreign, Format
 from kronsae.support.errors import UserError
 
-FORMATS: dict[str, str] = {"sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
+FORMATS: dict[str, str] = {
+    "sae_lens": "sae_lens",
+    "gemma_scope": "gemma_scope",
+    "sparsify": "sparsify",
+    "dictionary_learning": "dictionary_learning",
+}
 """Names of the formats, and the module of each in this package; recognised in this order."""
 
 
