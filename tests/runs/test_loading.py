@@ -73,7 +73,7 @@ def test_no_folder(source: str) -> None:
     with pytest.raises(UserError) as caught:
         ks.load(source)
     assert str(caught.value) == (
-        f"the source must be a folder or a Hub name (user/repo); got {source}. Check the path."
+        f"the source must be a folder or a Hub name (user/repo, or user/repo:folder); got {source}. Check the path."
     )
 
 

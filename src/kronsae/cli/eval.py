@@ -18,6 +18,7 @@ from kronsae.cli.options import (
     one_folder,
     show_rows,
 )
+from kronsae.cli.sae_argument import takes_an_sae
 from kronsae.report.measurements import MEASUREMENTS, module_name
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.terminal import Json, Quiet, what_now
@@ -37,10 +38,11 @@ class MeasureGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in MEASUREMENTS:
             app: typer.Typer = import_module(f"kronsae.measures.{module_name(cmd_name)}").app
-            command = typer.main.get_command(app)
+            command: Any = typer.main.get_command(app)
             command.name = cmd_name
-            return command
-        return super().get_command(ctx, cmd_name)
+        else:
+            command = super().get_command(ctx, cmd_name)
+        return None if command is None else takes_an_sae(command)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         verbs = self.list_commands(ctx)
@@ -61,7 +63,8 @@ app = typer.Typer(
     cls=MeasureGroup,
     no_args_is_help=True,
     help="Measure a finished run. `kronsae eval RUN` prints the table: explained variance, l0, dead share, CE and KL "
-    "recovered on held-out text. The subcommands make further measurements.",
+    "recovered on held-out text. The subcommands make further measurements. In place of RUN, all of them take the "
+    "folder of a single SAE, also of another library, or user/repo on the Hub, with --model, --text and --hook.",
 )
 
 

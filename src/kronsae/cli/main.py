@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kronsae.cli import export, harvest, lists, quickstart, report, sweep, train
+from kronsae.cli import export, harvest, import_, lists, quickstart, report, sweep, train
 from kronsae.cli.eval import app as eval_app
 from kronsae.cli.models import app as models_app
 from kronsae.cli.texts import app as texts_app
@@ -27,6 +27,7 @@ app.command()(train.train)
 app.command()(sweep.sweep)
 app.add_typer(eval_app, name="eval")
 app.command()(report.report)
+app.command("import")(import_.import_saes)
 app.command()(export.export)
 app.command()(harvest.harvest)
 app.add_typer(models_app, name="models")

@@ -58,7 +58,7 @@ def report_data(
     """Build the content of a run's page.
 
     Args:
-        run: contents of ``run.json``: ``{"kronsae_version", "config"}``.
+        run: contents of ``run.json``: ``{"kronsae_version", "config"}``, and ``imported`` for SAEs trained elsewhere.
         rows: rows of ``evaluation.json``, one per SAE: metrics by name; a missing metric or None shows as a dash.
         metrics: the lines of ``metrics.jsonl``.
         latents: `kronsae.eval.Evaluation.latents` by SAE: ``{"statistics", "gallery"}``.
@@ -99,6 +99,9 @@ def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str]
     config = run.get("config", {})
     loop = config.get("loop", {})
     revision = entry(config, "model", "revision")
+    imported = "; ".join(
+        f"{entry(about, 'source')} ({entry(about, 'format')})" for about in (run.get("imported") or {}).values()
+    )
     tokens = {row["tokens"] for row in rows if row.get("tokens") is not None}  # if they differ, they are in the table
     found = [
         ("model", str(entry(config, "model", "name")) + (f" @ {revision}" if revision not in (None, "?") else "")),
@@ -107,12 +110,13 @@ def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str]
         ("text", entry(config, "text", "source")),
         ("context", _unit(config.get("context_length"), "tokens")),
         ("trained on", _unit(tokens.pop(), "tokens") if len(tokens) == 1 else None),
-        ("batch", _unit(loop.get("batch_tokens"), "tokens")),
+        ("batch", None if imported else _unit(loop.get("batch_tokens"), "tokens")),
+        ("imported from", imported),
         ("evaluated on", _unit(next((row.get("evaluation_tokens") for row in rows), None), "held-out tokens")),
-        ("seed", config.get("seed")),
+        ("seed", None if imported else config.get("seed")),
         ("kronsae", run.get("kronsae_version")),
     ]
-    return tuple((name, visible(str(value))) for name, value in found if value not in (None, "?"))
+    return tuple((name, visible(str(value))) for name, value in found if value not in (None, "?", ""))
 
 
 def _unit(value: Any, unit: str) -> str | None:

@@ -171,7 +171,8 @@ def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, trainin
     member = next(member for member in config.saes if member.name == name)
     figures = evaluation.figures()
     reconstruction, spliced = figures["reconstruction"], figures["language_model"]
-    tokens = training.get("sae_tokens", {}).get(name, training["tokens"])
+    tokens = training.get("sae_tokens", {}).get(name, training["tokens"])  # None: imported, and not stated
+    trained = replace(sae.config, pursuit=member.pursuit)
     return {
         "name": name,
         "architecture": member.shape(1, config.hook).architecture,
@@ -183,7 +184,7 @@ def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, trainin
         "d_sae": sae.d_sae,
         "parameters": sae.num_parameters(),
         "encoder_parameters": count_parameters(sae.encoder),
-        "training_flops": training_flops(replace(sae.config, pursuit=member.pursuit), tokens),
+        "training_flops": None if tokens is None else training_flops(trained, tokens),
         "tokens": tokens,
         "explained_variance": reconstruction["explained_variance"],
         "explained_variance_per_token": reconstruction["explained_variance_per_token"],

@@ -51,6 +51,12 @@ class RunFolder:
         return [member.name for member in self.config.saes]
 
     @property
+    def imported(self) -> dict[str, Any]:
+        """Return where each SAE comes from if all were imported (`kronsae.runs.imported`); empty for a training."""
+        about = self._about.get("imported")
+        return about if isinstance(about, dict) else {}
+
+    @property
     def finished(self) -> bool:
         """Return whether the training is finished."""
         return (self.folder / "training.json").exists()
@@ -59,7 +65,8 @@ class RunFolder:
         """Return a summary with a line per SAE; sizes that are not known yet are left out."""
         if not (self.folder / "run.json").exists():
             return f"{type(self).__name__}('{self.folder}'): not trained yet"
-        state, config = "finished" if self.finished else "not finished", self.config
+        state = "imported" if self.imported else "finished" if self.finished else "not finished"
+        config = self.config
         lines = [f"{type(self).__name__}('{self.folder}'): {state}, {config.model.name} at {', '.join(config.hooks)}"]
         for member in config.saes:
             shape = member.shape(1, config.hook)

@@ -1,15 +1,21 @@
-"""Loading of a saved SAE from a run folder, an SAE folder or the Hugging Face Hub."""
+"""Loading of a saved SAE from a run folder, an SAE folder (ours or of another library) or the Hugging Face Hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kronsae.core import checkpoint
 from kronsae.core.sae import SAE
+from kronsae.interop import formats
+from kronsae.interop.formats import Foreign
 from kronsae.runs.hub_download import download, is_repository
 from kronsae.support.errors import UserError, nearest
+from kronsae.support.files import read_json
+
+OWN_FORMAT = "kronsae"
 
 
 def load(
@@ -22,7 +28,8 @@ def load(
     """Load a saved SAE.
 
     Args:
-        source: a run folder, a folder with ``cfg.json``, or ``"user/repo"`` on the Hub with either layout. From the
+        source: a run folder, the folder of an SAE (ours, or in a format of `kronsae.interop.formats`), or
+            ``"user/repo"`` on the Hub with either layout; ``"user/repo:folder"`` is the SAE in that folder. From the
             Hub only the config and the weights of the SAE are downloaded (`kronsae.runs.hub_download`), once; stderr
             says of which commit they are.
         name: name of an SAE of a run, or its folder in a Hub repository; optional if there is only one.
@@ -30,19 +37,23 @@ def load(
         device: device of the SAE.
 
     Raises:
-        UserError: there is no such SAE, its files are damaged, or they cannot be downloaded.
+        UserError: there is no such SAE, its files are damaged or ask for what is not supported, or they cannot be
+            downloaded.
     """
+    return read_sae(sae_folder(source, name, revision), device).sae
+
+
+def sae_folder(source: Path | str, name: str | None = None, revision: str | None = None) -> Path:
+    """Return the local folder of the SAE that `load` loads, after a download where one is needed."""
     folder = Path(source)
     if not folder.is_dir():
-        if not is_repository(str(source)):
-            raise UserError(f"the source must be a folder or a Hub name (user/repo); got {source}. Check the path.")
-        return checkpoint.load(download(str(source), name, revision).folder, device)
+        return _from_hub(str(source), name, revision)
     if revision is not None:
         raise UserError(f"revision is for repositories of the Hub; got '{revision}' with the folder {source}.")
-    if (folder / checkpoint.CONFIG_FILE).exists():
+    if is_sae_folder(folder):
         if name not in (None, folder.name):
             raise UserError(f"name must be left out for {source}, the folder of a single SAE; got '{name}'.")
-        return checkpoint.load(folder, device)
+        return folder
     names = sorted(path.parent.name for path in (folder / "saes").glob(f"*/{checkpoint.CONFIG_FILE}"))
     if not names:
         raise UserError(
@@ -53,4 +64,57 @@ def load(
     if name not in names:
         hint = "" if name is None else nearest(name, names)
         raise UserError(f"name must be one of {', '.join(names)} for {source}; got {name!r}.{hint}")
-    return checkpoint.load(folder / "saes" / name, device)
+    return folder / "saes" / name
+
+
+def is_sae_folder(folder: Path) -> bool:
+    """Return whether a folder holds a single SAE, by the names of its files."""
+    return (folder / checkpoint.CONFIG_FILE).exists() or formats.recognize(folder) is not None
+
+
+def read_sae(folder: Path, device: torch.device | str = "cpu") -> Foreign:
+    """Read the SAE in a folder, with what its files state about it; here its format is decided.
+
+    Raises:
+        UserError: its files are damaged or ask for what is not supported.
+    """
+    if not _is_own(folder) and formats.recognize(folder) is not None:
+        return formats.read(folder, device)
+    sae = checkpoint.load(folder, device)
+    stated = checkpoint.read_config(folder).get("metadata")
+    about: dict[str, Any] = stated if isinstance(stated, dict) else {}
+    read, written = _hooks(about.get("hooks_read")), _hooks(about.get("hooks_written"))
+    return Foreign(
+        sae=sae,
+        format=OWN_FORMAT,
+        architecture=sae.config.architecture,
+        model=name if isinstance(name := about.get("model_name"), str) else None,
+        hook_read=read,
+        hook_write=None if written == read else written,
+        settings={key: about[key] for key in ("trained_as", "tokens") if isinstance(about.get(key), str | int)},
+    )
+
+
+def _is_own(folder: Path) -> bool:
+    """Return whether `checkpoint.save` wrote the config; other libraries have a ``cfg.json`` too."""
+    try:
+        config = read_json(folder / checkpoint.CONFIG_FILE, "the SAE", max_bytes=checkpoint.MAX_CONFIG_BYTES)
+    except UserError:
+        return False
+    return isinstance(config, dict) and not config.keys().isdisjoint({"sae", "kronsae_version", "weights_sha256"})
+
+
+def _hooks(names: object) -> str | None:
+    listed = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return ",".join(names) if listed and isinstance(names, list) else None
+
+
+def _from_hub(source: str, name: str | None, revision: str | None) -> Path:
+    repository, colon, inside = source.partition(":")
+    if not is_repository(repository) or (colon and not inside):
+        raise UserError(
+            f"the source must be a folder or a Hub name (user/repo, or user/repo:folder); got {source}. Check the path."
+        )
+    if inside and name not in (None, inside):
+        raise UserError(f"name must be left out for {source}, which names the folder of an SAE; got '{name}'.")
+    return download(repository, inside or name, revision).folder

@@ -32,6 +32,11 @@ def named_recipe(name: str) -> RunConfig:
 def config_file(path: Path) -> RunConfig:
     """Read a run's config from JSON: a ``run.json``, or only the config."""
     data = read_json(path, "the config")
+    if isinstance(data, dict) and data.get("imported"):
+        raise UserError(
+            f"--config must describe a training; {path} describes imported SAEs, whose training is not known. Give the "
+            "run.json of a run that kronsae trained."
+        )
     inner = data.get("config", data) if isinstance(data, dict) and "kronsae_version" in data else data
     return from_dict(RunConfig, inner, where=str(path))
 

@@ -223,6 +223,11 @@ def check_folder(run: Run, config: RunConfig) -> None:
                 f"out must be a new or empty folder or a run; {run.folder} holds other files. Choose another one."
             )
         return
+    if run.imported:
+        raise UserError(
+            f"out must be a new folder or one of a training; {run.folder} holds imported SAEs "
+            f"({', '.join(run.names)}), which kronsae can measure but not train or resume. Choose another --out."
+        )
     changed = differences(
         to_dict(run.config), to_dict(config)
     )  # fields that the run's version did not have get their defaults

@@ -1,0 +1,281 @@
+"""SAEs that were trained elsewhere, as a run folder: every measurement, report and intervention works on it.
+
+`import_saes` writes a finished run. Its config has the hooks and the shape of each SAE; how they were trained is not
+known, so nothing can be trained or resumed there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kronsae.core import checkpoint
+from kronsae.data.model import ModelConfig
+from kronsae.data.text import TextConfig, TextStream
+from kronsae.interop.formats import Foreign
+from kronsae.runs.config import RunConfig
+from kronsae.runs.hub_download import is_repository
+from kronsae.runs.loading import is_sae_folder, read_sae, sae_folder
+from kronsae.runs.parsing import with_options
+from kronsae.runs.pipeline import Source
+from kronsae.runs.run import Run, sae_metadata
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
+from kronsae.support.files import check_folder_place, sha256, umask, write_json
+from kronsae.training.config import LoopConfig, MemberConfig
+
+IMPORTED = Path("runs/imported")
+"""Folder of the runs that `run_or_sae` makes, in the working directory."""
+
+SAE_SUFFIXES = (".json", ".safetensors", ".npz", ".pt")
+
+
+@dataclass(frozen=True)
+class Import:
+    """An SAE to import: its name in the run, where it comes from, and what was read."""
+
+    name: str
+    source: str
+    foreign: Foreign
+
+    @property
+    def tokens(self) -> int | None:
+        """Return the tokens that it was trained on; None: its files do not say."""
+        tokens = self.foreign.settings.get("tokens")
+        return tokens if isinstance(tokens, int) and tokens > 0 else None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return where it comes from, as JSON."""
+        of = self.foreign
+        about = {"source": self.source, "format": of.format, "architecture": of.architecture, "model": of.model}
+        return about | {"hook_read": of.hook_read, "hook_write": of.hook_write, "settings": dict(of.settings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where SAEs belong.
+
+    Args:
+        model: language model; None: the one that the files state.
+        text: source of the text to measure on.
+        hook: hook read, or several for a crosscoder (``"layers.2,layers.3"``); None: that which the files state.
+        write: hook written by a transcoder; None: that which the files state.
+    """
+
+    model: str | None = None
+    text: str | None = None
+    hook: str | None = None
+    write: str | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """Return the options that were given."""
+        values = {"--model": self.model, "--text": self.text, "--hook": self.hook, "--write": self.write}
+        return [name for name, value in values.items() if value is not None]
+
+
+def import_saes(
+    sources: Sequence[Path | str],
+    out: Path | str,
+    place: Place,
+    *,
+    names: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> Run:
+    """Write a run folder with SAEs that were trained elsewhere; it appears whole or not at all.
+
+    Args:
+        sources: each as `kronsae.load` takes it: a folder in any known format, or ``user/repo`` on the Hub.
+        out: a new or empty folder.
+        place: model, text and hooks.
+        names: name of each SAE in the run; none: from the names of their folders.
+        options: further fields of the run's config, as for ``--set``. Without ``context_length``, windows have 256
+            tokens, or as many as the model can take.
+
+    Raises:
+        UserError: an SAE cannot be read, something is not stated, the widths are not those of the model's hooks, or
+            ``out`` is in use. Nothing was written.
+    """
+    if names and len(names) != len(sources):
+        raise UserError(f"--name must be given once per SAE; got {len(names)} names for {len(sources)} SAEs.")
+    run = Run(Path(out))
+    _check_new(run.folder)
+    read = [read_sae(sae_folder(source)) for source in sources]
+    chosen = list(names) if names else _names(list(map(str, sources)))
+    saes = [Import(name, str(source), one) for name, source, one in zip(chosen, sources, read, strict=True)]
+    config = _config(saes, place, options)
+    config = _fitted(config, saes, capped=not any(option.startswith("context_length=") for option in options))
+    next(iter(TextStream(config.text, held_out=True, held_out_share=config.held_out_share, repeat=False)))
+    _write(run.folder, config, saes)
+    return run
+
+
+def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> Path:
+    """Return the run folder to measure: the argument itself, or the run that an SAE is imported into.
+
+    An SAE (a folder, or ``user/repo`` if something of ``place`` is given) is imported once, into a folder of `IMPORTED`
+    that is named after it, the digests of its files, and ``place``; later calls use it again.
+
+    Raises:
+        UserError: options are given for a run, or an SAE cannot be imported.
+    """
+    is_run = (argument / "run.json").exists()
+    if is_run and place.given:
+        raise UserError(
+            f"{', '.join(place.given)} must be left out for a run, whose run.json has them; got {argument}. They are "
+            "for the folder of a single SAE."
+        )
+    is_sae = not is_run and argument.is_dir() and is_sae_folder(argument)
+    is_hub = not argument.exists() and bool(place.given) and is_repository(str(argument).partition(":")[0])
+    if not (is_sae or is_hub):
+        return argument
+    if place.text is None:
+        raise UserError(f"--text must be given to measure {argument}, an SAE: no file says what to measure it on.")
+    folder = sae_folder(str(argument))
+    (name,) = _names([str(argument)])
+    out = IMPORTED / f"{name}-{_digest(folder, place)}"
+    if Run(out).finished:
+        say(f"Using {out}, into which this SAE was imported before.")
+        return out
+    import_saes([argument], out, place, names=[name])
+    say(f"Imported {argument} into the run folder {out}.")
+    return out
+
+
+def _check_new(folder: Path) -> None:
+    check_folder_place(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"out must be a new or empty folder; {folder} holds files. Choose another one.")
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """Return a different name for each source, from the last part of its path."""
+    found: list[str] = []
+    for source in sources:
+        path = Path(source)
+        last = re.split(r"[/:]", str(path.resolve() if path.is_dir() else source).rstrip("/"))[-1]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:64] or "sae"
+        again = sum(one == name or one.startswith(f"{name}-") for one in found)
+        found.append(name if name not in found else f"{name}-{again + 1}")
+    return found
+
+
+def _config(saes: Sequence[Import], place: Place, options: Sequence[str]) -> RunConfig:
+    members = tuple(_member(one, place) for one in saes)
+    if place.text is None:
+        raise UserError("--text must be given: what to measure the SAEs on.")
+    config = RunConfig(
+        model=ModelConfig(name=place.model or _stated_model(saes)),
+        text=TextConfig(source=place.text),
+        hook=members[0].reads("")[0],
+        saes=members,
+        loop=LoopConfig(tokens=1, batch_tokens=1),  # a config must have a budget; nothing is trained
+    )
+    return from_dict(RunConfig, to_dict(with_options(config, options)))
+
+
+def _member(one: Import, place: Place) -> MemberConfig:
+    """Return the config of an SAE as a member of a run; its training settings are the defaults, of no meaning."""
+    shape, foreign = one.foreign.sae.config, one.foreign
+    read = place.hook or foreign.hook_read
+    if read is None:
+        raise UserError(f"--hook must be given: the files of {one.source} do not state which hook it reads.")
+    written = place.write or (foreign.hook_write if place.hook is None else None)
+    if shape.autoencodes and written is not None:
+        raise UserError(f"--write must be left out for {one.source}, which reconstructs the hook that it reads.")
+    if not shape.autoencodes and written is None:
+        raise UserError(
+            f"--write must be given: {one.source} is a transcoder, which writes another hook than it reads."
+        )
+    return MemberConfig(
+        name=one.name,
+        encoder=shape.encoder,
+        sparsifier=shape.sparsifier,
+        normalize_activations="none",
+        read=tuple(read.split(",")),
+        write=None if written is None else tuple(written.split(",")),
+        skip=shape.skip,
+        pursuit=shape.pursuit,
+    )
+
+
+def _stated_model(saes: Sequence[Import]) -> str:
+    """Return the language model that the files of all SAEs state."""
+    stated = {one.source: one.foreign.model for one in saes}
+    for source, model in stated.items():
+        if model is None:
+            raise UserError(f"--model must be given: the files of {source} do not state a language model.")
+    if len(models := sorted({str(model) for model in stated.values()})) > 1:
+        raise UserError(f"--model must be given: the files state different language models, {', '.join(models)}.")
+    return models[0]
+
+
+def _fitted(config: RunConfig, saes: Sequence[Import], *, capped: bool) -> RunConfig:
+    """Return the config with windows no longer than the model takes; refuse SAEs of other widths than its hooks.
+
+    Args:
+        config: the run's config.
+        saes: the SAEs, in the order of the config's.
+        capped: whether to shorten the context; otherwise a context that is too long is refused.
+    """
+    source = Source(replace(config, context_length=1))
+    language_model = source.language_model
+    if capped and language_model.max_positions is not None:
+        config = replace(config, context_length=min(config.context_length, language_model.max_positions))
+    language_model.check_context_length(config.context_length)
+    for one, member in zip(saes, config.saes, strict=True):
+        shape = one.foreign.sae.config
+        for verb, hooks, widths in (
+            ("reads", member.reads(config.hook), shape.widths_read),
+            ("writes", member.writes(config.hook), shape.widths_written),
+        ):
+            model_widths = tuple(source.widths[hook] for hook in hooks)
+            if widths != model_widths:
+                raise UserError(
+                    f"{one.source} {verb} {'+'.join(map(str, widths))} numbers per token; {' + '.join(hooks)} of model "
+                    f"'{config.model.name}' has {'+'.join(map(str, model_widths))}. Give the model and the hook that "
+                    "it was trained on."
+                )
+    return config
+
+
+def _write(folder: Path, config: RunConfig, saes: Sequence[Import]) -> None:
+    """Write the run beside its place and put it there when all of it is on disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        for one, member in zip(saes, config.saes, strict=True):
+            about = sae_metadata(config, member, 0) | {"tokens": one.tokens, "imported": one.about}
+            checkpoint.save(one.foreign.sae, temporary / "saes" / one.name, about)
+        imported = {one.name: one.about for one in saes}
+        run = {"kronsae_version": version("kronsae"), "config": to_dict(config), "imported": imported}
+        write_json(temporary / "run.json", run)
+        nothing = {"steps": 0, "tokens": None, "seconds": None}
+        figures = {
+            "sae_tokens": {one.name: one.tokens for one in saes},
+            "sae_seconds": {one.name: None for one in saes},
+        }
+        write_json(temporary / "training.json", nothing | figures)
+        temporary.chmod(0o777 & ~umask())
+        if folder.is_dir():
+            folder.rmdir()  # empty; Windows renames to no existing folder
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _digest(folder: Path, place: Place) -> str:
+    """Return 12 digits of the SHA-256 of an SAE's files and of ``place``."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SAE_SUFFIXES)
+    content: list[Any] = [[path.name, sha256(path)] for path in files]
+    return hashlib.sha256(json.dumps([content, to_dict(place)]).encode()).hexdigest()[:12]
