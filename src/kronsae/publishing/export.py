@@ -13,7 +13,10 @@ from kronsae.runs.folder import RunFolder
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import check_folder_place
 
-TARGETS: dict[str, str] = {"saelens": "kronsae.interop.saelens_export"}
+TARGETS: dict[str, str] = {
+    "saelens": "kronsae.interop.saelens_export",
+    "sparsify": "kronsae.interop.sparsify_export",
+}
 """Names of the targets, and the module of each (`kronsae.interop.exportable.Target`)."""
 
 
