@@ -1,0 +1,185 @@
+"""Damaged and hostile folders of every format: a clear error or a correct load, and nothing else.
+
+Never another exception, a hang, a huge allocation, or an executed byte. The quick suite loads 60 damaged folders of
+each format, ``-m slow`` 1,000.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.interop.foreign_saes import dictionary_learning, sparsify
+from tests.interop.mutations import MUTATIONS, mutated
+
+import kronsae as ks
+from kronsae.interop.formats import FORMATS
+from kronsae.interop.formats.dictionary_learning import CLASSES
+from kronsae.support.errors import UserError
+from kronsae.support.files import sha256
+
+MAX_CPU_SECONDS = 2.0
+MAX_SECONDS = 30
+"""Elapsed time after which a load counts as blocked; long, because other processes may hold the processor."""
+
+MAX_BYTES = 2**29
+"""Growth of the process's memory while all damaged folders of a format are loaded; the SAEs themselves take 10 kB."""
+
+MAX_MESSAGE = 3000
+"""Characters of an error message."""
+
+Write = Callable[[Path], Any]
+
+
+def _own(member: ks.MemberConfig) -> Write:
+    return lambda folder: ks.save(member.shape(16, "layers.2").build(), folder)
+
+
+SOURCES: dict[str, list[Write]] = {
+    "kronsae": [
+        _own(ks.topk(d_sae=40, k=5)),
+        _own(ks.kron(num_heads=10, d_base=2, d_extension=2, k=5, gate="power_mean")),
+        _own(ks.jumprelu(d_sae=40, k=5)),
+        _own(ks.switch(d_sae=40, k=5, num_experts=4)),
+        _own(ks.topk(d_sae=40, k=5, read="a", write="b", skip=True)),
+    ],
+    "sparsify": [sparsify, lambda folder: sparsify(folder, transcode=True, skip_connection=True)],
+    "dictionary_learning": [lambda folder, kind=kind: dictionary_learning(folder, kind) for kind in CLASSES],
+}
+"""Whole folders of each format, which are damaged."""
+
+
+def test_every_format_that_is_read_is_damaged() -> None:
+    assert SOURCES.keys() == {"kronsae", *FORMATS}
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Within, an allocation of more than 4 GB fails, and a blocked system call ends with an error."""
+
+    def blocked(*_: Any) -> None:
+        raise TimeoutError("the load does not end")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + 2**32, hard))
+    before = signal.signal(signal.SIGALRM, blocked)
+    signal.alarm(MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def load(folder: Path) -> str:
+    """Load an SAE and use it; return ``"loaded"``, ``"refused"`` or the traceback of another exception."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*names no weights_sha256")
+            sae = ks.load(folder)
+        x = torch.zeros(2, sae.d_in, dtype=sae.W_dec.dtype)
+        if sae.unsound_weight() is None:
+            assert sae(x).shape == (2, sae.d_out)
+    except UserError as error:
+        text = str(error)
+        printable = text.encode(errors="replace").decode() == text
+        return "refused" if printable and len(text) < MAX_MESSAGE else f"the message is {text!r}"
+    except BaseException:
+        return traceback.format_exc()
+    return "loaded"
+
+
+def repair_digest(folder: Path) -> None:
+    """Write the digest of the damaged weights into our config, as a hostile stranger would."""
+    try:
+        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        config["weights_sha256"] = sha256(folder / "sae_weights.safetensors")
+        (folder / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+
+
+def is_small(folder: Path) -> bool:
+    files = [path for path in (folder / "cfg.json", folder / "sae_weights.safetensors") if path.is_file()]
+    return len(files) == 2 and all(path.stat().st_size < 2**20 for path in files)
+
+
+def damage(form: str, count: int, tmp_path: Path) -> None:
+    """Load ``count`` damaged folders of a format, and assert that each is refused or loads."""
+    whole = []
+    for number, write in enumerate(SOURCES[form]):
+        write(tmp_path / f"whole-{number}")
+        whole.append(tmp_path / f"whole-{number}")
+        assert load(whole[-1]) == "loaded"
+    trap, outcomes = tmp_path / "trap", {"loaded": 0, "refused": 0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(count):
+        folder = tmp_path / "damaged"
+        kinds = mutated(whole[seed % len(whole)], folder, seed, trap)
+        if form == "kronsae" and seed % 3 and is_small(folder):
+            repair_digest(folder)
+        start = time.process_time()
+        with limited():
+            outcome = load(folder)
+        spent = time.process_time() - start
+        assert outcome in outcomes, f"seed {seed}, {' and '.join(kinds)}: {outcome}"
+        assert spent < MAX_CPU_SECONDS, f"seed {seed}, {' and '.join(kinds)}: {spent:.1f} s"
+        assert not trap.exists(), f"seed {seed}, {' and '.join(kinds)}: a byte was executed"
+        outcomes[outcome] += 1
+        shutil.rmtree(folder)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < MAX_BYTES, f"{grown:,} bytes"
+    assert outcomes["refused"] > count / 3, outcomes
+    assert outcomes["loaded"] > 0, outcomes
+
+
+@pytest.mark.parametrize("form", SOURCES)
+def test_a_sample(form: str, tmp_path: Path) -> None:
+    damage(form, 60, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("form", SOURCES)
+def test_a_thousand(form: str, tmp_path: Path) -> None:
+    damage(form, 1000, tmp_path)
+
+
+def test_every_kind_of_damage_is_seen_in_the_sample(tmp_path: Path) -> None:
+    dictionary_learning(tmp_path / "whole", "AutoEncoderTopK")
+    seen = {kind for seed in range(60) for kind in mutated(tmp_path / "whole", tmp_path / "x", seed, tmp_path / "trap")}
+    assert seen == MUTATIONS.keys()
+
+
+class TestTheCheckSees:
+    """The test would notice each of the failures that it looks for."""
+
+    def test_another_exception(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ks, "load", lambda folder: {}["no"])
+        assert "KeyError" in load(tmp_path)
+
+    def test_a_huge_allocation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ks, "load", lambda folder: bytearray(2**33))
+        with limited():
+            assert "MemoryError" in load(tmp_path)
+
+    def test_a_blocked_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tests.interop.test_mutations.MAX_SECONDS", 1)
+        os.mkfifo(tmp_path / "pipe")
+        monkeypatch.setattr(ks, "load", lambda folder: (tmp_path / "pipe").read_text())
+        with limited():
+            assert "TimeoutError" in load(tmp_path)

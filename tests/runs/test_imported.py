@@ -1,0 +1,260 @@
+"""Run folders of SAEs that were trained elsewhere: what they hold, and that everything works on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.command_line import Kronsae
+from tests.interop.foreign_saes import D_IN, D_SAE, dictionary_learning, sparsify
+from tests.tiny_runs import listing, write_jsonl
+
+import kronsae as ks
+from kronsae.interop.formats.convert import dense_sae, topk
+from kronsae.runs.config import RunConfig
+from kronsae.runs.imported import Place, import_saes
+from kronsae.runs.run import Run
+from kronsae.support.config import from_dict, to_dict
+from kronsae.support.errors import UserError
+
+READS = "layers.3.mlp"
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Place:
+    text = write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", 200)
+    return Place(model=str(tiny_model_folder("gpt_neox")), text=str(text))
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an SAE of sparsify, one of dictionary_learning, and a transcoder."""
+    folder = tmp_path_factory.mktemp("foreign")
+    sparsify(folder / "run" / "layers.2")
+    sparsify(folder / "run" / READS, transcode=True, skip_connection=True)
+    dictionary_learning(folder / "gated", "GatedAutoEncoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(foreign: Path, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a run of two SAEs of one hook; tests must not change it."""
+    out = tmp_path_factory.mktemp("imported") / "run"
+    return import_saes([foreign / "run" / "layers.2", foreign / "gated"], out, place, options=["eval_tokens=100"])
+
+
+def refusal(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as error:
+        import_saes(*arguments, **options)
+    return str(error.value)
+
+
+class TestTheRun:
+    def test_it_is_finished_and_says_what_it_is(self, imported: Run) -> None:
+        assert listing(imported.folder) == [
+            "run.json",
+            "saes",
+            *(
+                f"saes/{name}{file}"
+                for name in ("gated", "layers.2")
+                for file in ("", "/cfg.json", "/sae_weights.safetensors")
+            ),
+            "training.json",
+        ]
+        assert imported.finished
+        assert repr(imported).splitlines()[0].endswith("imported, " + imported.config.model.name + " at layers.2")
+        assert imported.imported["gated"]["format"] == "dictionary_learning"
+        assert imported.imported["gated"]["architecture"] == "GatedAutoEncoder"
+        assert imported.imported["layers.2"]["settings"] == {}
+
+    def test_its_config_makes_a_round_trip(self, imported: Run) -> None:
+        config = imported.config
+        assert from_dict(RunConfig, to_dict(config)) == config
+        assert config.context_length == 64  # as many as the model takes
+        assert config.eval_tokens == 100
+        assert [member.reads(config.hook) for member in config.saes] == [("layers.2",), ("layers.2",)]
+
+    def test_the_saes_are_those_of_the_files(self, imported: Run, foreign: Path) -> None:
+        x = torch.randn(20, D_IN)
+        for name, source in (("layers.2", foreign / "run" / "layers.2"), ("gated", foreign / "gated")):
+            assert torch.equal(imported.load(name)(x), ks.load(source)(x))
+            assert torch.equal(ks.load(imported.folder, name)(x), ks.load(source)(x))
+
+    def test_what_is_not_known_has_no_figure(self, imported: Run) -> None:
+        row = imported.compare().rows[0]
+        assert (row["tokens"], row["training_flops"], row["seconds"]) == (None, None, None)
+        assert 0 < row["l0"] <= 5
+        assert "-" in str(imported.compare())
+
+    def test_a_transcoder(self, foreign: Path, place: Place, tmp_path: Path) -> None:
+        run = import_saes([foreign / "run" / READS], tmp_path / "run", place, names=["mine"])
+        member = run.config.saes[0]
+        assert (member.name, member.read, member.write) == ("mine", (f"{READS}:input",), (READS,))
+        assert member.skip
+        assert run.load("mine").config.role == "skip_transcoder"
+
+    def test_an_sae_of_ours_keeps_what_its_files_state(self, finished_run: Run, place: Place, tmp_path: Path) -> None:
+        source = finished_run.folder / "saes" / "kron"
+        run = import_saes([source], tmp_path / "run", Place(text=place.text))
+        assert run.config.model.name == finished_run.config.model.name
+        assert run.imported["kron"] | {"source": "", "settings": {}} == {
+            "source": "",
+            "format": "kronsae",
+            "architecture": "kronecker-topk",
+            "model": finished_run.config.model.name,
+            "hook_read": "layers.2",
+            "hook_write": None,
+            "settings": {},
+        }
+        assert run.compare(50).rows[0]["tokens"] == 64 * 20
+        x = torch.randn(20, D_IN)
+        assert torch.equal(run.load("kron")(x), finished_run.load("kron")(x))
+
+
+class TestRefused:
+    def test_what_is_not_stated(self, foreign: Path, place: Place, tmp_path: Path) -> None:
+        sae, out = foreign / "run" / "layers.2", tmp_path / "run"
+        shutil.copytree(sae, tmp_path / "mine")
+        assert refusal([sae], out, Place(text="x")) == (
+            f"--model must be given: the files of {sae} do not state a language model."
+        )
+        assert refusal([tmp_path / "mine"], out, place) == (
+            f"--hook must be given: the files of {tmp_path / 'mine'} do not state which hook it reads."
+        )
+        assert refusal([sae], out, Place(model=place.model)) == "--text must be given: what to measure the SAEs on."
+        assert not out.exists()
+
+    def test_another_width(self, place: Place, tmp_path: Path) -> None:
+        sae = dense_sae(torch.randn(8, 4), torch.zeros(8), torch.randn(8, 4), torch.zeros(4), topk(2))
+        ks.save(sae, tmp_path / "narrow")
+        assert refusal(
+            [tmp_path / "narrow"], tmp_path / "out", Place(model=place.model, text=place.text, hook="layers.1")
+        ) == (
+            f"{tmp_path / 'narrow'} reads 4 numbers per token; layers.1 of model '{place.model}' has 16. Give the "
+            "model and the hook that it was trained on."
+        )
+        assert listing(tmp_path) == ["narrow", "narrow/cfg.json", "narrow/sae_weights.safetensors"]
+
+    def test_hooks_that_do_not_fit_the_role(self, foreign: Path, place: Place, tmp_path: Path) -> None:
+        at = {"model": place.model, "text": place.text, "hook": "layers.1"}
+        sae, transcoder = foreign / "run" / "layers.2", foreign / "run" / READS
+        assert refusal([sae], tmp_path / "out", Place(**at, write="layers.2")) == (
+            f"--write must be left out for {sae}, which reconstructs the hook that it reads."
+        )
+        assert refusal([transcoder], tmp_path / "out", Place(**at)) == (
+            f"--write must be given: {transcoder} is a transcoder, which writes another hook than it reads."
+        )
+        assert "hook must name a layer from 0 to 3" in refusal(
+            [sae], tmp_path / "out", Place(model=place.model, text=place.text, hook="layers.9")
+        )
+
+    def test_a_folder_in_use(self, imported: Run, foreign: Path, place: Place) -> None:
+        assert refusal([foreign / "gated"], imported.folder, place).startswith("out must be a new or empty folder; ")
+
+    def test_a_name_per_sae(self, foreign: Path, place: Place, tmp_path: Path) -> None:
+        message = refusal([foreign / "gated"], tmp_path / "out", place, names=["a", "b"])
+        assert message == "--name must be given once per SAE; got 2 names for 1 SAEs."
+
+    def test_training(self, imported: Run, kronsae: Kronsae, tmp_path: Path) -> None:
+        outcome = kronsae("train", "--config", imported.folder / "run.json", "--out", tmp_path / "new")
+        assert outcome.sentence == (
+            f"--config must describe a training; {imported.folder / 'run.json'} describes imported SAEs, whose "
+            "training is not known. Give the run.json of a run that kronsae trained."
+        )
+        outcome = kronsae("train", "--recipe", "tiny", "--out", imported.folder)
+        assert outcome.sentence == (
+            f"out must be a new folder or one of a training; {imported.folder} holds imported SAEs (layers.2, gated), "
+            "which kronsae can measure but not train or resume. Choose another --out."
+        )
+
+
+class TestEverythingWorks:
+    """Measurements, report and interventions need nothing of a training."""
+
+    @pytest.fixture
+    def run(self, imported: Run, tmp_path: Path) -> Run:
+        return Run(Path(shutil.copytree(imported.folder, tmp_path / "run")))
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["eval", "RUN", "--tokens", 60],
+            ["eval", "ladder", "RUN", "--tokens", 40, "--sae", "layers.2"],
+            ["eval", "latents", "RUN", "--tokens", 60],
+            ["eval", "token-rule", "RUN"],
+            ["steer", "RUN", "--sae", "gated", "--latent", 3, "--prompt", "the quick", "--new-tokens", 2],
+            ["report", "RUN"],
+        ],
+        ids=lambda words: " ".join(map(str, words[:2])),
+    )
+    def test_a_command(self, run: Run, kronsae: Kronsae, words: list[object]) -> None:
+        outcome = kronsae(*(run.folder if word == "RUN" else word for word in words))
+        assert outcome.status == 0, outcome.err
+        assert "What now? " in outcome.err
+
+    def test_the_report_says_where_they_come_from(self, run: Run) -> None:
+        page = run.report().read_text(encoding="utf-8")
+        assert "imported from" in page
+        assert "(dictionary_learning)" in page
+
+
+class TestASingleSAEInPlaceOfARun:
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shutil.copytree(foreign, tmp_path / "foreign")
+        monkeypatch.chdir(tmp_path)
+
+    def test_it_is_imported_once(self, place: Place, kronsae: Kronsae, tmp_path: Path) -> None:
+        at = ["--model", place.model, "--text", place.text]
+        first = kronsae("eval", "foreign/run/layers.2", *at, "--tokens", 50, "--pursuit", "rounds=2", "--json", "-q")
+        assert first.status == 0, first.err
+        (folder,) = Path("runs/imported").iterdir()
+        assert folder.name.startswith("layers.2-")
+        assert f"Imported foreign/run/layers.2 into the run folder {folder}." in first.err
+        assert [row["name"] for row in first.json["saes"]] == ["layers.2", "layers.2 + pursuit"]
+        again = kronsae("eval", "ladder", "foreign/run/layers.2", "--tokens", 30, *at, "--json", "-q")
+        assert again.json["saes"][0]["sae"] == "layers.2"
+        assert f"Using {folder}, into which this SAE was imported before." in again.err
+        other = kronsae("report", "foreign/run/layers.2", *at, "--hook", "layers.1", "-q")
+        assert other.status == 0, other.err
+        assert len(list(Path("runs/imported").iterdir())) == 2
+
+    def test_what_is_missing_is_said(self, place: Place, kronsae: Kronsae, imported: Run) -> None:
+        assert kronsae("eval", "foreign/gated").sentence == (
+            "--text must be given to measure foreign/gated, an SAE: no file says what to measure it on."
+        )
+        missing = kronsae("eval", "latents", "foreign/run/layers.2", "--text", place.text)
+        assert (
+            missing.sentence
+            == "--model must be given: the files of foreign/run/layers.2 do not state a language model."
+        )
+        given = kronsae("eval", "ladder", imported.folder, "--hook", "layers.1")
+        assert given.sentence == (
+            f"--hook must be left out for a run, whose run.json has them; got {imported.folder}. They are for the "
+            "folder of a single SAE."
+        )
+        assert kronsae("report", "--text", "x").sentence.startswith("--text must be given with an SAE: ")
+        assert not Path("runs").exists()
+
+    def test_a_path_that_does_not_exist_is_no_sae(self, kronsae: Kronsae) -> None:
+        assert kronsae("eval", "no/run").sentence.startswith("the run folder must exist; there is no no/run.")
+
+    def test_help_names_the_options(self, kronsae: Kronsae) -> None:
+        for words in (["eval", "ladder"], ["eval", "table"], ["report"]):
+            assert "--hook" in kronsae(*words, "--help").out
+
+
+def test_the_command(foreign: Path, place: Place, kronsae: Kronsae, tmp_path: Path) -> None:
+    at = ["--model", place.model, "--text", place.text, "--out", tmp_path / "run"]
+    outcome = kronsae("import", foreign / "gated", foreign / "run" / "layers.2", *at, "--name", "a", "--name", "b")
+    assert outcome.status == 0, outcome.err
+    assert "a: dense-jumprelu, d_in=16, d_sae=40" in outcome.out
+    assert f"What now? kronsae eval {tmp_path / 'run'}" in outcome.err
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["imported"]
+    assert told["b"]["source"] == str(foreign / "run" / "layers.2")
+    assert ks.load(tmp_path / "run", "b").d_sae == D_SAE
