@@ -58,7 +58,10 @@ def truncate(folder: Path, dice: random.Random, trap: Path) -> None:
 
 def edit_json(folder: Path, dice: random.Random, trap: Path) -> None:
     """Delete, duplicate, rename, retype or enlarge an entry of a config, at any depth."""
-    path = dice.choice(_files(folder, ".json"))
+    paths = _files(folder, ".json")
+    if not paths:
+        return forge_archive(folder, dice, trap)
+    path = dice.choice(paths)
     config = json.loads(path.read_text(encoding="utf-8"))
     places: list[tuple[Any, Any]] = []
 
@@ -83,6 +86,7 @@ def edit_json(folder: Path, dice: random.Random, trap: Path) -> None:
             case _:
                 inside[key] = dice.choice(RETYPED)
     path.write_text(json.dumps(config), encoding="utf-8")
+    return None
 
 
 def odd_json(folder: Path, dice: random.Random, trap: Path) -> None:
@@ -90,7 +94,7 @@ def odd_json(folder: Path, dice: random.Random, trap: Path) -> None:
     depth = dice.choice([900, 100_000])
     odd = ["", "null", "[]", '"cfg"', "{}", "[" * depth, "[" * depth + "]" * depth, '{"a":' * depth, "1" * 5000]
     odd += ['{"sae": {}}', '{"trainer": {}}', "\x00", '{"k": 1, "k": 2}', "NaN", "\ufeff{}"]
-    dice.choice(_files(folder, ".json")).write_text(dice.choice(odd), encoding="utf-8")
+    dice.choice(_files(folder, ".json") or _files(folder)).write_text(dice.choice(odd), encoding="utf-8")
 
 
 def forge_header(folder: Path, dice: random.Random, trap: Path) -> None:
@@ -137,8 +141,8 @@ def not_a_number(folder: Path, dice: random.Random, trap: Path) -> None:
 
 def swap_files(folder: Path, dice: random.Random, trap: Path) -> None:
     """Exchange two files, or remove one."""
-    one, other = dice.sample(_files(folder), 2)
-    if dice.random() < 0.5:
+    one, other = dice.choices(_files(folder), k=2)
+    if one == other:
         one.unlink()
         return
     aside = folder / "aside"
@@ -200,7 +204,7 @@ def forge_archive(folder: Path, dice: random.Random, trap: Path) -> None:
     code = next((one for one in records if one.endswith("data.pkl")), name)
     match dice.randrange(6):
         case 0:
-            records[name], method = bytes(50_000_000), zipfile.ZIP_DEFLATED
+            records[name], method = bytes(20_000_000), zipfile.ZIP_DEFLATED
         case 1:
             records[f"../{trap.name}"] = b"escaped"
         case 2:

@@ -19,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tests.interop import sae_lens_folders
 from tests.interop.foreign_saes import dictionary_learning, sparsify
 from tests.interop.mutations import MUTATIONS, mutated
 
@@ -47,6 +49,18 @@ def _own(member: ks.MemberConfig) -> Write:
     return lambda folder: ks.save(member.shape(16, "layers.2").build(), folder)
 
 
+def _sae_lens(folder: Path, case: str) -> None:
+    sae_lens_folders.write(folder, *sae_lens_folders.make(case))
+
+
+def _gemma_scope(folder: Path) -> None:
+    shapes = {"W_enc": (16, 40), "b_enc": 40, "W_dec": (40, 16), "b_dec": 16, "threshold": 40}
+    draw = np.random.default_rng(0).standard_normal
+    folder.mkdir(parents=True)
+    arrays: dict[str, Any] = {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
+    np.savez(folder / "params.npz", **arrays)
+
+
 SOURCES: dict[str, list[Write]] = {
     "kronsae": [
         _own(ks.topk(d_sae=40, k=5)),
@@ -55,6 +69,8 @@ SOURCES: dict[str, list[Write]] = {
         _own(ks.switch(d_sae=40, k=5, num_experts=4)),
         _own(ks.topk(d_sae=40, k=5, read="a", write="b", skip=True)),
     ],
+    "sae_lens": [lambda folder, case=case: _sae_lens(folder, case) for case in sae_lens_folders.SETTINGS],
+    "gemma_scope": [_gemma_scope],
     "sparsify": [sparsify, lambda folder: sparsify(folder, transcode=True, skip_connection=True)],
     "dictionary_learning": [lambda folder, kind=kind: dictionary_learning(folder, kind) for kind in CLASSES],
 }

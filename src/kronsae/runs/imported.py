@@ -22,6 +22,7 @@ from kronsae.core import checkpoint
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.interop.formats import Foreign
+from kronsae.interop.hook_names import family_of, from_transformer_lens
 from kronsae.runs.config import RunConfig
 from kronsae.runs.hub_download import is_repository
 from kronsae.runs.loading import is_sae_folder, read_sae, sae_folder
@@ -35,6 +36,9 @@ from kronsae.training.config import LoopConfig, MemberConfig
 
 IMPORTED = Path("runs/imported")
 """Folder of the runs that `run_or_sae` makes, in the working directory."""
+
+MAX_STATEMENT = 10_000
+"""Characters of one of the statements of an SAE's files that are kept."""
 
 SAE_SUFFIXES = (".json", ".safetensors", ".npz", ".pt")
 
@@ -58,7 +62,13 @@ class Import:
         """Return where it comes from, as JSON."""
         of = self.foreign
         about = {"source": self.source, "format": of.format, "architecture": of.architecture, "model": of.model}
-        return about | {"hook_read": of.hook_read, "hook_write": of.hook_write, "settings": dict(of.settings)}
+        settings = {key: value for key, value in of.settings.items() if _is_json(value)}
+        return about | {"hook_read": of.hook_read, "hook_write": of.hook_write, "settings": settings}
+
+    def hook(self, name: str | None, model: str | None) -> str | None:
+        """Return a hook that the files state as our hook; None stays None."""
+        family = family_of(None, model or self.foreign.model)
+        return None if name is None else from_transformer_lens(name, family)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +162,14 @@ def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> P
     return out
 
 
+def _is_json(value: object) -> bool:
+    """Whether a statement of a stranger's file can be kept in ours: Python reads NaN in JSON, which is none."""
+    try:
+        return len(json.dumps(value, allow_nan=False)) <= MAX_STATEMENT
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def _check_new(folder: Path) -> None:
     check_folder_place(folder)
     if folder.is_dir() and any(folder.iterdir()):
@@ -187,10 +205,10 @@ def _config(saes: Sequence[Import], place: Place, options: Sequence[str]) -> Run
 def _member(one: Import, place: Place) -> MemberConfig:
     """Return the config of an SAE as a member of a run; its training settings are the defaults, of no meaning."""
     shape, foreign = one.foreign.sae.config, one.foreign
-    read = place.hook or foreign.hook_read
+    read = place.hook or one.hook(foreign.hook_read, place.model)
     if read is None:
         raise UserError(f"--hook must be given: the files of {one.source} do not state which hook it reads.")
-    written = place.write or (foreign.hook_write if place.hook is None else None)
+    written = place.write or (one.hook(foreign.hook_write, place.model) if place.hook is None else None)
     if shape.autoencodes and written is not None:
         raise UserError(f"--write must be left out for {one.source}, which reconstructs the hook that it reads.")
     if not shape.autoencodes and written is None:

@@ -101,7 +101,7 @@ def _is_own(folder: Path) -> bool:
         config = read_json(folder / checkpoint.CONFIG_FILE, "the SAE", max_bytes=checkpoint.MAX_CONFIG_BYTES)
     except UserError:
         return False
-    return isinstance(config, dict) and not config.keys().isdisjoint({"sae", "kronsae_version", "weights_sha256"})
+    return isinstance(config, dict) and not config.keys().isdisjoint({"sae", "weights_sha256"})
 
 
 def _hooks(names: object) -> str | None:
