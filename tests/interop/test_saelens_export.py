@@ -86,7 +86,7 @@ def test_hooks_have_the_names_of_transformer_lens(tmp_path: Path) -> None:
     saelens_export.export((exportable("jumprelu d_sae=48 k=5 read=a write=b"),), tmp_path / "out")
     metadata = json.loads((tmp_path / "out" / "cfg.json").read_text("utf-8"))["metadata"]
     assert (metadata["hook_name"], metadata["hook_name_out"]) == ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")
-    assert (metadata["hf_hook_name"], metadata["model_class_name"]) == ("layers.3.mlp:input", "HookedTransformer")
+    assert (metadata["kronsae_hook_name"], metadata["model_class_name"]) == ("layers.3.mlp:input", "HookedTransformer")
     assert metadata["sae_lens_version"] >= "6"
 
 

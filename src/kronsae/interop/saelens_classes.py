@@ -8,7 +8,7 @@ same reason.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from sae_lens import SAE as LensSAE
@@ -19,7 +19,7 @@ from torch import Tensor
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.gates import GateName
 from kronsae.core.sae import SAE, SAEConfig
-from kronsae.core.sparsifiers import BatchTopK, JumpReLU, TopK
+from kronsae.core.sparsifiers import BatchTopK, JumpReLU, TopK, jump
 from kronsae.interop import saelens_layout
 from kronsae.support.errors import UserError
 
@@ -28,7 +28,8 @@ NO_W_ENC = (
     "parents. Use sae.kronsae.encoder.W_base and W_extension, or encode activations."
 )
 
-C = TypeVar("C")
+BANDWIDTH = 0.5
+"""Of the estimator of a threshold's gradient, which is not used here: the thresholds are detached."""
 
 
 @dataclass
@@ -187,13 +188,13 @@ class KronSAEMixin:
         return hooked
 
     def _select(self, pre: Tensor) -> Tensor:
-        """Select from dense latents, by the definitions of SAELens."""
+        """Select from dense latents that a hook returned."""
         sparsifier = self.kronsae.sparsifier
         if isinstance(sparsifier, TopK):
             selected: Tensor = LensTopK(sparsifier.config.k)(pre)
             return selected
         assert isinstance(sparsifier, JumpReLU | BatchTopK)
-        return pre.relu() * (pre > sparsifier.log_threshold.exp())
+        return jump(pre, sparsifier.log_threshold.detach(), BANDWIDTH)[0]
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Return the reconstruction; as in SAELens' own transcoders, ``W_skip x`` is added by ``forward`` alone."""

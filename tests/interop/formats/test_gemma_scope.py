@@ -129,11 +129,11 @@ def test_a_pickle_in_an_array_is_not_executed(tmp_path: Path) -> None:
 
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (D_IN, 2**21)})
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (D_IN, 2**19)})
     folder = write(tmp_path / "sae", arrays())
     with zipfile.ZipFile(folder / "params.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        shapes = {"W_enc": (D_IN, 2**21), "W_dec": (2**21, D_IN), "b_dec": (D_IN,), "b_enc": (2**21,)}
-        for name, shape in (shapes | {"threshold": (2**21,)}).items():
+        shapes = {"W_enc": (D_IN, 2**19), "W_dec": (2**19, D_IN), "b_dec": (D_IN,), "b_enc": (2**19,)}
+        for name, shape in (shapes | {"threshold": (2**19,)}).items():
             content = io.BytesIO()
             np.save(content, np.zeros(shape, np.float32))
             archive.writestr(f"{name}.npy", content.getvalue())
@@ -145,14 +145,15 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
         formats.read(folder)
 
 
-def test_damaged_archives_give_a_clear_error(tmp_path: Path) -> None:
-    """1,000 archives with changed, missing or surplus bytes load or give a clear error."""
+@pytest.mark.parametrize("archives", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_archives_give_a_clear_error(archives: int, tmp_path: Path) -> None:
+    """Archives with changed or missing bytes load or give a clear error."""
     generator, loaded = random.Random(0), 0
     folder = write(tmp_path / "sae", arrays())
     path = folder / "params.npz"
     np.savez_compressed(tmp_path / "packed.npz", **arrays())
     whole = [path.read_bytes(), (tmp_path / "packed.npz").read_bytes()]
-    for _ in range(1000):
+    for _ in range(archives):
         content = bytearray(generator.choice(whole))
         kind = generator.randrange(4)
         if kind == 0:
@@ -169,4 +170,4 @@ def test_damaged_archives_give_a_clear_error(tmp_path: Path) -> None:
             loaded += 1
         except UserError:
             pass
-    assert 0 < loaded < 500
+    assert 0 < loaded < archives / 2

@@ -206,10 +206,11 @@ def test_a_folder_of_ours_is_not_taken_for_one_of_sae_lens(tmp_path: Path) -> No
 ODD: list[object] = [None, True, -1, 0, 10**40, 1e300, "", "x" * 1000, [], [1], {}, {"a": {}}, "float32", "\ud800"]
 
 
-def test_mutated_folders_load_or_give_a_clear_error(tmp_path: Path) -> None:
-    """1,000 folders: odd values, missing and surplus keys and tensors, wrong shapes and types, damaged bytes."""
+@pytest.mark.parametrize("folders", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_folders_load_or_give_a_clear_error(folders: int, tmp_path: Path) -> None:
+    """Odd values, missing and surplus keys and tensors, wrong shapes and types, damaged bytes."""
     generator, loaded, longest = random.Random(0), 0, 0
-    for number in range(1000):
+    for number in range(folders):
         config, weights = make(generator.choice(list(SETTINGS)), seed=number)
         folder = tmp_path / "sae"
         for _ in range(generator.choice([1, 1, 2])):
@@ -224,7 +225,7 @@ def test_mutated_folders_load_or_give_a_clear_error(tmp_path: Path) -> None:
             loaded += 1
         except UserError as error:
             longest = max(longest, len(str(error)))
-    assert 50 < loaded < 800
+    assert 0.05 < loaded / folders < 0.8
     assert longest < 3000
 
 
