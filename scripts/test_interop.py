@@ -59,7 +59,7 @@ def run_group(name: str, arguments: list[str]) -> tuple[int, list[dict[str, Any]
         found = Path(folder) / "checks.json"
         environment = os.environ | {"KRONSAE_INTEROP": name, "KRONSAE_INTEROP_RESULTS": str(found)}
         # warnings of others' packages are not errors here
-        options = ["-o", "filterwarnings=", "-o", "addopts=--import-mode=importlib", *arguments]
+        options = ["-o", "filterwarnings=", "-o", "addopts=--import-mode=importlib", "-o", "timeout=1200", *arguments]
         command = [python, "-m", "pytest", TESTS / name, *options]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         checks = json.loads(found.read_text(encoding="utf-8")) if found.exists() else []
