@@ -22,7 +22,8 @@ D_IN, D_SAE = 12, 40
 def arrays(seed: int = 0, d_out: int = D_IN) -> dict[str, Any]:
     """Return the arrays of an SAE."""
     draw = np.random.default_rng(seed).standard_normal
-    shapes = {"W_enc": (D_IN, D_SAE), "b_enc": D_SAE, "W_dec": (D_SAE, d_out), "b_dec": d_out, "threshold": D_SAE}
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, d_out)}
+    shapes |= {"b_dec": (d_out,), "threshold": (D_SAE,)}
     return {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -67,7 +68,7 @@ def test_names_may_be_lower_case_and_numbers_of_other_types(tmp_path: Path) -> N
 
 
 def test_fortran_order_and_packed_members_are_read(tmp_path: Path) -> None:
-    found = {name: np.asfortranarray(array) for name, array in arrays().items()}
+    found: dict[str, Any] = {name: np.asfortranarray(array) for name, array in arrays().items()}
     (tmp_path / "sae").mkdir()
     np.savez_compressed(tmp_path / "sae" / "params.npz", **found)
     assert largest_difference(tmp_path / "sae", found) <= 1e-5

@@ -118,7 +118,8 @@ def activations(model: Path, text: Path) -> torch.Tensor:
     lines = (text / "train.jsonl").read_text("utf-8").splitlines()[:40]
     ids = tokenizer(" ".join(json.loads(line)["text"] for line in lines))["input_ids"]
     rows = torch.tensor(ids[: 16 * (len(ids) // 16)]).view(-1, 16)
-    return lm(rows, output_hidden_states=True).hidden_states[3].reshape(-1, lm.config.hidden_size)
+    states: torch.Tensor = lm(rows, output_hidden_states=True).hidden_states[3]
+    return states.reshape(-1, lm.config.hidden_size)
 
 
 @pytest.mark.parametrize("normalize", ["expected_average_only_in", "covariance_whitening"])

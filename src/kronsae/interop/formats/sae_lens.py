@@ -309,8 +309,14 @@ def _dense(
         subtracted_D=found["b_dec"] if subtract else None,
         thresholds_F=thresholds_F,
         W_skip_OD=found.get("W_skip"),
-        transcoder=transcoder,
+        transcoder=transcoder or writes_another_hook(layout.metadata),
     )
+
+
+def writes_another_hook(metadata: Mapping[str, Any]) -> bool:
+    """Return whether the files state that another hook is written: of a TopK transcoder, which is a ``topk`` there."""
+    written = optional(metadata, "hook_name_out", str)
+    return written is not None and written != optional(metadata, "hook_name", str)
 
 
 def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
