@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("PUT")
 
     def _answer(self, method: str) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = self._read()
         split = urlsplit(self.path)
         path, self.query = unquote(split.path), parse_qs(split.query)
         self.hub.asked.append(f"{method} {path}")
@@ -120,6 +120,17 @@ class _Handler(BaseHTTPRequestHandler):
                 return handle(self, method, *match.groups())
         return self._refuse(404, "EntryNotFound", f"no such address {path}")
 
+    def _read(self) -> bytes:
+        """Return the body of the request, which the client may send in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     def _send(self, status: int, content: bytes, **headers: str) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
@@ -128,8 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _json(self, value: Any, **headers: str) -> None:
-        self._send(200, json.dumps(value).encode(), **({"Content-Type": "application/json"} | headers))
+    def _json(self, value: Any, status: int = 200, **headers: str) -> None:
+        self._send(status, json.dumps(value).encode(), **({"Content-Type": "application/json"} | headers))
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         content = json.dumps({"error": message}).encode()
@@ -151,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.hub.repositories:
-            return self._refuse(409, "", "You already created this model repo")
+            return self._json({"url": f"{self.hub.url}/{name}"}, status=409)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.repositories[name] = Repository(private=private)
         self.hub.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})

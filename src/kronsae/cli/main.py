@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kronsae.cli import export, harvest, import_, lists, quickstart, report, sweep, train
+from kronsae.cli import export, harvest, import_, lists, push, quickstart, report, sweep, train
 from kronsae.cli.eval import app as eval_app
 from kronsae.cli.models import app as models_app
 from kronsae.cli.texts import app as texts_app
@@ -29,6 +29,7 @@ app.add_typer(eval_app, name="eval")
 app.command()(report.report)
 app.command("import")(import_.import_saes)
 app.command()(export.export)
+app.command()(push.push)
 app.command()(harvest.harvest)
 app.add_typer(models_app, name="models")
 app.add_typer(texts_app, name="texts")

@@ -65,7 +65,7 @@ def evaluate_run(
     run.require_finished()
     config = run.config
     path = run.folder / "evaluation.json"
-    known = _known_evaluation(path)
+    known = known_evaluation(path)
     if known is not None and tokens in (None, known["requested_tokens"]):
         counted = known["saes"][0]["evaluation_tokens"]
         say(f"Already evaluated on {describe_tokens(counted, known['requested_tokens'])}: {path}.")
@@ -98,11 +98,11 @@ def evaluate_pursuit(
         UserError: the pursuit is not defined for one of the SAEs.
     """
     plain = evaluate_run(run, tokens=tokens, say=say, progress=progress)
-    wanted = _known_evaluation(run.folder / "evaluation.json")
+    wanted = known_evaluation(run.folder / "evaluation.json")
     assert wanted is not None  # just written
     about = {"revision": REVISION, "requested_tokens": wanted["requested_tokens"], "pursuit": to_dict(pursuit)}
     path = run.folder / "evaluation-pursuit.json"
-    known = _known_evaluation(path)
+    known = known_evaluation(path)
     if known is None or any(known.get(key) != value for key, value in about.items()):
         _, rows = _measure(run, wanted["requested_tokens"], pursuit, say, progress)
         known = about | {"saes": [row | {"name": f"{row['name']} + pursuit"} for row in rows]}
@@ -141,7 +141,7 @@ def _measure(
     return found, rows
 
 
-def _known_evaluation(path: Path) -> dict[str, Any] | None:
+def known_evaluation(path: Path) -> dict[str, Any] | None:
     """Return the stored evaluation; None if there is none of this `REVISION`."""
     if not path.exists():
         return None
