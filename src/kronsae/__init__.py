@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kronsae.core.objective import AuxKConfig
     from kronsae.core.sae import SAE, SAEConfig
     from kronsae.core.sparsifiers import TopKConfig
+    from kronsae.interventions.attach import attach
     from kronsae.interventions.intervene import intervene
     from kronsae.runs.architectures import batch_topk, jumprelu, kron, matryoshka, switch, topk
     from kronsae.runs.config import RunConfig
@@ -45,6 +46,7 @@ _HOMES = {
     "SparseCodes": "core.codes",
     "TopKConfig": "core.sparsifiers",
     "UserError": "support.errors",
+    "attach": "interventions.attach",
     "batch_topk": "runs.architectures",
     "explained_variance": "core.metrics",
     "intervene": "interventions.intervene",
@@ -75,6 +77,7 @@ __all__ = [
     "TopKConfig",
     "UserError",
     "__version__",
+    "attach",
     "batch_topk",
     "explained_variance",
     "intervene",

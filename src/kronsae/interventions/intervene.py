@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kronsae.core.sae import SAE
-from kronsae.data.model import resolve_hook, tap
+from kronsae.data.model import HookPoint, resolve_hook, tap
+from kronsae.interventions.sites import check_fits
 from kronsae.support.errors import UserError, nearest
 
 Positions = slice | Sequence[int] | Literal["last"] | None
@@ -183,7 +184,7 @@ def intervene(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
     with ExitStack() as stack:
         tracker = stack.enter_context(_tracked(model))
         for hook, intervention in zip(hooks, interventions, strict=True):
-            edit = partial(_edit, intervention, tracker, hook.path)
+            edit = partial(_edit, intervention, tracker, hook)
             stack.enter_context(tap(hook, edit))
         yield
 
@@ -199,18 +200,8 @@ def _latent_index(latent: Any) -> int:
     return number
 
 
-def _edit(intervention: Intervention, tracker: _Tracker, path: str, hidden_STD: Tensor) -> Tensor:
-    sae = intervention.sae
-    if hidden_STD.shape[-1] != sae.d_in:
-        raise UserError(
-            f"d_in of the SAE must equal the width of hook '{path}', {hidden_STD.shape[-1]}; got d_in={sae.d_in}. "
-            "Give the hook that the SAE was trained on."
-        )
-    if hidden_STD.device != sae.W_dec.device:
-        raise UserError(
-            f"the SAE must be on the model's device, {hidden_STD.device}; got {sae.W_dec.device}. Move it with "
-            "sae.to(device)."
-        )
+def _edit(intervention: Intervention, tracker: _Tracker, site: HookPoint, hidden_STD: Tensor) -> Tensor:
+    check_fits(intervention.sae, site, hidden_STD, intervention.sae.d_in)
     chosen_ST = tracker.chosen(intervention.positions, hidden_STD)
     if not intervention.changes or not bool(chosen_ST.any()):
         return hidden_STD
