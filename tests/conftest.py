@@ -140,7 +140,7 @@ def config(tiny_model_folder: Callable[[str], Path], text_file: Path) -> RunConf
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A stand-in of the Hugging Face Hub for ``huggingface_hub``, with a token and an empty cache of this test."""
-    from huggingface_hub import constants, utils
+    from huggingface_hub import close_session, constants
     from tests.hub_stand_in import TOKEN, serve
 
     with serve() as stand_in:
@@ -152,7 +152,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield stand_in
-        utils.close_session()
+        close_session()
 
 
 @pytest.fixture

@@ -117,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, "", "Invalid username or password.")
         for pattern, handle in _ROUTES:
             if match := re.fullmatch(pattern, path):
-                return handle(self, method, *match.groups())
+                handle(self, method, *match.groups())
+                return None
         return self._refuse(404, "EntryNotFound", f"no such address {path}")
 
     def _read(self) -> bytes:
@@ -139,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _json(self, value: Any, status: int = 200, **headers: str) -> None:
+    def _json(self, value: Any, /, *, status: int = 200, **headers: str) -> None:
         self._send(status, json.dumps(value).encode(), **({"Content-Type": "application/json"} | headers))
 
     def _refuse(self, status: int, code: str, message: str) -> None:
@@ -189,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         entries += [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in sorted(folders)]
         entries += self.hub.listed
         start = int(self.query.get("cursor", ["0"])[0])
-        more = {}
+        more: dict[str, Any] = {}
         if start + PAGE < len(entries):
             address = f"{self.hub.url}/api/models/{name}/tree/{revision}?recursive=True&cursor={start + PAGE}"
             more = {"Link": f'<{address}>; rel="next"'}

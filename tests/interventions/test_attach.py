@@ -309,7 +309,7 @@ def test_what_is_refused() -> None:
     assert refusal(make_transcoder()) == (
         "write must name the hook that a skip_transcoder writes; got none. Give write=, such as 'layers.6.mlp'."
     )
-    crosscoder = ks.topk(d_sae=24, k=3, read=["a", "b"]).shape({"a": WIDTH, "b": WIDTH}, "a").build()
+    crosscoder = ks.topk(d_sae=24, k=3, read=("a", "b")).shape({"a": WIDTH, "b": WIDTH}, "a").build()
     assert refusal(crosscoder).startswith(
         "sae must read a single hook and write a single hook; got a crosscoder, whose"
     )

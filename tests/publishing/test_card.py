@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import yaml
 from tests.tiny_models import WIDTH
 
 import kronsae as ks
-from kronsae.core.gates import GATES
+from kronsae.core.gates import GateName
 from kronsae.core.sae import SAE
 from kronsae.publishing.card import model_card, plain_code
 from kronsae.publishing.public import origin_of, public_config
@@ -113,7 +113,7 @@ SAES: dict[str, MemberConfig] = {
     "jumprelu": ks.jumprelu(d_sae=24, k=3),
     "kron, jumprelu": ks.jumprelu(num_heads=4, d_base=2, d_extension=3, k=3),
     "transcoder": ks.topk(d_sae=24, k=3, read="a", write="b", skip=True),
-    **{gate: ks.kron(num_heads=4, d_base=2, d_extension=3, k=3, gate=gate) for gate in GATES},
+    **{gate: ks.kron(num_heads=4, d_base=2, d_extension=3, k=3, gate=gate) for gate in get_args(GateName)},
 }
 
 

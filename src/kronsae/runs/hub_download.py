@@ -324,7 +324,7 @@ def _bar(limit: int) -> type:
     """Return a class of progress bars, shown on a terminal only, that stop a file longer than ``limit`` bytes."""
     from tqdm.auto import tqdm
 
-    class Bounded(tqdm):  # type: ignore[type-arg]
+    class Bounded(tqdm):  # type: ignore[misc]
         received = 0
 
         def __init__(self, *args: Any, **options: Any) -> None:
