@@ -15,7 +15,7 @@ def export(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[SAE]...", help="Names of SAEs of the run; none: all of them.")
     ] = None,
-    to: Annotated[str, typer.Option("--to", help="Format: saelens, sparsify.")] = "saelens",
+    to: Annotated[str, typer.Option("--to", help="Format: saelens, sparsify, circuit-tracer.")] = "saelens",
     out: Annotated[Path, typer.Option("--out", "-o", help="A new or empty folder.")] = ...,  # type: ignore[assignment]
     as_json: Json = False,
 ) -> None:

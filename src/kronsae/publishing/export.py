@@ -16,6 +16,7 @@ from kronsae.support.files import check_folder_place
 TARGETS: dict[str, str] = {
     "saelens": "kronsae.interop.saelens_export",
     "sparsify": "kronsae.interop.sparsify_export",
+    "circuit-tracer": "kronsae.interop.circuit_tracer_export",
 }
 """Names of the targets, and the module of each (`kronsae.interop.exportable.Target`)."""
 
