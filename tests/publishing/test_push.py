@@ -16,7 +16,9 @@ from tests.hub_stand_in import TOKEN, Hub
 
 import kronsae as ks
 from kronsae.core.sae import SAE
+from kronsae.interop import formats
 from kronsae.publishing.push import push_run
+from kronsae.runs.hub_download import download
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
 
@@ -60,6 +62,18 @@ def test_push_then_load_gives_the_same_bits(hub: Hub, finished_run: Run, kronsae
     local = finished_run.config.model.name, finished_run.config.text.source, str(Path.home())
     everything = b"".join(content for path, content in files(hub).items() if path.endswith((".md", ".json")))
     assert not any(place.encode() in everything for place in local)
+
+
+def test_folders_for_saelens_beside_ours(hub: Hub, finished_run: Run) -> None:
+    pushed = push_run(finished_run, NAME, formats=["saelens"])
+    assert sorted(set(pushed.files) - set(FILES)) == [
+        f"saelens/{name}/{file}" for name in ("kron", "topk") for file in ("cfg.json", "sae_weights.safetensors")
+    ]
+    x = torch.randn(20, finished_run.load("topk").d_in)
+    for name in ("topk", "kron"):
+        assert same(ks.load(NAME, name), finished_run.load(name))
+        read = formats.read(download(NAME, f"saelens/{name}").folder).sae
+        torch.testing.assert_close(read(x), finished_run.load(name)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_names_branch_licence_and_a_second_push(hub: Hub, finished_run: Run, kronsae: Kronsae) -> None:
