@@ -347,13 +347,15 @@ def _bar(limit: int) -> type:
 @contextmanager
 def _failures(repository: str, file: str) -> Iterator[None]:
     """Turn every failure of a download into one sentence."""
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         with refusals("source", "repository", repository):
             yield
     except UserError:
         raise
+    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError that means the network
+        raise UserError(_not_downloaded(repository, file, error)) from error
     except EntryNotFoundError as error:
         raise UserError(f"{repository} must have {file}; the Hub does not offer it ({one_line(error)}).") from error
     except OSError as error:
