@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kronsae.core.gates import mand
     from kronsae.core.metrics import explained_variance
     from kronsae.core.objective import AuxKConfig
+    from kronsae.core.registration import register_encoder
     from kronsae.core.sae import SAE, SAEConfig
     from kronsae.core.sparsifiers import TopKConfig
     from kronsae.interventions.attach import attach
@@ -56,6 +57,7 @@ _HOMES = {
     "mand": "core.gates",
     "matryoshka": "runs.architectures",
     "open_run": "runs.run",
+    "register_encoder": "core.registration",
     "save": "core.checkpoint",
     "sweep": "sweeps.sweep",
     "switch": "runs.architectures",
@@ -87,6 +89,7 @@ __all__ = [
     "mand",
     "matryoshka",
     "open_run",
+    "register_encoder",
     "save",
     "sweep",
     "switch",

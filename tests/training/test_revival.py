@@ -107,7 +107,7 @@ def test_in_training_it_happens_when_due_and_repeats_to_the_bit(kind: str) -> No
 def test_where_it_cannot_be_it_is_refused() -> None:
     words = switch(d_sae=16, num_experts=2, k=2)
     with pytest.raises(
-        UserError, match=r"^revive_every_tokens must be used with SAEs without experts .*; 'switch' is not one\."
+        UserError, match=r"^revive_every_tokens must be used with dense or Kronecker SAEs .*; 'switch' is not one\."
     ):
         MemberConfig(**{**vars(words), "revive_every_tokens": 128})
     with pytest.raises(UserError, match="revive_every_tokens must be a whole number above 0; got 0"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -171,6 +171,37 @@ class KroneckerEncoderConfig:
 
 
 EncoderConfig = DenseEncoderConfig | KroneckerEncoderConfig
+
+
+@runtime_checkable
+class OwnEncoderConfig(Protocol):
+    """Interface of the config of an encoder of your own (`kronsae.core.registration.register_encoder`)."""
+
+    kind: ClassVar[str]
+    """Name in configs and saved SAEs."""
+
+    @property
+    def d_sae(self) -> int:
+        """F, latents in the dictionary."""
+        ...
+
+    @property
+    def block(self) -> int:
+        """Smallest number of latents that a group boundary may not split; 1 if there are no groups."""
+        ...
+
+    @property
+    def latents_per_token(self) -> int:
+        """Largest number of latents that one token can activate."""
+        ...
+
+    def build(self, d_in: int) -> Any:
+        """Return the encoder, an ``nn.Module`` that implements `Encoder`, not yet initialised."""
+        ...
+
+    def multiply_adds(self, d_in: int) -> int:
+        """Multiply-adds per token of one forward pass."""
+        ...
 
 
 class DenseEncoder(nn.Module):

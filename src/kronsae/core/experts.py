@@ -19,6 +19,7 @@ from kronsae.core.encoders import (
     EncoderConfig,
     KroneckerEncoderConfig,
     KroneckerLatents,
+    OwnEncoderConfig,
 )
 from kronsae.core.gates import GateName
 from kronsae.kernels import Choice, Request
@@ -79,7 +80,7 @@ class SwitchEncoderConfig:
         return d_in * self.num_experts + self.expert.multiply_adds(d_in)
 
 
-AnyEncoderConfig = EncoderConfig | SwitchEncoderConfig
+AnyEncoderConfig = EncoderConfig | SwitchEncoderConfig | OwnEncoderConfig
 
 
 def gate_of(encoder: AnyEncoderConfig) -> GateName | None:

@@ -7,6 +7,7 @@ instances of this class that differ only in their widths.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -15,12 +16,17 @@ from torch import Tensor, nn
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder, Skip
-from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
+from kronsae.core.encoders import DenseEncoder, Encoder, KroneckerEncoder
 from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder, SwitchEncoderConfig
 from kronsae.core.heads import head_grid
 from kronsae.core.pursuit import Pursuit, choose_and_pursue
 from kronsae.core.sparsifiers import BatchTopK, JumpReLU, SparsifierConfig, TopK
 from kronsae.support.errors import UserError
+
+if TYPE_CHECKING:  # those of the library, whose attributes analyses use after asking for the class
+    AnyEncoder = DenseEncoder | KroneckerEncoder | SwitchEncoder
+else:  # also one of a user's own
+    AnyEncoder = Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,7 @@ class SAE(nn.Module):
 
     def __init__(
         self,
-        encoder: DenseEncoder | KroneckerEncoder | SwitchEncoder,
+        encoder: AnyEncoder,
         sparsifier: TopK | BatchTopK | JumpReLU,
         decoder: Decoder,
         skip: Skip | None = None,

@@ -169,7 +169,7 @@ def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
     """Return the encoder config resized to the largest number of latents that is at most ``d_sae``."""
     if isinstance(encoder, SwitchEncoderConfig):
         expert = resized(encoder.expert, d_sae // encoder.num_experts)
-        assert not isinstance(expert, SwitchEncoderConfig)
+        assert isinstance(expert, DenseEncoderConfig | KroneckerEncoderConfig)
         return replace(encoder, expert=expert)
     units = d_sae // encoder.block
     if units == 0:
@@ -179,7 +179,12 @@ def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
         )
     if isinstance(encoder, DenseEncoderConfig):
         return replace(encoder, d_sae=units, init_norm=INIT_NORM)
-    return replace(encoder, num_heads=units, init_norm=INIT_NORM)
+    if isinstance(encoder, KroneckerEncoderConfig):
+        return replace(encoder, num_heads=units, init_norm=INIT_NORM)
+    raise UserError(
+        f"SAEs must have an encoder that can be resized to the synthetic data: dense, kronecker or switch; got "
+        f"'{encoder.kind}'. Measure the other SAEs of the run."
+    )
 
 
 def _regrouped(loss: LossConfig, encoder: AnyEncoderConfig) -> LossConfig:
@@ -202,9 +207,8 @@ def family(member: MemberConfig) -> str:
 
 
 def encoder_kind(encoder: AnyEncoderConfig) -> str:
-    """Return ``dense`` or ``kronecker``; for a switch encoder, the kind of its experts."""
+    """Return the kind, such as ``dense``; for a switch encoder, that of its experts."""
     inner = encoder.expert if isinstance(encoder, SwitchEncoderConfig) else encoder
-    assert isinstance(inner, DenseEncoderConfig | KroneckerEncoderConfig)
     return inner.kind
 
 

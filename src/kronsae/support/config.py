@@ -17,6 +17,26 @@ from kronsae.support.errors import UserError, nearest, shown, shown_text
 
 C = TypeVar("C")
 
+_ADDED: dict[type, dict[str, type]] = {}
+"""Classes, by kind, that are read wherever a union lists the class that is the key."""
+
+
+def add_to_unions(cls: type, beside: type) -> None:
+    """Let `from_dict` read ``cls``, by its ``kind``, wherever a union lists ``beside``.
+
+    A later class of the same kind, name and module takes the place of an earlier one, as when a module is reloaded.
+
+    Raises:
+        UserError: another class has this kind.
+    """
+    kind, added = cls.kind, _ADDED.setdefault(beside, {})  # type: ignore[attr-defined]
+    before = added.get(kind)
+    if before is not None and (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise UserError(
+            f"kind must belong to one class; '{kind}' of {cls.__name__} is that of {before.__name__}. Rename one."
+        )
+    added[kind] = cls
+
 
 def to_dict(config: Any, *, derived: bool = True) -> dict[str, Any]:
     """Return ``config`` (a dataclass, possibly nested) as plain JSON values.
@@ -107,6 +127,7 @@ def _union_value(options: tuple[Any, ...], value: Any, where: str) -> Any:
         return None
     options = tuple(option for option in options if option is not type(None))
     tagged = {option.kind: option for option in options if hasattr(option, "kind")}
+    tagged |= {kind: cls for option in options for kind, cls in _ADDED.get(option, {}).items()}
     if tagged:
         kind = value.get("kind") if isinstance(value, Mapping) else None
         if not isinstance(kind, str) or kind not in tagged:

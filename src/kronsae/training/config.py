@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from kronsae.core.checks import check_count, check_positive, check_seed
+from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.experts import AnyEncoderConfig
 from kronsae.core.losses import LossConfig, SquaredErrorConfig
 from kronsae.core.normalization import NormalizationName, check_foldable
@@ -116,9 +117,12 @@ class MemberConfig:
         check_seed(self.seed)
         if self.revive_every_tokens is not None:
             check_count("revive_every_tokens", self.revive_every_tokens)
-            if self.encoder.kind == "switch" or self.write not in (None, self.read):
+            if not isinstance(self.encoder, DenseEncoderConfig | KroneckerEncoderConfig) or self.write not in (
+                None,
+                self.read,
+            ):
                 raise UserError(
-                    "revive_every_tokens must be used with SAEs without experts that write the hooks they read; "
+                    "revive_every_tokens must be used with dense or Kronecker SAEs that write the hooks they read; "
                     f"'{self.name}' is not one. Leave it out: AuxK revives there too."
                 )
         if self.sparsifier.kind != "jumprelu" and self.sparsity != SparsityConfig():
