@@ -28,7 +28,8 @@ def target_module(name: str) -> Target:
         UserError: there is no such target.
     """
     if name not in TARGETS:
-        raise UserError(f"--to must be one of {', '.join(TARGETS)}; got '{name}'.{nearest(name, TARGETS)}")
+        known = [*TARGETS, "delphi"]
+        raise UserError(f"--to must be one of {', '.join(known)}; got '{name}'.{nearest(name, known)}")
     module: Target = import_module(TARGETS[name])
     return module
 
