@@ -54,6 +54,19 @@ def steer(context: typer.Context) -> None:
 
 
 @app.command(
+    "saebench",
+    context_settings=SEPARATE,
+    add_help_option=False,
+    help="Evaluate SAEs with SAEBench, in an environment of its own.",
+)
+def saebench(context: typer.Context) -> None:
+    """Call the command's own module, which is imported only here."""
+    from kronsae.cli.saebench import app as evaluation
+
+    run_app(evaluation, "kronsae saebench", context.args)
+
+
+@app.command(
     "bench",
     context_settings=SEPARATE,
     add_help_option=False,

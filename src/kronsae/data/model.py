@@ -148,23 +148,37 @@ def find_device(name: str) -> torch.device:
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """Return what ``from_pretrained`` takes: a folder or a name, and the options of every call."""
-    path = local_path(config.name)
-    if path is not None and config.revision is not None:
+    if config.revision is not None and local_path(config.name) is not None:
         raise UserError(
             f"revision is for models of the Hugging Face Hub; got '{config.revision}' with model '{config.name}'. "
             "Leave it out."
         )
-    if path is None:
+    folder = local_folder(config.name)
+    if folder is None:
         from_cache = check_model(config.name, config.revision)
         return config.name, {"local_files_only": from_cache, "revision": config.revision or "main"}
-    if (file := gguf.find(path, config.name)) is not None:
-        return str(gguf.dequantised(file)), {}
+    return str(folder), {}
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the folder, as save_pretrained writes it, that a model's name means; None for a name on the Hub.
+
+    A model is fetched and a GGUF file dequantised if need be.
+
+    Raises:
+        UserError: If the name can only mean a path and there is no model, or the model cannot be fetched.
+    """
+    path = local_path(name)
+    if path is None:
+        return None
+    if (file := gguf.find(path, name)) is not None:
+        return gguf.dequantised(file)
     if not (path / "config.json").is_file():
         raise UserError(
-            f"model: folder '{config.name}' must hold a Hugging Face model; it has no config.json. "
+            f"model: folder '{name}' must hold a Hugging Face model; it has no config.json. "
             "Give the folder that save_pretrained wrote."
         )
-    return str(path), {}
+    return path
 
 
 def local_path(name: str) -> Path | None:
