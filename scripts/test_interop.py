@@ -4,7 +4,8 @@ python scripts/test_interop.py [NAME ...] [-- PYTEST ARGUMENTS]
 
 A group NAME has its packages in tests/interop_real/NAME.txt and its tests in tests/interop_real/NAME/. Its environment
 is .venv-interop/NAME, made when it is missing or when the packages changed. They are installed under
-tests/interop_real/NAME.constraints.txt where there is one, else under constraints.txt. Without names, all groups run.
+tests/interop_real/NAME.constraints.txt where there is one, else under constraints.txt. What is in
+tests/interop_real/NAME.no-deps.txt is installed without its requirements. Without names, all groups run.
 
 The results of groups that ran as a whole and passed are written to docs/results/interop.json, and the table of
 docs/interop.md from it.
@@ -30,7 +31,7 @@ RESULT = ROOT / "docs" / "results" / "interop.json"
 
 def groups() -> list[str]:
     """Return the names of all groups."""
-    return sorted(path.stem for path in TESTS.glob("*.txt") if not path.name.endswith(".constraints.txt"))
+    return sorted(path.stem for path in TESTS.glob("*.txt") if "." not in path.stem)
 
 
 def python_of(name: str) -> Path:
@@ -39,15 +40,19 @@ def python_of(name: str) -> Path:
     own = TESTS / f"{name}.constraints.txt"
     constraints = own if own.exists() else ROOT / "constraints.txt"
     python, stamp = folder / "bin" / "python", folder / ".installed"
-    wanted = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in (requirements, constraints))
+    bare = TESTS / f"{name}.no-deps.txt"
+    files = [requirements, constraints, *([bare] if bare.exists() else [])]
+    wanted = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     print(f"{name}: installing {requirements.relative_to(ROOT)} into {folder.relative_to(ROOT)}; some minutes.")
     if not python.exists():
         venv.create(folder, with_pip=True)
     options = {"PIP_CONSTRAINT": str(constraints), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    command = [python, "-m", "pip", "install", "--quiet", "--requirement", requirements, "--editable", ROOT]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | options)
+    install = [python, "-m", "pip", "install", "--quiet", "--requirement"]
+    subprocess.run([*install, requirements, "--editable", ROOT], cwd=ROOT, check=True, env=os.environ | options)
+    if bare.exists():
+        subprocess.run([*install, bare, "--no-deps"], cwd=ROOT, check=True, env=os.environ | options)
     stamp.write_text(wanted, encoding="utf-8")
     return python
 

@@ -26,7 +26,8 @@ class Environment:
 
     Args:
         name: what it is for.
-        requirements: lines as pip takes them.
+        requirements: all packages besides torch and what it needs, with their versions, one a line. Only they are
+            installed, so what others require but nobody imports can be left out.
     """
 
     name: str
@@ -61,11 +62,12 @@ class Environment:
                 if left.is_dir():
                     shutil.rmtree(left)
             requirements = self.folder / "requirements.txt"
-            requirements.write_text(f"{self.requirements}\ntorch=={_torch_version()}\n", encoding="utf-8")
+            requirements.write_text(self.requirements, encoding="utf-8")
             say(f"Building the environment '{self.name}' in {self.folder}")
             _run([sys.executable, "-m", "venv", str(self.folder)], self.name)
             pip = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-            _run([*pip, "--requirement", str(requirements)], self.name)
+            _run([*pip, f"torch=={_torch_version()}", "--constraint", str(requirements)], self.name)
+            _run([*pip, "--no-deps", "--requirement", str(requirements)], self.name)
             write_json(self.folder / READY_FILE, {"requirements": self.requirements.splitlines()})
 
     def run_module(self, module: str, *words: str, offline: bool = False) -> int:
