@@ -13,8 +13,9 @@ import json
 import os
 import random
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ class Evaluator:
         )
         # in its tables beside the result, absorption writes the cosines of W_enc, which enter no score
         adapter = SAEBenchSAE(sae, cfg, placeholder=name == "absorption").to(self.job.device)
-        with self._own_model():
+        with nullcontext() if name == "meta_structure" else self._own_model():
             getattr(self, f"_{name}")(about, adapter, str(written))
         result = written / f"{about.name}_custom_sae_eval_results.json"
         if not result.is_file():
@@ -164,8 +165,10 @@ class Evaluator:
         """Let SAEBench, which loads the model by its name in every evaluation, get the one that is loaded."""
         from transformer_lens import HookedTransformer
 
+        model = self.model
+
         def loaded(*_args: object, **_options: object) -> Any:
-            return self.model
+            return model
 
         with _replaced(HookedTransformer, "from_pretrained_no_processing", staticmethod(loaded)):
             yield
@@ -280,6 +283,9 @@ def run(folder: Path) -> list[dict[str, Any]]:
                 row |= {"file": str(result), "metrics": metrics_of(result)}
             except UserError as error:
                 row["reason"] = str(error)
+            except Exception as error:  # of SAEBench; the other evaluations go on
+                traceback.print_exc()
+                row["reason"] = f"SAEBench failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})."
             rows.append(row)
             write_json(folder / OUTCOME_FILE, rows)
     return rows

@@ -134,7 +134,7 @@ def test_offline_evaluations_have_results_in_its_schema(tmp_path: Path, record: 
     assert [row["reason"] for row in rows] == [None] * 6
     for row in rows:
         result = json.loads(Path(row["file"]).read_text())
-        assert result["eval_type_id"] == row["eval"]
+        assert result["eval_type_id"].startswith(row["eval"])
         assert result["sae_cfg_dict"]["hook_name"] == HOOK
         assert result["eval_config"]["random_seed"] == 42
         assert row["metrics"]
