@@ -47,7 +47,7 @@ class LowRank(nn.Module):
     @torch.no_grad()
     def initialize(self, generator):
         self.V.copy_(torch.randn(self.V.shape, generator=generator) / self.d_in**0.5)
-        self.U.copy_(torch.randn(self.U.shape, generator=generator) / self.config.rank**0.5)
+        self.U.copy_(torch.randn(self.U.shape, generator=generator) / (4 * self.config.rank) ** 0.5)
 
     @torch.no_grad()
     def initial_decoder_rows(self):
@@ -65,13 +65,18 @@ run = ks.train(
     model="bundled",
     text="bundled",
     hook="layers.3",
-    tokens=16_384,
-    batch_tokens=1024,
+    tokens=32_768,
+    batch_tokens=512,
     buffer_tokens=8192,
     window_pool_tokens=16_384,
     saes=[
-        ks.topk(d_sae=512, k=16),
-        ks.MemberConfig(name="low_rank", encoder=LowRankConfig(d_sae=512, rank=64), sparsifier=ks.TopKConfig(k=16)),
+        ks.topk(d_sae=512, k=16, lr=4e-3),
+        ks.MemberConfig(
+            name="low_rank",
+            encoder=LowRankConfig(d_sae=512, rank=64),
+            sparsifier=ks.TopKConfig(k=16),
+            optimizer=ks.OptimizerConfig(lr=4e-3),
+        ),
     ],
     eval_tokens=2048,
     out="runs/own_encoder",

@@ -15,7 +15,7 @@ import random
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, chdir, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,8 @@ from kronsae.support.terminal import say
 MAX_DIFFERENCE = 1e-3
 """Largest difference of TransformerLens' activations from those of transformers, relative to their norm."""
 
+LINK = "language_model"
+
 SENTENCE = "The quick brown fox jumps over the lazy dog."
 
 
@@ -55,7 +57,7 @@ class Evaluator:
     def model(self) -> Any:
         """The language model in TransformerLens, loaded once."""
         if self._model is None:
-            self._model = load_model(self.job)
+            self._model = load_model(self.job, self.folder)
         return self._model
 
     def evaluate(self, name: str, about: JobSAE, sae: SAE) -> Path:
@@ -174,20 +176,40 @@ class Evaluator:
             yield
 
 
-def load_model(job: Job) -> Any:
+def load_model(job: Job, folder: Path) -> Any:
     """Load the language model into TransformerLens, its weights as they are.
+
+    TransformerLens takes the names of models that it lists; what it does with a folder, it decides by the config in it,
+    but for words such as "llama" in the path. So a local model is linked under a plain name in ``folder``.
 
     Raises:
         UserError: TransformerLens does not know its architecture, or gives other activations than transformers.
     """
-    from transformer_lens import HookedTransformer
+    from transformer_lens import HookedTransformer, loading_from_pretrained
 
+    name = job.location
+    if name.startswith(tuple(loading_from_pretrained.NEED_REMOTE_CODE_MODELS)):
+        raise UserError(
+            f"model: '{job.model}' needs code of its own, and such code is never run. Choose another model."
+        )
+    official = loading_from_pretrained.get_official_model_name
+    if Path(name).is_dir():
+        link = folder / LINK
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(name).absolute(), target_is_directory=True)
+        name = LINK
     try:
-        model = HookedTransformer.from_pretrained_no_processing(job.location, device=job.device, dtype=torch.float32)
+        with (
+            chdir(folder),
+            _replaced(
+                loading_from_pretrained, "get_official_model_name", lambda one: one if one == LINK else official(one)
+            ),
+        ):
+            model = HookedTransformer.from_pretrained_no_processing(name, device=job.device, dtype=torch.float32)
     except (ValueError, KeyError, NotImplementedError, OSError, AttributeError, ImportError) as error:
         words = " ".join(str(error).split())
         raise UserError(
-            f"model: TransformerLens, with which SAEBench runs models, cannot load '{job.model}' ({words[:300]}). "
+            f"model: TransformerLens, with which SAEBench runs models, cannot load '{job.model}' ({words[:120]}). "
             "Choose a model of an architecture that it knows."
         ) from error
     model.eval()

@@ -63,9 +63,12 @@ def job(folder: Path, names: tuple[str, ...], **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model() -> HookedTransformer:
+def model(tmp_path_factory: pytest.TempPathFactory) -> HookedTransformer:
     place = JobSAE(name="dense", folder="", hook=HOOK, layer=LAYER)
-    return load_model(Job(saes=(place,), model="bundled", location=str(bundled.path()), out="out", evals=()))
+    return load_model(
+        Job(saes=(place,), model="bundled", location=str(bundled.path()), out="out", evals=()),
+        tmp_path_factory.mktemp("model"),
+    )
 
 
 def test_a_topk_sae_is_saebenchs_own(record: Record) -> None:
@@ -157,9 +160,17 @@ def test_settings_that_saebench_does_not_know_are_refused(tmp_path: Path) -> Non
     assert "has no field 'widht_ratio'. Did you mean 'width_ratio'?" in row["reason"]
 
 
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'Qwen/Qwen-7B' needs code of its own, and such code is never run"):
+        load_model(Job(saes=(), model="Qwen/Qwen-7B", location="Qwen/Qwen-7B", out="out", evals=()), tmp_path)
+
+
 def test_a_model_that_transformer_lens_cannot_load_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]})
+    )
     place = JobSAE(name="dense", folder="", hook=HOOK, layer=LAYER)
-    wrong = Job(saes=(place,), model="mamba", location=str(tmp_path), out="out", evals=())
+    wrong = Job(saes=(place,), model="mamba", location=str(tmp_path / "model"), out="out", evals=())
     with pytest.raises(UserError, match="model: TransformerLens, with which SAEBench runs models, cannot load 'mamba'"):
-        load_model(wrong)
+        load_model(wrong, tmp_path)
