@@ -42,7 +42,7 @@ def register_encoder(config: T) -> T:
     kind = getattr(config, "kind", None)
     taken = {option.kind for option in (*get_args(EncoderConfig), SwitchEncoderConfig)}
     if not isinstance(kind, str) or kind in taken:
-        known = ", ".join(sorted(taken))
-        raise UserError(f"kind of {name} must be a text other than {known}; got {kind!r}. Choose another one.")
+        others = ", ".join(sorted(taken))
+        raise UserError(f"kind of {name} must be a text other than {others}; got {kind!r}. Choose another one.")
     add_to_unions(config, beside=OwnEncoderConfig)
     return config
