@@ -219,8 +219,8 @@ def forge_archive(folder: Path, dice: random.Random, trap: Path) -> None:
         case _:
             records[code] = _nested_key(40)
     with zipfile.ZipFile(paths[0], "w", method) as archive:
-        for record, content in records.items():
-            archive.writestr(record, content)
+        for record, packed in records.items():
+            archive.writestr(record, packed)
     return None
 
 
