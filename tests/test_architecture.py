@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "sweeps": {"core", "training", "report", "runs"},
     "measures": {"core", "data", "training", "eval", "report", "runs", "chat", "interop"},
     "interventions": {"core", "kernels", "data", "eval", "runs"},
-    "publishing": {"core", "interop", "runs", "report", "data", "eval"},
+    "publishing": {"core", "interop", "runs", "report", "data", "training", "eval"},
     "cli": {"data", "eval", "report", "runs", "sweeps", "measures", "interventions", "publishing", "bench", "interop"},
     "__main__": {"cli"},
 }
