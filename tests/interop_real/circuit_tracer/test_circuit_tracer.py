@@ -90,6 +90,7 @@ def test_its_own_loader(skip: bool, lazy: bool, tmp_path: Path, record: Record) 
 def replacement_model(transcoders: Any, folder: Path) -> Any:
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
     from transformer_lens import HookedTransformerConfig
+    from transformers import AutoTokenizer
 
     config = HookedTransformerConfig(
         n_layers=LAYERS,
@@ -103,8 +104,8 @@ def replacement_model(transcoders: Any, folder: Path) -> Any:
         device="cpu",
         init_weights=True,
     )
-    tokenizer = make_tokenizer("gpt2")
-    tokenizer.pad_token = tokenizer.eos_token
+    make_tokenizer("gpt2").save_pretrained(folder)  # TransformerLens loads it again
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return TransformerLensReplacementModel.from_config(config, transcoders, tokenizer=tokenizer)
 
 
