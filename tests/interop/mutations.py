@@ -45,7 +45,8 @@ def flip_bytes(folder: Path, dice: random.Random, trap: Path) -> None:
     content = bytearray(path.read_bytes())
     for _ in range(dice.randint(1, 8)):
         reach = len(content) if dice.random() < 0.4 else min(300, len(content))
-        content[dice.randrange(reach)] = dice.randrange(256)
+        text = path.suffix == ".json" and dice.random() < 0.9  # other bytes are no UTF-8, and end the reading early
+        content[dice.randrange(reach)] = dice.randrange(32, 127) if text else dice.randrange(256)
     path.write_bytes(content)
 
 

@@ -173,5 +173,5 @@ def _read(read: Callable[..., T], path: Path, *arguments: object) -> T:
         return read(path, *arguments)
     except FileNotFoundError:
         raise UserError(f"the saved SAE: {path} does not exist.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise UserError(f"the saved SAE: {path} is damaged ({error}). Save or download it again.") from None

@@ -21,6 +21,9 @@ V = TypeVar("V")
 
 WHAT = "the SAE"
 
+UNREADABLE = (SafetensorError, OSError, MemoryError)
+"""What reading a safetensors file raises; MemoryError: it is too large to be mapped, such as a file of holes."""
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a config of at most 16 MB, which must be a JSON object."""
@@ -75,7 +78,7 @@ def headers_of(path: Path) -> dict[str, TensorHeader]:
     check_memory(file_bytes(path, WHAT), f"{WHAT} {path}", "Free memory, or use a larger machine.")
     try:
         return read_headers(path)
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise damaged(path, error) from None
 
 
@@ -83,7 +86,7 @@ def tensors_of(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file whose headers were checked."""
     try:
         return read_tensors(path, device)
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise damaged(path, error) from None
 
 
