@@ -211,10 +211,10 @@ def forge_archive(folder: Path, dice: random.Random, trap: Path) -> None:
         case 2:
             del records[name]
         case 3:  # numbers of a storage, sizes and strides are short integers: K is BININT1
-            content = bytearray(records[code])
+            changed = bytearray(records[code])
             for _ in range(dice.randint(1, 4)):
-                content[dice.randrange(len(content))] = dice.choice(b"K\x00\xff\x01tRQ2.")
-            records[code] = bytes(content)
+                changed[dice.randrange(len(changed))] = dice.choice(b"K\x00\xff\x01tRQ2.")
+            records[code] = bytes(changed)
         case 4:
             records[code] = pickle.dumps({"k": _Bytes(10**10)}, protocol=2)
         case _:
@@ -271,7 +271,7 @@ def mutated(source: Path, target: Path, seed: int, trap: Path) -> list[str]:
         try:
             MUTATIONS[kind](target, dice, trap)
             done.append(kind)
-        except (ValueError, IndexError, KeyError, TypeError, OSError, zipfile.BadZipFile, AttributeError):
+        except (ValueError, IndexError, KeyError, TypeError, OSError, zipfile.BadZipFile, RecursionError):
             if not done:
                 raise  # the first damage is to a whole folder, on which every kind works
     return done

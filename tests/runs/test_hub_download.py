@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from tests.hub_stand_in import TOKEN, Hub
+from tests.interop.foreign_saes import sparsify
 
 import kronsae as ks
 from kronsae.core.sae import SAE
@@ -319,3 +320,29 @@ def test_in_a_process_of_its_own(hub: Hub, saes: dict[str, bytes], tmp_path: Pat
         )
         assert (done.returncode, done.stdout) == (0, "kronecker-topk\n"), done.stderr
         assert f"{NAME} at commit {commit}: " in done.stderr
+
+
+class TestOtherLibraries:
+    """A repository of sparsify: a folder per hookpoint, of which one is fetched."""
+
+    @pytest.fixture
+    def _saes(self, hub: Hub, tmp_path: Path) -> None:
+        sparsify(tmp_path / "layers.1")
+        sparsify(tmp_path / "layers.3.mlp", transcode=True)
+        places = ("layers.1", "layers.3.mlp")
+        hub.add(NAME, {name: one for place in places for name, one in files_of(tmp_path / place, f"{place}/").items()})
+
+    @pytest.mark.usefixtures("_saes")
+    def test_a_folder_of_the_repository(self, tmp_path: Path) -> None:
+        x = torch.randn(3, 16)
+        assert torch.equal(ks.load(f"{NAME}:layers.1")(x), ks.load(tmp_path / "layers.1")(x))
+        assert ks.load(f"{NAME}:layers.3.mlp").config.role == "transcoder"
+        assert ks.load(NAME, "layers.3.mlp").config.role == "transcoder"
+
+    @pytest.mark.usefixtures("_saes")
+    def test_which_folder_must_be_clear(self) -> None:
+        assert refusal(None).startswith("name must be one of layers.1, layers.3.mlp for ")
+        with pytest.raises(UserError, match=r"^name must be left out for user/repo:layers\.1, which names the folder"):
+            ks.load("user/repo:layers.1", "layers.3.mlp")
+        with pytest.raises(UserError, match=r"^the source must be a folder or a Hub name \(user/repo, or user/repo:"):
+            ks.load("user/repo:")
