@@ -166,7 +166,7 @@ def test_the_interface_of_a_single_layer_transcoder(kind: str) -> None:
 def test_the_encoder_vectors_of_mand_are_complete() -> None:
     """Euler's identity: without biases, ``z = dz/dx . x`` exactly, so nothing of a latent is left unattributed."""
     sae = filled(TRANSCODERS["kron"])
-    sae.encoder.bias.zero_()  # type: ignore[operator, union-attr]
+    sae.encoder.bias.zero_()
     x = torch.randn(9, D, dtype=torch.float64)
     sparse, vectors = LayerTranscoder(sae, 0).encode_sparse(x)
     torch.testing.assert_close((vectors * x[sparse.indices()[0]]).sum(1), sparse.values(), rtol=1e-12, atol=1e-12)

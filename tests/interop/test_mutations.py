@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,13 @@ def _sae_lens(folder: Path, case: str) -> None:
 
 
 def _gemma_scope(folder: Path) -> None:
-    shapes = {"W_enc": (16, 40), "b_enc": 40, "W_dec": (40, 16), "b_dec": 16, "threshold": 40}
+    shapes: dict[str, int | tuple[int, int]] = {
+        "W_enc": (16, 40),
+        "b_enc": 40,
+        "W_dec": (40, 16),
+        "b_dec": 16,
+        "threshold": 40,
+    }
     draw = np.random.default_rng(0).standard_normal
     folder.mkdir(parents=True)
     arrays: dict[str, Any] = {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
@@ -69,10 +76,10 @@ SOURCES: dict[str, list[Write]] = {
         _own(ks.switch(d_sae=40, k=5, num_experts=4)),
         _own(ks.topk(d_sae=40, k=5, read="a", write="b", skip=True)),
     ],
-    "sae_lens": [lambda folder, case=case: _sae_lens(folder, case) for case in sae_lens_folders.SETTINGS],
+    "sae_lens": [partial(_sae_lens, case=case) for case in sae_lens_folders.SETTINGS],
     "gemma_scope": [_gemma_scope],
     "sparsify": [sparsify, lambda folder: sparsify(folder, transcode=True, skip_connection=True)],
-    "dictionary_learning": [lambda folder, kind=kind: dictionary_learning(folder, kind) for kind in CLASSES],
+    "dictionary_learning": [partial(dictionary_learning, kind=kind) for kind in CLASSES],
 }
 """Whole folders of each format, which are damaged."""
 
@@ -185,7 +192,7 @@ class TestTheCheckSees:
     """The test would notice each of the failures that it looks for."""
 
     def test_another_exception(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ks, "load", lambda folder: {}["no"])
+        monkeypatch.setattr(ks, "load", lambda folder: dict[str, str]()["no"])
         assert "KeyError" in load(tmp_path)
 
     def test_a_huge_allocation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

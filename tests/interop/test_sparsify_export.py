@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kronsae.interop.exportable import Exportable
 from kronsae.support.errors import UserError
 from kronsae.training.config import MemberConfig
 
-MLP = {"read": "layers.3.mlp:input", "write": "layers.3.mlp"}
+MLP: dict[str, Any] = {"read": "layers.3.mlp:input", "write": "layers.3.mlp"}
 
 
 def build(member: MemberConfig, width: int = 16) -> SAE:

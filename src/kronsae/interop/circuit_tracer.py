@@ -117,7 +117,7 @@ class LayerTranscoder(nn.Module):
         x = input_acts.to(self.dtype)
         if apply_activation_function:
             return self.sae.encode(x).to_dense()
-        latents = self.sae.encoder(x.reshape(-1, self.d_model)).materialize()
+        latents: Tensor = self.sae.encoder(x.reshape(-1, self.d_model)).materialize()
         return latents.reshape(*x.shape[:-1], self.d_transcoder)
 
     def decode(self, acts: Float[Tensor, "... F"], input_acts: Float[Tensor, "... D"] | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
@@ -90,7 +91,8 @@ def _hookpoint(one: Exportable) -> str:
 @torch.no_grad()
 def _write(sae: SAE, folder: Path) -> None:
     shape, encoder = sae.config, sae.encoder
-    rows, bias = encoder.get_parameter("weight"), encoder.get_parameter("bias")
+    rows: Tensor = encoder.get_parameter("weight")
+    bias: Tensor = encoder.get_parameter("bias")
     if shape.autoencodes:
         bias = (bias.double() + rows.double() @ sae.b_dec.double()).to(bias.dtype)
     tensors = {"encoder.weight": rows, "encoder.bias": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}

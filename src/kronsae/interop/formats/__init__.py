@@ -15,6 +15,8 @@ import torch
 from kronsae.interop.formats.foreign import Foreign, Format
 from kronsae.support.errors import UserError
 
+__all__ = ["FORMATS", "Foreign", "Format", "format_module", "read", "recognize"]
+
 FORMATS: dict[str, str] = {
     "sae_lens": "sae_lens",
     "gemma_scope": "gemma_scope",
