@@ -55,13 +55,7 @@ def _sae_lens(folder: Path, case: str) -> None:
 
 
 def _gemma_scope(folder: Path) -> None:
-    shapes: dict[str, int | tuple[int, int]] = {
-        "W_enc": (16, 40),
-        "b_enc": 40,
-        "W_dec": (40, 16),
-        "b_dec": 16,
-        "threshold": 40,
-    }
+    shapes: dict[str, Any] = {"W_enc": (16, 40), "b_enc": 40, "W_dec": (40, 16), "b_dec": 16, "threshold": 40}
     draw = np.random.default_rng(0).standard_normal
     folder.mkdir(parents=True)
     arrays: dict[str, Any] = {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
@@ -78,7 +72,7 @@ SOURCES: dict[str, list[Write]] = {
     ],
     "sae_lens": [partial(_sae_lens, case=case) for case in sae_lens_folders.SETTINGS],
     "gemma_scope": [_gemma_scope],
-    "sparsify": [sparsify, lambda folder: sparsify(folder, transcode=True, skip_connection=True)],
+    "sparsify": [sparsify, partial(sparsify, transcode=True, skip_connection=True)],
     "dictionary_learning": [partial(dictionary_learning, kind=kind) for kind in CLASSES],
 }
 """Whole folders of each format, which are damaged."""
@@ -192,7 +186,7 @@ class TestTheCheckSees:
     """The test would notice each of the failures that it looks for."""
 
     def test_another_exception(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ks, "load", lambda folder: dict[str, str]()["no"])
+        monkeypatch.setattr(ks, "load", dict[Path, Any]().__getitem__)
         assert "KeyError" in load(tmp_path)
 
     def test_a_huge_allocation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

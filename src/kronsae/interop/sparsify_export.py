@@ -91,8 +91,7 @@ def _hookpoint(one: Exportable) -> str:
 @torch.no_grad()
 def _write(sae: SAE, folder: Path) -> None:
     shape, encoder = sae.config, sae.encoder
-    rows: Tensor = encoder.get_parameter("weight")
-    bias: Tensor = encoder.get_parameter("bias")
+    rows, bias = encoder.get_parameter("weight").detach(), encoder.get_parameter("bias").detach()
     if shape.autoencodes:
         bias = (bias.double() + rows.double() @ sae.b_dec.double()).to(bias.dtype)
     tensors = {"encoder.weight": rows, "encoder.bias": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}

@@ -21,7 +21,7 @@ from typing import Any
 from kronsae.core import checkpoint
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig, TextStream
-from kronsae.interop.formats import Foreign
+from kronsae.interop.formats.foreign import Foreign
 from kronsae.interop.hook_names import family_of, from_transformer_lens
 from kronsae.runs.config import RunConfig
 from kronsae.runs.hub_download import is_repository

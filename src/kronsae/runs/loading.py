@@ -10,7 +10,7 @@ import torch
 from kronsae.core import checkpoint
 from kronsae.core.sae import SAE
 from kronsae.interop import formats
-from kronsae.interop.formats import Foreign
+from kronsae.interop.formats.foreign import Foreign
 from kronsae.runs.hub_download import download, is_repository
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import read_json

@@ -12,6 +12,7 @@ import lzma
 import math
 import re
 import struct
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -44,6 +45,7 @@ SPARE_BYTES = 2**24
 UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError, RuntimeError),
     *(NotImplementedError, RecursionError, MemoryError, SyntaxError, TypeError, OverflowError, KeyError, IndexError),
+    tokenize.TokenError,  # of a header that is no Python literal
 )
 """What the standard library and NumPy raise on damaged archives and headers."""
 
