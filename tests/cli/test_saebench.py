@@ -47,7 +47,7 @@ def test_all_saes_of_a_run_are_given_with_what_is_known_of_them(
     finished_run: Run, tmp_path: Path, kronsae: Kronsae, jobs: list[dict[str, Any]]
 ) -> None:
     done = kronsae("saebench", finished_run.folder, "--evals", "absorption,meta_structure", "--out", tmp_path / "o",
-                   "--set", "meta_structure.k=2", "--words", 100, "--json")  # fmt: skip
+                   "--set", "meta_structure.k=2", "--words", 300, "--json")  # fmt: skip
     assert done.status == 0, done.err
     results = json.loads(done.out)["results"]
     assert [(row["sae"], row["eval"]) for row in results] == [
@@ -63,7 +63,7 @@ def test_all_saes_of_a_run_are_given_with_what_is_known_of_them(
     assert [sae["training_tokens"] for sae in job["saes"]] == [1280] * 2
     assert job["location"] == finished_run.config.model.name
     assert job["model"] == Path(finished_run.config.model.name).name
-    assert job["words"] == 100
+    assert job["words"] == 300
     assert job["context_length"] == 32
     assert job["offline"]
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == []  # the stand-in writes no results

@@ -59,5 +59,5 @@ def test_absorption_reads_the_output_of_a_block_alone() -> None:
 
 
 def test_absorption_needs_words_of_all_letters() -> None:
-    with pytest.raises(UserError, match="words must be at least 52; got 51"):
-        replace(JOB, words=51)
+    with pytest.raises(UserError, match="words must be at least 260; got 259"):
+        replace(JOB, words=259)

@@ -100,8 +100,10 @@ class Job:
         return {field: value for name, field, value in split if name == evaluation}
 
 
-MIN_WORDS = 52
-"""Two words per letter: one to train the probe and one to score it."""
+WORDS_PER_LETTER = 10
+"""Words of each letter in a selection: a fifth is held out at random, and SAEBench trains a probe for every letter."""
+
+MIN_WORDS = 26 * WORDS_PER_LETTER
 
 
 def check_evaluation(name: str) -> None:

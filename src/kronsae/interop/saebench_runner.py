@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager, nullcontext
 from dataclasses import fields
@@ -27,7 +28,7 @@ import torch
 from kronsae.core.checkpoint import load
 from kronsae.core.sae import SAE
 from kronsae.interop.saebench import SAEBenchConfig, SAEBenchSAE
-from kronsae.interop.saebench_job import JOB_FILE, OUTCOME_FILE, Job, JobSAE
+from kronsae.interop.saebench_job import JOB_FILE, OUTCOME_FILE, WORDS_PER_LETTER, Job, JobSAE
 from kronsae.support.config import from_dict
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import read_json, write_json
@@ -130,7 +131,15 @@ class Evaluator:
                 device=self.job.device,
             )
             _seed(self.job.seed)
-            main.run_eval(config, [(about.name, adapter)], self.job.device, output, True)
+            try:
+                main.run_eval(config, [(about.name, adapter)], self.job.device, output, True)
+            except KeyError as error:  # SAEBench looks up a probe for each letter, by number
+                if error.args[0] not in range(26):
+                    raise
+                raise UserError(
+                    f"absorption: every letter must begin a word that SAEBench trains on; none begins with "
+                    f"'{chr(ord('a') + error.args[0])}'. Use more words, or a model with a larger vocabulary."
+                ) from error
 
     def _sparse_probing_sae_probes(self, about: JobSAE, adapter: SAEBenchSAE, output: str) -> None:
         from sae_bench.evals.sparse_probing_sae_probes import main
@@ -265,8 +274,17 @@ def _configured(kind: Any, own: Mapping[str, Any], given: Mapping[str, Any]) -> 
 
 
 def _some_words(all_words: Any, number: int, seed: int, tokenizer: Any, **options: Any) -> list[str]:
+    """Return ``number`` words drawn at random, `WORDS_PER_LETTER` of each letter among them where there are as many."""
     words: list[str] = all_words(tokenizer, **options)
-    return words if number >= len(words) else random.Random(seed).sample(words, number)
+    random.Random(seed).shuffle(words)
+    seen: Counter[str] = Counter()
+    ranks = []
+    for word in words:
+        letter = word.strip()[0].lower()
+        ranks.append(seen[letter])
+        seen[letter] += 1
+    first = sorted(range(len(words)), key=lambda place: ranks[place] >= WORDS_PER_LETTER)  # stable
+    return [words[place] for place in first[:number]]
 
 
 def _seed(seed: int) -> None:

@@ -133,7 +133,7 @@ QUICK = {
 
 @pytest.mark.parametrize("evaluation", list(QUICK))
 def test_an_offline_evaluation_has_results_in_its_schema(evaluation: str, tmp_path: Path, record: Record) -> None:
-    rows = run(job(tmp_path, tuple(ENCODERS), evals=(evaluation,), words=200, settings=QUICK[evaluation]))
+    rows = run(job(tmp_path, tuple(ENCODERS), evals=(evaluation,), words=260, settings=QUICK[evaluation]))
     assert [row["reason"] for row in rows] == [None] * 2
     for row in rows:
         result = json.loads(Path(row["file"]).read_text())
@@ -154,7 +154,7 @@ def test_an_evaluation_is_seeded_whatever_ran_before_it(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_spell_has_no_result_and_says_so(tmp_path: Path) -> None:
     quick = ("absorption.max_k_value=1", "absorption.k_sparse_probe_num_epochs=1")
-    (row,) = run(job(tmp_path, ("dense",), evals=("absorption",), words=130, settings=quick))
+    (row,) = run(job(tmp_path, ("dense",), evals=("absorption",), words=260, settings=quick))
     assert row["file"] is None
     assert "too few letters have a probe with a sufficient F1 on bundled" in row["reason"]
 
