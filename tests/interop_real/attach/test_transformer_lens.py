@@ -59,8 +59,8 @@ def test_attach(make: Callable[[Path], Any], tmp_path: Path, record: Record) -> 
     assert gradient is not None
 
     def reconstruct(x: Tensor, hook: Any) -> Tensor:
-        reconstructed: Tensor = sae(x)
-        return reconstructed
+        found: Tensor = sae(x)
+        return found
 
     expected = model.run_with_hooks(IDS, fwd_hooks=[(name, reconstruct)])
     with ks.attach(model, sae, name, error="drop"):
