@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
