@@ -320,9 +320,11 @@ def train(idea: Idea, side: str, seed: int, train_ND: np.ndarray[Any, Any], held
     }
 
 
-def activations(folder: Path) -> tuple[np.ndarray[Any, Any], Tensor]:
+def activations(
+    folder: Path, steps: int = STEPS, held_out_tokens: int = HELD_OUT_TOKENS
+) -> tuple[np.ndarray[Any, Any], Tensor]:
     """Return training (memory-mapped) and held-out activations ``[tokens, D]``, harvested if they do not exist."""
-    sizes = {"train": STEPS * BATCH, "held_out": HELD_OUT_TOKENS}
+    sizes = {"train": steps * BATCH, "held_out": held_out_tokens}
     for name, tokens in sizes.items():
         path = folder / f"{name}-{tokens}.npy"
         if not path.exists():
@@ -330,7 +332,7 @@ def activations(folder: Path) -> tuple[np.ndarray[Any, Any], Tensor]:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, rows, allow_pickle=False)
     train_ND = np.load(folder / f"train-{sizes['train']}.npy", mmap_mode="r", allow_pickle=False)
-    return train_ND, torch.from_numpy(np.load(folder / f"held_out-{HELD_OUT_TOKENS}.npy", allow_pickle=False))
+    return train_ND, torch.from_numpy(np.load(folder / f"held_out-{sizes['held_out']}.npy", allow_pickle=False))
 
 
 def _harvest(tokens: int, *, held_out: bool) -> Iterator[np.ndarray[Any, Any]]:

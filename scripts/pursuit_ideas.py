@@ -1,0 +1,381 @@
+"""Compare ways to choose and value codes with the dictionary, in training, on equal activations; one cell each.
+
+    python scripts/pursuit_ideas.py run [--seeds 1] [--only NAME ...]  # trains missing cells
+    python scripts/pursuit_ideas.py table  # writes pursuit_ideas.json and the research log's table
+
+Sizes and learning rate are those of `research_results`; the training is shorter and the corpus is today's, so the base
+is measured again.
+Ideas that are not part of the library are implemented only in this script, in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from research_results import BASE, BATCH, D_SAE, HOOK, K, activations
+from study_parts import RESULTS, ROOT, markdown_rows
+from torch import Tensor, nn
+
+import kronsae.core.objective
+import kronsae.core.sae
+from kronsae import kernels
+from kronsae.core.codes import SparseCodes
+from kronsae.core.decoders import Decoder
+from kronsae.core.encoders import Latents
+from kronsae.core.metrics import explained_variance
+from kronsae.core.pursuit import Pursuit, choose_and_pursue
+from kronsae.core.sae import SAE
+from kronsae.kernels import Choice
+from kronsae.runs.recipes import kron, topk
+from kronsae.support.files import write_json, write_marked
+from kronsae.support.provenance import provenance
+from kronsae.support.terminal import say
+from kronsae.training.member import Member
+
+RESULT = RESULTS / "pursuit_ideas.json"
+PAGE = ROOT / "docs" / "research-log.md"
+START, END = "<!-- results:pursuit-ideas -->", "<!-- /results:pursuit-ideas -->"
+SIDES: dict[str, dict[str, int]] = {
+    "TopK": {},
+    "KronSAE (2, 4)": {"d_base": 2, "d_extension": 4},
+    "KronSAE (4, 4)": {"d_base": 4, "d_extension": 4},
+}
+STEPS, HELD_OUT_TOKENS = 200, 16_384
+FIRST_SHARE = 0.3  # of eta in `Disposal`
+
+
+def products(residual_BD: Tensor, W_dec_FD: Tensor, latents_BR: Tensor) -> Tensor:
+    """Return ``<d_f, residual>`` for the latents of each token, differentiable in both."""
+    found_BR = kernels.sampled_products(residual_BD.detach(), W_dec_FD.detach(), latents_BR)
+    return kernels.linear_at(residual_BD, W_dec_FD, W_dec_FD.new_zeros(len(W_dec_FD)), latents_BR, found_BR)
+
+
+class Disposal(nn.Module):
+    """One-shot disposal with learned ``eta_f`` and ``t_f``; rows of the decoder have unit norm.
+
+    Of the encoder's ``candidates * k`` best candidates with values z, x_hat decodes the k best; then
+    ``l_f = <d_f, x - x_hat> + z_f [f among the k best]``, and ``relu((1 - eta_f) z_f + eta_f l_f - t_f)`` are the
+    values, of which the k largest are kept.
+
+    Args:
+        d_sae: number of latents.
+        candidates: candidates as a multiple of k.
+        steps: gradient steps of size 0.5 on the values kept.
+        detached: no gradient passes through x_hat.
+    """
+
+    def __init__(self, d_sae: int, candidates: int = 2, steps: int = 0, detached: bool = False) -> None:
+        super().__init__()
+        self.eta_F = nn.Parameter(torch.full((d_sae,), FIRST_SHARE))
+        self.threshold_F = nn.Parameter(torch.zeros(d_sae))
+        self.candidates, self.steps, self.detached = candidates, steps, detached
+
+    def codes(self, x_BD: Tensor, proposed: SparseCodes, decoder: Decoder, k: int) -> SparseCodes:
+        """Return the codes of x, given the encoder's candidates."""
+        z_BC, latents_BC = proposed.values, proposed.indices
+        best_BK = z_BC.detach().topk(k, dim=1).indices
+        among_BC = torch.zeros_like(z_BC).scatter_(1, best_BK, 1.0)
+        zero_D = torch.zeros_like(decoder.b_dec)
+        target_BD = x_BD - decoder.b_dec
+        own_BD = kernels.decode(z_BC.gather(1, best_BK), latents_BC.gather(1, best_BK), decoder.W_dec, zero_D)
+        residual_BD = target_BD - (own_BD.detach() if self.detached else own_BD)
+        l_BC = products(residual_BD, decoder.W_dec, latents_BC) + z_BC * among_BC
+        eta_BC = self.eta_F[latents_BC]
+        values_BC = ((1 - eta_BC) * z_BC + eta_BC * l_BC - self.threshold_F[latents_BC]).relu()
+        values_BC = values_BC * (z_BC > 0)  # padding
+        kept_BK = values_BC.detach().topk(k, dim=1).indices
+        values_BK, latents_BK = values_BC.gather(1, kept_BK), latents_BC.gather(1, kept_BK)
+        values_BK = refitted(values_BK, latents_BK, target_BD, decoder.W_dec, self.steps)
+        return SparseCodes(values_BK, latents_BK, proposed.d_sae)
+
+
+class Mixed(nn.Module):
+    """A pursuit of two rounds in which the encoder has a say in the second, too, and learns from all latents chosen.
+
+    Round 1 takes the k / 2 largest z. With the residual e of these, round 2 takes the k / 2 largest of
+    ``(1 - eta) z_f + eta <d_f, e>`` among the other candidates, with these values. Refit steps of size 0.5 follow.
+
+    Args:
+        candidates: candidates as a multiple of k.
+        steps: refit steps at the end.
+        eta: share of the product.
+    """
+
+    def __init__(self, candidates: int = 2, steps: int = 2, eta: float = 0.5) -> None:
+        super().__init__()
+        self.candidates, self.steps, self.eta = candidates, steps, eta
+
+    def codes(self, x_BD: Tensor, proposed: SparseCodes, decoder: Decoder, k: int) -> SparseCodes:
+        """Return the codes of x, given the encoder's candidates."""
+        z_BC, latents_BC = proposed.values, proposed.indices
+        order_BC = z_BC.detach().argsort(dim=1, descending=True)
+        z_BC, latents_BC = z_BC.gather(1, order_BC), latents_BC.gather(1, order_BC)
+        first, target_BD = k // 2, x_BD - decoder.b_dec
+        zero_D = torch.zeros_like(decoder.b_dec)
+        own_BD = kernels.decode(z_BC[:, :first], latents_BC[:, :first], decoder.W_dec, zero_D)
+        rest_BC = latents_BC[:, first:]
+        worth_BC = (1 - self.eta) * z_BC[:, first:] + self.eta * products(target_BD - own_BD, decoder.W_dec, rest_BC)
+        worth_BC = worth_BC.relu() * (z_BC[:, first:] > 0)
+        second_BK = worth_BC.detach().topk(k - first, dim=1).indices
+        values_BK = torch.cat([z_BC[:, :first], worth_BC.gather(1, second_BK)], dim=1)
+        latents_BK = torch.cat([latents_BC[:, :first], rest_BC.gather(1, second_BK)], dim=1)
+        return SparseCodes(
+            refitted(values_BK, latents_BK, target_BD, decoder.W_dec, self.steps), latents_BK, proposed.d_sae
+        )
+
+
+def refitted(values_BK: Tensor, latents_BK: Tensor, target_BD: Tensor, W_dec_FD: Tensor, steps: int) -> Tensor:
+    """Return the values after some gradient steps of size 0.5; those of 0 stay 0."""
+    for _ in range(steps):
+        left_BD = target_BD - kernels.decode(values_BK, latents_BK, W_dec_FD, torch.zeros_like(target_BD[0]))
+        values_BK = (values_BK + 0.5 * products(left_BD, W_dec_FD, latents_BK)).relu() * (values_BK > 0)
+    return values_BK
+
+
+class HeldDictionary:
+    """A decoder whose rows and bias carry no gradient."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.W_dec, self.b_dec = decoder.W_dec.detach(), decoder.b_dec.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldPursuit(Pursuit):
+    """A pursuit whose gradient reaches the encoder only: for its steps the dictionary is a constant."""
+
+
+def choose(
+    pursuit: Any, x_BD: Tensor, latents: Latents, decoder: Decoder, k: int, *also: Choice
+) -> tuple[SparseCodes, ...]:
+    """Return what `choose_and_pursue` returns, for a `Disposal` too."""
+    if isinstance(pursuit, HeldPursuit):
+        decoder = HeldDictionary(decoder)  # type: ignore[assignment]
+    if isinstance(pursuit, Pursuit):
+        return choose_and_pursue(pursuit, x_BD, latents, decoder, k, *also)
+    proposed, *rest = latents.choose(Choice(pursuit.candidates * k), *also)
+    return pursuit.codes(x_BD, proposed, decoder, k), *rest
+
+
+kronsae.core.objective.choose_and_pursue = kronsae.core.sae.choose_and_pursue = choose  # type: ignore[assignment]
+
+
+def pursued(pursuit: Pursuit) -> Callable[[Member], None]:
+    """Return a change that trains with a pursuit."""
+
+    def prepare(member: Member) -> None:
+        member.sae.pursuit = pursuit
+
+    return prepare
+
+
+def disposed(**options: Any) -> Callable[[Member], None]:
+    """Return a change that trains with a `Disposal`."""
+
+    def prepare(member: Member) -> None:
+        disposal = Disposal(member.sae.d_sae, **options)
+        member.sae.pursuit = disposal  # type: ignore[assignment]
+        member.optimizer.add_param_group({"params": list(disposal.parameters())})
+
+    return prepare
+
+
+def mixed(**options: Any) -> Callable[[Member], None]:
+    """Return a change that trains with a `Mixed` pursuit."""
+
+    def prepare(member: Member) -> None:
+        member.sae.pursuit = Mixed(**options)  # type: ignore[assignment]
+
+    return prepare
+
+
+def after(share: float, pursuit: Pursuit) -> Callable[[Member, int, int], None]:
+    """Return a schedule that starts the pursuit after a share of the steps."""
+
+    def each_step(member: Member, step: int, steps: int) -> None:
+        member.sae.pursuit = pursuit if step >= share * steps else None
+
+    return each_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idea:
+    """A change to the base.
+
+    Args:
+        about: description.
+        prepare: changes the member before its first step.
+        each_step: called before every step with (member, step, steps).
+    """
+
+    about: str
+    prepare: Callable[[Member], None] = field(default=lambda member: None)
+    each_step: Callable[[Member, int, int], None] = field(default=lambda member, step, steps: None)
+
+
+IDEAS: dict[str, Idea] = {
+    "base": Idea(about="plain codes"),
+    "pursuit": Idea(about="2 rounds among 2k candidates, 2 refit steps, unrolled", prepare=pursued(Pursuit())),
+    "pursuit, 1 step": Idea(
+        about="2 rounds among 2k candidates, 1 refit step, unrolled", prepare=pursued(Pursuit(refit=1))
+    ),
+    "pursuit, dictionary held": Idea(
+        about="as pursuit; the gradient through its steps reaches the encoder only", prepare=pursued(HeldPursuit())
+    ),
+    "disposal": Idea(about="one-shot disposal among 2k candidates", prepare=disposed()),
+    "disposal, 1 step": Idea(
+        about="one-shot disposal among 2k candidates, then 1 refit step", prepare=disposed(steps=1)
+    ),
+    "disposal, detached": Idea(about="one-shot disposal, no gradient through x_hat", prepare=disposed(detached=True)),
+    "pursuit, mixed": Idea(
+        about="2 rounds; the second ranks and starts with half the encoder's value, half the product; 2 refit steps",
+        prepare=mixed(),
+    ),
+    "pursuit, mixed, 1 step": Idea(about="as above, 1 refit step", prepare=mixed(steps=1)),
+    "pursuit late": Idea(about="pursuit in the last quarter of the steps only", each_step=after(0.75, Pursuit())),
+}
+
+
+def build(side: str, seed: int, steps: int, d_in: int) -> Member:
+    """Return the member of one cell."""
+    words: dict[str, Any] = {"k": K, **BASE, "dead_after_tokens": 150_000, "seed": seed}
+    shape = SIDES[side]
+    config = kron(d_sae=D_SAE, **shape, **words) if shape else topk(d_sae=D_SAE, **words)
+    return Member(config, d_in, HOOK, steps)
+
+
+def train(idea: Idea, side: str, seed: int, train_ND: np.ndarray[Any, Any], held_out_ND: Tensor) -> dict[str, Any]:
+    """Train one cell and return its scores; ``plain_explained_variance`` is that of the encoder's own codes."""
+    started = perf_counter()
+    steps = len(train_ND) // BATCH
+    member = build(side, seed, steps, train_ND.shape[1])
+    idea.prepare(member)
+    order = np.random.default_rng(seed).permutation(len(train_ND))
+    for step in range(steps):
+        x_BD = torch.from_numpy(train_ND[np.sort(order[step * BATCH : (step + 1) * BATCH])])
+        idea.each_step(member, step, steps)
+        member.step(x_BD, step, want_metrics=False)
+    x_ND = member.normalizations["read"](held_out_ND)  # ratios of errors are the same on this scale
+    found = score(member.sae, x_ND)
+    trained_with = member.sae.pursuit
+    member.sae.pursuit = None
+    plain = score(member.sae, x_ND)
+    member.sae.pursuit = Pursuit()
+    return {
+        **found,
+        "plain_explained_variance": plain["explained_variance"],
+        "post_hoc_explained_variance": None if trained_with else score(member.sae, x_ND)["explained_variance"],
+        "encoder_parameters": sum(parameter.numel() for parameter in member.sae.encoder.parameters()),
+        "seconds": perf_counter() - started,
+    }
+
+
+@torch.no_grad()
+def score(sae: SAE, x_ND: Tensor) -> dict[str, float]:
+    """Return explained variance, l0 and the share of latents that are never active."""
+    used_F = torch.zeros(sae.d_sae, dtype=torch.bool)
+    x_hat, l0 = [], 0.0
+    for x_BD in x_ND.split(4096):
+        codes = sae.encode(x_BD)
+        used_F[codes.indices[codes.active]] = True
+        l0 += float(codes.active.sum()) / len(x_ND)
+        x_hat.append(sae.decode(codes))
+    return {
+        "explained_variance": explained_variance(x_ND, torch.cat(x_hat)),
+        "l0": l0,
+        "unused_share": 1 - float(used_F.float().mean()),
+    }
+
+
+def measured(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Return the existing results by cell."""
+    path = folder / "pursuit.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return {(row["idea"], row["side"], row["seed"]): row for row in rows}
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Train the cells without results."""
+    asked.data.mkdir(parents=True, exist_ok=True)
+    train_ND, held_out_ND = activations(asked.data, STEPS, HELD_OUT_TOKENS)
+    cells = [(name, side, seed) for seed in range(asked.seeds) for name in asked.only for side in asked.sides]
+    for name, side, seed in cells:
+        if (name, side, seed) in measured(asked.data):
+            continue
+        row = {"idea": name, "side": side, "seed": seed, **train(IDEAS[name], side, seed, train_ND, held_out_ND)}
+        with (asked.data / "pursuit.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        say(f"{name:26s} {side} seed {seed}  EV {row['explained_variance']:.4f}  {row['seconds']:.0f} s")
+
+
+def table(asked: argparse.Namespace) -> None:
+    """Write the result file and the table of the research log."""
+    rows = list(measured(asked.data).values())
+    if not rows:
+        raise SystemExit("nothing is measured yet: python scripts/pursuit_ideas.py run")
+    settings = {"hook": HOOK, "d_sae": D_SAE, "k": K, "batch_tokens": BATCH, "steps": STEPS, **BASE}
+    settings["held_out_tokens"] = HELD_OUT_TOKENS
+    write_json(RESULT, {"provenance": provenance(), "settings": settings, "rows": rows})
+
+
+def spread(values: list[float], form: str) -> str:
+    """Return mean, standard deviation and the number of seeds, as in the other tables of the page."""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {statistics.stdev(values):.4f} ({len(values)})" if len(values) > 1 else f"{mean} (1)"
+
+
+def markdown(kept: dict[str, Any]) -> str:
+    """Return the generated part of the page."""
+    lines = []
+    for name, idea in IDEAS.items():
+        for side in SIDES:
+            found = {row["seed"]: row for row in kept["rows"] if (row["idea"], row["side"]) == (name, side)}
+            base = {row["seed"]: row for row in kept["rows"] if (row["idea"], row["side"]) == ("base", side)}
+            if not found:
+                continue
+            values = [row["explained_variance"] for row in found.values()]
+            pairs = [
+                found[seed]["explained_variance"] - base[seed]["explained_variance"] for seed in found & base.keys()
+            ]
+            own = [row["plain_explained_variance"] for row in found.values()]
+            lines.append(
+                [
+                    f"{name}: {idea.about}",
+                    side,
+                    spread(values, "{:.4f}"),
+                    "" if name == "base" or not pairs else spread(pairs, "{:+.4f}"),
+                    spread(own, "{:.4f}"),
+                    f"{statistics.mean(row['unused_share'] for row in found.values()):.1%}",
+                    f"{next(iter(found.values()))['encoder_parameters']:,}",
+                ]
+            )
+    headings = ["idea", "SAE", "EV, mean ± std (seeds)", "difference to base, same seeds", "EV of the encoder's codes"]
+    headings += ["never active", "encoder parameters"]
+    return "\n".join(markdown_rows(headings, lines))
+
+
+def main() -> None:
+    """Run the command ``run`` or ``table``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", choices=list(IDEAS), default=list(IDEAS))
+    parser.add_argument("--sides", nargs="*", choices=list(SIDES), default=list(SIDES)[:2])
+    parser.add_argument("--data", type=Path, default=Path("runs/research"))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)  # so that sums do not depend on the number of processes
+    (run if asked.what == "run" else table)(asked)
+    if asked.what == "table":
+        write_marked(PAGE, START, END, markdown(json.loads(RESULT.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
