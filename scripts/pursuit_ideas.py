@@ -165,9 +165,6 @@ def choose(
     return pursuit.codes(x_BD, proposed, decoder, k), *rest
 
 
-kronsae.core.objective.choose_and_pursue = kronsae.core.sae.choose_and_pursue = choose  # type: ignore[assignment]
-
-
 def pursued(pursuit: Pursuit) -> Callable[[Member], None]:
     """Return a change that trains with a pursuit."""
 
@@ -304,6 +301,7 @@ def measured(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 def run(asked: argparse.Namespace) -> None:
     """Train the cells without results."""
+    kronsae.core.objective.choose_and_pursue = kronsae.core.sae.choose_and_pursue = choose  # type: ignore[assignment]
     asked.data.mkdir(parents=True, exist_ok=True)
     train_ND, held_out_ND = activations(asked.data, STEPS, HELD_OUT_TOKENS)
     cells = [(name, side, seed) for seed in range(asked.seeds) for name in asked.only for side in asked.sides]

@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md from ``benchmarks/results``.
+"""Write the tables of docs/speed.md and the table of cost of docs/pursuit.md from ``benchmarks/results``.
 
 python scripts/speed_tables.py
 """
@@ -14,7 +14,7 @@ from kronsae.support.files import write_marked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "speed.md"
+PAGE, PURSUIT_PAGE = ROOT / "docs" / "speed.md", ROOT / "docs" / "pursuit.md"
 
 Row = dict[str, str]
 
@@ -197,6 +197,29 @@ def group() -> str:
     return table(["part", "median (quartiles)", "unit"], cells) + about("group_cost", rows[0])
 
 
+def pursuit() -> str:
+    """Return the table of the cost of a pursuit."""
+    rows = rows_of("pursuit_step")
+    cells = [
+        [
+            f"{int(row['d_sae']):,}",
+            row["d_in"],
+            row["subject"],
+            milliseconds(row),
+            f"{float(row['ratio']):.2f} ({float(row['low_quartile_ratio']):.2f} to "
+            f"{float(row['high_quartile_ratio']):.2f})",
+            row["relative_to"],
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    sizes = (
+        f"\n\nk = {first['k']}, {int(first['batch']):,} tokens, {first['rounds']} interleaved rounds, random inputs."
+    )
+    headings = ["F", "D", "", "ms, median (quartiles)", "ratio, median (quartiles)", "relative to"]
+    return table(headings, cells) + sizes + about("pursuit_step", first)
+
+
 def processes() -> str:
     """Return a sentence on the repeatability over new processes."""
     [row] = rows_of("fresh_processes")
@@ -222,6 +245,9 @@ def main() -> None:
     """Replace the text between the markers of each table."""
     for name, make in TABLES.items():
         write_marked(PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
+    if (RESULTS / "pursuit_step.csv").exists():
+        mark = "results:pursuit-cost"
+        write_marked(PURSUIT_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", pursuit())
 
 
 if __name__ == "__main__":

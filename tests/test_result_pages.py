@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("corpus_study", "toy_results", "synthetic_results", "absorption_study", "steering_study", "mixing_results")
+STUDIES = (
+    "corpus_study",
+    "toy_results",
+    "synthetic_results",
+    "absorption_study",
+    "steering_study",
+    "mixing_results",
+    "pursuit_ideas",
+)
 
 
 def script(name: str) -> ModuleType:
@@ -42,6 +50,16 @@ def test_the_pages_of_the_dictionaries_are_their_result_file() -> None:
     kept: dict[str, Any] = json.loads(study.RESULT.read_text("utf-8"))
     for name, markdown in study.PAGES.items():
         assert f"{study.START}\n{markdown(kept)}\n{study.END}" in study.page_path(name).read_text("utf-8")
+
+
+def test_the_page_of_pursuit_is_its_result_file() -> None:
+    study = script("pursuit_study")
+    page = study.PAGE.read_text("utf-8")
+    measured = study.RESULT.exists()
+    kept = json.loads(study.RESULT.read_text("utf-8")) if measured else {}
+    for mark, markdown in study.TABLES.items():
+        text = f"{markdown(kept)}\n" if measured else ""
+        assert f"<!-- results:{mark} -->\n{text}{study.END}" in page
 
 
 def test_no_page_has_a_time_that_was_typed_in() -> None:
