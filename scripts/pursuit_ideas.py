@@ -31,8 +31,9 @@ from kronsae import kernels
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
 from kronsae.core.encoders import Latents
+from kronsae.core.losses import SquaredErrorConfig, squared_error
 from kronsae.core.metrics import explained_variance
-from kronsae.core.pursuit import Pursuit, choose_and_pursue
+from kronsae.core.pursuit import Pursuit, choose_and_pursue, pursue
 from kronsae.core.sae import SAE
 from kronsae.kernels import Choice
 from kronsae.runs.recipes import kron, topk
@@ -131,6 +132,60 @@ class Mixed(nn.Module):
         return SparseCodes(
             refitted(values_BK, latents_BK, target_BD, decoder.W_dec, self.steps), latents_BK, proposed.d_sae
         )
+
+
+class TwoLosses(nn.Module):
+    """The pursued codes carry no gradient: the dictionary learns from them, the encoder from a loss of its own.
+
+    Args:
+        own: weight of the reconstruction error of the encoder's own codes.
+        dictionary: this error reaches the dictionary, too.
+        predicted: weight of ``sum_f (z_f - z*_f)^2`` over the candidates, with z* the pursued values, 0 if not chosen.
+    """
+
+    candidates = 2
+
+    def __init__(self, own: float = 1.0, dictionary: bool = False, predicted: float = 0.0) -> None:
+        super().__init__()
+        self.own_weight, self.dictionary, self.predicted_weight = own, dictionary, predicted
+        self.own: SparseCodes | None = None
+        self.gap: Tensor | None = None
+
+    def codes(self, x_BD: Tensor, proposed: SparseCodes, decoder: Decoder, k: int) -> SparseCodes:
+        """Return the pursued codes, and keep the encoder's."""
+        best_BK = proposed.values.detach().topk(k, dim=1).indices
+        values_BK, latents_BK = proposed.values.gather(1, best_BK), proposed.indices.gather(1, best_BK)
+        self.own = SparseCodes(values_BK, latents_BK, proposed.d_sae)
+        with torch.no_grad():
+            found = pursue(Pursuit(), x_BD, proposed, decoder, k)
+            wanted_BF = torch.zeros(len(x_BD), proposed.d_sae).scatter_add_(1, found.indices, found.values)
+            wanted_BC = wanted_BF.gather(1, proposed.indices)
+        self.gap = ((proposed.values - wanted_BC) * (proposed.values > 0)).square().sum(1).mean()
+        return found
+
+    def __call__(self, decoder: Decoder, codes: SparseCodes, target_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses, and the reconstruction from the pursued codes."""
+        loss, x_hat_BD = SquaredErrorConfig()(decoder, codes, target_BD)
+        assert self.own is not None
+        assert self.gap is not None
+        W_dec, b_dec = decoder.W_dec, decoder.b_dec
+        if not self.dictionary:
+            W_dec, b_dec = W_dec.detach(), b_dec.detach()
+        if self.own_weight:
+            own_BD = kernels.decode(self.own.values, self.own.indices, W_dec, b_dec)
+            loss = loss + self.own_weight * squared_error(target_BD, own_BD)
+        return loss + self.predicted_weight * self.gap, x_hat_BD
+
+
+def two_losses(**options: Any) -> Callable[[Member], None]:
+    """Return a change that trains with `TwoLosses`."""
+
+    def prepare(member: Member) -> None:
+        both = TwoLosses(**options)
+        member.sae.pursuit = both  # type: ignore[assignment]
+        object.__setattr__(member.config, "loss", both)
+
+    return prepare
 
 
 def refitted(values_BK: Tensor, latents_BK: Tensor, target_BD: Tensor, W_dec_FD: Tensor, steps: int) -> Tensor:
@@ -232,6 +287,20 @@ IDEAS: dict[str, Idea] = {
         about="one-shot disposal among 2k candidates, then 1 refit step", prepare=disposed(steps=1)
     ),
     "disposal, detached": Idea(about="one-shot disposal, no gradient through x_hat", prepare=disposed(detached=True)),
+    "two losses": Idea(
+        about="plain loss, plus the loss of the pursued codes for the dictionary", prepare=two_losses(dictionary=True)
+    ),
+    "two losses, apart": Idea(
+        about="plain loss for the encoder alone, loss of the pursued codes for the dictionary alone",
+        prepare=two_losses(),
+    ),
+    "predicted": Idea(
+        about="the encoder learns the pursued values of its candidates, the dictionary from the pursued codes",
+        prepare=two_losses(own=0.0, predicted=1.0),
+    ),
+    "two losses and predicted": Idea(
+        about="both losses for the encoder, apart from the dictionary's", prepare=two_losses(predicted=1.0)
+    ),
     "pursuit, mixed": Idea(
         about="2 rounds; the second ranks and starts with half the encoder's value, half the product; 2 refit steps",
         prepare=mixed(),
@@ -265,11 +334,14 @@ def train(idea: Idea, side: str, seed: int, train_ND: np.ndarray[Any, Any], held
     trained_with = member.sae.pursuit
     member.sae.pursuit = None
     plain = score(member.sae, x_ND)
-    member.sae.pursuit = Pursuit()
+    post_hoc = None
+    if trained_with is None:
+        member.sae.pursuit = Pursuit()
+        post_hoc = score(member.sae, x_ND)["explained_variance"]
     return {
         **found,
         "plain_explained_variance": plain["explained_variance"],
-        "post_hoc_explained_variance": None if trained_with else score(member.sae, x_ND)["explained_variance"],
+        "post_hoc_explained_variance": post_hoc,
         "encoder_parameters": sum(parameter.numel() for parameter in member.sae.encoder.parameters()),
         "seconds": perf_counter() - started,
     }
