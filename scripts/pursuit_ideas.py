@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,8 +32,10 @@ from kronsae import kernels
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
 from kronsae.core.encoders import Latents
+from kronsae.core.gates import GATES
 from kronsae.core.losses import SquaredErrorConfig, squared_error
 from kronsae.core.metrics import explained_variance
+from kronsae.core.objective import DeadLatents
 from kronsae.core.pursuit import Pursuit, choose_and_pursue, pursue
 from kronsae.core.sae import SAE
 from kronsae.kernels import Choice
@@ -225,6 +228,7 @@ def pursued(pursuit: Pursuit) -> Callable[[Member], None]:
 
     def prepare(member: Member) -> None:
         member.sae.pursuit = pursuit
+        object.__setattr__(member.config, "pursuit_learning", "unrolled")
 
     return prepare
 
@@ -258,6 +262,71 @@ def after(share: float, pursuit: Pursuit) -> Callable[[Member, int, int], None]:
     return each_step
 
 
+class NullSymbolEncoder(nn.Module):
+    """Heads in which the base or the extension may be absent: (M + 1)(N + 1) - 1 latents of M + N rows; materialised.
+
+    With u, v the pre-latents of a head: ``sqrt(u_i v_j)``, ``(u_i - max_j v_j+)+`` and ``(v_j - max_i u_i+)+``.
+    """
+
+    def __init__(self, d_in: int, num_heads: int, d_base: int, d_extension: int, norm: float, seed: int) -> None:
+        super().__init__()
+        self.d_in, self.d_base, self.d_sae = d_in, d_base, num_heads * ((d_base + 1) * (d_extension + 1) - 1)
+        rows = torch.randn(num_heads, d_base + d_extension, d_in, generator=torch.Generator().manual_seed(seed))
+        self.weight = nn.Parameter(norm * rows / math.sqrt(d_in))
+        self.bias = nn.Parameter(torch.zeros(num_heads, d_base + d_extension))
+
+    def initial_decoder_rows(self) -> Tensor:
+        """Return the sum of the parents' rows, or the row of the only parent."""
+        base, extension = self.weight.detach()[:, : self.d_base], self.weight.detach()[:, self.d_base :]
+        pairs = (base.unsqueeze(2) + extension.unsqueeze(1)).flatten(1, 2)
+        return torch.cat([pairs, base, extension], dim=1).flatten(0, 1)
+
+    def forward(self, x_BD: Tensor) -> MaterializedLatents:
+        pre_BHP = (x_BD @ self.weight.flatten(0, 1).T + self.bias.flatten()).view(len(x_BD), *self.bias.shape)
+        u, v = pre_BHP[..., : self.d_base], pre_BHP[..., self.d_base :]
+        shape = (*u.shape, v.shape[-1])
+        pairs = GATES["mand"](u.unsqueeze(-1).expand(shape), v.unsqueeze(-2).expand(shape)).flatten(2)
+        alone = (u - v.relu().amax(-1, keepdim=True)).relu(), (v - u.relu().amax(-1, keepdim=True)).relu()
+        return MaterializedLatents(torch.cat([pairs, *alone], dim=-1).flatten(1))
+
+
+@dataclass(frozen=True)
+class MaterializedLatents:
+    """Latents as one B x F tensor."""
+
+    z_BF: Tensor
+
+    def choose(self, *choices: Choice) -> tuple[SparseCodes, ...]:
+        """Return the codes of each choice."""
+        found = []
+        for choice in choices:
+            among_BC = self.z_BF if choice.latents_C is None else self.z_BF[:, choice.latents_C]
+            values_BK, places_BK = among_BC.topk(choice.k, dim=1)
+            latents_BK = places_BK if choice.latents_C is None else choice.latents_C[places_BK]
+            found.append(SparseCodes(values_BK, latents_BK, self.z_BF.shape[1]))
+        return tuple(found)
+
+    def penalty(self) -> None:
+        """Return no penalty."""
+
+
+def null_symbols(d_base: int, d_extension: int) -> Callable[[Member], None]:
+    """Return a change that gives a KronSAE `NullSymbolEncoder` with about as many latents."""
+
+    def prepare(member: Member) -> None:
+        sae, cells = member.sae, (d_base + 1) * (d_extension + 1) - 1
+        encoder = NullSymbolEncoder(
+            sae.d_in, sae.d_sae // cells, d_base, d_extension, BASE["init_norm"], member.config.seed
+        )
+        sae.encoder = encoder  # type: ignore[assignment]
+        sae.decoder = Decoder(encoder.d_sae, sae.d_in)
+        sae.decoder.initialize(encoder.initial_decoder_rows())
+        member.dead = DeadLatents(encoder.d_sae)
+        member.optimizer = member._build_optimizer()
+
+    return prepare
+
+
 @dataclass(frozen=True, kw_only=True)
 class Idea:
     """A change to the base.
@@ -266,9 +335,11 @@ class Idea:
         about: description.
         prepare: changes the member before its first step.
         each_step: called before every step with (member, step, steps).
+        lr: learning rate; None: that of `research_results`.
     """
 
     about: str
+    lr: float | None = None
     prepare: Callable[[Member], None] = field(default=lambda member: None)
     each_step: Callable[[Member, int, int], None] = field(default=lambda member, step, steps: None)
 
@@ -306,13 +377,34 @@ IDEAS: dict[str, Idea] = {
         prepare=mixed(),
     ),
     "pursuit, mixed, 1 step": Idea(about="as above, 1 refit step", prepare=mixed(steps=1)),
-    "pursuit late": Idea(about="pursuit in the last quarter of the steps only", each_step=after(0.75, Pursuit())),
+    **{
+        f"null symbols ({m}, {n})": Idea(
+            about=f"heads of {m} x {n} in which base or extension may be absent", prepare=null_symbols(m, n)
+        )
+        for m, n in ((1, 1), (2, 2))
+    },
+    **{
+        f"{name}, lr {lr:g}": Idea(about=about, prepare=prepare, lr=lr)
+        for lr in (8e-3, 4e-3)
+        for name, about, prepare in (
+            ("base", "plain codes, another rate", lambda member: None),
+            ("pursuit", "unrolled, another rate", pursued(Pursuit())),
+            ("disposal, 1 step", "another rate", disposed(steps=1)),
+            ("two losses", "another rate", two_losses(dictionary=True)),
+        )
+    },
+    "pursuit late": Idea(
+        about="unrolled, in the last quarter of the steps only",
+        prepare=pursued(Pursuit()),
+        each_step=after(0.75, Pursuit()),
+    ),
 }
 
 
-def build(side: str, seed: int, steps: int, d_in: int) -> Member:
+def build(side: str, seed: int, steps: int, d_in: int, lr: float | None = None) -> Member:
     """Return the member of one cell."""
     words: dict[str, Any] = {"k": K, **BASE, "dead_after_tokens": 150_000, "seed": seed}
+    words |= {} if lr is None else {"lr": lr}
     shape = SIDES[side]
     config = kron(d_sae=D_SAE, **shape, **words) if shape else topk(d_sae=D_SAE, **words)
     return Member(config, d_in, HOOK, steps)
@@ -322,7 +414,7 @@ def train(idea: Idea, side: str, seed: int, train_ND: np.ndarray[Any, Any], held
     """Train one cell and return its scores; ``plain_explained_variance`` is that of the encoder's own codes."""
     started = perf_counter()
     steps = len(train_ND) // BATCH
-    member = build(side, seed, steps, train_ND.shape[1])
+    member = build(side, seed, steps, train_ND.shape[1], idea.lr)
     idea.prepare(member)
     order = np.random.default_rng(seed).permutation(len(train_ND))
     for step in range(steps):

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,11 +16,12 @@ from torch.autograd.gradcheck import GradcheckError
 
 from kronsae import kernels
 from kronsae.core import checkpoint
+from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoderConfig
 from kronsae.core.experts import AnyEncoderConfig
 from kronsae.core.flops import forward_multiply_adds
 from kronsae.core.objective import AuxKConfig, objective
-from kronsae.core.pursuit import Pursuit, pursue, unrolled_values
+from kronsae.core.pursuit import Pursuit, PursuitLearning, pursue, unrolled_values
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, TopKConfig
 from kronsae.kernels import PursuitRounds, reference
@@ -171,10 +172,14 @@ def test_unrolled_values_are_the_values(encoder: AnyEncoderConfig, path: str) ->
     torch.testing.assert_close(graph.values.detach(), plain.values, rtol=0, atol=1e-12)
 
 
-def test_every_part_learns_and_dead_latents_too() -> None:
+LEARNING: tuple[PursuitLearning, ...] = get_args(PursuitLearning)
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+def test_every_part_learns_and_dead_latents_too(learning: PursuitLearning) -> None:
     sae, x_BD = build(kron(4, 2, 3), pursuit=Pursuit()), inputs(64)
     dead_C = torch.tensor([1, 5, 9, 20])
-    result = objective(sae, x_BD, dead_C, AuxKConfig(k_aux=2))
+    result = objective(sae, x_BD, dead_C, AuxKConfig(k_aux=2), pursuit_learning=learning)
     assert result.auxiliary_loss is not None
     result.loss.backward()
     assert isinstance(sae.encoder.config, KroneckerEncoderConfig)
@@ -185,7 +190,39 @@ def test_every_part_learns_and_dead_latents_too() -> None:
     torch.testing.assert_close(result.reconstruction_loss, error.detach())
 
 
-def test_gradients_kept_as_entries_are_the_same() -> None:
+def test_two_losses_from_their_definition(encoder: AnyEncoderConfig) -> None:
+    """The pursued codes as constants, and the SAE without a pursuit: their losses and gradients, summed."""
+    x_BD = inputs(33)
+    grads = []
+    for separately in (False, True):
+        sae = build(encoder, pursuit=Pursuit())
+        if separately:
+            codes = sae.encode(x_BD)
+            pursued = SparseCodes(codes.values.detach(), codes.indices, codes.d_sae)
+            sae.pursuit = None
+            total = (x_BD - sae.decode(pursued)).square().sum(1).mean() + objective(sae, x_BD).loss
+        else:
+            total = objective(sae, x_BD).loss
+        total.backward()
+        grads.append({name: parameter.grad for name, parameter in sae.named_parameters()} | {"loss": total.detach()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+def test_a_pursuit_that_changes_nothing_learns_as_none(learning: PursuitLearning) -> None:
+    x_BD = inputs(33)
+    plain, same = (build(kron(4, 2, 3), pursuit=pursuit) for pursuit in (None, PLAIN))
+    for sae in (plain, same):
+        objective(sae, x_BD, pursuit_learning=learning).loss.backward()
+    for one, other in zip(plain.parameters(), same.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+def test_gradients_kept_as_entries_are_the_same(learning: PursuitLearning) -> None:
     x_BD = inputs(33)
     grads = []
     for collected in (False, True):
@@ -196,11 +233,11 @@ def test_gradients_kept_as_entries_are_the_same() -> None:
             sae.decoder.b_dec.zero_()
         if collected:
             with kernels.collect_row_gradients() as rows:
-                loss = objective(sae, x_BD).loss
+                loss = objective(sae, x_BD, pursuit_learning=learning).loss
             loss.backward()
             rows.materialize()
         else:
-            objective(sae, x_BD).loss.backward()
+            objective(sae, x_BD, pursuit_learning=learning).loss.backward()
         grads.append({name: parameter.grad for name, parameter in sae.named_parameters()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=1e-12, msg=name)

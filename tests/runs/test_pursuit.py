@@ -62,12 +62,30 @@ def test_the_words_of_a_pursuit() -> None:
 def test_an_sae_with_pursuit_by_its_words() -> None:
     member = parse_sae("kron num_heads=4 d_base=2 d_extension=3 k=4 pursuit_rounds=2 pursuit_refit=1")
     assert member.pursuit == Pursuit(rounds=2, refit=1)
+    assert member.pursuit_learning == "two_losses"
+    assert parse_sae("topk d_sae=24 k=4 pursuit_rounds=2 pursuit_learning=unrolled").pursuit_learning == "unrolled"
     assert kron(num_heads=4, d_base=2, d_extension=3, k=4).pursuit is None
     for make, text in (
         (lambda: kron(num_heads=4, d_base=2, d_extension=3, k=4, pursuit_refit=1), "must be used with pursuit_rounds"),
         (
-            lambda: kron(num_heads=4, d_base=2, d_extension=3, k=4, pursuit_rounds=2, unit_norm_decoder=False),
-            "pursuit must be used with unit_norm_decoder in training; 'kron' has none.",
+            lambda: kron(
+                num_heads=4,
+                d_base=2,
+                d_extension=3,
+                k=4,
+                pursuit_rounds=2,
+                pursuit_learning="unrolled",
+                unit_norm_decoder=False,
+            ),
+            "pursuit_learning 'unrolled' must be used with unit_norm_decoder; 'kron' has none.",
+        ),
+        (
+            lambda: kron(num_heads=4, d_base=2, d_extension=3, k=4, pursuit_learning="unrolled"),
+            "pursuit_learning must be used with a pursuit; 'kron' has none. Give pursuit_rounds=2, or leave it out.",
+        ),
+        (
+            lambda: parse_sae("topk d_sae=24 k=4 pursuit_rounds=2 pursuit_learning=rolled"),
+            "pursuit_learning must be",
         ),
         (lambda: jumprelu(d_sae=24, k=4, pursuit_rounds=2), "pursuit shares out a k that is the same for every token"),
         (

@@ -12,7 +12,7 @@ from torch import Tensor
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.losses import LossConfig, SquaredErrorConfig, squared_error
-from kronsae.core.pursuit import choose_and_pursue
+from kronsae.core.pursuit import PursuitLearning, choose_and_pursue, choose_own_and_pursue
 from kronsae.core.sae import SAE
 from kronsae.kernels import Choice
 from kronsae.support.errors import UserError
@@ -60,6 +60,7 @@ def objective(
     loss: LossConfig | None = None,
     l0_weight: float = 0.0,
     target_BO: Float[Tensor, "B O"] | None = None,
+    pursuit_learning: PursuitLearning = "two_losses",
 ) -> Objective:
     """Return ``loss(y, y_hat) + weight * ||e - e_hat||^2 + l0_weight * l0 + penalty``; ``e = y - y_hat`` is detached.
 
@@ -67,19 +68,25 @@ def objective(
     - ``loss`` is ``||y - y_hat||^2`` unless another is given; every ``y_hat`` includes the skip connection;
     - ``e_hat`` is decoded without bias from the ``k_aux`` largest of the latents ``dead_C``, so its gradient reaches
       the encoder and the decoder rows of dead latents; without dead latents this term is absent;
-    - the codes of an SAE with a pursuit are pursued (`kronsae.core.pursuit`); the gradient includes all its steps;
+    - the codes of an SAE with a pursuit are pursued (`kronsae.core.pursuit`). Learning with ``"two_losses"``, their
+      values are constants, and ``loss(y, y_own)`` is added, with ``y_own`` decoded from the encoder's own codes;
+      ``"unrolled"``, the gradient includes all rounds and steps instead;
     - ``l0`` is included only if the sparsifier learns from it (JumpReLU);
     - ``penalty`` is the encoder's own term (the load-balancing loss of a switch encoder).
     """
     x_BD = aligned(x_BD)
     latents = sae.encoder(x_BD)
     dead_choice = _dead_choice(sae, dead_C, aux_k)
-    if sae.pursuit is None:
+    own_codes: SparseCodes | None = None
+    if sae.pursuit is None or sae.pursuit.changes_nothing:
         codes, aux_codes, l0 = sae.sparsifier.choose_in_training(latents, *dead_choice)
-    else:  # what is chosen is fixed, its values are functions of encoder and decoder
-        k = sae.sparsifier.config.k
-        found = choose_and_pursue(sae.pursuit, x_BD, latents, sae.decoder, k, *dead_choice)
-        codes, aux_codes, l0 = found[0], found[1:], None
+    else:
+        chosen = sae.pursuit, x_BD, latents, sae.decoder, sae.sparsifier.config.k
+        if pursuit_learning == "two_losses":
+            codes, own_codes, *rest = choose_own_and_pursue(*chosen, *dead_choice)
+        else:
+            codes, *rest = choose_and_pursue(*chosen, *dead_choice)
+        aux_codes, l0 = tuple(rest), None
     reconstruct = SquaredErrorConfig() if loss is None else loss
     target_BO = x_BD if target_BO is None else aligned(target_BO)
     if sae.skip is None:
@@ -89,6 +96,8 @@ def objective(
         reconstruction_loss, x_hat_BO = reconstruct(sae.decoder, codes, target_BO - skipped_BO)
         x_hat_BO = x_hat_BO + skipped_BO
     total, auxiliary_loss = reconstruction_loss, None
+    if own_codes is not None:  # an SAE with a pursuit reconstructs its input and has no skip connection
+        total = total + reconstruct(sae.decoder, own_codes, target_BO)[0]
     if aux_k is not None and aux_codes:
         residual_BO = (target_BO - x_hat_BO).detach()
         auxiliary_loss = squared_error(residual_BO, sae.decoder.combine(aux_codes[0]))

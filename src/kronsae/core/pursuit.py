@@ -28,6 +28,7 @@ factorised encoder finds exactly, so a round costs ``candidates * k`` row reads 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -40,6 +41,14 @@ from kronsae.core.decoders import Decoder
 from kronsae.core.encoders import Latents
 from kronsae.kernels import Choice, Pursued, PursuitRounds
 from kronsae.support.errors import UserError
+
+PursuitLearning = Literal["two_losses", "unrolled"]
+"""How an SAE with a pursuit learns (`kronsae.core.objective`).
+
+``"two_losses"``: the sum of two reconstruction losses, that of the pursued codes, whose values are constants, and that
+of the encoder's own codes. The dictionary learns from both, the encoder from its own codes. ``"unrolled"``: the loss of
+the pursued codes alone, differentiated through all rounds and steps.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +145,16 @@ def choose_and_pursue(
     """`pursue` among the encoder's candidates, and the codes of each choice in ``also`` for the same product."""
     candidates, *rest = latents.choose(Choice(pursuit.proposed(k)), *also)
     return pursue(pursuit, x_BD, candidates, decoder, k), *rest
+
+
+def choose_own_and_pursue(
+    pursuit: Pursuit, x_BD: Float[Tensor, "B D"], latents: Latents, decoder: Decoder, k: int, *also: Choice
+) -> tuple[SparseCodes, ...]:
+    """The pursued codes without gradient, the encoder's own k largest latents, and the codes of each other choice."""
+    candidates, own, *rest = latents.choose(Choice(pursuit.proposed(k)), Choice(k), *also)
+    with torch.no_grad():
+        codes = pursue(pursuit, x_BD, candidates, decoder, k)
+    return codes, own, *rest
 
 
 def pursue(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypedDict, Unpack, cast, get_args, get_type_hints
 
 from kronsae.core.checks import check_count
@@ -19,7 +20,7 @@ from kronsae.core.gates import GateName
 from kronsae.core.losses import LossConfig, MatryoshkaConfig, SquaredErrorConfig, matryoshka_groups
 from kronsae.core.normalization import NormalizationName, is_foldable
 from kronsae.core.objective import AuxKConfig
-from kronsae.core.pursuit import Pursuit
+from kronsae.core.pursuit import Pursuit, PursuitLearning
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
 from kronsae.support.errors import UserError, nearest
 from kronsae.training.config import MemberConfig, OptimizerConfig
@@ -63,6 +64,7 @@ class TrainingOptions(TypedDict, total=False):
         skip: add a transcoder's linear path ``W_skip x``.
         pursuit_rounds: pursue the codes, in training and afterwards, in so many rounds (`kronsae.core.pursuit`).
         pursuit_candidates, pursuit_refit, pursuit_step, pursuit_start: its other settings; defaults as in `Pursuit`.
+        pursuit_learning: ``two_losses`` or ``unrolled`` (`kronsae.core.pursuit.PursuitLearning`).
     """
 
     name: str
@@ -80,6 +82,7 @@ class TrainingOptions(TypedDict, total=False):
     pursuit_refit: int
     pursuit_step: float
     pursuit_start: float
+    pursuit_learning: PursuitLearning
 
 
 TRAINING_DEFAULTS: TrainingOptions = {
@@ -92,6 +95,7 @@ TRAINING_DEFAULTS: TrainingOptions = {
     "read": None,
     "write": None,
     "skip": False,
+    "pursuit_learning": "two_losses",
 }
 
 
@@ -289,13 +293,15 @@ def _member(
         write=_hooks(given["write"]),
         skip=given["skip"],
         pursuit=_pursuit(options),
+        pursuit_learning=given["pursuit_learning"],
     )
 
 
 def _pursuit(options: TrainingOptions) -> Pursuit | None:
     """Return the pursuit that the options ask for: None without any of them."""
     prefix = "pursuit_"
-    given: dict[str, Any] = {name.removeprefix(prefix): value for name, value in options.items() if prefix in name}
+    names = {f"{prefix}{one.name}" for one in fields(Pursuit)}
+    given: dict[str, Any] = {name.removeprefix(prefix): value for name, value in options.items() if name in names}
     if given and "rounds" not in given:
         raise UserError(f"{prefix}{next(iter(given))} must be used with pursuit_rounds; give it too, such as 2.")
     return Pursuit(**given) if given else None

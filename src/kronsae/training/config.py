@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from kronsae.core.checks import check_count, check_positive, check_seed
 from kronsae.core.experts import AnyEncoderConfig
 from kronsae.core.losses import LossConfig, SquaredErrorConfig
 from kronsae.core.normalization import NormalizationName, check_foldable
 from kronsae.core.objective import AuxKConfig
-from kronsae.core.pursuit import Pursuit
+from kronsae.core.pursuit import Pursuit, PursuitLearning
 from kronsae.core.sae import SAEConfig
 from kronsae.core.sparsifiers import SparsifierConfig
 from kronsae.support.errors import UserError
@@ -80,6 +81,7 @@ class MemberConfig:
         write: hooks reconstructed; None: the hooks read.
         skip: add ``W_skip x`` to the reconstruction; for a transcoder.
         pursuit: how the codes are pursued, in training and afterwards (`kronsae.core.pursuit`); None: not at all.
+        pursuit_learning: what learns from the pursued codes (`kronsae.core.pursuit.PursuitLearning`).
     """
 
     name: str
@@ -97,6 +99,7 @@ class MemberConfig:
     write: tuple[str, ...] | None = None
     skip: bool = False
     pursuit: Pursuit | None = None
+    pursuit_learning: PursuitLearning = "two_losses"
 
     def __post_init__(self) -> None:
         for name in ("read", "write"):
@@ -126,11 +129,21 @@ class MemberConfig:
         check_foldable(self.normalize_activations, self.encoder)
         self.sparsifier.check(self.encoder)
         self.loss.check(self.encoder)
+        known = get_args(PursuitLearning)
+        if self.pursuit_learning not in known:
+            raise UserError(f"pursuit_learning must be one of {', '.join(known)}; got {self.pursuit_learning!r}.")
+        if self.pursuit is None and self.pursuit_learning != "two_losses":
+            raise UserError(
+                f"pursuit_learning must be used with a pursuit; '{self.name}' has none. Give pursuit_rounds=2, or "
+                "leave it out."
+            )
         if self.pursuit is not None:
-            if not self.unit_norm_decoder:  # its gradient takes the rows' norms for constants
+            if (
+                self.pursuit_learning == "unrolled" and not self.unit_norm_decoder
+            ):  # norms are constants of the gradient
                 raise UserError(
-                    f"pursuit must be used with unit_norm_decoder in training; '{self.name}' has none. Turn it on, or "
-                    "leave pursuit out and use it when encoding."
+                    f"pursuit_learning 'unrolled' must be used with unit_norm_decoder; '{self.name}' has none. Turn it "
+                    "on, or learn with 'two_losses'."
                 )
             self.shape(1, "hook").check_pursuit(self.pursuit)
 

@@ -157,7 +157,16 @@ class Member:
         dead_C = self.dead.dead(self.config.aux_k.dead_after_tokens)
         with collect_row_gradients() as rows:  # weight gradients stay lists of row entries, never F x D tensors
             l0_weight = self.sparsity.coefficient(step, self.steps)
-            result = objective(self.sae, x_BD, dead_C, self.config.aux_k, self.config.loss, l0_weight, target_BO)
+            result = objective(
+                self.sae,
+                x_BD,
+                dead_C,
+                self.config.aux_k,
+                self.config.loss,
+                l0_weight,
+                target_BO,
+                self.config.pursuit_learning,
+            )
         self.optimizer.zero_grad()
         result.loss.backward()
         needs_norm = want_metrics or settings.clip_norm is not None
