@@ -494,34 +494,46 @@ def spread(values: list[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.4f} ({len(values)})" if len(values) > 1 else f"{mean} (1)"
 
 
+POST_HOC = "base, pursued afterwards"
+
+
+def rows_of(kept: dict[str, Any], name: str, side: str) -> dict[int, dict[str, Any]]:
+    """Return the rows of an idea by seed; those of `POST_HOC` are the base's, encoded with a pursuit."""
+    found = {row["seed"]: row for row in kept["rows"] if (row["idea"], row["side"]) == (name, side)}
+    if name != POST_HOC:
+        return found
+    base = rows_of(kept, "base", side)
+    return {seed: row | {"explained_variance": row["post_hoc_explained_variance"]} for seed, row in base.items()}
+
+
 def markdown(kept: dict[str, Any]) -> str:
     """Return the generated part of the page."""
     lines = []
-    for name, idea in IDEAS.items():
+    abouts = {"base": IDEAS["base"].about, POST_HOC: "trained plainly, encoded with 2 rounds among 2k candidates"}
+    abouts |= {name: idea.about for name, idea in IDEAS.items()}
+    for name, about in abouts.items():
         for side in SIDES:
-            found = {row["seed"]: row for row in kept["rows"] if (row["idea"], row["side"]) == (name, side)}
-            base = {row["seed"]: row for row in kept["rows"] if (row["idea"], row["side"]) == ("base", side)}
+            found, base = rows_of(kept, name, side), rows_of(kept, "base", side)
             if not found:
                 continue
-            values = [row["explained_variance"] for row in found.values()]
-            pairs = [
-                found[seed]["explained_variance"] - base[seed]["explained_variance"] for seed in found & base.keys()
-            ]
-            own = [row["plain_explained_variance"] for row in found.values()]
+            ev = {seed: row["explained_variance"] for seed, row in found.items()}
+            gains = [value - base[seed]["explained_variance"] for seed, value in ev.items() if seed in base]
             lines.append(
                 [
-                    f"{name}: {idea.about}",
-                    side,
-                    spread(values, "{:.4f}"),
-                    "" if name == "base" or not pairs else spread(pairs, "{:+.4f}"),
-                    spread(own, "{:.4f}"),
+                    f"{name}: {about}",
+                    "KronSAE" if name.startswith("null symbols") else side,
+                    spread(list(ev.values()), "{:.4f}"),
+                    "" if name == "base" or not gains else spread(gains, "{:+.4f}"),
+                    spread([row["plain_explained_variance"] for row in found.values()], "{:.4f}"),
                     f"{statistics.mean(row['unused_share'] for row in found.values()):.1%}",
                     f"{next(iter(found.values()))['encoder_parameters']:,}",
                 ]
             )
     headings = ["idea", "SAE", "EV, mean ± std (seeds)", "difference to base, same seeds", "EV of the encoder's codes"]
     headings += ["never active", "encoder parameters"]
-    return "\n".join(markdown_rows(headings, lines))
+    about = kept["provenance"]
+    made = f"Measured on {about['processor']}, commit {about['commit']} ([all figures](results/{RESULT.name}))."
+    return "\n".join([*markdown_rows(headings, lines), "", made])
 
 
 def main() -> None:

@@ -192,10 +192,11 @@ def test_every_part_learns_and_dead_latents_too(learning: PursuitLearning) -> No
 
 def test_two_losses_from_their_definition(encoder: AnyEncoderConfig) -> None:
     """The pursued codes as constants, and the SAE without a pursuit: their losses and gradients, summed."""
-    x_BD = inputs(33)
+    x_BD, weights = inputs(33), build(encoder).state_dict()
     grads = []
     for separately in (False, True):
         sae = build(encoder, pursuit=Pursuit())
+        sae.load_state_dict(weights)
         if separately:
             codes = sae.encode(x_BD)
             pursued = SparseCodes(codes.values.detach(), codes.indices, codes.d_sae)
@@ -213,6 +214,7 @@ def test_two_losses_from_their_definition(encoder: AnyEncoderConfig) -> None:
 def test_a_pursuit_that_changes_nothing_learns_as_none(learning: PursuitLearning) -> None:
     x_BD = inputs(33)
     plain, same = (build(kron(4, 2, 3), pursuit=pursuit) for pursuit in (None, PLAIN))
+    same.load_state_dict(plain.state_dict())
     for sae in (plain, same):
         objective(sae, x_BD, pursuit_learning=learning).loss.backward()
     for one, other in zip(plain.parameters(), same.parameters(), strict=True):

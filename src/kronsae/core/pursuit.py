@@ -151,10 +151,15 @@ def choose_own_and_pursue(
     pursuit: Pursuit, x_BD: Float[Tensor, "B D"], latents: Latents, decoder: Decoder, k: int, *also: Choice
 ) -> tuple[SparseCodes, ...]:
     """The pursued codes without gradient, the encoder's own k largest latents, and the codes of each other choice."""
-    candidates, own, *rest = latents.choose(Choice(pursuit.proposed(k)), Choice(k), *also)
+    candidates, *rest = latents.choose(Choice(pursuit.proposed(k)), *also)
     with torch.no_grad():
         codes = pursue(pursuit, x_BD, candidates, decoder, k)
-    return codes, own, *rest
+    if candidates.values.shape[1] == k:
+        return codes, candidates, *rest
+    alone = PursuitRounds((k,), 0, pursuit.step, pursuit.start)  # a round without refit: the k largest candidates
+    own = kernels.pursue(x_BD, decoder.W_dec, candidates.values, candidates.indices, alone)
+    values_BK = torch.where(own.places_BK >= 0, candidates.values.gather(1, own.places_BK.clamp_min(0)), 0.0)
+    return codes, SparseCodes(values_BK, own.latents_BK, candidates.d_sae), *rest
 
 
 def pursue(
