@@ -36,7 +36,7 @@ from kronsae.core.gates import GATES
 from kronsae.core.losses import SquaredErrorConfig, squared_error
 from kronsae.core.metrics import explained_variance
 from kronsae.core.objective import DeadLatents
-from kronsae.core.pursuit import Pursuit, choose_and_pursue, pursue
+from kronsae.core.pursuit import Pursuit, PursuitLearning, choose_and_pursue, pursue
 from kronsae.core.sae import SAE
 from kronsae.kernels import Choice
 from kronsae.runs.recipes import kron, topk
@@ -77,6 +77,8 @@ class Disposal(nn.Module):
         detached: no gradient passes through x_hat.
     """
 
+    changes_nothing = False
+
     def __init__(self, d_sae: int, candidates: int = 2, steps: int = 0, detached: bool = False) -> None:
         super().__init__()
         self.eta_F = nn.Parameter(torch.full((d_sae,), FIRST_SHARE))
@@ -114,6 +116,8 @@ class Mixed(nn.Module):
         eta: share of the product.
     """
 
+    changes_nothing = False
+
     def __init__(self, candidates: int = 2, steps: int = 2, eta: float = 0.5) -> None:
         super().__init__()
         self.candidates, self.steps, self.eta = candidates, steps, eta
@@ -141,16 +145,15 @@ class TwoLosses(nn.Module):
     """The pursued codes carry no gradient: the dictionary learns from them, the encoder from a loss of its own.
 
     Args:
-        own: weight of the reconstruction error of the encoder's own codes.
-        dictionary: this error reaches the dictionary, too.
+        own: weight of the reconstruction error of the encoder's own codes, for which the dictionary is a constant.
         predicted: weight of ``sum_f (z_f - z*_f)^2`` over the candidates, with z* the pursued values, 0 if not chosen.
     """
 
-    candidates = 2
+    candidates, changes_nothing = 2, False
 
-    def __init__(self, own: float = 1.0, dictionary: bool = False, predicted: float = 0.0) -> None:
+    def __init__(self, own: float = 1.0, predicted: float = 0.0) -> None:
         super().__init__()
-        self.own_weight, self.dictionary, self.predicted_weight = own, dictionary, predicted
+        self.own_weight, self.predicted_weight = own, predicted
         self.own: SparseCodes | None = None
         self.gap: Tensor | None = None
 
@@ -171,11 +174,8 @@ class TwoLosses(nn.Module):
         loss, x_hat_BD = SquaredErrorConfig()(decoder, codes, target_BD)
         assert self.own is not None
         assert self.gap is not None
-        W_dec, b_dec = decoder.W_dec, decoder.b_dec
-        if not self.dictionary:
-            W_dec, b_dec = W_dec.detach(), b_dec.detach()
         if self.own_weight:
-            own_BD = kernels.decode(self.own.values, self.own.indices, W_dec, b_dec)
+            own_BD = kernels.decode(self.own.values, self.own.indices, decoder.W_dec.detach(), decoder.b_dec.detach())
             loss = loss + self.own_weight * squared_error(target_BD, own_BD)
         return loss + self.predicted_weight * self.gap, x_hat_BD
 
@@ -185,7 +185,7 @@ def two_losses(**options: Any) -> Callable[[Member], None]:
 
     def prepare(member: Member) -> None:
         both = TwoLosses(**options)
-        member.sae.pursuit = both  # type: ignore[assignment]
+        attach(member, both)
         object.__setattr__(member.config, "loss", both)
 
     return prepare
@@ -223,12 +223,17 @@ def choose(
     return pursuit.codes(x_BD, proposed, decoder, k), *rest
 
 
-def pursued(pursuit: Pursuit) -> Callable[[Member], None]:
+def attach(member: Member, pursuit: Any, learning: PursuitLearning = "unrolled") -> None:
+    """Train with a pursuit, or with a module of this script in its place."""
+    member.sae.pursuit = pursuit
+    object.__setattr__(member.config, "pursuit_learning", learning)
+
+
+def pursued(pursuit: Pursuit, learning: PursuitLearning = "unrolled") -> Callable[[Member], None]:
     """Return a change that trains with a pursuit."""
 
     def prepare(member: Member) -> None:
-        member.sae.pursuit = pursuit
-        object.__setattr__(member.config, "pursuit_learning", "unrolled")
+        attach(member, pursuit, learning)
 
     return prepare
 
@@ -238,7 +243,7 @@ def disposed(**options: Any) -> Callable[[Member], None]:
 
     def prepare(member: Member) -> None:
         disposal = Disposal(member.sae.d_sae, **options)
-        member.sae.pursuit = disposal  # type: ignore[assignment]
+        attach(member, disposal)
         member.optimizer.add_param_group({"params": list(disposal.parameters())})
 
     return prepare
@@ -248,7 +253,7 @@ def mixed(**options: Any) -> Callable[[Member], None]:
     """Return a change that trains with a `Mixed` pursuit."""
 
     def prepare(member: Member) -> None:
-        member.sae.pursuit = Mixed(**options)  # type: ignore[assignment]
+        attach(member, Mixed(**options))
 
     return prepare
 
@@ -359,7 +364,8 @@ IDEAS: dict[str, Idea] = {
     ),
     "disposal, detached": Idea(about="one-shot disposal, no gradient through x_hat", prepare=disposed(detached=True)),
     "two losses": Idea(
-        about="plain loss, plus the loss of the pursued codes for the dictionary", prepare=two_losses(dictionary=True)
+        about="plain loss, plus the loss of the pursued codes for the dictionary",
+        prepare=pursued(Pursuit(), "two_losses"),
     ),
     "two losses, apart": Idea(
         about="plain loss for the encoder alone, loss of the pursued codes for the dictionary alone",
@@ -390,7 +396,7 @@ IDEAS: dict[str, Idea] = {
             ("base", "plain codes, another rate", lambda member: None),
             ("pursuit", "unrolled, another rate", pursued(Pursuit())),
             ("disposal, 1 step", "another rate", disposed(steps=1)),
-            ("two losses", "another rate", two_losses(dictionary=True)),
+            ("two losses", "another rate", pursued(Pursuit(), "two_losses")),
         )
     },
     "pursuit late": Idea(

@@ -50,7 +50,7 @@ ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
 PURSUIT = Pursuit()
 TRAININGS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "pursuit": {"pursuit_rounds": PURSUIT.rounds, "pursuit_candidates": PURSUIT.candidates},
+    "pursuit": {"pursuit_rounds": PURSUIT.rounds, "pursuit_candidates": PURSUIT.candidates},  # with two losses
 }
 NO_PURSUIT = Pursuit(rounds=1, refit=0)
 ENCODINGS: dict[str, tuple[tuple[str, Pursuit | None], ...]] = {
@@ -162,7 +162,7 @@ def study(asked: argparse.Namespace) -> None:
     """Train and measure every run, and write the result file after each."""
     about = provenance()
     settings = {"d_sae": D_SAE, "k": K, "tokens": asked.tokens, "pursuit": to_dict(PURSUIT)}
-    settings |= {"rate_unit": recipes.short_run_lr(D_SAE), "rates": asked.rates}
+    settings |= {"rate_unit": recipes.short_run_lr(D_SAE), "rates": asked.rates, "pursuit_learning": "two_losses"}
     names = [member_name(encoder, training) for encoder in ENCODERS for training in TRAININGS]
     rows: list[Row] = []
     ladders: list[Row] = []
