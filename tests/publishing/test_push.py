@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,8 @@ def test_a_dry_run_asks_nobody(hub: Hub, finished_run: Run, kronsae: Kronsae) ->
     assert "Nothing was uploaded." in done.err
     assert "saes/kron/sae_weights.safetensors: " in done.err
     assert hub.asked == []
+    words = ["push", str(finished_run.folder), NAME, "kron", "--license", "mit", "--private", "--revision", "v2"]
+    assert f"What now? kronsae {shlex.join(words)}\n" in kronsae(*words, "--dry-run").err
     done = kronsae("push", finished_run.folder, NAME, "kron", "--dry-run", "--json")
     assert done.json["commit"] is None
     assert done.json["card"].startswith("---\n")

@@ -64,7 +64,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure a finished run. `kronsae eval RUN` prints the table: explained variance, l0, dead share, CE and KL "
     "recovered on held-out text. The subcommands make further measurements. In place of RUN, all of them take the "
-    "folder of a single SAE, also of another library, or user/repo on the Hub, with --model, --text and --hook.",
+    "folder of a single SAE, also of another library, or user/repo on the Hub, with --model, --text and --hook. "
+    "Options of the table: `kronsae eval table --help`.",
 )
 
 

@@ -60,7 +60,9 @@ def push(
     say(f"Licence of the weights: {license}.")
     if dry_run:
         say("Nothing was uploaded.")
-        what_now(f"kronsae push {shlex.quote(str(run_folder))} {repository}")
+        words = ["kronsae", "push", str(run_folder), repository, *(names or ()), "--license", license]
+        words += ["--private"] * private + (["--revision", revision] if revision else [])
+        what_now(shlex.join([*words, *(word for one in formats or () for word in ("--with", one))]))
     else:
         chosen = f', revision="{revision}"' if revision else ""
         what_now(f'ks.load("{repository}", NAME{chosen}) in Python')

@@ -188,7 +188,7 @@ def _loading(config: RunConfig, subjects: Sequence[Subject], model: Origin, repo
     first = subjects[0]
     reads = " + ".join(first.member.reads(config.hook))
     skip = ", x" if first.shape.skip else ""
-    ours = f"""With [kronsae](https://arxiv.org/abs/2505.22255):
+    ours = f"""With kronsae, which implements [KronSAE](https://arxiv.org/abs/2505.22255):
 
 ```python
 import kronsae as ks
