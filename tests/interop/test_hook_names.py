@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kronsae.interop.hook_names import FAMILIES, family_of, from_transformer_lens, to_transformer_lens
+from kronsae.interop.hook_names import FAMILIES, family_of, from_transformer_lens, hub_name, to_transformer_lens
 
 PAIRS = [
     ("gpt2", "layers.6", "blocks.6.hook_resid_post"),
@@ -35,13 +35,10 @@ def test_a_hook_has_a_name_in_both(family: str, ours: str, theirs: str) -> None:
     [
         ("6", "blocks.6.hook_resid_post"),
         ("transformer.h.6", "blocks.6.hook_resid_post"),
-        ("gpt_neox.layers.6.mlp", "blocks.6.hook_mlp_out"),
-        ("model.layers.6.self_attn", "blocks.6.hook_attn_out"),
         ("layers.6.mlp:input", "blocks.6.mlp.hook_in"),
-        ("layers.6.mlp:output", "blocks.6.hook_mlp_out"),
     ],
 )
-def test_without_a_family_the_usual_names_are_known(ours: str, theirs: str) -> None:
+def test_without_a_family_names_common_to_all_are_known(ours: str, theirs: str) -> None:
     assert to_transformer_lens(ours) == theirs
 
 
@@ -67,7 +64,9 @@ def test_other_names_are_kept(name: str) -> None:
 
 def test_a_name_that_depends_on_the_family_is_kept_without_one() -> None:
     assert from_transformer_lens("blocks.2.hook_attn_out") == "blocks.2.hook_attn_out"
-    assert from_transformer_lens("blocks.2.hook_mlp_out") == "layers.2.mlp"
+    assert from_transformer_lens("blocks.2.hook_mlp_out") == "blocks.2.hook_mlp_out"
+    for ours in ("gpt_neox.layers.6.mlp", "layers.6.mlp:output", "layers.6.self_attn", "layers.6.attn.c_proj:input"):
+        assert to_transformer_lens(ours) == ours
 
 
 @pytest.mark.parametrize(
@@ -78,6 +77,7 @@ def test_a_name_that_depends_on_the_family_is_kept_without_one() -> None:
         (None, "google/gemma-2-2b", "gemma2"),
         (None, "google/gemma-2b", "llama"),
         (None, "EleutherAI/pythia-160m", "gpt_neox"),
+        (None, "models/pythia-160m/", "gpt_neox"),
         (None, "gpt2-small", "gpt2"),
     ],
 )
@@ -88,3 +88,19 @@ def test_the_family_of_a_model(model_type: str | None, model: str | None, family
 def test_an_unknown_model_has_no_family() -> None:
     assert family_of("mamba", "gpt2") is None
     assert family_of(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("gpt2-small", "gpt2"),
+        ("gpt2-medium", "gpt2-medium"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("gemma-2b", "google/gemma-2b"),
+        ("gemma-2-9b", "google/gemma-2-9b"),
+        ("models/pythia-70m", "models/pythia-70m"),
+        ("other", "other"),
+    ],
+)
+def test_the_names_of_transformer_lens_on_the_hub(alias: str, name: str) -> None:
+    assert hub_name(alias) == name

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.command_line import Kronsae
+from tests.interop import sae_lens_folders
 from tests.interop.foreign_saes import D_IN, D_SAE, dictionary_learning, sparsify
 from tests.tiny_runs import listing, write_jsonl
 
@@ -110,10 +111,95 @@ class TestTheRun:
             "hook_read": "layers.2",
             "hook_write": None,
             "settings": {},
+            "remarks": [],
         }
         assert run.compare(50).rows[0]["tokens"] == 64 * 20
         x = torch.randn(20, D_IN)
         assert torch.equal(run.load("kron")(x), finished_run.load("kron")(x))
+
+
+def sae_lens(folder: Path, *, changes: dict[str, Any] | None = None, **metadata: Any) -> Path:
+    """Write an SAE of SAELens with these statements."""
+    config, weights = sae_lens_folders.make("standard")
+    weights = {
+        "W_enc": torch.randn(D_IN, D_SAE),
+        "b_enc": torch.zeros(D_SAE),
+        "W_dec": torch.randn(D_SAE, D_IN),
+        "b_dec": torch.zeros(D_IN),
+    }
+    config |= {"d_in": D_IN, "d_sae": D_SAE} | (changes or {})
+    stated = {"hook_name": "blocks.2.hook_resid_post", "sae_lens_version": "6.54.12"}
+    config["metadata"] = stated | metadata
+    return sae_lens_folders.write(folder, config, weights)
+
+
+class TestWhatTheFilesState:
+    def test_what_changes_the_figures_is_said(self, place: Place, tmp_path: Path, kronsae: Kronsae) -> None:
+        sae = sae_lens(
+            tmp_path / "sae",
+            changes={"normalize_activations": "expected_average_only_in"},
+            model_from_pretrained_kwargs={"center_writing_weights": True, "fold_ln": False, "center_unembed": True},
+            seqpos_slice=[1, None],
+        )
+        out = tmp_path / "run"
+        outcome = kronsae("import", sae, "--model", place.model, "--text", place.text, "--out", out)
+        assert outcome.status == 0, outcome.err
+        (about,) = Run(out).imported.values()
+        scale, processed, positions = about["remarks"]
+        assert scale.startswith(f"{sae / 'cfg.json'}: the SAE was trained on activations that were scaled to a mean ")
+        assert processed == (
+            f"{sae} was trained on activations of a model that TransformerLens had processed (center_writing_weights); "
+            "those of the Hugging Face model, on which it is measured here, can differ by this processing."
+        )
+        assert positions == (
+            f"{sae} was trained on some positions of a window only (seqpos_slice = [1, None]); it is measured here on "
+            "all of them."
+        )
+        assert about["settings"]["model_from_pretrained_kwargs"]["center_writing_weights"] is True
+        assert about["settings"]["seqpos_slice"] == [1, None]
+        for remark in about["remarks"]:
+            assert remark in outcome.err.splitlines()
+        assert "Warning" not in outcome.err
+
+    def test_it_is_said_by_each_command_and_in_the_report(
+        self, place: Place, tmp_path: Path, kronsae: Kronsae, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        sae_lens(tmp_path / "sae", model_from_pretrained_kwargs={"fold_ln": True})
+        for _ in range(2):
+            outcome = kronsae("eval", "sae", "--model", place.model, "--text", place.text, "--tokens", 50)
+            assert outcome.status == 0, outcome.err
+            assert outcome.err.count("TransformerLens had processed (fold_ln)") == 1
+        (folder,) = Path("runs/imported").iterdir()
+        assert "TransformerLens had processed (fold_ln)" in Run(folder).report().read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("metadata", [{"seqpos_slice": [None]}, {"model_from_pretrained_kwargs": {"fold_ln": 0}}])
+    def test_what_changes_nothing_is_not_said(self, place: Place, tmp_path: Path, metadata: dict[str, Any]) -> None:
+        lines: list[str] = []
+        import_saes([sae_lens(tmp_path / "sae", **metadata)], tmp_path / "run", place, say=lines.append)
+        assert lines == []
+
+    @pytest.mark.parametrize(
+        ("stated", "options", "used"),
+        [(16, (), 16), (16, ("context_length=24",), 24), (1000, (), 64), ("many", (), 64), (-1, (), 64)],
+    )
+    def test_the_context(
+        self, place: Place, tmp_path: Path, stated: object, options: tuple[str, ...], used: int
+    ) -> None:
+        sae = sae_lens(tmp_path / "sae", context_size=stated)
+        assert import_saes([sae], tmp_path / "run", place, options=options).config.context_length == used
+
+    def test_hooks_follow_the_type_of_the_model(self, place: Place, tmp_path: Path) -> None:
+        sae = sae_lens(tmp_path / "sae", hook_name="blocks.2.hook_attn_out")
+        named = shutil.copytree(str(place.model), tmp_path / "gpt2-small")  # a GPT-NeoX, whatever its folder is called
+        run = import_saes([sae], tmp_path / "run", Place(model=str(named), text=place.text))
+        assert run.config.hook == "layers.2.attention"
+
+    def test_a_model_that_cannot_be_loaded(self, place: Place, tmp_path: Path) -> None:
+        sae = sae_lens(tmp_path / "sae", model_name="no/such/model")
+        assert refusal([sae], tmp_path / "run", Place(text=place.text)).startswith(
+            "--model must be given: the files name the language model 'no/such/model', which cannot be loaded. "
+        )
 
 
 class TestRefused:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kronsae.cli.options import Hook, Model, Out, Text
-from kronsae.support.terminal import Json, print_json, what_now
+from kronsae.support.terminal import Json, print_json, say, what_now
 
 
 def import_saes(
@@ -42,7 +42,7 @@ def import_saes(
     from kronsae.runs.imported import import_saes as write_run
 
     place = Place(model=model, text=text, hook=hook, write=write)
-    run = write_run(sae, out, place, names=name or (), options=option or ())
+    run = write_run(sae, out, place, names=name or (), options=option or (), say=say)
     if as_json:
         print_json({"out": str(run.folder), "saes": run.imported})
     else:

@@ -59,6 +59,13 @@ LIKE = {
     **dict.fromkeys(("gemma3", "gemma3_text"), "gemma2"),
 }
 
+ALIASES = {
+    "gpt2-small": "gpt2",
+    **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")},
+    **{name: f"google/{name}" for name in ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")},
+}
+"""Names of models in TransformerLens, which files of SAELens state, and on the Hub; `hub_name` has those of Pythia."""
+
 MLP_INPUT = "mlp.hook_in"
 """The MLP's input: a hook that SAELens adds to the models of TransformerLens."""
 
@@ -72,7 +79,7 @@ def family_of(model_type: str | None, model: str | None = None) -> Family | None
     """
     if model_type is not None:
         return FAMILIES.get(LIKE.get(model_type, model_type))
-    name = (model or "").lower().rpartition("/")[2]
+    name = (model or "").rstrip("/").lower().rpartition("/")[2]
     known = (
         *(("gpt2", "gpt2"), ("pythia", "gpt_neox"), ("gpt-neox", "gpt_neox"), ("gemma-2-", "gemma2")),
         *(("gemma-3-", "gemma2"), ("gemma", "llama"), ("llama", "llama"), ("qwen", "llama"), ("mistral", "llama")),
@@ -81,13 +88,18 @@ def family_of(model_type: str | None, model: str | None = None) -> Family | None
     return next((FAMILIES[family] for part, family in known if part in name), None)
 
 
+def hub_name(model: str) -> str:
+    """Return the Hub's name of a model that TransformerLens has an alias for; any other name is returned as it is."""
+    return f"EleutherAI/{model}" if re.fullmatch(r"pythia-[\w.-]+", model) else ALIASES.get(model, model)
+
+
 def to_transformer_lens(hook: str, family: Family | None = None) -> str:
     """Return the name that TransformerLens has for one of our hooks; an unknown one is returned as it is.
 
     Args:
         hook: our hook: a module path of any length, such as ``layers.6``, ``transformer.h.6.mlp`` or
             ``model.layers.6.mlp:input``.
-        family: family of the model; None: names that are the same in all families, or occur in one, are known.
+        family: family of the model; None: only hooks that are the same in all families are known.
     """
     path, _, side = hook.partition(":")
     output = side in ("", "output")
@@ -100,19 +112,14 @@ def to_transformer_lens(hook: str, family: Family | None = None) -> str:
     block, inside = f"blocks.{int(found[1])}", found[2]
     if inside is None:
         return f"{block}.hook_resid_{'post' if output else 'pre'}"
-    for one in families:
-        if inside == f"{one.attention}.{one.output}" and not output:
-            return f"{block}.attn.hook_z"
-        if inside == "mlp" and not output:
-            return f"{block}.{MLP_INPUT}"
-    if output and family is not None:
-        named = {family.attn_out: "hook_attn_out", family.mlp_out: "hook_mlp_out"}
-        return f"{block}.{named[inside]}" if inside in named else hook
-    if output and inside == "mlp":
-        return f"{block}.hook_mlp_out"
-    if output and inside in ("attn", "attention", "self_attn"):
-        return f"{block}.hook_attn_out"
-    return hook
+    if inside == "mlp" and not output:
+        return f"{block}.{MLP_INPUT}"
+    if family is None:
+        return hook
+    if inside == f"{family.attention}.{family.output}" and not output:
+        return f"{block}.attn.hook_z"
+    named = {family.attn_out: "hook_attn_out", family.mlp_out: "hook_mlp_out"}
+    return f"{block}.{named[inside]}" if output and inside in named else hook
 
 
 def from_transformer_lens(name: str, family: Family | None = None) -> str:
@@ -135,7 +142,7 @@ def from_transformer_lens(name: str, family: Family | None = None) -> str:
     if inside == MLP_INPUT:
         return f"{block}.mlp:input"
     if family is None:
-        return f"{block}.mlp" if inside == "hook_mlp_out" else name
+        return name
     places = {
         "hook_mlp_out": family.mlp_out,
         "hook_attn_out": family.attn_out,

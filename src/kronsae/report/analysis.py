@@ -102,6 +102,7 @@ def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str]
     imported = "; ".join(
         f"{entry(about, 'source')} ({entry(about, 'format')})" for about in (run.get("imported") or {}).values()
     )
+    remarks = [remark for about in (run.get("imported") or {}).values() for remark in about.get("remarks") or ()]
     tokens = {row["tokens"] for row in rows if row.get("tokens") is not None}  # if they differ, they are in the table
     found = [
         ("model", str(entry(config, "model", "name")) + (f" @ {revision}" if revision not in (None, "?") else "")),
@@ -112,6 +113,7 @@ def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> tuple[tuple[str, str]
         ("trained on", _unit(tokens.pop(), "tokens") if len(tokens) == 1 else None),
         ("batch", None if imported else _unit(loop.get("batch_tokens"), "tokens")),
         ("imported from", imported),
+        ("note", " ".join(map(str, remarks))),
         ("evaluated on", _unit(next((row.get("evaluation_tokens") for row in rows), None), "held-out tokens")),
         ("seed", None if imported else config.get("seed")),
         ("kronsae", run.get("kronsae_version")),

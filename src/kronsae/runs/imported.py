@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -19,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from kronsae.core import checkpoint
-from kronsae.data.model import ModelConfig
+from kronsae.data.harvest import widths
+from kronsae.data.model import LanguageModel, ModelConfig, check_hooks, load_model
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.interop.formats.foreign import Foreign
-from kronsae.interop.hook_names import family_of, from_transformer_lens
+from kronsae.interop.hook_names import family_of, from_transformer_lens, hub_name
 from kronsae.runs.config import RunConfig
 from kronsae.runs.hub_download import is_repository
 from kronsae.runs.loading import is_sae_folder, read_sae, sae_folder
 from kronsae.runs.parsing import with_options
-from kronsae.runs.pipeline import Source
 from kronsae.runs.run import Run, sae_metadata
 from kronsae.support.config import from_dict, to_dict
-from kronsae.support.errors import UserError
+from kronsae.support.errors import UserError, shown, shown_text
 from kronsae.support.files import check_folder_place, sha256, umask, write_json
 from kronsae.training.config import LoopConfig, MemberConfig
 
@@ -40,16 +41,23 @@ IMPORTED = Path("runs/imported")
 MAX_STATEMENT = 10_000
 """Characters of one of the statements of an SAE's files that are kept."""
 
+MAX_CONTEXT = 2**17
+"""Tokens of a stated context that are believed."""
+
+PROCESSING = ("center_writing_weights", "fold_ln", "fold_value_biases", "refactor_factored_attn_matrices")
+"""Options of TransformerLens' ``from_pretrained`` that change activations; ``center_unembed`` changes no hook."""
+
 SAE_SUFFIXES = (".json", ".safetensors", ".npz", ".pt")
 
 
 @dataclass(frozen=True)
 class Import:
-    """An SAE to import: its name in the run, where it comes from, and what was read."""
+    """An SAE to import: its name in the run, where it comes from, what was read, and the warnings of reading it."""
 
     name: str
     source: str
     foreign: Foreign
+    warned: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int | None:
@@ -63,11 +71,38 @@ class Import:
         of = self.foreign
         about = {"source": self.source, "format": of.format, "architecture": of.architecture, "model": of.model}
         settings = {key: value for key, value in of.settings.items() if _is_json(value)}
-        return about | {"hook_read": of.hook_read, "hook_write": of.hook_write, "settings": settings}
+        about |= {"hook_read": of.hook_read, "hook_write": of.hook_write, "settings": settings}
+        return about | {"remarks": self.remarks}
 
-    def hook(self, name: str | None, model: str | None) -> str | None:
+    @property
+    def context(self) -> int | None:
+        """Return the tokens of a window that it was trained on; None: its files do not say."""
+        context = self.foreign.settings.get("context_size")
+        return context if type(context) is int and 0 < context <= MAX_CONTEXT else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """Return what a user must know to judge its figures: one sentence or more for each matter."""
+        remarks, stated = list(self.warned), self.foreign.settings
+        loaded = stated.get("model_from_pretrained_kwargs")
+        processed = [key for key in PROCESSING if loaded.get(key) is True] if isinstance(loaded, dict) else []
+        if processed:
+            remarks.append(
+                f"{shown_text(self.source)} was trained on activations of a model that TransformerLens had processed "
+                f"({', '.join(processed)}); those of the Hugging Face model, on which it is measured here, can differ "
+                "by this processing."
+            )
+        positions = stated.get("seqpos_slice")
+        if isinstance(positions, list | tuple) and any(one is not None for one in positions):
+            remarks.append(
+                f"{shown_text(self.source)} was trained on some positions of a window only (seqpos_slice = "
+                f"{shown(positions)}); it is measured here on all of them."
+            )
+        return remarks
+
+    def hook(self, name: str | None, model: str | None, model_type: str | None) -> str | None:
         """Return a hook that the files state as our hook; None stays None."""
-        family = family_of(None, model or self.foreign.model)
+        family = family_of(model_type, model or self.foreign.model)
         return None if name is None else from_transformer_lens(name, family)
 
 
@@ -101,6 +136,7 @@ def import_saes(
     *,
     names: Sequence[str] = (),
     options: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Run:
     """Write a run folder with SAEs that were trained elsewhere; it appears whole or not at all.
 
@@ -110,7 +146,8 @@ def import_saes(
         place: model, text and hooks.
         names: name of each SAE in the run; none: from the names of their folders.
         options: further fields of the run's config, as for ``--set``. Without ``context_length``, windows have 256
-            tokens, or as many as the model can take.
+            tokens, or as many as the files state, and no more than the model can take.
+        say: told what a user must know to judge the figures.
 
     Raises:
         UserError: an SAE cannot be read, something is not stated, the widths are not those of the model's hooks, or
@@ -120,13 +157,18 @@ def import_saes(
         raise UserError(f"--name must be given once per SAE; got {len(names)} names for {len(sources)} SAEs.")
     run = Run(Path(out))
     _check_new(run.folder)
-    read = [read_sae(sae_folder(source)) for source in sources]
+    read = [_read(sae_folder(source)) for source in sources]
     chosen = list(names) if names else _names(list(map(str, sources)))
-    saes = [Import(name, str(source), one) for name, source, one in zip(chosen, sources, read, strict=True)]
-    config = _config(saes, place, options)
-    config = _fitted(config, saes, capped=not any(option.startswith("context_length=") for option in options))
+    saes = [Import(name, str(source), *one) for name, source, one in zip(chosen, sources, read, strict=True)]
+    language_model = _loaded(_config(saes, place, options), place)
+    config = _config(saes, place, options, getattr(language_model.model.config, "model_type", None))
+    given = any(option.startswith("context_length=") for option in options)
+    config = _fitted(config, saes, language_model, context_is_given=given)
     next(iter(TextStream(config.text, held_out=True, held_out_share=config.held_out_share, repeat=False)))
     _write(run.folder, config, saes)
+    for one in saes:
+        for remark in one.remarks:
+            say(remark)
     return run
 
 
@@ -156,10 +198,21 @@ def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> P
     out = IMPORTED / f"{name}-{_digest(folder, place)}"
     if Run(out).finished:
         say(f"Using {out}, into which this SAE was imported before.")
+        for about in Run(out).imported.values():
+            for remark in about.get("remarks", ()):
+                say(remark)
         return out
-    import_saes([argument], out, place, names=[name])
+    import_saes([argument], out, place, names=[name], say=say)
     say(f"Imported {argument} into the run folder {out}.")
     return out
+
+
+def _read(folder: Path) -> tuple[Foreign, tuple[str, ...]]:
+    """Return the SAE in a folder, and the warnings of reading it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        foreign = read_sae(folder)
+    return foreign, tuple(str(one.message) for one in caught if one.category is UserWarning)
 
 
 def _is_json(value: object) -> bool:
@@ -188,8 +241,11 @@ def _names(sources: Sequence[str]) -> list[str]:
     return found
 
 
-def _config(saes: Sequence[Import], place: Place, options: Sequence[str]) -> RunConfig:
-    members = tuple(_member(one, place) for one in saes)
+def _config(
+    saes: Sequence[Import], place: Place, options: Sequence[str], model_type: str | None = None
+) -> RunConfig:
+    """Return the run's config; without the type of the language model, hooks are named after its name."""
+    members = tuple(_member(one, place, model_type) for one in saes)
     if place.text is None:
         raise UserError("--text must be given: what to measure the SAEs on.")
     config = RunConfig(
@@ -202,13 +258,27 @@ def _config(saes: Sequence[Import], place: Place, options: Sequence[str]) -> Run
     return from_dict(RunConfig, to_dict(with_options(config, options)))
 
 
-def _member(one: Import, place: Place) -> MemberConfig:
+def _loaded(config: RunConfig, place: Place) -> LanguageModel:
+    """Load the language model."""
+    try:
+        return load_model(config.model)
+    except UserError as error:
+        if place.model is not None:
+            raise
+        raise UserError(
+            f"--model must be given: the files name the language model {shown(config.model.name)}, which cannot be "
+            f"loaded. {error}"
+        ) from None
+
+
+def _member(one: Import, place: Place, model_type: str | None) -> MemberConfig:
     """Return the config of an SAE as a member of a run; its training settings are the defaults, of no meaning."""
     shape, foreign = one.foreign.sae.config, one.foreign
-    read = place.hook or one.hook(foreign.hook_read, place.model)
+    read = place.hook or one.hook(foreign.hook_read, place.model, model_type)
     if read is None:
         raise UserError(f"--hook must be given: the files of {one.source} do not state which hook it reads.")
-    written = place.write or (one.hook(foreign.hook_write, place.model) if place.hook is None else None)
+    stated = one.hook(foreign.hook_write, place.model, model_type)
+    written = place.write or (stated if place.hook is None else None)
     if shape.autoencodes and written is not None:
         raise UserError(f"--write must be left out for {one.source}, which reconstructs the hook that it reads.")
     if not shape.autoencodes and written is None:
@@ -233,34 +303,39 @@ def _stated_model(saes: Sequence[Import]) -> str:
     for source, model in stated.items():
         if model is None:
             raise UserError(f"--model must be given: the files of {source} do not state a language model.")
-    if len(models := sorted({str(model) for model in stated.values()})) > 1:
+    if len(models := sorted({hub_name(str(model)) for model in stated.values()})) > 1:
         raise UserError(f"--model must be given: the files state different language models, {', '.join(models)}.")
     return models[0]
 
 
-def _fitted(config: RunConfig, saes: Sequence[Import], *, capped: bool) -> RunConfig:
+def _fitted(
+    config: RunConfig, saes: Sequence[Import], language_model: LanguageModel, *, context_is_given: bool
+) -> RunConfig:
     """Return the config with windows no longer than the model takes; refuse SAEs of other widths than its hooks.
 
     Args:
         config: the run's config.
         saes: the SAEs, in the order of the config's.
-        capped: whether to shorten the context; otherwise a context that is too long is refused.
+        language_model: its language model.
+        context_is_given: whether a context that is too long is refused. Otherwise it is the shortest that the files
+            state, or the config's, and no longer than the model takes.
     """
-    source = Source(replace(config, context_length=1))
-    language_model = source.language_model
-    if capped and language_model.max_positions is not None:
-        config = replace(config, context_length=min(config.context_length, language_model.max_positions))
+    check_hooks(language_model.model, config.hooks)
+    if not context_is_given:
+        context = min([one.context for one in saes if one.context is not None], default=config.context_length)
+        config = replace(config, context_length=min(context, language_model.max_positions or context))
     language_model.check_context_length(config.context_length)
+    found = widths(language_model, config.hooks)
     for one, member in zip(saes, config.saes, strict=True):
         shape = one.foreign.sae.config
-        for verb, hooks, widths in (
+        for verb, hooks, sizes in (
             ("reads", member.reads(config.hook), shape.widths_read),
             ("writes", member.writes(config.hook), shape.widths_written),
         ):
-            model_widths = tuple(source.widths[hook] for hook in hooks)
-            if widths != model_widths:
+            model_widths = tuple(found[hook] for hook in hooks)
+            if sizes != model_widths:
                 raise UserError(
-                    f"{one.source} {verb} {'+'.join(map(str, widths))} numbers per token; {' + '.join(hooks)} of model "
+                    f"{one.source} {verb} {'+'.join(map(str, sizes))} numbers per token; {' + '.join(hooks)} of model "
                     f"'{config.model.name}' has {'+'.join(map(str, model_widths))}. Give the model and the hook that "
                     "it was trained on."
                 )
