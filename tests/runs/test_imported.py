@@ -283,6 +283,14 @@ class TestEverythingWorks:
         assert outcome.status == 0, outcome.err
         assert "What now? " in outcome.err
 
+    def test_the_ladder_refuses_thresholds(self, run: Run, kronsae: Kronsae) -> None:
+        shutil.rmtree(run.folder / "saes")  # nothing is loaded
+        for words in ((), ("--sae", "gated")):
+            assert kronsae("eval", "ladder", run.folder, *words).sentence == (
+                "the ladder needs SAEs with sparsifier 'topk', as it compares codes of equal k; 'gated' has "
+                "'jumprelu', with thresholds. Choose an SAE with TopK by --sae."
+            )
+
     def test_the_report_says_where_they_come_from(self, run: Run) -> None:
         page = run.report().read_text(encoding="utf-8")
         assert "imported from" in page

@@ -20,6 +20,7 @@ from kronsae.report.tables import rich_table
 from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.runs.run import Run, open_run
 from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 from kronsae.support.progress import progress_bar
 from kronsae.support.terminal import Json, Quiet, RunArgument, print_json, print_table, say, what_now
 
@@ -58,8 +59,9 @@ def measure(
         progress: called with (SAEs done, SAEs to do).
 
     Raises:
-        UserError: a pursuit is not defined for one of the SAEs.
+        UserError: an SAE has no fixed k, or a pursuit is not defined for it.
     """
+    _check_fixed_k(run, saes)
     loaded = LoadedRun(run)
     picked = pick_saes(loaded, saes)
     settings = {"config": to_dict(config), "saes": list(picked)}
@@ -81,6 +83,16 @@ def measure(
     result = {"saes": found}
     keep_result(run.folder, NAME, settings, result)
     return result
+
+
+def _check_fixed_k(run: Run, names: Sequence[str]) -> None:
+    """Refuse SAEs with thresholds before anything is loaded."""
+    for member in run.config.saes:
+        if (not names or member.name in names) and member.sparsifier.kind != "topk":
+            raise UserError(
+                f"the ladder needs SAEs with sparsifier 'topk', as it compares codes of equal k; '{member.name}' has "
+                f"'{member.sparsifier.kind}', with thresholds. Choose an SAE with TopK by --sae."
+            )
 
 
 app = typer.Typer(add_completion=False)

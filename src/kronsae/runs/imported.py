@@ -69,7 +69,12 @@ class Import:
     def about(self) -> dict[str, Any]:
         """Return where it comes from, as JSON."""
         of = self.foreign
-        about = {"source": self.source, "format": of.format, "architecture": of.architecture, "model": of.model}
+        about: dict[str, Any] = {
+            "source": self.source,
+            "format": of.format,
+            "architecture": of.architecture,
+            "model": of.model,
+        }
         settings = {key: value for key, value in of.settings.items() if _is_json(value)}
         about |= {"hook_read": of.hook_read, "hook_write": of.hook_write, "settings": settings}
         return about | {"remarks": self.remarks}
@@ -241,9 +246,7 @@ def _names(sources: Sequence[str]) -> list[str]:
     return found
 
 
-def _config(
-    saes: Sequence[Import], place: Place, options: Sequence[str], model_type: str | None = None
-) -> RunConfig:
+def _config(saes: Sequence[Import], place: Place, options: Sequence[str], model_type: str | None = None) -> RunConfig:
     """Return the run's config; without the type of the language model, hooks are named after its name."""
     members = tuple(_member(one, place, model_type) for one in saes)
     if place.text is None:
