@@ -193,10 +193,20 @@ def test_which_sae(hub: Hub, saes: dict[str, bytes]) -> None:
 
 
 def test_nothing_to_load(hub: Hub, tmp_path: Path) -> None:
-    commit = hub.add(NAME, {"saes/kron/cfg.json": b"{}", "saes/kron/ae.pt": b"pickle", "x.bin": b"pickle"})
+    commit = hub.add(NAME, {"saes/kron/cfg.json": b"{}", "saes/kron/other.safetensors": b"", "x.bin": b"pickle"})
     assert refusal() == (
-        f"user/repo at commit {commit[:12]}, must hold an SAE: a folder with cfg.json and weights (.safetensors); it "
-        "has none. Pickled weights are not read."
+        f"user/repo at commit {commit[:12]}, must hold an SAE: a folder with cfg.json and sae_weights.safetensors or "
+        "sae.safetensors; it has none. Pickled weights are not read."
+    )
+    assert hub.fetched() == []
+
+
+@pytest.mark.parametrize("file", ["params.npz", "ae.pt"])
+def test_formats_that_are_read_in_local_folders_only(file: str, hub: Hub) -> None:
+    commit = hub.add(NAME, {"layer_12/config.json": b"{}", f"layer_12/{file}": b"x"})
+    assert refusal("layer_12") == (
+        f"user/repo at commit {commit[:12]}, must hold an SAE: a folder with cfg.json and sae_weights.safetensors or "
+        f"sae.safetensors; {file} is not fetched from the Hub. Download the folder that holds it and give its path."
     )
     assert hub.fetched() == []
 
@@ -216,7 +226,7 @@ class TestStrangers:
         hub.add(NAME, saes)
         hub.sizes["saes/kron/cfg.json"] = 10 * 2**30
         assert refusal() == (
-            "user/repo must have configs of at most 1 MB; its saes/kron/cfg.json has 10 GB. It was not downloaded."
+            "user/repo must have configs of at most 16 MB; its saes/kron/cfg.json has 10 GB. It was not downloaded."
         )
         assert hub.fetched() == []
         assert written(tmp_path) == []
@@ -338,6 +348,13 @@ class TestOtherLibraries:
         assert torch.equal(ks.load(f"{NAME}:layers.1")(x), ks.load(tmp_path / "layers.1")(x))
         assert ks.load(f"{NAME}:layers.3.mlp").config.role == "transcoder"
         assert ks.load(NAME, "layers.3.mlp").config.role == "transcoder"
+
+    def test_other_files_of_the_folder_stay(self, hub: Hub, tmp_path: Path) -> None:
+        sparsify(tmp_path / "layers.1")
+        others = {"layers.1/optimizer.safetensors": b"x", "layers.1/tokenizer.json": bytes(17 * 2**20)}
+        hub.add(NAME, files_of(tmp_path / "layers.1", "layers.1/") | others)
+        assert same(ks.load(NAME), ks.load(tmp_path / "layers.1"))
+        assert hub.fetched() == ["layers.1/cfg.json", "layers.1/sae.safetensors"]
 
     @pytest.mark.usefixtures("_saes")
     def test_which_folder_must_be_clear(self) -> None:

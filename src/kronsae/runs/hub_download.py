@@ -1,9 +1,9 @@
 """Download of one SAE from a Hugging Face Hub repository, in which a stranger may have put anything.
 
-The list of the repository's files is read first, at one commit. The config is fetched before the weights, and weights
-larger than it implies are not fetched. Only configs and weights of the chosen folder are fetched, never a pickle. Every
-file must have the size and the digest of the list. The files are kept in the Hub's own cache (``HF_HOME``), so that a
-download is made once and works offline afterwards.
+The list of the repository's files is read first, at one commit. Of the chosen folder only the configs and weights that
+kronsae, SAELens and sparsify name are fetched, never a pickle. The config is fetched before the weights; in kronsae's
+own format, weights larger than it implies are not fetched. Every file must have the size and the digest of the list.
+The files are kept in the Hub's own cache (``HF_HOME``), so that a download is made once and works offline afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +23,14 @@ from typing import Any
 
 from kronsae.core import checkpoint
 from kronsae.data.hub import TIMEOUT_SECONDS, one_line, refusals
+from kronsae.interop.formats import dictionary_learning, gemma_scope, sae_lens, sparsify
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.resources import available_memory_bytes, check_disk, format_bytes
 from kronsae.support.terminal import say
 
-CONFIG_SUFFIX = ".json"
-WEIGHT_SUFFIXES = (".safetensors",)
-MAX_CONFIG_BYTES = 2**20
-MAX_HEADER_BYTES = 2**20  # of a safetensors file of an SAE: names and shapes of at most some thousand tensors
+CONFIGS = tuple(dict.fromkeys((checkpoint.CONFIG_FILE, sae_lens.CONFIG_FILE, sparsify.CONFIG_FILE, sparsify.RUN_FILE)))
+WEIGHTS = tuple(dict.fromkeys((checkpoint.WEIGHTS_FILE, sae_lens.WEIGHTS_FILE, sparsify.WEIGHTS_FILE)))
+NOT_FETCHED = (gemma_scope.WEIGHTS_FILE, dictionary_learning.WEIGHTS_FILE)  # read in local folders only
 MAX_ELEMENT_BYTES = 8  # float64
 MAX_FILES = 100_000  # in a repository; the largest public collections of SAEs have some ten thousand
 RUN_FOLDER = "saes"
@@ -81,8 +81,6 @@ def download(
     repository: str,
     name: str | None = None,
     revision: str | None = None,
-    *,
-    weight_suffixes: Collection[str] = WEIGHT_SUFFIXES,
 ) -> Snapshot:
     """Return one SAE of a Hub repository, downloaded unless the cache has it; stderr says which commit it is.
 
@@ -92,7 +90,6 @@ def download(
         repository: ``user/repo``.
         name: the SAE: its name in a run that `kronsae push` uploaded, or its folder; None: the only one.
         revision: branch, tag or commit; None: the default branch.
-        weight_suffixes: file names of weights; all other files but ``.json`` are left out.
 
     Raises:
         UserError: the repository, its revision, the SAE or a file of it cannot be had, or the files are not what the
@@ -100,15 +97,16 @@ def download(
     """
     _check_revision(revision)
     listing = _listing(repository, revision)
-    path = _choose(repository, listing, name, weight_suffixes)
+    path = _choose(repository, listing, name)
     inside = {file: about for file, about in listing.files.items() if PurePosixPath(file).parent == PurePosixPath(path)}
     config = str(PurePosixPath(path, checkpoint.CONFIG_FILE))
-    configs = {file: about for file, about in inside.items() if file.endswith(CONFIG_SUFFIX)}
-    weights = {file: about for file, about in inside.items() if file.endswith(tuple(weight_suffixes))}
+    configs = {file: about for file, about in inside.items() if PurePosixPath(file).name in CONFIGS}
+    weights = {file: about for file, about in inside.items() if PurePosixPath(file).name in WEIGHTS}
+    most = checkpoint.MAX_CONFIG_BYTES
     for file, about in configs.items():
-        if about.size > MAX_CONFIG_BYTES:
+        if about.size > most:
             raise UserError(
-                f"{repository} must have configs of at most {format_bytes(MAX_CONFIG_BYTES)}; its {file} has "
+                f"{repository} must have configs of at most {format_bytes(most)}; its {file} has "
                 f"{format_bytes(about.size)}. It was not downloaded."
             )
     get = partial(_get, repository, revision or "main", listing)
@@ -201,21 +199,23 @@ def _cached(repository: str, revision: str) -> _Listing | None:
     return _Listing(commit, files, cached=True)
 
 
-def _choose(repository: str, listing: _Listing, name: str | None, weight_suffixes: Collection[str]) -> str:
+def _choose(repository: str, listing: _Listing, name: str | None) -> str:
     """Return the folder of the SAE in the repository; ``"."``: its root."""
-    folders = {str(PurePosixPath(file).parent) for file in listing.files}
-    with_weights = {str(PurePosixPath(file).parent) for file in listing.files if file.endswith(tuple(weight_suffixes))}
+    paths = [PurePosixPath(file) for file in listing.files]
+    with_weights = {str(path.parent) for path in paths if path.name in WEIGHTS}
     known = {
         folder.removeprefix(f"{RUN_FOLDER}/"): folder
-        for folder in sorted(folders & with_weights)
+        for folder in sorted(with_weights)
         if str(PurePosixPath(folder, checkpoint.CONFIG_FILE)) in listing.files
     }
     where = f"{repository} at commit {listing.commit[:12]}{', of which the cache has a part' * listing.cached}"
     if not known:
-        raise UserError(
-            f"{where}, must hold an SAE: a folder with {checkpoint.CONFIG_FILE} and weights "
-            f"({', '.join(weight_suffixes)}); it has none. Pickled weights are not read."
-        )
+        rule = f"{where}, must hold an SAE: a folder with {checkpoint.CONFIG_FILE} and {' or '.join(WEIGHTS)}"
+        if other := next((one for one in NOT_FETCHED if any(path.name == one for path in paths)), None):
+            raise UserError(
+                f"{rule}; {other} is not fetched from the Hub. Download the folder that holds it and give its path."
+            )
+        raise UserError(f"{rule}; it has none. Pickled weights are not read.")
     if name is None:
         if "." in known:
             return "."
@@ -247,7 +247,7 @@ def _own_weights(repository: str, path: str, weights: Mapping[str, _File], folde
     if file not in weights:
         raise UserError(f"{repository} must have {file} beside its config; it does not. Pickled weights are not read.")
     elements = checkpoint.weight_elements(checkpoint.read_shape(folder))
-    most, size = elements * MAX_ELEMENT_BYTES + MAX_HEADER_BYTES, weights[file].size
+    most, size = elements * MAX_ELEMENT_BYTES + checkpoint.MAX_HEADER_BYTES, weights[file].size
     if not elements <= size <= most:
         raise UserError(
             f"{repository}: {file} must have the size that its config implies, {elements:,} numbers in at most "
