@@ -120,6 +120,7 @@ def test_without_an_environment_it_says_how_to_build_one(
 @pytest.mark.usefixtures("own_cache")
 def test_what_is_wrong_is_said_before_anything_is_built(finished_run: Run, tmp_path: Path, kronsae: Kronsae) -> None:
     for words, message in [
+        (("--evals", ","), "evals must name at least one of absorption, "),
         (("--evals", "absorbtion"), "Did you mean 'absorption'"),
         (("--evals", "core"), "SAEBench's core is not offered: it runs code that comes with its data set"),
         (("--sae", "krn"), "name must be one of the SAEs"),

@@ -55,6 +55,8 @@ def command(
     SAEBench pins older versions of common packages, so it runs in an environment of its own (--prepare builds it).
     """
     names = tuple(dict.fromkeys(name.strip() for name in evals.split(",") if name.strip()))
+    if not names:
+        raise UserError(f"evals must name at least one of {', '.join(EVALUATIONS)}; got '{evals}'.")
     for name in names:
         check_evaluation(name)
     if source is None and not prepare:

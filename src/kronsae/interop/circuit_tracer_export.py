@@ -21,7 +21,6 @@ from kronsae.interop.exportable import Exportable, Exported
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path, write_text
 
-DESCRIPTION = "circuit-tracer (0.5): a transcoder set, one dense JumpReLU transcoder of the MLP per layer"
 CONFIG_FILE = "config.yaml"
 INPUT_HOOK, OUTPUT_HOOK = "mlp.hook_in", "mlp.hook_out"
 """circuit-tracer's names of the MLP's input and output, after and before the block's normalisations."""

@@ -41,8 +41,6 @@ LARGEST = float(np.finfo(np.float16).max)
 ENTRY = np.dtype([("row", "<u4"), ("position", "<u4"), ("latent", "<u4"), ("value", "<f2")])
 """One activation, as it is kept on disk until the split is written."""
 
-DESCRIPTION = "delphi (eai-delphi): a cache of latents, which LatentDataset reads"
-
 
 def boundaries(d_sae: int, splits: int) -> list[tuple[int, int]]:
     """Return first and last latent of each split, as delphi divides ``d_sae`` latents."""

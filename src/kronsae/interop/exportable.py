@@ -53,9 +53,6 @@ class Exported:
 class Target(Protocol):
     """Interface of the module of a target of ``kronsae export``."""
 
-    DESCRIPTION: str
-    """What the target is, in a few words, for the help."""
-
     def check(self, saes: tuple[Exportable, ...]) -> None:
         """Refuse SAEs that the format cannot hold exactly; called before anything is written.
 

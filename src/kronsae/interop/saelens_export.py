@@ -30,8 +30,6 @@ from kronsae.interop.hook_names import family_of, to_transformer_lens
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path, write_json
 
-DESCRIPTION = "SAELens (sae-lens >= 6): SAE.load_from_disk reads the folder"
-
 SAE_LENS_VERSION = "6.54.12"
 """The version whose layout is written; SAELens drops the metadata of a config that names none."""
 

@@ -20,8 +20,6 @@ from kronsae.interop.formats.sparsify import CONFIG_FILE, HOOKPOINT, WEIGHTS_FIL
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path, write_json
 
-DESCRIPTION = "sparsify (eai-sparsify): SparseCoder.load_from_disk reads each folder; TopK with a dense encoder only"
-
 
 def check(saes: tuple[Exportable, ...]) -> None:
     """Refuse SAEs that sparsify cannot compute.

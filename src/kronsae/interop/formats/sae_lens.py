@@ -154,12 +154,7 @@ def _current(path: Path, config: Mapping[str, Any]) -> Layout:
 
 
 def _from_before_6(path: Path, config: Mapping[str, Any]) -> Layout:
-    names = {
-        "hook_point": "hook_name",
-        "hook_point_head_index": "hook_head_index",
-        "activation_fn_str": "activation_fn",
-    }
-    old = {names.get(key, key): one for key, one in config.items()}
+    old = {RENAMED_IN_6.get(key, key): one for key, one in config.items()}
     activation = old.get("activation_fn") or "relu"
     if activation not in ("relu", "topk"):
         raise UserError(
