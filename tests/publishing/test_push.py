@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from kronsae.core.sae import SAE
 from kronsae.interop import formats
 from kronsae.publishing.push import push_run
 from kronsae.runs.hub_download import download
+from kronsae.runs.imported import Place, import_saes
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
 
@@ -49,6 +51,13 @@ def files(hub: Hub, branch: str = "main") -> dict[str, bytes]:
     }
 
 
+def assert_no_places(hub: Hub, run: Run) -> None:
+    """Assert that no uploaded text names a place on this machine."""
+    local = run.config.model.name, run.config.text.source, str(Path.home())
+    everything = b"".join(content for path, content in files(hub).items() if path.endswith((".md", ".json")))
+    assert not any(place.encode() in everything for place in local)
+
+
 def test_push_then_load_gives_the_same_bits(hub: Hub, finished_run: Run, kronsae: Kronsae) -> None:
     done = kronsae("push", finished_run.folder, NAME, "--private", "--json")
     assert done.status == 0, done.err
@@ -60,9 +69,7 @@ def test_push_then_load_gives_the_same_bits(hub: Hub, finished_run: Run, kronsae
     assert hub.repositories[NAME].private
     for name in ("topk", "kron"):
         assert same(ks.load(NAME, name), finished_run.load(name))
-    local = finished_run.config.model.name, finished_run.config.text.source, str(Path.home())
-    everything = b"".join(content for path, content in files(hub).items() if path.endswith((".md", ".json")))
-    assert not any(place.encode() in everything for place in local)
+    assert_no_places(hub, finished_run)
 
 
 def test_folders_for_saelens_beside_ours(hub: Hub, finished_run: Run) -> None:
@@ -75,6 +82,10 @@ def test_folders_for_saelens_beside_ours(hub: Hub, finished_run: Run) -> None:
         assert same(ks.load(NAME, name), finished_run.load(name))
         read = formats.read(download(NAME, f"saelens/{name}").folder).sae
         torch.testing.assert_close(read(x), finished_run.load(name)(x), rtol=1e-5, atol=1e-5)
+    assert_no_places(hub, finished_run)
+    stated = json.loads(files(hub)["saelens/topk/cfg.json"])["metadata"]
+    assert stated["model_name"] == Path(finished_run.config.model.name).name
+    assert stated["dataset_path"] == Path(finished_run.config.text.source).name
 
 
 def test_names_branch_licence_and_a_second_push(hub: Hub, finished_run: Run, kronsae: Kronsae) -> None:
@@ -131,6 +142,16 @@ def test_what_is_refused(hub: Hub, finished_run: Run, monkeypatch: pytest.Monkey
     )
     assert "user/other" not in hub.repositories
     assert files(hub) == {}
+
+
+def test_an_imported_run_is_refused(hub: Hub, finished_run: Run, tmp_path: Path) -> None:
+    place = Place(text=finished_run.config.text.source)
+    run = import_saes([finished_run.sae_folder("kron")], tmp_path / "imported", place)
+    assert refusal(run) == (
+        f"the run must be one that kronsae trained; {run.folder} holds imported SAEs (kron), which are not uploaded. "
+        "Give the folder of a training."
+    )
+    assert hub.asked == []
 
 
 def test_without_network(hub: Hub, finished_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from kronsae.core import checkpoint
 from kronsae.data.hub import one_line
+from kronsae.interop.exportable import Exportable
 from kronsae.publishing.card import DEFAULT_LICENSE, model_card
 from kronsae.publishing.export import exportable, target_module
-from kronsae.publishing.public import public_config
+from kronsae.publishing.public import origin_of, public_config
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.hub_download import RUN_FOLDER, is_repository
 from kronsae.support.errors import UserError, nearest
@@ -63,7 +64,7 @@ def push_run(
     this machine; the weights are uploaded as they are.
 
     Args:
-        run: a finished run.
+        run: a finished run of a training.
         repository: ``user/repo``; created if there is none.
         names: SAEs to upload; none: all of the run.
         private: create a private repository.
@@ -73,8 +74,8 @@ def push_run(
         dry_run: only prepare the files and describe them; no network is used.
 
     Raises:
-        UserError: an argument is invalid, the run is not finished, or the Hub refuses or cannot be reached. Nothing
-            has been committed.
+        UserError: an argument is invalid, the run is imported or not finished, or the Hub refuses or cannot be
+            reached. Nothing has been committed.
     """
     if not is_repository(repository):
         raise UserError(f"the repository must be user/repo on the Hub; got '{repository}'.")
@@ -82,6 +83,11 @@ def push_run(
         if name not in FORMATS:
             raise UserError(f"--with must be one of {', '.join(FORMATS)}; got '{name}'.{nearest(name, FORMATS)}")
     run.require_finished()
+    if run.imported:
+        raise UserError(
+            f"the run must be one that kronsae trained; {run.folder} holds imported SAEs ({', '.join(run.names)}), "
+            "which are not uploaded. Give the folder of a training."
+        )
     chosen = tuple(names or run.names)
     with tempfile.TemporaryDirectory(prefix="kronsae-push-") as folder:
         card = _prepare(run, Path(folder), repository, chosen, license, formats)
@@ -105,12 +111,22 @@ def _prepare(
         write_json(target / checkpoint.CONFIG_FILE, public_config(checkpoint.read_config(source)))
     for to in formats:
         module = target_module(to)
-        saes = [exportable(run, name) for name in names]
+        saes = [_public(exportable(run, name)) for name in names]
         module.check(tuple(saes))
         for one in saes:
             module.export((one,), folder / to / one.name)
     write_text(folder / CARD_FILE, card)
     return card
+
+
+def _public(one: Exportable) -> Exportable:
+    """Return what is exported without the paths of this machine."""
+    return replace(
+        one,
+        model=None if one.model is None else origin_of(one.model).name,
+        text=None if one.text is None else origin_of(one.text).name,
+        metadata=public_config({"metadata": one.metadata})["metadata"],
+    )
 
 
 def _upload(folder: Path, repository: str, private: bool, revision: str | None) -> tuple[str, str]:
