@@ -112,13 +112,20 @@ def test_bad_arguments(words: list[str], sentence: str, kronsae: Kronsae) -> Non
 
 
 def test_bad_files(corpora: Path, tmp_path: Path) -> None:
-    (tmp_path / "damaged.gz").write_bytes(gzip.compress(b'{"text": "a", "source": "brown/ca01"}\n')[:-9])
+    (tmp_path / "damaged.gz").write_bytes(gzip.compress(b'{"text": "a", "source": "abc/rural.txt"}\n')[:-9])
     for path in (tmp_path / "none.gz", tmp_path / "damaged.gz"):
         with pytest.raises(UserError, match="it cannot be read"):
             list(read_rows(path))
-    (tmp_path / "other.gz").write_bytes(gzip.compress(b"[]\n"))
-    with pytest.raises(UserError, match='line 1 has no "text" and "source"'):
-        list(read_rows(tmp_path / "other.gz"))
+    begin = f"{tmp_path / 'other.gz'} must be a file that `kronsae texts english` wrote; line 1"
+    for row, rule in (
+        ([], ' has no "text" and "source".'),
+        ({"text": "a", "source": "brown/ca01", "label": "news"}, ', of brown, has no "spans".'),
+        ({"text": "a", "source": "movie_reviews/pos/cv0.txt"}, ', of movie_reviews, has no "label".'),
+    ):
+        (tmp_path / "other.gz").write_bytes(gzip.compress(f"{json.dumps(row)}\n".encode()))
+        with pytest.raises(UserError) as caught:
+            list(read_rows(tmp_path / "other.gz"))
+        assert str(caught.value) == begin + rule
     (corpora / "abc" / "rural.txt").unlink()
     (corpora / "abc").rmdir()
     with pytest.raises(UserError, match="it has no abc"):

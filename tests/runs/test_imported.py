@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from tests.tiny_runs import listing, write_jsonl
 
 import kronsae as ks
 from kronsae.interop.formats.convert import dense_sae, topk
+from kronsae.publishing.export import exportable
 from kronsae.runs.config import RunConfig
-from kronsae.runs.imported import Place, import_saes
+from kronsae.runs.imported import Import, Place, import_saes
+from kronsae.runs.loading import read_sae
 from kronsae.runs.run import Run
+from kronsae.runs.saebench import find_subjects
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError
 
@@ -91,6 +95,16 @@ class TestTheRun:
         assert (row["tokens"], row["training_flops"], row["seconds"]) == (None, None, None)
         assert 0 < row["l0"] <= 5
         assert "-" in str(imported.compare())
+
+    def test_the_measurements_text_and_budget_are_not_stated_as_the_trainings(self, imported: Run) -> None:
+        one = exportable(imported, "gated")
+        assert (one.text, one.context_length) == (None, None)
+        subjects = find_subjects(str(imported.folder), [], None, None)
+        assert (subjects.tokens, subjects.text, subjects.context_length) == ({}, "", None)
+
+    def test_tokens_that_saelens_states(self, imported: Run, foreign: Path) -> None:
+        of = replace(read_sae(foreign / "gated"), settings={"training_tokens": 70})
+        assert Import("gated", "x", of).tokens == 70
 
     def test_a_transcoder(self, foreign: Path, place: Place, tmp_path: Path) -> None:
         run = import_saes([foreign / "run" / READS], tmp_path / "run", place, names=["mine"])

@@ -30,6 +30,9 @@ HELD_OUT_SHARE = 0.2
 NO_SPACE_BEFORE = frozenset(".,;:?!)%'") | {"''", "n't", "'s", "'re", "'ll", "'ve", "'d", "'m"}
 NO_SPACE_AFTER = frozenset("([$") | {"``"}
 
+LABELS_OF = {"brown": ("label", "spans"), "movie_reviews": ("label",)}
+"""Keys of a row besides ``text`` and ``source``, by corpus."""
+
 Row = dict[str, Any]
 LabelName = Literal["parts-of-speech", "categories", "sentiment"]
 
@@ -225,7 +228,13 @@ def read_rows(path: Path) -> Iterator[Row]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not {"text", "source"} <= row.keys():
                     raise UserError(f'{where}; line {number} has no "text" and "source".')
+                corpus = str(row["source"]).partition("/")[0]
+                for key in LABELS_OF.get(corpus, ()):
+                    if key not in row:
+                        raise UserError(f'{where}; line {number}, of {corpus}, has no "{key}".')
                 yield row
+    except UserError:  # also a ValueError
+        raise
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{where}; it cannot be read ({error}).") from None
 

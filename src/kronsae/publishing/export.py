@@ -59,7 +59,10 @@ def export_run(run: RunFolder, to: str, out: Path, names: Sequence[str] = ()) ->
 
 
 def exportable(run: RunFolder, name: str) -> Exportable:
-    """Return an SAE of a run with what its ``cfg.json`` states about it."""
+    """Return an SAE of a run with what its ``cfg.json`` states about it.
+
+    An imported run's text and context length are those of its measurements, not of the training.
+    """
     folder, sae = run.sae_folder(name), run.load(name)
     metadata: dict[str, Any] = checkpoint.read_config(folder).get("metadata", {})
     member = next(one for one in run.config.saes if one.name == name)
@@ -69,7 +72,7 @@ def exportable(run: RunFolder, name: str) -> Exportable:
         model=run.config.model.name,
         hooks_read=member.reads(run.config.hook),
         hooks_written=member.writes(run.config.hook),
-        context_length=run.config.context_length,
-        text=run.config.text.source,
+        context_length=None if run.imported else run.config.context_length,
+        text=None if run.imported else run.config.text.source,
         metadata=metadata,
     )

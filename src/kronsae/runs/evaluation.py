@@ -16,7 +16,6 @@ from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.report import report_data, write
 from kronsae.report.comparison import architecture, differ_in_hooks, hooks
 from kronsae.report.measurements import kept_results
-from kronsae.runs.config import RunConfig
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.support.config import to_dict
@@ -136,7 +135,7 @@ def _measure(
         progress=progress,
     )
     training = read_json(run.folder / "training.json", "the training's summary")
-    rows = [_row(run.config, name, sae, found[name], training) for name, sae in saes.items()]
+    rows = [_row(run, name, sae, found[name], training) for name, sae in saes.items()]
     say(f"Evaluated on {describe_tokens(rows[0]['evaluation_tokens'], wanted)}.")
     return found, rows
 
@@ -167,11 +166,12 @@ def write_report(run: RunFolder, *, say: Callable[[str], None] = lambda line: No
     return write(data, run.folder / "report.html")
 
 
-def _row(config: RunConfig, name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]) -> dict[str, Any]:
+def _row(run: RunFolder, name: str, sae: SAE, evaluation: Evaluation, training: Mapping[str, Any]) -> dict[str, Any]:
+    config = run.config
     member = next(member for member in config.saes if member.name == name)
     figures = evaluation.figures()
     reconstruction, spliced = figures["reconstruction"], figures["language_model"]
-    tokens = training.get("sae_tokens", {}).get(name, training["tokens"])  # None: imported, and not stated
+    tokens = run.sae_tokens(name)
     trained = replace(sae.config, pursuit=member.pursuit)
     return {
         "name": name,

@@ -118,6 +118,12 @@ class RunFolder:
             "a longer text."
         )
 
+    def sae_tokens(self, name: str) -> int | None:
+        """Return the tokens that an SAE of a finished run was trained on; None: imported, and not stated."""
+        training = read_json(self.folder / "training.json", "the run folder")
+        tokens: int | None = training.get("sae_tokens", {}).get(name, training["tokens"])
+        return tokens
+
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of ``metrics.jsonl``."""
         return read_metrics(self.folder / "metrics.jsonl")

@@ -62,7 +62,8 @@ class Import:
     @property
     def tokens(self) -> int | None:
         """Return the tokens that it was trained on; None: its files do not say."""
-        tokens = self.foreign.settings.get("tokens")
+        settings = self.foreign.settings
+        tokens = settings.get("tokens", settings.get("training_tokens"))  # ours, SAELens'
         return tokens if isinstance(tokens, int) and tokens > 0 else None
 
     @property
@@ -181,7 +182,7 @@ def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> P
     """Return the run folder to measure: the argument itself, or the run that an SAE is imported into.
 
     An SAE (a folder, or ``user/repo`` if something of ``place`` is given) is imported once, into a folder of `IMPORTED`
-    that is named after it, the digests of its files, and ``place``; later calls use it again.
+    that is named after it, and a digest of its files, ``place`` and the version of kronsae; later calls use it again.
 
     Raises:
         UserError: options are given for a run, or an SAE cannot be imported.
@@ -371,7 +372,7 @@ def _write(folder: Path, config: RunConfig, saes: Sequence[Import]) -> None:
 
 
 def _digest(folder: Path, place: Place) -> str:
-    """Return 12 digits of the SHA-256 of an SAE's files and of ``place``."""
+    """Return 12 digits of the SHA-256 of an SAE's files, ``place``, and the version, whose conversion may differ."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SAE_SUFFIXES)
     content: list[Any] = [[path.name, sha256(path)] for path in files]
-    return hashlib.sha256(json.dumps([content, to_dict(place)]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([content, to_dict(place), version("kronsae")]).encode()).hexdigest()[:12]

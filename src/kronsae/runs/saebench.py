@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,21 @@ PYTHONS = ((3, 11), (3, 12))
 
 @dataclass(frozen=True)
 class Subjects:
-    """SAEs to evaluate, and what is known of their training."""
+    """SAEs to evaluate, and what is known of their training.
+
+    Args:
+        saes: by name.
+        hooks: hook of each SAE.
+        model: language model.
+        tokens: training tokens of each SAE; an SAE without an entry: not known.
+        context_length: length of the windows that they were trained on; None: not known.
+        text: the text that they were trained on; ``""``: not known.
+    """
 
     saes: dict[str, SAE]
     hooks: dict[str, str]
     model: str
-    training_tokens: int = -1
+    tokens: dict[str, int] = field(default_factory=dict)
     context_length: int | None = None
     text: str = ""
 
@@ -69,14 +78,14 @@ def find_subjects(source: str, names: list[str], model: str | None, hook: str | 
                 f"'{name}' is no such SAE. Name others by --sae."
             )
         hooks[name] = own if hook is None else hook
-    tokens = run.config.loop.tokens
+    tokens = {name: run.sae_tokens(name) for name in chosen}
     return Subjects(
         saes,
         hooks,
         run.config.model.name if model is None else model,
-        -1 if tokens is None else tokens,
-        run.config.context_length,
-        run.config.text.source,
+        {name: count for name, count in tokens.items() if count is not None},
+        None if run.imported else run.config.context_length,  # of an imported run, those of its measurements
+        "" if run.imported else run.config.text.source,
     )
 
 
@@ -94,7 +103,7 @@ def make_job(
     folder = local_folder(subjects.model)
     return Job(
         saes=tuple(
-            JobSAE(name=name, folder="", hook=place, layer=layer, training_tokens=subjects.training_tokens)
+            JobSAE(name=name, folder="", hook=place, layer=layer, training_tokens=subjects.tokens.get(name, -1))
             for name, (place, layer) in places.items()
         ),
         model=subjects.model if folder is None else Path(subjects.model).name,
