@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sae_lens
 import torch
+from sae_lens.loading import pretrained_sae_loaders
 from tests.interop_real.saelens.lens import D_IN, TOLERANCE, difference, inputs, randomize, read_back
 
 from kronsae.interop import formats
@@ -43,6 +45,36 @@ def test_an_sae_that_sae_lens_saved_is_read(architecture: str, tmp_path: Path, r
         direction="read",
         package="sae-lens",
         difference=max(found),
+        tolerance=TOLERANCE,
+    )
+
+
+def test_a_folder_of_gemma_scope_is_read_as_sae_lens_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
+) -> None:
+    name = "layer_3/width_16k/average_l0_50"
+    folder = tmp_path / "gemma-scope-2b-pt-res" / name
+    folder.mkdir(parents=True)
+    shapes = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
+    draw = np.random.default_rng(0)
+    arrays = {key: draw.standard_normal(shape, dtype=np.float32) for key, shape in shapes.items()}
+    arrays["threshold"] = draw.random(D_SAE, dtype=np.float32)
+    np.savez(folder / "params.npz", **arrays)
+    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", lambda **asked: folder / asked["filename"])
+    about, state, _ = pretrained_sae_loaders.gemma_2_sae_huggingface_loader("google/gemma-scope-2b-pt-res", name)
+    sae_class, config_class = sae_lens.registry.get_sae_class(about["architecture"])
+    theirs = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, apply_b_dec_to_input=about["apply_b_dec_to_input"]))
+    theirs.load_state_dict(state)
+    ours = formats.read(folder)
+    assert ours.hook_read == about["hook_name"]
+    found = difference(ours.sae, theirs, inputs())
+    assert found <= TOLERANCE
+    record(
+        "latents and reconstruction of an SAE that sae-lens loads",
+        format="Gemma Scope",
+        direction="read",
+        package="sae-lens",
+        difference=found,
         tolerance=TOLERANCE,
     )
 
