@@ -57,7 +57,7 @@ def test_a_folder_of_gemma_scope_is_read_as_sae_lens_reads_it(
     folder.mkdir(parents=True)
     shapes = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
     draw = np.random.default_rng(0)
-    arrays = {key: draw.standard_normal(shape, dtype=np.float32) for key, shape in shapes.items()}
+    arrays: dict[str, Any] = {key: draw.standard_normal(shape, dtype=np.float32) for key, shape in shapes.items()}
     arrays["threshold"] = draw.random(D_SAE, dtype=np.float32)
     np.savez(folder / "params.npz", **arrays)
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", lambda **asked: folder / asked["filename"])
