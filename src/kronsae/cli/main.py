@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import typer
 
@@ -36,47 +37,23 @@ app.add_typer(texts_app, name="texts")
 app.command("recipes")(lists.list_recipes)
 app.command("architectures")(lists.list_architectures)
 
-SEPARATE = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Settings of a command whose module is imported only when it is called and parses the arguments itself."""
+
+def _add_separate(name: str, help: str) -> None:
+    """Add a command with the app of its own module, imported only when it is called, which parses the arguments."""
+
+    @app.command(
+        name,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        add_help_option=False,
+        help=help,
+    )
+    def call(context: typer.Context) -> None:
+        run_app(import_module(f"kronsae.cli.{name}").app, f"kronsae {name}", context.args)
 
 
-@app.command(
-    "steer",
-    context_settings=SEPARATE,
-    add_help_option=False,
-    help="Generate text with a run's language model, without and with changed latents.",
-)
-def steer(context: typer.Context) -> None:
-    """Call the command's own module, which is imported only here."""
-    from kronsae.cli.steer import app as steering
-
-    run_app(steering, "kronsae steer", context.args)
-
-
-@app.command(
-    "saebench",
-    context_settings=SEPARATE,
-    add_help_option=False,
-    help="Evaluate SAEs with SAEBench, in an environment of its own.",
-)
-def saebench(context: typer.Context) -> None:
-    """Call the command's own module, which is imported only here."""
-    from kronsae.cli.saebench import app as evaluation
-
-    run_app(evaluation, "kronsae saebench", context.args)
-
-
-@app.command(
-    "bench",
-    context_settings=SEPARATE,
-    add_help_option=False,
-    help="Measure the speed and memory of a training step, and compare it with other libraries.",
-)
-def bench(context: typer.Context) -> None:
-    """Call the benchmarks' own module, which is imported only here."""
-    from kronsae.cli.bench import app as benchmarks
-
-    run_app(benchmarks, "kronsae bench", context.args)
+_add_separate("steer", "Generate text with a run's language model, without and with changed latents.")
+_add_separate("saebench", "Evaluate SAEs with SAEBench, in an environment of its own.")
+_add_separate("bench", "Measure the speed and memory of a training step, and compare it with other libraries.")
 
 
 def main() -> None:

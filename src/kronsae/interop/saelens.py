@@ -8,7 +8,7 @@
 SAELens finds no plug-ins by itself: without this import, it knows no architecture ``kronsae_topk``. Its runner and its
 command line train our architectures too::
 
-    python -c "import kronsae.interop.saelens as s; s.main()" --architecture kronsae_topk --d_sae 1024 --k 32 ...
+    python -m kronsae.interop.saelens --architecture kronsae_topk --d_sae 1024 --k 32 ...
 
 Encoder, selection and loss are those of `kronsae.core`; nothing is defined twice. The names of architectures, config
 fields and tensors are in `kronsae.interop.saelens_layout`.

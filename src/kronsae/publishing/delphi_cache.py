@@ -15,7 +15,7 @@ from kronsae.interop.exportable import Exported
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.loaded import LoadedRun
 from kronsae.support.errors import UserError
-from kronsae.support.files import check_folder_place
+from kronsae.support.files import check_new_folder
 from kronsae.support.progress import Progress, progress_of_part
 
 EXAMPLE = 32
@@ -56,9 +56,7 @@ def export_delphi(
         run.sae_folder(name)
         if len(loaded.places[name].read) > 1:
             raise UserError(f"SAEs must read one hook for a cache of delphi; '{name}' reads several. Leave it out.")
-    check_folder_place(out)
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"out must be a new or empty folder; {out} holds files. Choose another one.")
+    check_new_folder(out)
     length = run.config.context_length
     read = loaded.windows(tokens)
     windows = [full for one in read if len(full := _of_length(one, length))]

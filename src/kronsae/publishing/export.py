@@ -11,7 +11,7 @@ from kronsae.core import checkpoint
 from kronsae.interop.exportable import Exportable, Exported, Target
 from kronsae.runs.folder import RunFolder
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import check_folder_place
+from kronsae.support.files import check_new_folder
 
 TARGETS: dict[str, str] = {
     "saelens": "kronsae.interop.saelens_export",
@@ -51,9 +51,7 @@ def export_run(run: RunFolder, to: str, out: Path, names: Sequence[str] = ()) ->
     target = target_module(to)
     run.require_finished()
     saes = tuple(exportable(run, name) for name in names or run.names)
-    check_folder_place(out)
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"out must be a new or empty folder; {out} holds files. Choose another one.")
+    check_new_folder(out)
     target.check(saes)
     return target.export(saes, out)
 

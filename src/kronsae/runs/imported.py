@@ -32,7 +32,7 @@ from kronsae.runs.parsing import with_options
 from kronsae.runs.run import Run, sae_metadata
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError, shown, shown_text
-from kronsae.support.files import check_folder_place, sha256, umask, write_json
+from kronsae.support.files import check_new_folder, sha256, umask, write_json
 from kronsae.training.config import LoopConfig, MemberConfig
 
 IMPORTED = Path("runs/imported")
@@ -162,7 +162,7 @@ def import_saes(
     if names and len(names) != len(sources):
         raise UserError(f"--name must be given once per SAE; got {len(names)} names for {len(sources)} SAEs.")
     run = Run(Path(out))
-    _check_new(run.folder)
+    check_new_folder(run.folder)
     read = [_read(sae_folder(source)) for source in sources]
     chosen = list(names) if names else _names(list(map(str, sources)))
     saes = [Import(name, str(source), *one) for name, source, one in zip(chosen, sources, read, strict=True)]
@@ -227,12 +227,6 @@ def _is_json(value: object) -> bool:
         return len(json.dumps(value, allow_nan=False)) <= MAX_STATEMENT
     except (ValueError, TypeError, RecursionError):
         return False
-
-
-def _check_new(folder: Path) -> None:
-    check_folder_place(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"out must be a new or empty folder; {folder} holds files. Choose another one.")
 
 
 def _names(sources: Sequence[str]) -> list[str]:

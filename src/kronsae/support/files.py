@@ -36,6 +36,13 @@ def check_folder_place(folder: Path, argument: str = "out") -> None:
             )
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raise if ``out`` cannot be created, or holds files: what is written there is a folder of its own."""
+    check_folder_place(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"out must be a new or empty folder; {folder} holds files. Choose another one.")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is flushed to disk and replaces ``path``."""
