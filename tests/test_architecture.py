@@ -41,7 +41,21 @@ ARROWS: dict[str, set[str]] = {
     "measures": {"core", "data", "training", "eval", "report", "runs", "chat", "interop"},
     "interventions": {"core", "kernels", "data", "eval", "runs"},
     "publishing": {"core", "interop", "runs", "report", "data", "training", "eval"},
-    "cli": {"data", "eval", "report", "runs", "sweeps", "measures", "interventions", "publishing", "bench", "interop"},
+    # the paper's tables and figures, with one runner
+    "reproduce": {"core", "data", "eval", "report", "runs", "sweeps", "measures", "bench"},
+    "cli": {
+        "data",
+        "eval",
+        "report",
+        "runs",
+        "sweeps",
+        "measures",
+        "interventions",
+        "publishing",
+        "bench",
+        "interop",
+        "reproduce",
+    },
     "__main__": {"cli"},
 }
 """Rooms that each room may import in addition to ``support``."""
@@ -51,8 +65,6 @@ PLANNED: dict[str, set[str]] = {
     "distributed": {"core", "kernels", "training", "data"},
     # the static site of a run: heads, latents, comparisons
     "explorer": {"core", "data", "eval", "report", "runs", "interventions"},
-    # the paper's tables and figures as verbs with one runner, in place of scripts/ and studies/
-    "reproduce": {"core", "data", "training", "eval", "report", "runs", "sweeps", "measures", "bench", "interop"},
 }
 """The place in the table of rooms that do not exist yet; `cli` may import all of them. Pursuit belongs to `core`."""
 

@@ -13,6 +13,7 @@ import pytest
 from tests.command_line import Kronsae
 
 from kronsae.data.english import CORPORA, Row, english_rows, labelled, read_rows, write_english, written
+from kronsae.data.sources import mixed
 from kronsae.support.errors import UserError
 
 LONG = "Rain fell on the dry fields for a week and the farmers were glad of it. " * 4
@@ -89,7 +90,7 @@ def test_the_command_writes_the_same_file_twice_and_labels_from_it(
         digests.append((done.json["sha256_of_lines"], (tmp_path / name).read_bytes()))
     assert digests[0] == digests[1]
     assert hashlib.sha256(gzip.decompress(digests[0][1])).hexdigest() == digests[0][0]
-    assert list(read_rows(tmp_path / "one.jsonl.gz")) == list(english_rows(corpora))
+    assert list(read_rows(tmp_path / "one.jsonl.gz")) == mixed(english_rows(corpora), lambda row: str(row["text"]))
     out = tmp_path / "sentiment.jsonl"
     done = kronsae("texts", "labels", tmp_path / "one.jsonl.gz", "--name", "sentiment", "--out", out, "--json")
     assert done.json == {"out": str(out), "passages": 2, "labels": 2}
@@ -165,7 +166,7 @@ def test_download(index: str, corpora: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("KRONSAE_CACHE", str(tmp_path / "cache"))
     done = kronsae("texts", "english", "--out", tmp_path / "english.jsonl.gz")
     assert done.status == 0, done.err
-    assert list(read_rows(tmp_path / "english.jsonl.gz")) == list(english_rows(corpora))
+    assert list(read_rows(tmp_path / "english.jsonl.gz")) == mixed(english_rows(corpora), lambda row: str(row["text"]))
     monkeypatch.setenv("NLTK_DOWNLOAD_URL", index.replace("index", "none"))
     monkeypatch.setenv("KRONSAE_CACHE", str(tmp_path / "empty"))
     failed = kronsae("texts", "english", "--out", tmp_path / "again.jsonl.gz")

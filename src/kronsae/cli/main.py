@@ -7,7 +7,7 @@ from importlib import import_module
 
 import typer
 
-from kronsae.cli import export, harvest, import_, lists, push, quickstart, report, sweep, train
+from kronsae.cli import export, harvest, import_, lists, push, quickstart, report, reproduce, sweep, train
 from kronsae.cli.eval import app as eval_app
 from kronsae.cli.models import app as models_app
 from kronsae.cli.texts import app as texts_app
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(sweep.sweep)
+app.command()(reproduce.reproduce)
 app.add_typer(eval_app, name="eval")
 app.command()(report.report)
 app.command("import")(import_.import_saes)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kronsae.data.corpus import is_held_out
+from kronsae.data.sources import mixed
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path
 
@@ -88,6 +89,9 @@ def download(folder: Path) -> Path:
 def write_english(folder: Path, out: Path) -> tuple[int, int, str]:
     """Write the documents of the corpora in ``folder`` to the gzipped JSON-lines file ``out``.
 
+    The documents of all corpora are mixed, in an order that is the same on every machine, so that every part of the
+    file is a sample of all of them.
+
     Returns:
         Number of documents, number of characters, and SHA-256 of the uncompressed lines: the file's own digest would
         depend on the version of zlib.
@@ -100,7 +104,7 @@ def write_english(folder: Path, out: Path) -> tuple[int, int, str]:
         raise UserError(f"{folder} must hold the unpacked corpora {', '.join(CORPORA)}; it has no {missing[0]}.")
     digest, documents, characters = hashlib.sha256(), 0, 0
     with atomic_path(out) as temporary, temporary.open("wb") as file, gzip.GzipFile("", "wb", 9, file, 0) as packed:
-        for row in english_rows(folder):
+        for row in mixed(english_rows(folder), lambda row: str(row["text"])):
             line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
             digest.update(line)
             packed.write(line)

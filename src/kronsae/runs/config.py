@@ -33,6 +33,8 @@ class RunConfig:
             sum of the widths of all `hooks`. A run on harvested `activations` has neither pool nor buffer, because it
             reads them from disk in random order.
         eval_tokens: held-out tokens to evaluate on.
+        eval_ce_tokens: the first of these tokens, on which CE and KL recovered are measured; the whole model runs on
+            them once per SAE, which takes most of an evaluation's time.
         held_out_share: share of documents held out for evaluation.
         seed: seed of the order of the activations.
     """
@@ -48,11 +50,12 @@ class RunConfig:
     window_pool_tokens: int | None = None
     buffer_tokens: int = 2**18
     eval_tokens: int = 262_144
+    eval_ce_tokens: int = 32_768
     held_out_share: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("context_length", "model_batch", "buffer_tokens", "eval_tokens"):
+        for name in ("context_length", "model_batch", "buffer_tokens", "eval_tokens", "eval_ce_tokens"):
             check_count(name, getattr(self, name))
         if not self.saes:
             raise UserError("saes must name at least one SAE; got none. Add kronsae.topk(...) or kronsae.kron(...).")

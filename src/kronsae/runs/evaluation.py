@@ -132,6 +132,7 @@ def _measure(
         loaded.places,
         loaded.make_tokens(),
         tokens=wanted,
+        language_model_tokens=run.config.eval_ce_tokens,
         progress=progress,
     )
     training = read_json(run.folder / "training.json", "the training's summary")

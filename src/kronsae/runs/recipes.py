@@ -62,7 +62,8 @@ def quickstart_smollm2() -> RunConfig:
         context_length=128,
         model_batch=8,  # logits of 1,024 tokens take 0.2 GB, several times over in the evaluation
         buffer_tokens=2**16,
-        eval_tokens=16_384,  # a token costs an evaluation about ten times what it costs a training
+        eval_tokens=16_384,
+        eval_ce_tokens=8192,  # a token costs ten times what it costs a training
     )
 
 

@@ -289,7 +289,7 @@ def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[s
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
     known = {
         *("activations", "context_length", "model_batch", "window_pool_tokens", "buffer_tokens"),
-        *("eval_tokens", "held_out_share", "seed"),
+        *("eval_tokens", "eval_ce_tokens", "held_out_share", "seed"),
     }
     for name in options:
         if name not in known:

@@ -76,7 +76,7 @@ class SweepConfig:
         )
 
 
-UNTRAINED = ("eval_tokens", "loop.log_every", "loop.checkpoint_every")
+UNTRAINED = ("eval_tokens", "eval_ce_tokens", "loop.log_every", "loop.checkpoint_every")
 """Fields of a run that do not affect the trained weights, not even their last bit."""
 
 

@@ -477,7 +477,10 @@ def _rows_of(run: Run, by_digest: Mapping[str, Point]) -> dict[str, dict[str, An
         if digest in by_digest:
             point = by_digest[digest]
             trained = replace(point, run=replace(point.run, loop=run.config.loop))  # log_every as it was in training
-            rows[digest] = result_row(trained, figures[member.name], about, run.folder.name)
+            row = result_row(trained, figures[member.name], about, run.folder.name)
+            rows[digest] = row | {
+                "name_in_group": member.name
+            }  # another name than the grid's if an older grid trained it
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +66,7 @@ class ConceptProbing:
         share: share of the held-out tokens that have the concept. (A latent that is always active has F1
             ``2 share / (1 + share)``.)
         latent, threshold: latent and threshold with the best F1 on the training tokens; the latent detects the concept
-            at activations of at least ``threshold``.
+            at activations of at least ``threshold``; None if no latent is active on a token with the concept.
         f1: F1 of that latent.
         pair: the best AND or OR of two latents.
         accuracy_by_k: accuracy of logistic regressions on the k latents with the largest difference in mean activation,
@@ -75,7 +76,7 @@ class ConceptProbing:
     name: str
     share: float
     latent: int
-    threshold: float
+    threshold: float | None
     f1: float
     pair: Pair | None
     accuracy_by_k: dict[int, float]
@@ -276,12 +277,13 @@ def _concept(
     c: int, detectors: _Detectors, text: ConceptText, baseline: _Baseline, config: ProbingConfig
 ) -> ConceptProbing:
     latent = int(detectors.best.f1_FL[:, c].argmax())
+    threshold = float(detectors.best.threshold_FL[latent, c])
     pair = detectors.pair(c)
     return ConceptProbing(
         name=text.concepts[c],
         share=float(detectors.labels[True][:, c].mean()),
         latent=latent,
-        threshold=float(detectors.best.threshold_FL[latent, c]) / baseline.factor,
+        threshold=threshold / baseline.factor if math.isfinite(threshold) else None,
         f1=float(detectors.held_out_f1_FL[latent, c]),
         pair=None if pair is None else pair.in_units(1 / baseline.factor),
         accuracy_by_k=_k_sparse(c, detectors, text, baseline, config.ks),
