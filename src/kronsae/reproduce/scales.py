@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kronsae.runs.recipes import short_run_lr
+from kronsae.runs.recipes import SMOLLM2_LR, short_run_lr
 from kronsae.support.errors import UserError, nearest
 
 
@@ -90,10 +90,11 @@ SCALES: dict[str, Scale] = {
             subset="wikitext-2-raw-v1",
             layers=("layers.8", "layers.15", "layers.22"),
             harvested=True,
-            tokens=400_000,
+            tokens=250_000,
             d_sae=4096,
             wide=(8192, 32_768),
-            lr=4e-3,
+            lr=SMOLLM2_LR,
+            rates=(1.0, 0.5, 1.5),
             prompts=3000,
         ),
         Scale(
