@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from typer.testing import CliRunner
 
 from kronsae.cli.main import app
 from kronsae.core.pursuit import Pursuit
-from kronsae.runs.architectures import jumprelu, kron
-from kronsae.runs.evaluation import evaluate_run
+from kronsae.runs.architectures import jumprelu, kron, topk
+from kronsae.runs.config import RunConfig
+from kronsae.runs.evaluation import evaluate_pursuit, evaluate_run, write_report
 from kronsae.runs.parsing import parse_pursuit, parse_sae
-from kronsae.runs.run import Run
+from kronsae.runs.run import Run, execute
 from kronsae.support.errors import UserError
 from kronsae.training.member import Member
 
@@ -42,6 +44,24 @@ def test_rows_side_by_side_and_the_plain_file_as_it_was(finished_run: Run, tmp_p
     assert json.loads(again.stdout)["saes"] == rows
     other = CliRunner().invoke(app, ["eval", str(run.folder), "--pursuit", "rounds=1 refit=1", "--json"])
     assert json.loads(other.stdout)["saes"][1] != rows[1]
+
+
+def test_saes_without_a_fixed_k_are_named_and_left_out_and_the_report_shows_both_rows(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    members = (jumprelu(d_sae=24, k=4), topk(d_sae=24, k=4))
+    run = execute(replace(config, saes=members), tmp_path / "run", show_progress=False)
+    said: list[str] = []
+    rows = evaluate_pursuit(run, Pursuit(), tokens=300, say=said.append)
+    assert [row["name"] for row in rows] == ["jumprelu", "topk", "topk + pursuit"]
+    assert any(line.startswith("'jumprelu' has no pursuit: ") for line in said)
+    assert "topk + pursuit" in write_report(run).read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="'jumprelu' has no pursuit"):
+        evaluate_pursuit(run, Pursuit(), saes=("jumprelu",), tokens=300)
+    with pytest.raises(UserError, match="saes must be among jumprelu, topk; got 'kron'"):
+        evaluate_pursuit(run, Pursuit(), saes=("kron",), tokens=300)
+    evaluate_run(run, tokens=200)  # on other tokens: the rows cannot be compared
+    assert "topk + pursuit" not in write_report(run).read_text(encoding="utf-8")
 
 
 def test_the_words_of_a_pursuit() -> None:

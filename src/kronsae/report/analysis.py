@@ -10,7 +10,7 @@ from typing import Any
 
 from kronsae.eval.display import visible, visible_lines
 from kronsae.report.charts import Chart, Series
-from kronsae.report.comparison import Row, Table, comparison, entry, hooks, is_figure, losses, notes, verdicts
+from kronsae.report.comparison import Row, Table, beside, comparison, entry, hooks, is_figure, losses, notes, verdicts
 from kronsae.report.section import Section
 from kronsae.report.sections import sections
 
@@ -50,6 +50,7 @@ def report_data(
     *,
     run: Mapping[str, Any],
     rows: Sequence[Row],
+    pursued: Sequence[Row] = (),
     metrics: Iterable[Row] = (),
     latents: Mapping[str, Mapping[str, Any]] | None = None,
     measures: Mapping[str, Mapping[str, Any]] | None = None,
@@ -60,6 +61,7 @@ def report_data(
     Args:
         run: contents of ``run.json``: ``{"kronsae_version", "config"}``, and ``imported`` for SAEs trained elsewhere.
         rows: rows of ``evaluation.json``, one per SAE: metrics by name; a missing metric or None shows as a dash.
+        pursued: rows of the same SAEs encoded with a pursuit, ``<name> + pursuit``, for the tables.
         metrics: the lines of ``metrics.jsonl``.
         latents: `kronsae.eval.Evaluation.latents` by SAE: ``{"statistics", "gallery"}``.
         measures: stored results of `kronsae.measures` by name; each becomes a section.
@@ -69,6 +71,7 @@ def report_data(
     names = tuple(visible(str(row["name"])) for row in rows)
     model, hook = visible(str(entry(config, "model", "name"))), _hooks(config, rows)
     latents = latents or {}
+    shown = beside(rows, pursued)
     saes = [
         SAELatents(name, number, _density_summary(latents[str(row["name"])]), latents[str(row["name"])]["gallery"])
         for number, (name, row) in enumerate(zip(names, rows, strict=True))
@@ -79,8 +82,8 @@ def report_data(
         verdict=verdicts(rows),
         facts=_facts(run, rows),
         names=names,
-        table=comparison(rows),
-        losses=losses(rows),
+        table=comparison(shown),
+        losses=losses(shown),
         notes=notes(rows),
         curves=_curves([str(row["name"]) for row in rows], list(metrics)),
         density=_density(rows, latents),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from kronsae.eval.display import visible
 
 Row = Mapping[str, Any]
+_R = TypeVar("_R", bound=Row)
 
 L0_TOLERANCE = 0.02  # relative; SAEs with a larger difference in l0 are not ranked by reconstruction
 
@@ -152,6 +153,18 @@ _COLUMNS = (
     ),
     _Column("seconds", "seconds", "time of this SAE's training steps on this machine", "{:,.0f}".format, 0, _ratio),
 )
+
+
+def with_pursuit(name: str) -> str:
+    """Return the name of an SAE's row with a pursuit."""
+    return f"{name} + pursuit"
+
+
+def beside(rows: Sequence[_R], pursued: Sequence[_R]) -> list[_R]:
+    """Return each row, followed by that of the same SAE with a pursuit if there is one."""
+    by_name = {row["name"]: row for row in pursued}
+    pairs = ((row, by_name.get(with_pursuit(row["name"]))) for row in rows)
+    return [row for pair in pairs for row in pair if row is not None]
 
 
 def comparison(rows: Sequence[Row]) -> Table:

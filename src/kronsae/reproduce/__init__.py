@@ -31,6 +31,8 @@ STUDIES: tuple[str, ...] = (
     "probing",
     "architectures",
     "pursuit",
+    "meaning",
+    "known_features",
 )
 """Modules of the studies, in the order of the paper; those after ``fidelity`` go beyond it."""
 

@@ -32,7 +32,10 @@ def rows(context: Context) -> list[Row]:
         found.append({**row, "encoder": encoder, "codes": codes})
     for run, own in context.runs([row for row in found if row["codes"] == PLAIN]):
         with progress_bar("evaluating", quiet=context.quiet) as progress:
-            figures = {row["name"]: row for row in evaluate_pursuit(run, PURSUIT, say=context.say, progress=progress)}
+            figures = {
+                row["name"]: row
+                for row in evaluate_pursuit(run, PURSUIT, saes=tuple(own), say=context.say, progress=progress)
+            }
         for name, row in own.items():
             pursued = figures[f"{name} + pursuit"]
             found.append({**row, **{key: pursued[key] for key in KEYS}, "codes": ENCODED})

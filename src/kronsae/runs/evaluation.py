@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ from kronsae.core.pursuit import Pursuit
 from kronsae.core.sae import SAE, count_parameters
 from kronsae.eval.evaluation import Evaluation, evaluate
 from kronsae.report import report_data, write
-from kronsae.report.comparison import architecture, differ_in_hooks, hooks
+from kronsae.report.comparison import architecture, beside, differ_in_hooks, hooks, with_pursuit
 from kronsae.report.measurements import kept_results
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.loaded import LoadedRun, describe_tokens
 from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 from kronsae.support.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 REVISION = 2
 """Revision of ``evaluation.json`` and ``latents.json``; increased when their structure or a metric changes."""
+
+PURSUED = "evaluation-pursuit.json"
 
 SUMMARY_KEYS = (
     "name",
@@ -82,33 +85,51 @@ def evaluate_pursuit(
     run: RunFolder,
     pursuit: Pursuit,
     *,
+    saes: Sequence[str] = (),
     tokens: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate a run as it is and with a pursuit, on the same tokens; the latter is kept in a file of its own.
 
-    ``evaluation-pursuit.json`` holds the pursuit asked for last.
+    ``evaluation-pursuit.json`` holds the pursuit asked for last. SAEs for which the pursuit is not defined, such as
+    those with thresholds, are named and have no second row.
+
+    Args:
+        run, tokens, say, progress: as for `evaluate_run`.
+        pursuit: rounds, candidates and refit.
+        saes: names of the SAEs to encode with it; empty: all.
 
     Returns:
         The rows of `evaluate_run`, each followed by that of the same SAE with the pursuit, ``<name> + pursuit``.
 
     Raises:
-        UserError: the pursuit is not defined for one of the SAEs.
+        UserError: a name is unknown, or the pursuit is defined for none of the SAEs.
     """
+    if unknown := [name for name in saes if name not in run.names]:
+        raise UserError(f"saes must be among {', '.join(run.names)}; got '{unknown[0]}'.")
     plain = evaluate_run(run, tokens=tokens, say=say, progress=progress)
     wanted = known_evaluation(run.folder / "evaluation.json")
     assert wanted is not None  # just written
     about = {"revision": REVISION, "requested_tokens": wanted["requested_tokens"], "pursuit": to_dict(pursuit)}
-    path = run.folder / "evaluation-pursuit.json"
+    about["saes_asked"] = list(saes or run.names)
+    path = run.folder / PURSUED
     known = known_evaluation(path)
     if known is None or any(known.get(key) != value for key, value in about.items()):
-        _, rows = _measure(run, wanted["requested_tokens"], pursuit, say, progress)
-        known = about | {"saes": [row | {"name": f"{row['name']} + pursuit"} for row in rows]}
+        _, rows = _measure(run, wanted["requested_tokens"], pursuit, say, progress, about["saes_asked"])
+        known = about | {"saes": [row | {"name": with_pursuit(row["name"])} for row in rows]}
         write_json(path, known)
     else:
         say(f"Already evaluated with this pursuit: {path}.")
-    return [row for pair in zip(plain, known["saes"], strict=True) for row in pair]
+    return beside(plain, known["saes"])
+
+
+def pursued_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """Return the stored rows with a pursuit, if they are of the same tokens as the stored evaluation."""
+    plain, known = (known_evaluation(run.folder / name) for name in ("evaluation.json", PURSUED))
+    if plain is None or known is None or known["requested_tokens"] != plain["requested_tokens"]:
+        return []
+    return list(known["saes"])
 
 
 def _measure(
@@ -117,14 +138,11 @@ def _measure(
     pursuit: Pursuit | None,
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None,
+    names: Sequence[str] = (),
 ) -> tuple[dict[str, Evaluation], list[dict[str, Any]]]:
-    """Measure all SAEs with their own codes, or all with a pursuit; their rows too."""
+    """Measure all SAEs with their own codes, or those with these names with a pursuit; their rows too."""
     loaded = LoadedRun(run)
-    saes = loaded.saes
-    if pursuit is not None:
-        for sae in saes.values():
-            sae.config.check_pursuit(pursuit)
-            sae.pursuit = pursuit
+    saes = loaded.saes if pursuit is None else _pursuing({name: loaded.saes[name] for name in names}, pursuit, say)
     say(f"Evaluating on whole windows of held-out text with at least {wanted:,} tokens in total.")
     found = evaluate(
         saes,
@@ -139,6 +157,24 @@ def _measure(
     rows = [_row(run, name, sae, found[name], training) for name, sae in saes.items()]
     say(f"Evaluated on {describe_tokens(rows[0]['evaluation_tokens'], wanted)}.")
     return found, rows
+
+
+def _pursuing(saes: Mapping[str, SAE], pursuit: Pursuit, say: Callable[[str], None]) -> dict[str, SAE]:
+    """Set the pursuit of the SAEs for which it is defined, and return these."""
+    found, reasons = {}, []
+    for name, sae in saes.items():
+        try:
+            sae.config.check_pursuit(pursuit)
+        except UserError as error:
+            reasons.append(f"'{name}' has no pursuit: {error}")
+            continue
+        sae.pursuit = pursuit
+        found[name] = sae
+    if not found:
+        raise UserError(" ".join(reasons))
+    for reason in reasons:
+        say(reason)
+    return found
 
 
 def known_evaluation(path: Path) -> dict[str, Any] | None:
@@ -160,6 +196,7 @@ def write_report(run: RunFolder, *, say: Callable[[str], None] = lambda line: No
     data = report_data(
         run=read_json(run.folder / "run.json", "the run folder"),
         rows=evaluate_run(run, say=say),
+        pursued=pursued_rows(run),
         metrics=run.metrics(),
         latents=read_json(run.folder / "latents.json", "the evaluation's latents"),
         measures=measures,
