@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from kronsae.reproduce.runner import index, known_results
+from kronsae.sweeps.results import as_csv
+
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = (
     "corpus_study",
@@ -61,6 +64,16 @@ def test_the_page_of_pursuit_is_its_result_file() -> None:
     for mark, markdown in study.TABLES.items():
         text = f"{markdown(kept)}\n" if measured else ""
         assert f"<!-- results:{mark} -->\n{text}{study.END}" in page
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "reproductions").glob("*/")), ids=lambda path: path.name)
+def test_the_pages_of_the_reproductions_are_their_result_files(folder: Path) -> None:
+    found = known_results(folder)
+    assert (folder / "README.md").read_text("utf-8") == index(found)
+    assert {path.stem for path in folder.glob("*.md")} == {"README", *(one.study.name for one in found)}
+    for one in found:
+        assert (folder / f"{one.study.name}.md").read_text("utf-8") == one.page
+        assert (folder / f"{one.study.name}.csv").read_text("utf-8") == as_csv(one.kept["rows"])
 
 
 def test_no_page_has_a_time_that_was_typed_in() -> None:

@@ -76,6 +76,17 @@ def test_a_study_writes_result_rows_page_and_index(sparsity: tuple[Path, Result]
     assert [one.study.name for one in known_results(results)] == ["sparsity"]
 
 
+def test_pages_are_written_again_from_the_result_files(sparsity: tuple[Path, Result], kronsae: Kronsae) -> None:
+    results = sparsity[0] / "results"
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    for name in ("sparsity.md", "sparsity.csv", "README.md"):
+        (results / name).unlink()
+    assert kronsae("reproduce", "--pages", "--results", results).status == 0
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+    refused = kronsae("reproduce", "--pages", "--results", results / "nothing")
+    assert refused.sentence.endswith("nothing has none.")
+
+
 def test_studies_share_trained_saes_and_a_known_result_is_not_measured_again(sparsity: tuple[Path, Result]) -> None:
     folder, found = sparsity
     said: list[str] = []

@@ -24,6 +24,9 @@ def reproduce(
         Path | None, typer.Option(help="Folder for results and pages. Default: OUT/SCALE/results.")
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the studies and scales, and run nothing.")] = False,
+    pages: Annotated[
+        bool, typer.Option("--pages", help="Write the pages in --results again from its result files; run nothing.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -35,12 +38,17 @@ def reproduce(
 
     from kronsae.reproduce import names, study
     from kronsae.reproduce.context import Context
-    from kronsae.reproduce.runner import run_study
+    from kronsae.reproduce.runner import run_study, write_pages
     from kronsae.reproduce.scales import named_scale
     from kronsae.sweeps.grid import seeds as seeds_of
 
     if show_list:
         _show_list(as_json)
+        return
+    if pages:
+        where = out / scale / "results" if results is None else results
+        say(f"{len(write_pages(where))} page(s) written.")
+        what_now(f"read {where / 'README.md'}")
         return
     if not name:
         raise UserError("NAME must be given: a study, several, or 'all'. `kronsae reproduce --list` shows them.")

@@ -41,6 +41,8 @@ class Result:
         lines = [
             f"# {study.title}",
             "",
+            f"<!-- results:{study.name} -->",
+            "",
             f"*{study.of[0].upper()}{study.of[1:]}.* {study.claim}",
             "",
             f"**Verdict: {verdict.holds}.** {verdict.why}",
@@ -59,6 +61,8 @@ class Result:
             f"{format_duration(kept['seconds'])} on {about['cores']} core(s) of {about['processor']}, torch "
             f"{about['versions']['torch']}, commit {about['commit']}, {about['date']} ([result]({study.name}.json), "
             f"[rows]({study.name}.csv)).",
+            "",
+            "<!-- /results -->",
             "",
         ]
         return "\n".join(lines)
@@ -105,6 +109,20 @@ def write_files(found: Result, results: Path) -> None:
     write_text(results / f"{name}.csv", as_csv(found.kept["rows"]))
     write_text(results / f"{name}.md", found.page)
     write_text(results / INDEX, index(known_results(results)))
+
+
+def write_pages(results: Path) -> list[Result]:
+    """Write all pages of a folder again from its result files, as after a change of their text.
+
+    Raises:
+        UserError: the folder has no results.
+    """
+    found = known_results(results)
+    if not found:
+        raise UserError(f"--results must be a folder with results of studies; {results} has none.")
+    for one in found:
+        write_files(one, results)
+    return found
 
 
 def known_results(results: Path) -> list[Result]:

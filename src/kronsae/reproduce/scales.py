@@ -95,6 +95,8 @@ SCALES: dict[str, Scale] = {
             wide=(8192, 32_768),
             lr=SMOLLM2_LR,
             rates=(1.0, 0.5, 1.5),
+            eval_tokens=8192,
+            eval_ce_tokens=1024,
             prompts=3000,
         ),
         Scale(
