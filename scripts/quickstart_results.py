@@ -1,6 +1,7 @@
-"""Run the quickstart with three seeds in separate processes; write docs/results/quickstart.json and README's table.
+"""Run a quickstart with several seeds in separate processes; write its result file and table.
 
-.venv/bin/python scripts/quickstart_results.py [--seeds 0 1 2]
+.venv/bin/python scripts/quickstart_results.py [--seeds 0 1 2]                                # README.md
+.venv/bin/python scripts/quickstart_results.py --model smollm2 --text english.jsonl.gz        # docs/models.md
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,15 +21,42 @@ from kronsae.support.files import write_json, write_marked
 from kronsae.support.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "docs" / "results" / "quickstart.json"
-START, END = "<!-- results:quickstart -->", "<!-- /results -->"
+END = "<!-- /results -->"
 
 
-def run_once(seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Place:
+    """Result file and page of a model's quickstart, and the mark of its table."""
+
+    result: Path
+    page: Path
+    mark: str
+
+    @property
+    def start(self) -> str:
+        """Return the mark at which the table begins."""
+        return f"<!-- results:{self.mark} -->"
+
+    @property
+    def link(self) -> str:
+        """Return the address of the result file, seen from the page."""
+        return os.path.relpath(self.result, self.page.parent)
+
+
+PLACES = {
+    "bundled": Place(ROOT / "docs" / "results" / "quickstart.json", ROOT / "README.md", "quickstart"),
+    "smollm2": Place(
+        ROOT / "docs" / "results" / "quickstart_smollm2.json", ROOT / "docs" / "models.md", "quickstart-smollm2"
+    ),
+}
+
+
+def run_once(seed: int, model: str, text: str | None) -> dict[str, Any]:
     """Run the quickstart in a separate process; return its summary, wall time and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "kronsae", "quickstart", "--out", str(out), "--seed", str(seed), "--quiet"]
+        command += ["--model", model] + ([] if text is None else ["--text", text])
         started = perf_counter()
         pid = os.spawnv(os.P_NOWAIT, command[0], command)
         _, status, usage = os.wait4(pid, 0)
@@ -44,8 +73,8 @@ def run_once(seed: int) -> dict[str, Any]:
         }
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return README's table: mean over seeds and the range in brackets."""
+def table(result: dict[str, Any], model: str) -> str:
+    """Return the table: mean over seeds and the range in brackets."""
     runs = result["runs"]
     lines = [
         "| SAE | latents | encoder parameters | EV | l0 | dead | CE recovered | KL recovered | step time |",
@@ -56,8 +85,8 @@ def table(result: dict[str, Any]) -> str:
 
         def cell(key: str, form: str = "{:.3f}", rows: list[dict[str, Any]] = of_sae) -> str:
             values = [row[key] for row in rows]
-            spread = f"{form.format(min(values))} to {form.format(max(values))}"
-            return f"{form.format(statistics.mean(values))} ({spread})"
+            mean = form.format(statistics.mean(values))
+            return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
         cells = [
             first["name"],
@@ -74,12 +103,14 @@ def table(result: dict[str, Any]) -> str:
     about = result["provenance"]
     wall = max(run["wall_seconds"] for run in runs)
     memory = max(run["peak_memory_gb"] for run in runs)
+    seeds = f"Mean over {len(runs)} seeds, range in brackets" if len(runs) > 1 else "One seed"
+    options = "" if model == "bundled" else f" --model {model} --text FILE"
     lines += [
         "",
-        f"Mean over {len(runs)} seeds, range in brackets; {runs[0]['saes'][0]['tokens']:,} training tokens, "
+        f"{seeds}; {runs[0]['saes'][0]['tokens']:,} training tokens, "
         f"{runs[0]['saes'][0]['evaluation_tokens']:,} held-out tokens. Each run took at most "
         f"{wall / 60:.1f} minutes and {memory:.1f} GB on {about['cores']} cores of {about['processor']} "
-        "([all figures](docs/results/quickstart.json); reproduce with `python scripts/quickstart_results.py`).",
+        f"([all figures]({PLACES[model].link}); reproduce with `python scripts/quickstart_results.py{options}`).",
     ]
     return "\n".join(lines)
 
@@ -88,13 +119,17 @@ def main() -> None:
     """Measure, write the result, then the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--table-only", action="store_true", help="only write README's table from the result file")
+    parser.add_argument("--table-only", action="store_true", help="only write the table from the result file")
+    parser.add_argument("--model", choices=list(PLACES), default="bundled")
+    parser.add_argument("--text", help="as for kronsae quickstart")
     arguments = parser.parse_args()
+    place = PLACES[arguments.model]
     if not arguments.table_only:
-        runs = [run_once(seed) for seed in arguments.seeds]
-        write_json(RESULT, {"provenance": provenance(), "runs": runs})
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    write_marked(ROOT / "README.md", START, END, table(result))
+        about = provenance()
+        runs = [run_once(seed, arguments.model, arguments.text) for seed in arguments.seeds]
+        write_json(place.result, {"provenance": about, "runs": runs})
+    result = json.loads(place.result.read_text(encoding="utf-8"))
+    write_marked(place.page, place.start, END, table(result, arguments.model))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,13 @@ def test_the_pages_of_the_reproductions_are_their_result_files(folder: Path) -> 
         assert (folder / f"{one.study.name}.csv").read_text("utf-8") == as_csv(one.kept["rows"])
 
 
+def test_the_report_quotes_the_results_of_the_reproductions() -> None:
+    report = script("report_results")
+    page = report.PAGE.read_text("utf-8")
+    for mark, text in report.blocks().items():
+        assert f"<!-- results:{mark} -->\n{text}\n{report.END}" in page
+
+
 def test_no_page_has_a_time_that_was_typed_in() -> None:
     """Durations appear only between the marks of generated parts, where a test compares them with a file."""
     typed = {}
