@@ -57,7 +57,7 @@ class HeadSplit:
         common: list[Tensor] = []
         for name, parameter in sae.named_parameters():
             (divided if name in DIVIDED else common).append(parameter)
-        squares = torch.tensor(grad_norm(divided, rows) ** 2, dtype=torch.float64, device=sae.W_dec.device)
+        squares = torch.tensor(grad_norm(divided, rows) ** 2, dtype=torch.float64)
         return math.sqrt(float(self.group.sum(squares)) + grad_norm(common, rows) ** 2)
 
     def whole(self, sae: SAE, shape: SAEConfig) -> SAE:
@@ -216,7 +216,7 @@ class MergedLatents:
 
     def _best_of_group(self, request: Request, offer: Ranked) -> Ranked:
         """Return the best of the offers of all parts; those of the own part are differentiable."""
-        widest = int(self.group.max(torch.tensor(offer.rank_BK.shape[1], device=offer.rank_BK.device)))
+        widest = int(self.group.max(torch.tensor(offer.rank_BK.shape[1])))
         missing = (0, widest - offer.rank_BK.shape[1])
         own_BK, indices_BK, rank_BK = (
             nn.functional.pad(part, missing)
@@ -250,7 +250,7 @@ def largest_of_batch(offer: Ranked, total: int, among: TokenShares) -> Bool[Tens
     """
     rank_BK = offer.rank_BK
     offered_N = rank_BK[rank_BK > 0]
-    if int(among.sum(torch.tensor(len(offered_N), device=rank_BK.device))) <= total:
+    if int(among.sum(torch.tensor(len(offered_N)))) <= total:
         return rank_BK > 0
     all_N = torch.cat(among.gather(offered_N.topk(min(total, len(offered_N)), sorted=False).values))
     smallest = all_N.topk(total).values[-1]

@@ -15,7 +15,10 @@ from kronsae.support.errors import UserError
 
 @dataclass(frozen=True)
 class Group:
-    """Some of the processes, in order of their ranks; `me` is the place of this one."""
+    """Some of the processes, in order of their ranks; `me` is the place of this one.
+
+    Tensors on the CPU go through gloo, those on a GPU through NCCL. Sizes are told on the CPU, which need not wait.
+    """
 
     handle: dist.ProcessGroup
     size: int
@@ -47,7 +50,7 @@ class Group:
         if self.size == 1:
             return [own]
         if counts is None:
-            counts = [int(count) for count in self.gather(torch.tensor(len(own), device=own.device))]
+            counts = [int(count) for count in self.gather(torch.tensor(len(own)))]
         padded = own.new_zeros(max(counts), *own.shape[1:])
         padded[: len(own)] = own
         return [part[:count] for part, count in zip(self.gather(padded), counts, strict=True)]
