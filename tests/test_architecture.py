@@ -31,12 +31,14 @@ ARROWS: dict[str, set[str]] = {
     "bundled scripts": {"bundled", "data"},
     "data": {"bundled"},
     "training": {"core", "kernels"},
+    # training over several processes; the trainer, core and kernels stay unaware of torch.distributed
+    "distributed": {"core", "kernels", "training", "data"},
     "eval": {"core", "kernels", "data"},
     "interop": {"core", "kernels"},
     "chat": set(),
     "bench": {"core", "kernels", "training"},
     "report": {"eval", "core"},
-    "runs": {"core", "kernels", "data", "training", "eval", "report", "interop"},
+    "runs": {"core", "kernels", "data", "training", "distributed", "eval", "report", "interop"},
     "sweeps": {"core", "training", "report", "runs"},
     "measures": {"core", "data", "training", "eval", "report", "runs", "chat", "interop"},
     "interventions": {"core", "kernels", "data", "eval", "runs"},
@@ -45,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "reproduce": {"core", "data", "eval", "report", "runs", "sweeps", "measures", "bench"},
     "cli": {
         "data",
+        "distributed",
         "eval",
         "report",
         "runs",
@@ -61,8 +64,6 @@ ARROWS: dict[str, set[str]] = {
 """Rooms that each room may import in addition to ``support``."""
 
 PLANNED: dict[str, set[str]] = {
-    # training over several processes; the trainer and core stay unaware of torch.distributed
-    "distributed": {"core", "kernels", "training", "data"},
     # the static site of a run: heads, latents, comparisons
     "explorer": {"core", "data", "eval", "report", "runs", "interventions"},
 }
@@ -74,6 +75,8 @@ ROOT = "(root)"
 FORBIDDEN_PACKAGES: dict[str, set[str]] = {
     "core": {"transformers", "datasets", "huggingface_hub", "torch.distributed"},
     "kernels": {"transformers", "datasets", "huggingface_hub", "torch.distributed"},
+    "training": {"torch.distributed"},
+    "runs": {"torch.distributed"},
 }
 
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

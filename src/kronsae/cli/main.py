@@ -11,6 +11,7 @@ from kronsae.cli import export, harvest, import_, lists, push, quickstart, repor
 from kronsae.cli.eval import app as eval_app
 from kronsae.cli.models import app as models_app
 from kronsae.cli.texts import app as texts_app
+from kronsae.distributed.launch import check_command, speaks
 from kronsae.support.errors import UserError
 from kronsae.support.terminal import run_app
 
@@ -60,10 +61,12 @@ _add_separate("bench", "Measure the speed and memory of a training step, and com
 def main() -> None:
     """Run the command line; a `UserError` becomes an error message and exit status 2, without a traceback."""
     try:
+        check_command(sys.argv[1:])
         run_app(app, "kronsae")
     except UserError as error:
-        label = "Error: " if error.exit_status == UserError.exit_status else ""
-        print(f"{label}{error}", file=sys.stderr)
+        if speaks():
+            label = "Error: " if error.exit_status == UserError.exit_status else ""
+            print(f"{label}{error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

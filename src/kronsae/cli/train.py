@@ -43,6 +43,13 @@ def train(
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     wandb: Annotated[str | None, typer.Option(help="Also log to this Weights & Biases project.")] = None,
+    head_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Under torchrun: number of processes that hold one dictionary, each a part of its heads. It divides "
+            "the number of processes; the others share the tokens of each batch."
+        ),
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the requirements (tokens, memory, disk, time) and train nothing.")
     ] = False,
@@ -52,22 +59,30 @@ def train(
     """Train SAEs side by side on one stream of a model's activations.
 
     Give a recipe, a config file, or --model, --text, --hook, --tokens (or --flops) and --sae. The same command resumes
-    an unfinished run.
+    an unfinished run. `torchrun --nproc-per-node 4 -m kronsae train ...` trains with four processes.
     """
+    from kronsae.distributed.launch import team
     from kronsae.runs.parsing import RunOptions, parse_sae
     from kronsae.runs.run import execute
 
     options = RunOptions(recipe=recipe, config=config, activations=activations, model=model, text=text, hook=hook)
     budget = {"tokens": tokens, "flops": flops, "same_flops_as": same_flops_as}
-    whole = options.run_config([parse_sae(spec, seed) for spec in sae or []], budget, seed, option or [])
-    if dry_run:
-        _dry_run(whole, out, as_json)
-        return
-    run = execute(whole, out, show_progress=not quiet, tensorboard=tensorboard, wandb=wandb, say=say)
-    if as_json:
-        last = {row["sae"]: row for row in run.metrics()}
-        print_json({"out": str(run.folder), "saes": list(last.values())})
-    what_now(f"kronsae eval {shlex.quote(str(out))}", f"kronsae report {shlex.quote(str(out))}")
+    with team(head_parallel) as processes:
+        whole = options.run_config([parse_sae(spec, seed) for spec in sae or []], budget, seed, option or [])
+        leads = processes is None or processes.leads
+        if dry_run:
+            if leads:
+                _dry_run(whole, out, as_json)
+            return
+        run = execute(
+            whole, out, show_progress=not quiet, tensorboard=tensorboard, wandb=wandb, say=say, team=processes
+        )
+        if not leads:
+            return
+        if as_json:
+            last = {row["sae"]: row for row in run.metrics()}
+            print_json({"out": str(run.folder), "saes": list(last.values())})
+        what_now(f"kronsae eval {shlex.quote(str(out))}", f"kronsae report {shlex.quote(str(out))}")
 
 
 def _dry_run(config: RunConfig, out: Path, as_json: bool) -> None:

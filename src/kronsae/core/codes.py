@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kronsae.core.shares import batch_mean
+
 
 @dataclass(frozen=True)
 class SparseCodes:
@@ -51,7 +53,7 @@ class SparseCodes:
 
     def l0(self) -> Float[Tensor, ""]:
         """Number of active latents per token, mean over tokens."""
-        return self.active.sum(-1).double().mean()
+        return batch_mean(self.active.sum(-1).double().flatten())
 
     def to_dense(self) -> Float[Tensor, "... F"]:
         """Dense ``[..., d_sae]`` tensor with zeros; differentiable in the values. Large: use it on small batches."""
@@ -62,6 +64,18 @@ class SparseCodes:
         """Same codes with other leading dimensions."""
         k = self.values.shape[-1]
         return SparseCodes(self.values.reshape(*leading, k), self.indices.reshape(*leading, k), self.d_sae)
+
+    def only(self, kept: Bool[Tensor, "... K"], padding: int = 0) -> SparseCodes:
+        """Codes of the entries in a mask, in as few columns as possible; differentiable.
+
+        Args:
+            kept: the entries.
+            padding: index of the entries that fill up a token's columns; their value is 0.
+        """
+        width = max(1, int(kept.sum(-1).max()) if kept.numel() else 1)
+        columns_BW = kept.to(torch.int8).topk(width, dim=-1, sorted=False).indices
+        values_BW = torch.where(kept, self.values, 0.0).gather(-1, columns_BW)
+        return SparseCodes(values_BW, torch.where(kept, self.indices, padding).gather(-1, columns_BW), self.d_sae)
 
     def counts(self) -> Int[Tensor, " F"]:
         """Number of tokens on which each latent is active."""

@@ -7,8 +7,9 @@ kept and receive a gradient. One step therefore stores O(K) numbers per token, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -46,6 +47,31 @@ class Latents(Protocol):
 
     def penalty(self) -> Float[Tensor, ""] | None:
         """Weighted loss term of the encoder itself on this batch; None: no such term."""
+        ...
+
+
+class Ranked(NamedTuple):
+    """Codes, and the numbers by which they were selected: of two latents, that of the larger ``rank`` comes first.
+
+    A rank is the activation, or increases with it; several ranks may be rounded to one activation. Of equal ranks the
+    earlier token comes first, then the smaller latent. Padding has rank 0.
+    """
+
+    codes: SparseCodes
+    rank_BK: Float[Tensor, "B K"]
+
+    def none(self) -> Ranked:
+        """Codes without columns."""
+        codes = SparseCodes(self.codes.values[:, :0], self.codes.indices[:, :0], self.codes.d_sae)
+        return Ranked(codes, self.rank_BK[:, :0])
+
+
+@runtime_checkable
+class RankedLatents(Latents, Protocol):
+    """Latents that also say how they rank, which merges selections from parts of a dictionary or of a batch."""
+
+    def choose_ranked(self, *requests: Request) -> tuple[Ranked, ...]:
+        """Result of `choose`, with ranks."""
         ...
 
 
@@ -249,6 +275,9 @@ class DenseLatents:
     def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
         return tuple(self._codes(*self._select(request)) for request in requests)
 
+    def choose_ranked(self, *requests: Request) -> tuple[Ranked, ...]:
+        return tuple(Ranked(codes, codes.values.detach()) for codes in self.choose(*requests))
+
     def materialize(self) -> Float[Tensor, "B F"]:
         return torch.addmm(self.bias_F, self.x_BD, self.weight_FD.T).relu()
 
@@ -360,11 +389,16 @@ class KroneckerLatents:
         return len(self.x_BD)
 
     def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
+        return tuple(self._codes(chosen) for chosen in self._select(requests))
+
+    def choose_ranked(self, *requests: Request) -> tuple[Ranked, ...]:
+        return tuple(self._ranked(chosen) for chosen in self._select(requests))
+
+    def _select(self, requests: Sequence[Request]) -> list[kernels.PaddedPairs]:
         encoder = self.encoder
         composition = Composition(encoder.gate.order, encoder.compose, encoder.gate.least_product)
         weights = encoder.weight, encoder.bias, encoder.d_base
-        pairs = kernels.kronecker_linear_select(self.x_BD, *weights, requests, composition)
-        return tuple(self._codes(chosen) for chosen in pairs)
+        return kernels.kronecker_linear_select(self.x_BD, *weights, requests, composition)
 
     def materialize(self) -> Float[Tensor, "B F"]:
         u_BHM, v_BHN = self.encoder.pre_latents(self.x_BD)
@@ -380,6 +414,13 @@ class KroneckerLatents:
         if chosen.chosen_BK is not None:
             values_BK = torch.where(chosen.chosen_BK, values_BK, 0.0)
         return SparseCodes(values_BK, chosen.selection.indices_BK, self.encoder.d_sae)
+
+    def _ranked(self, chosen: kernels.PaddedPairs) -> Ranked:
+        codes = self._codes(chosen)
+        if self.encoder.gate.order != "product":
+            return Ranked(codes, codes.values.detach())
+        u_BK, v_BK = chosen.pre_BR.detach().relu().chunk(2, dim=1)
+        return Ranked(codes, torch.where(codes.active, u_BK * v_BK, 0.0))
 
 
 def _normal_rows(weight: Tensor, norm: float | None, d_sae: int, generator: torch.Generator) -> None:

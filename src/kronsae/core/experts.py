@@ -22,6 +22,7 @@ from kronsae.core.encoders import (
     OwnEncoderConfig,
 )
 from kronsae.core.gates import GateName
+from kronsae.core.shares import share_of_mean, shares
 from kronsae.kernels import Choice, Request
 from kronsae.support.errors import UserError
 from kronsae.support.tensors import aligned
@@ -190,10 +191,11 @@ class SwitchLatents:
         (Fedus et al. 2022; Mudide et al. 2025).
         """
         config = self.encoder.config
-        if config.balance_weight == 0 or self.num_tokens == 0:
+        tokens = shares().tokens(self.num_tokens)
+        if config.balance_weight == 0 or tokens == 0:
             return None
-        share_E = self.tokens_E.to(self.x_BD.dtype) / self.num_tokens
-        return config.balance_weight * config.num_experts * (share_E * self.probability_BE.mean(0)).sum()
+        share_E = shares().sum(self.tokens_E).to(self.x_BD.dtype) / tokens
+        return config.balance_weight * config.num_experts * (share_E * share_of_mean(self.probability_BE)).sum()
 
     @cached_property
     def probability_BE(self) -> Float[Tensor, "B E"]:

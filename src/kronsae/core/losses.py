@@ -13,6 +13,7 @@ from torch import Tensor
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
+from kronsae.core.shares import share_of_mean
 from kronsae.support.errors import UserError
 
 
@@ -28,8 +29,8 @@ class _EncoderShape(Protocol):
 
 
 def squared_error(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    """Return ``||x - x_hat||^2``, summed over dimensions, mean over tokens."""
-    return (x_BD - x_hat_BD).square().sum(-1).mean()
+    """Return ``||x - x_hat||^2``, summed over dimensions, mean over tokens; of a shared batch, the own summand."""
+    return share_of_mean((x_BD - x_hat_BD).square().sum(-1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +106,7 @@ def within(codes: SparseCodes, start: int, end: int) -> SparseCodes:
 
     Entries of value 0 are assigned by their index too, because JumpReLU's threshold learns from latents just below it.
     """
-    inside_BK = (codes.indices >= start) & (codes.indices < end)
-    width = max(1, int(inside_BK.sum(-1).max()) if len(inside_BK) else 1)
-    columns_BW = inside_BK.to(torch.int8).topk(width, dim=-1, sorted=False).indices
-    values_BW = torch.where(inside_BK, codes.values, 0.0).gather(-1, columns_BW)
-    indices_BW = torch.where(inside_BK, codes.indices, start).gather(-1, columns_BW)
-    return SparseCodes(values_BW, indices_BW, codes.d_sae)
+    return codes.only((codes.indices >= start) & (codes.indices < end), start)
 
 
 def matryoshka_groups(d_sae: int, smallest: int) -> tuple[int, ...]:

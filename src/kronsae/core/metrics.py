@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from kronsae.core.shares import batch_mean, shares
+
 ROUNDING = 1e-28  # share of ||mean||^2 per token: float64 rounding error of the deviation of constant activations
 
 
@@ -24,19 +26,20 @@ class ExplainedVariance:
 
     def update(self, x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> None:
         """Add one batch (Chan's parallel update of mean and deviation)."""
-        if len(x_BD) == 0:
+        tokens = shares().tokens(len(x_BD))
+        if tokens == 0:
             return
         x_BD, x_hat_BD = x_BD.detach().double(), x_hat_BD.detach().double()
-        batch_mean_D = x_BD.mean(0)
-        self._error += float((x_BD - x_hat_BD).square().sum())
-        self._deviation += float((x_BD - batch_mean_D).square().sum())
-        before, self.tokens = self.tokens, self.tokens + len(x_BD)
+        batch_mean_D = batch_mean(x_BD)
+        self._error += float(shares().sum((x_BD - x_hat_BD).square().sum()))
+        self._deviation += float(shares().sum((x_BD - batch_mean_D).square().sum()))
+        before, self.tokens = self.tokens, self.tokens + tokens
         if self._mean is None:
             self._mean = batch_mean_D
             return
         shift_D = batch_mean_D - self._mean
-        self._deviation += float(shift_D.square().sum()) * before * len(x_BD) / self.tokens
-        self._mean = self._mean + shift_D * (len(x_BD) / self.tokens)
+        self._deviation += float(shift_D.square().sum()) * before * tokens / self.tokens
+        self._mean = self._mean + shift_D * (tokens / self.tokens)
 
     def value(self) -> float:
         """Return the explained variance so far; NaN if the activations do not vary."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from kronsae.core.experts import AnyEncoderConfig, gate_of
 from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE
+from kronsae.core.shares import batch_mean
 from kronsae.support.errors import UserError
 
 NormalizationName = Literal["none", "center_and_scale"]
@@ -87,8 +88,8 @@ class Normalization:
 
 
 def _mean_and_scale(x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    mean_D = x_BD.mean(0)
-    scale = (x_BD - mean_D).square().sum(-1).mean().sqrt() / math.sqrt(x_BD.shape[1])
+    mean_D = batch_mean(x_BD)
+    scale = batch_mean((x_BD - mean_D).square().sum(-1)).sqrt() / math.sqrt(x_BD.shape[1])
     if not scale > 0:
         raise UserError("activations must vary; all of the first batch are equal. Choose another hook or text.")
     return mean_D, scale

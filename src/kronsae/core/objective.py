@@ -14,6 +14,7 @@ from kronsae.core.codes import SparseCodes
 from kronsae.core.losses import LossConfig, SquaredErrorConfig, squared_error
 from kronsae.core.pursuit import PursuitLearning, choose_and_pursue, choose_own_and_pursue
 from kronsae.core.sae import SAE
+from kronsae.core.shares import shares
 from kronsae.kernels import Choice
 from kronsae.support.errors import UserError
 from kronsae.support.tensors import aligned
@@ -43,9 +44,14 @@ class AuxKConfig:
 
 @dataclass(frozen=True)
 class Objective:
-    """One evaluation of the objective; ``loss`` carries the graph, the other fields are for metrics."""
+    """One evaluation of the objective; ``loss`` carries the graph, the other fields are for metrics.
+
+    Of a batch that several processes share, ``loss`` is the summand of the own tokens, and so are ``x_hat`` and the
+    codes; the other losses are those of the whole batch.
+    """
 
     loss: Float[Tensor, ""]
+    total_loss: Float[Tensor, ""]
     reconstruction_loss: Float[Tensor, ""]
     auxiliary_loss: Float[Tensor, ""] | None
     x_hat_BO: Float[Tensor, "B O"]
@@ -107,10 +113,13 @@ def objective(
     penalty = latents.penalty()
     if penalty is not None:
         total = total + penalty
+    parts = [total, reconstruction_loss] + ([] if auxiliary_loss is None else [auxiliary_loss])
+    of_batch = shares().sum(torch.stack([part.detach() for part in parts]))
     return Objective(
         loss=total,
-        reconstruction_loss=reconstruction_loss.detach(),
-        auxiliary_loss=None if auxiliary_loss is None else auxiliary_loss.detach(),
+        total_loss=of_batch[0],
+        reconstruction_loss=of_batch[1],
+        auxiliary_loss=None if auxiliary_loss is None else of_batch[2],
         x_hat_BO=x_hat_BO.detach(),
         codes=codes,
     )
@@ -133,8 +142,10 @@ class DeadLatents:
     @torch.no_grad()
     def update(self, codes: SparseCodes) -> None:
         """Add the codes of one batch."""
-        self.tokens_since_active_F += codes.values.shape[:-1].numel()
-        self.tokens_since_active_F[codes.indices[codes.active]] = 0
+        active_F = torch.zeros_like(self.tokens_since_active_F, dtype=torch.bool)
+        active_F[codes.indices[codes.active]] = True
+        self.tokens_since_active_F += shares().tokens(codes.values.shape[:-1].numel())
+        self.tokens_since_active_F[shares().any(active_F)] = 0
 
     def dead(self, dead_after_tokens: int) -> Int[Tensor, " C"]:
         """Return the indices of latents that none of the last ``dead_after_tokens`` tokens activated."""

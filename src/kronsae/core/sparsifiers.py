@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import Latents
+from kronsae.core.shares import share_of_mean, shares
 from kronsae.kernels import Above, BatchChoice, Choice
 from kronsae.support.errors import UserError
 
@@ -181,7 +182,7 @@ class BatchTopK(nn.Module):
         return latents.choose(Above(self.log_threshold.exp().expand(self.d_sae)))[0]
 
     def choose_in_training(self, latents: Latents, *also: Choice) -> Chosen:
-        tokens = latents.num_tokens
+        tokens = shares().tokens(latents.num_tokens)
         codes, *rest = latents.choose(BatchChoice(tokens * self.config.k), *also)
         self._learn(codes)
         return Chosen(codes, tuple(rest))
@@ -235,7 +236,7 @@ class JumpReLU(nn.Module):
         # index_select sums its gradient in a fixed order; indexing with [...] does not when several threads run
         log_threshold_BK = self.log_threshold.index_select(0, near.indices.flatten()).view_as(near.values)
         values_BK, on_BK = jump(near.values, log_threshold_BK, self.config.bandwidth)
-        return Chosen(SparseCodes(values_BK, near.indices, near.d_sae), tuple(rest), on_BK.sum(-1).mean())
+        return Chosen(SparseCodes(values_BK, near.indices, near.d_sae), tuple(rest), share_of_mean(on_BK.sum(-1)))
 
     @torch.no_grad()
     def rescale(self, scale: Float[Tensor, ""]) -> None:
@@ -249,15 +250,17 @@ class JumpReLU(nn.Module):
     def _start(self, latents: Latents) -> None:
         if self.log_threshold[0] > -torch.inf:
             return
-        smallest = smallest_active(latents.choose(BatchChoice(latents.num_tokens * self.config.k))[0])
+        tokens = shares().tokens(latents.num_tokens)
+        smallest = smallest_active(latents.choose(BatchChoice(tokens * self.config.k))[0])
         if smallest is not None:
             self.log_threshold.fill_(smallest.log().item())
 
 
 def smallest_active(codes: SparseCodes) -> Float[Tensor, ""] | None:
-    """Return the smallest activation above 0; None if nothing is active."""
+    """Return the smallest activation above 0 of the batch; None if nothing is active."""
     values_N = codes.values.detach()[codes.active]
-    return values_N.min() if len(values_N) else None
+    smallest = shares().smallest(values_N.min() if len(values_N) else codes.values.new_tensor(torch.inf))
+    return None if smallest == torch.inf else smallest
 
 
 class _Jump(torch.autograd.Function):

@@ -158,12 +158,16 @@ class ActivationStream:
 
     def __iter__(self) -> Iterator[tuple[Activations, State]]:
         for number, (batch, state) in enumerate(self._make_tokens(state=self._state)):
-            hidden = hidden_states(self._language_model, self._hooks, batch)
-            keep_ST = batch.keep_ST.to(self._language_model.device)
-            values = {hook: hidden_STD[keep_ST].float() for hook, hidden_STD in hidden.items()}
-            for hook, rows_ND in values.items():
-                check_finite(rows_ND, hook, batch, number)
-            yield values, state
+            yield self.compute(batch, number), state
+
+    def compute(self, batch: TokenBatch, number: int) -> Activations:
+        """Return the activations of one batch of tokens, the item ``number`` of the stream."""
+        hidden = hidden_states(self._language_model, self._hooks, batch)
+        keep_ST = batch.keep_ST.to(self._language_model.device)
+        values = {hook: hidden_STD[keep_ST].float() for hook, hidden_STD in hidden.items()}
+        for hook, rows_ND in values.items():
+            check_finite(rows_ND, hook, batch, number)
+        return values
 
 
 def check_finite(rows_ND: Float[Tensor, "N D"], hook: str, batch: TokenBatch, number: int) -> None:

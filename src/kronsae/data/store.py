@@ -208,6 +208,7 @@ class StoredActivations:
         repeat: Whether to repeat the data indefinitely.
         device: Device of the batches.
         hooks: Hooks to read; None reads all harvested hooks.
+        share: ``(i, n)`` reads rows i, i + n, i + 2n, ... of each batch: the share of one of n processes.
         state: State yielded with a batch; iteration resumes after that batch.
 
     Raises:
@@ -224,6 +225,7 @@ class StoredActivations:
         repeat: bool = True,
         device: torch.device | str = "cpu",
         hooks: Sequence[str] | None = None,
+        share: tuple[int, int] = (0, 1),
         state: State | None = None,
     ) -> None:
         self.manifest = read_manifest(folder)
@@ -236,6 +238,7 @@ class StoredActivations:
                     f"{nearest(hook, self.manifest.d_in)}"
                 )
         self._device = torch.device(device)
+        self._share = slice(share[0], None, share[1])
         self._rows = EpochRows(
             sum(shard.tokens for shard in self.manifest.shards),
             batch_size=batch_size,
@@ -248,7 +251,8 @@ class StoredActivations:
         shards = self._open()
         ends = np.cumsum([shard.tokens for shard in self.manifest.shards])
         for rows, state in self._rows:
-            yield {hook: _take(shards[hook], ends, rows).to(self._device) for hook in self._hooks}, state
+            own = rows[self._share]
+            yield {hook: _take(shards[hook], ends, own).to(self._device) for hook in self._hooks}, state
 
     def _open(self) -> dict[str, list[Tensor]]:
         """Return the shards of each hook, memory-mapped, after checking their SHA-256."""

@@ -20,7 +20,7 @@ from kronsae.kernels.dispatch import explain, use
 from kronsae.kernels.optimizer import RowAdamW, clip_scale, grad_norm
 from kronsae.kernels.portable import inverse_norms
 from kronsae.kernels.requests import kronecker_linear_select
-from kronsae.kernels.rows import AdamW, RowGradient
+from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import (
     Above,
     BatchChoice,
@@ -54,6 +54,7 @@ __all__ = [
     "RowAdamW",
     "RowGradient",
     "RowGradients",
+    "Term",
     "adamw",
     "clip_scale",
     "collect_row_gradients",

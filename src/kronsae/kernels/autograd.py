@@ -42,6 +42,17 @@ class RowGradients:
             self._grouped[parameter] = group(terms, parameter.numel() // parameter.shape[-1])
         return self._grouped[parameter]
 
+    def terms(self, parameter: Tensor) -> tuple[Term, ...]:
+        """Return the gradients of ``parameter`` that were added, one per backward pass of an operation."""
+        return tuple(self._terms.get(parameter, ()))
+
+    def replace(self, parameter: Tensor, terms: Sequence[Term]) -> None:
+        """Replace the gradient of ``parameter`` by the sum of these terms; without terms it has none here."""
+        self._terms.pop(parameter, None)
+        self._grouped.pop(parameter, None)
+        if terms:
+            self._terms[parameter] = list(terms)
+
     def squared_norm(self, parameter: Tensor) -> Float[Tensor, ""]:
         """Return ``|gradient|^2`` of one parameter in float64, on the CPU or the parameter's device."""
         gradient = self.get(parameter)
@@ -52,10 +63,15 @@ class RowGradients:
     def materialize(self) -> None:
         """Add all gradients to ``.grad`` as dense tensors, for optimisers that need these, and clear."""
         for parameter in list(self._terms):
-            gradient = self.get(parameter)
+            self.materialize_one(parameter)
+
+    def materialize_one(self, parameter: Tensor) -> None:
+        """Move the gradient of one parameter to its ``.grad``."""
+        gradient = self.get(parameter)
+        if gradient is not None:
             dense = choose("gradient_rows", parameter)(gradient).view_as(parameter)
             parameter.grad = dense if parameter.grad is None else parameter.grad + dense
-        self.clear()
+            self.replace(parameter, ())
 
     def clear(self) -> None:
         """Remove all gradients."""

@@ -95,22 +95,29 @@ class Source:
 
         They do not depend on the length of the training, so an SAE sees the same batches in every group.
         """
-        config, batch_tokens = self.config, self.config.loop.batch_tokens
+        config = self.config
         if config.activations is not None:
-            return StoredActivations(
-                config.activations,
-                batch_size=batch_tokens,
-                seed=config.seed,
-                device=self.device,
-                hooks=config.hooks,
-                state=state,
-            )
+            return self.stored(state)
         tokens = self.tokens(held_out=False, shuffled=True)
         activations = partial(ActivationStream, self.language_model, config.hooks, tokens)
         return ShuffleBuffer(
             activations,
-            batch_size=batch_tokens,
+            batch_size=config.loop.batch_tokens,
             buffer_tokens=config.buffer_tokens,
             seed=config.seed,
+            state=state,
+        )
+
+    def stored(self, state: State | None, share: tuple[int, int] = (0, 1)) -> StoredActivations:
+        """Return shuffled batches of the harvested activations, or a share of each (`StoredActivations`)."""
+        config = self.config
+        assert config.activations is not None
+        return StoredActivations(
+            config.activations,
+            batch_size=config.loop.batch_tokens,
+            seed=config.seed,
+            device=self.device,
+            hooks=config.hooks,
+            share=share,
             state=state,
         )

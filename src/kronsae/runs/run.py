@@ -12,10 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kronsae.core import checkpoint
 from kronsae.data.model import ModelConfig, origin
@@ -26,6 +27,7 @@ from kronsae.runs.folder import RunFolder
 from kronsae.runs.parsing import parse_sae
 from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
+from kronsae.runs.trainers import Alone, Together, Trainers
 from kronsae.support.config import differences, from_dict, to_dict
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import check_folder_place, folder_lock, write_json
@@ -33,8 +35,11 @@ from kronsae.training.config import LoopConfig, MemberConfig
 from kronsae.training.display import DisplaySink
 from kronsae.training.member import Member
 from kronsae.training.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, require
-from kronsae.training.state import Progress, load_members, load_progress
+from kronsae.training.state import Progress, load_progress
 from kronsae.training.trainer import fit
+
+if TYPE_CHECKING:
+    from kronsae.distributed.team import Team
 
 
 class Run(RunFolder):
@@ -137,68 +142,86 @@ def execute(
     tensorboard: bool = False,
     wandb: str | None = None,
     say: Callable[[str], None] = lambda line: None,
+    team: Team | None = None,
 ) -> Run:
-    """Train or resume the run of a config; see `train`."""
+    """Train or resume the run of a config; see `train`.
+
+    Args:
+        config: the run.
+        out: the run folder.
+        show_progress, tensorboard, wandb: as for `train`.
+        say: takes each line for the user.
+        team: the processes that train together and all call this (`kronsae.distributed`); None: this one alone.
+    """
     run = Run(Path(out))
+    trainers = Alone() if team is None else Together(team)
+    if not trainers.leads:
+        show_progress, tensorboard, wandb, say = False, False, None, _silently
     config = from_dict(RunConfig, to_dict(config))  # a config that cannot be read back must not be written
     check_folder(run, config)
     for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
         if wanted:
             require(package)
-    with nullcontext() if run.finished else folder_lock(run.folder):
+    trainers.check(config)
+    with folder_lock(run.folder) if trainers.leads and not run.finished else nullcontext():
         check_folder(run, config)  # again: another process may have started or finished a run before the lock was taken
         if run.finished:
             say(f"The run in {run.folder} is already finished; nothing is trained or logged.")
         else:
-            _train_run(run, config, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb, say=say)
+            logging = {"show_progress": show_progress, "tensorboard": tensorboard, "wandb": wandb}
+            _train_run(run, config, trainers, logging, say)
     return run
 
 
+def _silently(line: str) -> None:
+    """Do nothing with a line for the user."""
+
+
 def _train_run(
-    run: Run,
-    config: RunConfig,
-    *,
-    show_progress: bool,
-    tensorboard: bool,
-    wandb: str | None,
-    say: Callable[[str], None],
+    run: Run, config: RunConfig, trainers: Trainers, logging: dict[str, Any], say: Callable[[str], None]
 ) -> None:
     source = Source(config)
     progress = load_progress(run.folder / "checkpoint") or Progress()
     plan = make_plan(source, run.folder, progress.step)
     if progress.step < plan.steps:
         plan.check()
-        if plan.steps - progress.step >= TIMED_FROM_STEPS:
+        if trainers.leads and plan.steps - progress.step >= TIMED_FROM_STEPS:
             plan = with_times(plan, source)
         say(str(plan))
     steps = {member.name: member.steps for member in plan.members}
-    members = [Member(member, source.widths, config.hook, steps[member.name], source.device) for member in config.saes]
+    members = [
+        Member(member, source.widths, config.hook, steps[member.name], source.device, trainers.split)
+        for member in config.saes
+    ]
     if progress.step:
-        load_members(run.folder / "checkpoint", members)
+        trainers.load(run.folder / "checkpoint", members)
         say(f"Resuming after {progress.tokens:,} of {plan.tokens:,} tokens.")
     if progress.step == plan.steps:  # the process stopped after the last step and before saving the SAEs
-        _finish(run, members, progress)
+        _finish(run, members, progress, trainers)
         return
     say(plan.start)
     filling = perf_counter()
-    stream = iter(source.batches(progress.stream))
+    stream = iter(trainers.batches(source, progress.stream))
     first = next(stream)  # tests text, model and activations before anything is written
     progress = replace(progress, seconds=progress.seconds + perf_counter() - filling)
-    if problem := _nothing_held_out(config):
-        say(f"Warning: `kronsae eval` will have no held-out text: {problem}")
-    write_json(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
+    if trainers.leads:
+        if problem := _nothing_held_out(config):
+            say(f"Warning: `kronsae eval` will have no held-out text: {problem}")
+        write_json(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
     with (
-        _sinks(run, plan, progress, show_progress=show_progress, tensorboard=tensorboard, wandb=wandb) as sinks,
-        _stop_on_interrupt() as should_stop,
+        _sinks(run, plan, progress, **logging, leads=trainers.leads) as sinks,
+        _stop_on_interrupt() as interrupted,
+        trainers.sharing(),
     ):
-        batches = itertools.chain([first], stream)
-        progress = fit(members, batches, config.loop, sinks, run.folder / "checkpoint", progress, should_stop)
+        batches, checkpoints = itertools.chain([first], stream), run.folder / "checkpoint"
+        should_stop = partial(trainers.agreed, interrupted)
+        progress = fit(members, batches, config.loop, sinks, checkpoints, progress, should_stop, trainers.save)
     if progress.step < plan.steps:
         raise Interrupted(
             f"stopped after {progress.tokens:,} of {plan.tokens:,} tokens; a checkpoint is saved in {run.folder}. "
             "Run the same command again to resume."
         )
-    _finish(run, members, progress)
+    _finish(run, members, progress, trainers)
     say(
         f"Trained on {progress.tokens:,} tokens in {progress.seconds:.0f} s: "
         f"{progress.tokens / progress.seconds:,.0f} tokens/s for {len(members)} SAE(s)."
@@ -239,12 +262,15 @@ def check_folder(run: Run, config: RunConfig) -> None:
         )
 
 
-def _finish(run: Run, members: Sequence[Member], progress: Progress) -> None:
+def _finish(run: Run, members: Sequence[Member], progress: Progress, trainers: Trainers) -> None:
+    saes = {member.name: member.finished_sae() for member in members}
+    if not trainers.leads:
+        return
     tokens = {member.name: member.steps * run.config.loop.batch_tokens for member in members}
     for member in members:
         scales = {what: of.scale_H.tolist() for what, of in member.normalizations.items()}
         about = sae_metadata(run.config, member.config, tokens[member.name]) | {"training_scales": scales}
-        checkpoint.save(member.finished_sae(), run.folder / "saes" / member.name, about)
+        checkpoint.save(saes[member.name], run.folder / "saes" / member.name, about)
     seconds = {member.name: member.seconds for member in members}
     learned = {member.name: getattr(member.sae.encoder, "gate_exponent", None) for member in members}
     exponents = {name: exponent for name, exponent in learned.items() if exponent is not None}
@@ -299,8 +325,11 @@ def _known_options(options: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _sinks(
-    run: Run, plan: Plan, progress: Progress, *, show_progress: bool, tensorboard: bool, wandb: str | None
+    run: Run, plan: Plan, progress: Progress, *, show_progress: bool, tensorboard: bool, wandb: str | None, leads: bool
 ) -> Iterator[list[Sink]]:
+    if not leads:
+        yield []
+        return
     sinks: list[Sink] = [JsonlSink(run.folder / "metrics.jsonl", after_step=progress.step)]
     try:
         if tensorboard:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ from kronsae.core.metrics import explained_variance
 from kronsae.core.normalization import Normalization
 from kronsae.core.objective import DeadLatents, Objective, objective
 from kronsae.core.sae import SAE
-from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients, grad_norm
+from kronsae.core.shares import shares
+from kronsae.kernels import RowAdamW, clip_scale, collect_row_gradients
 from kronsae.support.errors import UserError
 from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.revival import revive
 from kronsae.training.sparsity import THRESHOLD_LR_FLOOR, SparsityController
+from kronsae.training.split import Split, Undivided
 
 
 class Diverged(UserError):
@@ -71,6 +72,7 @@ class Member:
         hook: hook of the run, which the SAE reads and writes unless its config names other hooks.
         steps: number of training steps, for the schedule; it may differ between members.
         device: device of weights and optimiser.
+        split: which latents this process holds.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class Member:
         hook: str,
         steps: int,
         device: torch.device | str = "cpu",
+        split: Split | None = None,
     ) -> None:
         self.config, self.steps = config, steps
         self.reads, self.writes = config.reads(hook), config.writes(hook)
-        shape = config.shape(d_in, hook)
-        self.sae = shape.build(config.seed).to(device)
-        self.dead = DeadLatents(self.sae.d_sae, device)
+        self.shape = shape = config.shape(d_in, hook)
+        self.split = Undivided() if split is None else split
+        self.sae = self.split.build(shape, config.seed).to(device)
+        self.dead = DeadLatents(shape.d_sae, device)
         self.sparsity = SparsityController(config.sparsity, config.sparsifier.k)
         self._widths = {"read": shape.widths_read} | ({} if shape.autoencodes else {"written": shape.widths_written})
         self.normalizations: dict[str, Normalization] = {}  # of input and target; measured on the first batch
@@ -169,8 +173,9 @@ class Member:
             )
         self.optimizer.zero_grad()
         result.loss.backward()
+        shares().add_gradients(list(self.sae.parameters()), rows)
         needs_norm = want_metrics or settings.clip_norm is not None
-        norm = grad_norm(self.sae.parameters(), rows) if needs_norm else 0.0
+        norm = self.split.grad_norm(self.sae, rows) if needs_norm else 0.0
         self._check_finite(result, norm, lr, step)  # before the weights change
         self.optimizer.step(row_gradients=rows, grad_scale=clip_scale(norm, settings.clip_norm))
         self.dead.update(result.codes)
@@ -178,7 +183,7 @@ class Member:
             l0 = result.codes.l0()
             self.sparsity.update(l0, result.reconstruction_loss)
             self.sae.sparsifier.rescale(l0.new_tensor(self.sparsity.threshold_factor(l0, step, self.steps)))
-        if self._revival_due(step, len(x_BD)):
+        if self._revival_due(step, shares().tokens(len(x_BD))):
             self._revive(x_BD, result, step)
         self.seconds += perf_counter() - started
         return self._metrics(x_BD if target_BO is None else target_BO, result, lr, norm) if want_metrics else None
@@ -190,7 +195,7 @@ class Member:
         return (step + 1) * batch // every > step * batch // every
 
     def _revive(self, x_BD: Tensor, result: Objective, step: int) -> None:
-        dead_F = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x_BD.device)
+        dead_F = torch.zeros(self.shape.d_sae, dtype=torch.bool, device=x_BD.device)
         dead_F[self.dead.dead(self.config.aux_k.dead_after_tokens)] = True
         generator = torch.Generator().manual_seed(hash((self.config.seed, step)) % 2**63)
         revived = revive(self.sae, self.optimizer, dead_F, x_BD, result.x_hat_BO, generator)
@@ -202,7 +207,7 @@ class Member:
         return self.normalizations[what](x_BD)
 
     def _check_finite(self, result: Objective, norm: float, lr: float, step: int) -> None:
-        for what, value in (("loss", float(result.loss.detach())), ("gradient's norm", norm)):
+        for what, value in (("loss", float(result.total_loss)), ("gradient's norm", norm)):
             if not math.isfinite(value):
                 about = f"the {what} is {value} at step {step}. Lower its learning rate (now {lr:.2g})."
                 raise Diverged(self.name, about)
@@ -225,7 +230,7 @@ class Member:
         alive_F = self.dead.tokens_since_active_F < self.config.aux_k.dead_after_tokens
         dead = dead_shares(alive_F, self.config.encoder)
         return StepMetrics(
-            loss=float(result.loss.detach()),
+            loss=float(result.total_loss),
             auxiliary_loss=0.0 if result.auxiliary_loss is None else float(result.auxiliary_loss),
             explained_variance=explained_variance(target_BO, result.x_hat_BO),
             l0=float(result.codes.l0()),
@@ -240,7 +245,7 @@ class Member:
 
     def finished_sae(self) -> SAE:
         """Return a copy of the SAE that takes raw activations: the normalisation is folded into its weights."""
-        sae = copy.deepcopy(self.sae)
+        sae = self.split.whole(self.sae, self.shape)
         if self.normalizations:
             self.normalizations["read"].fold(sae, self.normalizations.get("written"))
         return sae

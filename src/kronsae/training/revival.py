@@ -11,6 +11,7 @@ from torch import Tensor
 from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
 from kronsae.core.heads import head_grid
 from kronsae.core.sae import SAE
+from kronsae.core.shares import shares
 from kronsae.core.sparsifiers import JumpReLU
 from kronsae.kernels import RowAdamW
 
@@ -48,7 +49,7 @@ def revive(
     if not bool(rows_R.any()) or bool(rows_R.all()):
         return Revived(0, latents_F.nonzero().squeeze(1)[:0])
     weight_RD, bias_R = encoder.weight.view(-1, encoder.d_in), encoder.bias.view(-1)
-    residual_BD = x_BD - x_hat_BD
+    residual_BD = shares().rows(x_BD - x_hat_BD)
     share_B = residual_BD.square().sum(1).double().cpu()
     drawn = torch.multinomial(share_B, int(rows_R.sum()), replacement=True, generator=generator).to(x_BD.device)
     directions_CD = torch.nn.functional.normalize(residual_BD[drawn], dim=1)

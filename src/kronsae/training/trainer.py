@@ -9,8 +9,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from kronsae.core.shares import shares
 from kronsae.support.errors import UserError
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Member
@@ -28,6 +30,7 @@ def fit(
     checkpoints: Path | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    save: Callable[[Path, Sequence[Member], Progress], None] = save_state,
 ) -> Progress:
     """Train every member on the same batches for its ``steps``, or until ``should_stop``; return the progress.
 
@@ -41,6 +44,7 @@ def fit(
         checkpoints: folder for checkpoints; None: no checkpoints.
         progress: progress to resume from; None: start at the beginning.
         should_stop: called before the first and after each step; if True, a checkpoint is written and the loop ends.
+        save: writes a checkpoint into the folder.
 
     Returns:
         The progress at the end.
@@ -85,7 +89,7 @@ def fit(
         if checkpoints is not None and due:
             for sink in sinks:
                 sink.flush()
-            save_state(checkpoints, members, progress)
+            save(checkpoints, members, progress)
     return progress
 
 
@@ -98,7 +102,7 @@ def check_batch(batch: Mapping[str, Tensor], hook: str, batch_tokens: int, step:
     """Raise if a batch lacks the hook, has another length, or holds values that are not finite."""
     if hook not in batch:
         raise UserError(f"the stream must give activations of hook '{hook}'; got {', '.join(batch)}.")
-    rows = len(batch[hook])
+    rows = int(shares().sum(torch.tensor(len(batch[hook]))))
     if rows != batch_tokens:
         raise UserError(
             f"batches must hold batch_tokens={batch_tokens} tokens; got {rows} at step {step}. Make them equal."

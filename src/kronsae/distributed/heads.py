@@ -1,0 +1,309 @@
+"""Head parallel: a dictionary whose latents the processes of a row of the mesh hold in equal, consecutive parts.
+
+Each process encodes with its own rows and offers the k best of its own latents. A latent that is not among the k best
+of its part has k latents before it, so it is not among the k best of all: the k best of the offers are exact. All
+processes of the row gather the offers and make the same choice, so each has the codes of the whole dictionary; only
+the values of its own latents carry a gradient. Each decodes its own latents, and the reconstructions are summed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from kronsae import kernels
+from kronsae.core.codes import SparseCodes
+from kronsae.core.decoders import Decoder
+from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig, Latents, Ranked, RankedLatents
+from kronsae.core.experts import gate_of
+from kronsae.core.gates import GATES
+from kronsae.core.sae import SAE, SAEConfig
+from kronsae.distributed.shares import TokenShares
+from kronsae.distributed.team import Group
+from kronsae.kernels import BatchChoice, Choice, Request, RowGradients, grad_norm
+from kronsae.support.errors import UserError
+
+DIVIDED = ("encoder.weight", "encoder.bias", "decoder.W_dec")
+"""Weights of which each process holds a part, along the first dimension; all others are in every process."""
+
+
+class HeadSplit:
+    """Implements `kronsae.training.split.Split`: equal, consecutive parts of the heads; without heads, of the latents.
+
+    Args:
+        group: the processes that hold the parts of one dictionary. One process holds all of it.
+        among: who shares the batches.
+    """
+
+    def __init__(self, group: Group, among: TokenShares) -> None:
+        self.group, self.among = group, among
+
+    def build(self, shape: SAEConfig, seed: int) -> SAE:
+        check_divisible(shape, self.group.size)
+        whole = shape.build(seed)
+        if self.group.size == 1:
+            sae = whole
+        else:
+            d_sae = shape.d_sae // self.group.size
+            sae = SAE(
+                _part_of(shape, self.group.size).build(shape.d_in),
+                whole.sparsifier,
+                DividedDecoder(d_sae, shape.d_out, self.group),  # type: ignore[arg-type]
+                whole.skip,
+                read_widths=shape.read_widths,
+                write_widths=shape.write_widths,
+            )
+            own = {name: weight.chunk(self.group.size)[self.group.me] if name in DIVIDED else weight
+                   for name, weight in whole.state_dict().items()}  # fmt: skip
+            sae.load_state_dict(own)
+        sae.encoder.register_forward_hook(self._merging)
+        return sae
+
+    def grad_norm(self, sae: SAE, rows: RowGradients) -> float:
+        divided: list[Tensor] = []
+        common: list[Tensor] = []
+        for name, parameter in sae.named_parameters():
+            (divided if name in DIVIDED else common).append(parameter)
+        squares = torch.tensor(grad_norm(divided, rows) ** 2, dtype=torch.float64, device=sae.W_dec.device)
+        return math.sqrt(float(self.group.sum(squares)) + grad_norm(common, rows) ** 2)
+
+    def whole(self, sae: SAE, shape: SAEConfig) -> SAE:
+        found = shape.build_empty().to(sae.W_dec)
+        parts = {name: self.group.gather(weight) if name in DIVIDED else [weight]
+                 for name, weight in sae.state_dict().items()}  # fmt: skip
+        found.load_state_dict({name: torch.cat(of) if len(of) > 1 else of[0] for name, of in parts.items()})
+        return found
+
+    def _merging(self, encoder: nn.Module, inputs: Any, latents: Latents) -> MergedLatents:
+        """Forward hook of the encoder."""
+        return MergedLatents(latents, self.group, self.among, encoder.d_sae)  # type: ignore[arg-type]
+
+
+def check_divisible(shape: SAEConfig, parts: int) -> None:
+    """Refuse an SAE that cannot be held in so many parts.
+
+    Raises:
+        UserError: saying which rule is broken.
+    """
+    if parts == 1:
+        return
+    encoder = shape.encoder
+    if not isinstance(encoder, DenseEncoderConfig | KroneckerEncoderConfig):
+        raise UserError(
+            f"head_parallel must be 1 with a {encoder.kind} encoder; got {parts}. Only dense and Kronecker encoders "
+            "are divided. Leave --head-parallel out: the processes then share the tokens."
+        )
+    count, what = _count(encoder)
+    if count % parts:
+        raise UserError(
+            f"head_parallel must divide {what}; got {parts} with {what}={count}. Change one, or leave --head-parallel "
+            "out: the processes then share the tokens."
+        )
+    gate = gate_of(encoder)
+    for unsupported, name in (
+        (shape.sparsifier.kind == "jumprelu", "the sparsifier 'jumprelu'"),
+        (shape.pursuit is not None and not shape.pursuit.changes_nothing, "a pursuit"),
+        (gate is not None and GATES[gate].start is not None, f"the gate '{gate}', whose parameter all heads share"),
+    ):
+        if unsupported:
+            raise UserError(
+                f"head_parallel must be 1 with {name}; got {parts}. Leave --head-parallel out: the processes then "
+                "share the tokens."
+            )
+
+
+def _count(encoder: DenseEncoderConfig | KroneckerEncoderConfig) -> tuple[int, str]:
+    return (encoder.d_sae, "d_sae") if isinstance(encoder, DenseEncoderConfig) else (encoder.num_heads, "num_heads")
+
+
+def _part_of(shape: SAEConfig, parts: int) -> DenseEncoderConfig | KroneckerEncoderConfig:
+    """Return the config of an encoder of one part."""
+    encoder = shape.encoder
+    assert isinstance(encoder, DenseEncoderConfig | KroneckerEncoderConfig)
+    if isinstance(encoder, DenseEncoderConfig):
+        return replace(encoder, d_sae=encoder.d_sae // parts)
+    return KroneckerEncoderConfig(
+        num_heads=encoder.num_heads // parts,
+        d_base=encoder.d_base,
+        d_extension=encoder.d_extension,
+        gate=encoder.gate,
+        init_norm=encoder.init_norm,
+    )
+
+
+@dataclass(frozen=True)
+class MergedLatents:
+    """Implements `kronsae.core.encoders.Latents`: the latents of all parts, of which this process computes one.
+
+    A choice is merged from the offers of the row of the mesh; a choice among the whole batch also from those of the
+    other shares of the batch.
+
+    Args:
+        own: the latents of this process.
+        group: the processes that hold the parts of the dictionary.
+        among: who shares the batch.
+        d_own: number of latents in one part.
+    """
+
+    own: Latents
+    group: Group
+    among: TokenShares
+    d_own: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.own.num_tokens
+
+    @property
+    def d_sae(self) -> int:
+        """F, the latents of all parts."""
+        return self.d_own * self.group.size
+
+    @property
+    def first(self) -> int:
+        """Index of the first own latent."""
+        return self.d_own * self.group.me
+
+    def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
+        own = [self._restricted(request) for request in requests]
+        found = self._offers([request for request in own if request is not None])
+        nothing, left = found[0].none(), iter(found)
+        return tuple(
+            self._merged(request, nothing if part is None else next(left))
+            for request, part in zip(requests, own, strict=True)
+        )
+
+    def materialize(self) -> Float[Tensor, "B F"]:
+        """All F activations; only those of the own latents carry a gradient."""
+        own_BC = self.own.materialize()
+        parts = self.group.gather(own_BC.detach())
+        parts[self.group.me] = own_BC
+        return torch.cat(parts, dim=1)
+
+    def penalty(self) -> Float[Tensor, ""] | None:
+        return self.own.penalty()
+
+    def _offers(self, requests: Sequence[Request]) -> tuple[Ranked, ...]:
+        if isinstance(self.own, RankedLatents):
+            return self.own.choose_ranked(*requests)
+        return tuple(Ranked(codes, codes.values.detach()) for codes in self.own.choose(*requests))
+
+    def _restricted(self, request: Request) -> Request | None:
+        """Return the request to the own latents; None if it is for none of them."""
+        if not isinstance(request, Choice) or self.group.size == 1:
+            return request
+        if request.latents_C is None:
+            return Choice(min(request.k, self.d_own))
+        inside_C = (request.latents_C >= self.first) & (request.latents_C < self.first + self.d_own)
+        latents_C = request.latents_C[inside_C] - self.first
+        return Choice(min(request.k, len(latents_C)), latents_C) if len(latents_C) else None
+
+    def _merged(self, request: Request, offer: Ranked) -> SparseCodes:
+        """Return the codes of the whole dictionary that meet a request, from the own offer and those of others."""
+        if self.group.size > 1:
+            offer = self._best_of_group(request, offer)
+        if isinstance(request, BatchChoice):
+            return offer.codes.only(largest_of_batch(offer, request.total, self.among))
+        return offer.codes
+
+    def _best_of_group(self, request: Request, offer: Ranked) -> Ranked:
+        """Return the best of the offers of all parts; those of the own part are differentiable."""
+        widest = int(self.group.max(torch.tensor(offer.rank_BK.shape[1], device=offer.rank_BK.device)))
+        missing = (0, widest - offer.rank_BK.shape[1])
+        own_BK, indices_BK, rank_BK = (
+            nn.functional.pad(part, missing)
+            for part in (offer.codes.values, offer.codes.indices + self.first, offer.rank_BK)
+        )
+        values = self.group.gather(own_BK.detach())
+        values[self.group.me] = own_BK
+        indices_BX = torch.cat(self.group.gather(indices_BK), dim=1)
+        rank_BX = torch.cat(self.group.gather(rank_BK), dim=1)
+        codes = SparseCodes(torch.cat(values, dim=1), indices_BX, self.d_sae)
+        if isinstance(request, Choice):
+            kept_BK = first_by_rank(rank_BX, indices_BX)[:, : request.k]
+            found = (part.gather(1, kept_BK) for part in (codes.values, codes.indices, rank_BX))
+            values_BK, indices_BK, rank_BK = found
+            return Ranked(SparseCodes(values_BK, indices_BK, self.d_sae), rank_BK)
+        return Ranked(codes, rank_BX)
+
+
+def first_by_rank(rank_BX: Float[Tensor, "B X"], indices_BX: Int[Tensor, "B X"]) -> Int[Tensor, "B X"]:
+    """Return the columns of each token by falling rank; of equal ranks the smaller latent comes first."""
+    by_index_BX = indices_BX.argsort(dim=1, stable=True)
+    by_rank_BX = rank_BX.gather(1, by_index_BX).argsort(dim=1, stable=True, descending=True)
+    return by_index_BX.gather(1, by_rank_BX)
+
+
+@torch.no_grad()
+def largest_of_batch(offer: Ranked, total: int, among: TokenShares) -> Bool[Tensor, "B K"]:
+    """Mark the ``total`` largest ranks of the whole batch; of equal ones the earlier token, then the smaller latent.
+
+    Every process gathers the ranks of all shares, at most ``total`` of each.
+    """
+    rank_BK = offer.rank_BK
+    offered_N = rank_BK[rank_BK > 0]
+    if int(among.sum(torch.tensor(len(offered_N), device=rank_BK.device))) <= total:
+        return rank_BK > 0
+    all_N = torch.cat(among.gather(offered_N.topk(min(total, len(offered_N)), sorted=False).values))
+    smallest = all_N.topk(total).values[-1]
+    room = total - int((all_N > smallest).sum())
+    return (rank_BK > smallest) | _first_ties(offer, smallest, room, among)
+
+
+def _first_ties(offer: Ranked, smallest: Tensor, room: int, among: TokenShares) -> Bool[Tensor, "B K"]:
+    """Mark the first ``room`` entries of the batch that rank ``smallest``."""
+    tied_BK = offer.rank_BK == smallest
+    here_N, column_N = tied_BK.nonzero(as_tuple=True)
+    place_N = among.place_of(here_N) * offer.codes.d_sae + offer.codes.indices[here_N, column_N]
+    last = torch.cat(among.gather(place_N)).sort().values[room - 1]
+    marked_BK = torch.zeros_like(tied_BK)
+    marked_BK[here_N, column_N] = place_N <= last
+    return marked_BK
+
+
+class DividedDecoder(nn.Module):
+    """Own rows of a `kronsae.core.decoders.Decoder`; it takes codes of the whole dictionary and sums over the group.
+
+    Args:
+        d_own: own latents.
+        d_out: O.
+        group: the processes that hold the parts of the dictionary.
+    """
+
+    normalize = Decoder.normalize
+
+    def __init__(self, d_own: int, d_out: int, group: Group) -> None:
+        super().__init__()
+        self._group = group
+        self.W_dec = nn.Parameter(torch.empty(d_own, d_out))
+        self.b_dec = nn.Parameter(torch.empty(d_out))
+
+    def forward(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
+        """Return the reconstruction."""
+        return self.combine(codes) + self.b_dec
+
+    def combine(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
+        """Return the reconstruction without ``b_dec``."""
+        first = len(self.W_dec) * self._group.me
+        own = codes.only((codes.indices >= first) & (codes.indices < first + len(self.W_dec)), first)
+        part_BO = kernels.decode(own.values, own.indices - first, self.W_dec, torch.zeros_like(self.b_dec))
+        summed_BO: Tensor = _Sum.apply(part_BO, self._group)
+        return summed_BO
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over a group whose processes compute the same loss from it: the gradient of each part is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        return group.sum(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None

@@ -1,0 +1,123 @@
+"""Test `kronsae train` in several processes: one of them speaks and writes, and one tells of an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.command_line import Outcome
+from tests.distributed.commands import run_command
+from tests.distributed.processes import in_processes
+
+from kronsae.distributed.launch import VARIABLES
+
+KRON = ["--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4"]
+
+
+def outcomes(processes: int, folder: Path, words: list[str], fault: str = "") -> list[tuple[object, str, str]]:
+    return in_processes(processes, run_command, folder, words, folder, fault)
+
+
+def test_one_process_speaks_and_writes(base: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    first, second = outcomes(2, tmp_path / "2", [*base, *KRON, "--out", str(out), "--head-parallel", "2", "--json"])
+    assert first[0] == second[0] == 0, first
+    assert second[1:] == ("", "")
+    assert [row["sae"] for row in json.loads(first[1])["saes"]] == ["kron"]
+    assert first[2].splitlines()[-1] == f"What now? kronsae eval {out}; kronsae report {out}"
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "run.json", "saes", "training.json"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--head-parallel", "3"],
+            "Error: head_parallel must divide the number of processes; got 3 with 2. Start with torchrun "
+            "--nproc-per-node 3, or a multiple of it, or leave --head-parallel out.",
+        ),
+        (
+            ["--head-parallel", "2", "--sae", "switch d_sae=64 k=4 num_experts=4"],
+            "Error: head_parallel must be 1 with a switch encoder; got 2. Only dense and Kronecker encoders are "
+            "divided. Leave --head-parallel out: the processes then share the tokens.",
+        ),
+        (
+            ["--head-parallel", "2", "--sae", "kron num_heads=7 d_base=2 d_extension=2 k=4"],
+            "Error: head_parallel must divide num_heads; got 2 with num_heads=7. Change one, or leave --head-parallel "
+            "out: the processes then share the tokens.",
+        ),
+        (
+            ["--head-parallel", "2", "--sae", "jumprelu d_sae=64 k=4"],
+            "Error: head_parallel must be 1 with the sparsifier 'jumprelu'; got 2. Leave --head-parallel out: the "
+            "processes then share the tokens.",
+        ),
+        (
+            ["--head-parallel", "2", "--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4 pursuit_rounds=2"],
+            "Error: head_parallel must be 1 with a pursuit; got 2. Leave --head-parallel out: the processes then share "
+            "the tokens.",
+        ),
+        (
+            ["--head-parallel", "2", "--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=power_mean"],
+            "Error: head_parallel must be 1 with the gate 'power_mean', whose parameter all heads share; got 2. Leave "
+            "--head-parallel out: the processes then share the tokens.",
+        ),
+        (
+            ["--nonsense"],
+            "Error: `kronsae train` has no option --nonsense. Did you mean '--tokens'? See `kronsae train --help`.",
+        ),
+    ],
+    ids=["processes", "experts", "heads", "jumprelu", "pursuit", "gate", "usage"],
+)
+def test_an_error_of_all_is_told_once(more: list[str], message: str, base: list[str], tmp_path: Path) -> None:
+    words = [*base, "--out", str(tmp_path / "r"), *more, *([] if "--sae" in more else KRON)]
+    found = outcomes(2, tmp_path / "2", words)
+    assert [status for status, _, _ in found] == [2, 2]
+    assert sorted(err.strip() for _, _, err in found) == ["", message]
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("fault", ["slow", "killed"])
+def test_an_error_of_one_ends_all_and_is_told_once(fault: str, base: list[str], tmp_path: Path) -> None:
+    words = [*base, *KRON, "--out", str(tmp_path / "r")]
+    found = outcomes(3, tmp_path / "3", words, fault)
+    told = [err.splitlines()[-1] for _, _, err in found if "Error" in err or "ended" in err]
+    if fault == "killed":
+        assert told == [
+            "a process of the training ended without a message; the others cannot go on. Run the same command again to "
+            "resume from the last checkpoint."
+        ]
+    else:
+        assert told == ["Error: the lights must be on; they are off in process 1."]
+    assert not any("Traceback" in err for _, _, err in found)
+
+
+def test_other_commands_run_alone(kronsae: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(VARIABLES, ("0", "2", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    outcome = kronsae("sweep", "--out", "r")
+    assert (outcome.status, outcome.err.strip()) == (
+        2,
+        "Error: only `kronsae train` runs over several processes; torchrun started `kronsae sweep`. Start it alone.",
+    )
+
+
+def test_head_parallel_needs_a_launcher(base: list[str], kronsae: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = kronsae(*base, *KRON, "--out", tmp_path / "r", "--head-parallel", "2")
+    assert outcome.status == 2
+    assert outcome.err.strip() == (
+        "Error: head_parallel must divide the number of processes; got 2 with 1. Start with torchrun --nproc-per-node "
+        "2, or a multiple of it, or leave --head-parallel out."
+    )
+
+
+@pytest.mark.slow  # two processes import everything
+def test_torchrun(base: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kronsae"]
+    done = subprocess.run(
+        [*command, *base, *KRON, "--out", str(tmp_path / "r"), "--json"], capture_output=True, text=True, check=True
+    )
+    assert len(json.loads(done.stdout)["saes"]) == 1

@@ -1,0 +1,118 @@
+"""Test the files of a checkpoint of several processes: no damage is read, and nothing in them is executed."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tests.distributed.processes import in_processes
+from tests.distributed.states import save_in_team
+
+from kronsae.distributed.checkpoint import load_shards
+from kronsae.runs.recipes import kron
+from kronsae.support.errors import UserError
+from kronsae.training.member import Member
+from kronsae.training.state import load_progress
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of four processes, two parts of a dictionary each twice, and the state that it holds."""
+    folder = tmp_path_factory.mktemp("saved")
+    (expected, *_) = in_processes(4, save_in_team, folder / "work", folder / "checkpoint")
+    assert not isinstance(expected, BaseException), expected.__notes__
+    return folder / "checkpoint", expected
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    member = Member(kron(num_heads=4, d_base=2, d_extension=2, k=2, seed=5), 8, "h", 4)
+    load_shards(None, folder, [member])
+    return member.state()
+
+
+def test_one_process_has_the_same_state(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, expected = saved
+    found = loaded(folder)
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+    progress = load_progress(folder)
+    assert progress is not None
+    assert (progress.step, progress.stream) == (3, {"batch": 3})
+
+
+def test_every_tensor_is_written_once_and_divided(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, expected = saved
+    (checkpoint,) = folder.glob("step-*")
+    layout = json.loads((checkpoint / "layout.json").read_text("utf-8"))
+    assert len(list(folder.iterdir())) == 1  # no partial folder is left
+    size = sum(path.stat().st_size for path in checkpoint.glob("state-*.safetensors"))
+    assert size < 1.1 * sum(value.nbytes for value in expected.values()) + 4 * 6000  # the headers of four files
+    tensors = layout["tensors"]
+    assert [chunk["offsets"] for chunk in tensors["kron/sae.encoder.weight"]["chunks"]] == [[0, 0, 0], [2, 0, 0]]
+    assert [chunk["sizes"] for chunk in tensors["kron/optimizer.decoder.W_dec.exp_avg_sq"]["chunks"]] == [[8, 8]] * 2
+    assert len(tensors["kron/sae.decoder.b_dec"]["chunks"]) == 1
+
+
+def damage(path: Path, how: str, seed: int) -> None:
+    """Flip a bit of a file, or cut its end off."""
+    found, draw = bytearray(path.read_bytes()), random.Random(seed)
+    place = draw.randrange(len(found))
+    if how == "truncated":
+        del found[place:]
+    else:
+        found[place] ^= 1 << draw.randrange(8)
+    path.write_bytes(bytes(found))
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated"])
+def test_damage_is_found_and_named(
+    how: str, saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = saved
+    (checkpoint,) = folder.glob("step-*")
+    paths = [checkpoint / "layout.json", *sorted(checkpoint.glob("state-*.safetensors"))]
+    for seed in range(40):
+        path = paths[seed % len(paths)]
+        whole = path.read_bytes()
+        damage(path, how, seed)
+        try:
+            if json_is_the_same(path, whole):
+                continue
+            with pytest.raises(UserError, match=rf"^the checkpoint {re.escape(str(checkpoint))} is damaged \(.*\)\. "):
+                loaded(folder)
+        finally:
+            path.write_bytes(whole)
+    assert loaded(folder).keys() == expected.keys()
+
+
+def json_is_the_same(path: Path, whole: bytes) -> bool:
+    """Whether a flipped bit of the layout changed only white space."""
+    if path.name != "layout.json":
+        return False
+    try:
+        return bool(json.loads(path.read_bytes()) == json.loads(whole))
+    except ValueError:
+        return False
+
+
+def test_a_missing_file_is_named(saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, _ = saved
+    (checkpoint,) = folder.glob("step-*")
+    path = sorted(checkpoint.glob("state-*"))[1]
+    path.rename(tmp_path / path.name)
+    try:
+        with pytest.raises(UserError, match=path.name):
+            loaded(folder)
+    finally:
+        (tmp_path / path.name).rename(path)
+
+
+def test_the_checkpoint_of_another_sae_is_refused(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = saved
+    other = Member(kron(num_heads=8, d_base=2, d_extension=2, k=2), 8, "h", 4)
+    with pytest.raises(UserError, match=r"the state of 'kron' is missing or misshapen in the checkpoint \(sae\."):
+        load_shards(None, folder, [other])
