@@ -17,6 +17,7 @@ from torch.autograd.gradcheck import GradcheckError
 from kronsae import kernels
 from kronsae.core import checkpoint
 from kronsae.core.codes import SparseCodes
+from kronsae.core.decoders import Decoder
 from kronsae.core.encoders import KroneckerEncoderConfig
 from kronsae.core.experts import AnyEncoderConfig
 from kronsae.core.flops import forward_multiply_adds
@@ -150,9 +151,12 @@ def test_gradients_of_values() -> None:
     W_dec = (sae.W_dec.detach() / norm_F).requires_grad_()
 
     def values(target_BD: Tensor, proposed_BC: Tensor, W_dec_FD: Tensor) -> Tensor:
+        decoder, proposed = Decoder(*W_dec_FD.shape), SparseCodes(proposed_BC, candidates.indices, candidates.d_sae)
+        del decoder.W_dec
+        decoder.W_dec = W_dec_FD  # type: ignore[assignment]  # a function of the argument, not a parameter
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "inverse_norms", lambda W: torch.ones(len(W), dtype=W.dtype))
-            return unrolled_values(target_BD, W_dec_FD, proposed_BC, found, rounds)
+            return unrolled_values(target_BD, decoder, proposed, found, rounds)
 
     assert torch.autograd.gradcheck(values, (x_BD, proposed_BC, W_dec), atol=1e-7)
     # a derivative that is wrong by a tenth is noticed

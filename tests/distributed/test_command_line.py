@@ -56,11 +56,6 @@ def test_one_process_speaks_and_writes(base: list[str], tmp_path: Path) -> None:
             "processes then share the tokens.",
         ),
         (
-            ["--head-parallel", "2", "--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4 pursuit_rounds=2"],
-            "Error: head_parallel must be 1 with a pursuit; got 2. Leave --head-parallel out: the processes then share "
-            "the tokens.",
-        ),
-        (
             ["--head-parallel", "2", "--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=power_mean"],
             "Error: head_parallel must be 1 with the gate 'power_mean', whose parameter all heads share; got 2. Leave "
             "--head-parallel out: the processes then share the tokens.",
@@ -70,7 +65,7 @@ def test_one_process_speaks_and_writes(base: list[str], tmp_path: Path) -> None:
             "Error: `kronsae train` has no option --nonsense. Did you mean '--tokens'? See `kronsae train --help`.",
         ),
     ],
-    ids=["processes", "experts", "heads", "jumprelu", "pursuit", "gate", "usage"],
+    ids=["processes", "experts", "heads", "jumprelu", "gate", "usage"],
 )
 def test_an_error_of_all_is_told_once(more: list[str], message: str, base: list[str], tmp_path: Path) -> None:
     words = [*base, "--out", str(tmp_path / "r"), *more, *([] if "--sae" in more else KRON)]

@@ -17,6 +17,7 @@ from kronsae.kernels import use
 DIVISIBLE = [
     *("topk", "topk-kron", "batch_topk", "batch_topk-kron", "matryoshka", "matryoshka-kron", "transcoder-kron"),
     *("skip_transcoder", "skip_transcoder-kron", "crosscoder", "crosscoder-kron", "clipped"),
+    *("pursued", "unrolled"),
 ]
 """Those that head parallel takes. Not `minimum`: many of its latents have equal values, and one process takes any."""
 QUICK = [
@@ -29,7 +30,7 @@ QUICK = [
     "revived",
     "unrolled",
 ]
-QUICK_DIVISIBLE = ["topk", "topk-kron", "batch_topk-kron", "matryoshka-kron"]
+QUICK_DIVISIBLE = ["topk", "topk-kron", "batch_topk-kron", "matryoshka-kron", "unrolled"]
 
 TOLERANCE = 1e-9
 """After 10 steps in float64, where only the order of sums differs."""

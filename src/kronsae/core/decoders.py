@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kronsae import kernels
 from kronsae.core.codes import SparseCodes
+from kronsae.kernels import Pursued, PursuitRounds
 from kronsae.support.tensors import aligned
 
 
@@ -26,6 +27,19 @@ class Decoder(nn.Module):
     def combine(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
         """Return the reconstruction without ``b_dec``, as used for AuxK and for parts of a sum."""
         return kernels.decode(codes.values, codes.indices, self.W_dec, torch.zeros_like(self.b_dec))
+
+    def products(self, x_BO: Float[Tensor, "B O"], latents_BR: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        """Return ``<d_f, x>`` for R latents of each token; differentiable."""
+        products_BR = kernels.sampled_products(x_BO, self.W_dec, latents_BR)
+        return kernels.linear_at(x_BO, self.W_dec, self.W_dec.new_zeros(len(self.W_dec)), latents_BR, products_BR)
+
+    def inverse_norms(self, latents_BR: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        """Return ``1 / |d_f|`` for R latents of each token, a constant."""
+        return kernels.inverse_norms(self.W_dec.detach())[latents_BR]
+
+    def pursue(self, target_BO: Float[Tensor, "B O"], candidates: SparseCodes, rounds: PursuitRounds) -> Pursued:
+        """Return the pursuit of a target, less the bias, among the candidates; it has no gradient."""
+        return kernels.pursue(target_BO, self.W_dec, candidates.values, candidates.indices, rounds)
 
     @torch.no_grad()
     def initialize(self, rows_FO: Float[Tensor, "F O"]) -> None:

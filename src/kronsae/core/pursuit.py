@@ -34,7 +34,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kronsae import kernels
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
@@ -157,7 +156,7 @@ def choose_own_and_pursue(
     if candidates.values.shape[1] == k:
         return codes, candidates, *rest
     alone = PursuitRounds((k,), 0, pursuit.step, pursuit.start)  # a round without refit: the k largest candidates
-    own = kernels.pursue(x_BD, decoder.W_dec, candidates.values, candidates.indices, alone)
+    own = decoder.pursue(x_BD, candidates, alone)
     values_BK = torch.where(own.places_BK >= 0, candidates.values.gather(1, own.places_BK.clamp_min(0)), 0.0)
     return codes, SparseCodes(values_BK, own.latents_BK, candidates.d_sae), *rest
 
@@ -182,17 +181,17 @@ def pursue(
         return candidates
     target_BD = x_BD - decoder.b_dec
     rounds = PursuitRounds(pursuit.sizes(k), pursuit.refit, pursuit.step, pursuit.start)
-    found = kernels.pursue(target_BD, decoder.W_dec, candidates.values, candidates.indices, rounds)
+    found = decoder.pursue(target_BD, candidates, rounds)
     values_BK = found.values_BK
     if torch.is_grad_enabled():
-        values_BK = unrolled_values(target_BD, decoder.W_dec, candidates.values, found, rounds)
+        values_BK = unrolled_values(target_BD, decoder, candidates, found, rounds)
     return SparseCodes(values_BK, found.latents_BK, candidates.d_sae)
 
 
 def unrolled_values(
     target_BD: Float[Tensor, "B D"],
-    W_dec_FD: Float[Tensor, "F D"],
-    proposed_BC: Float[Tensor, "B C"],
+    decoder: Decoder,
+    candidates: SparseCodes,
     found: Pursued,
     rounds: PursuitRounds,
 ) -> Float[Tensor, "B K"]:
@@ -200,8 +199,7 @@ def unrolled_values(
 
     Nothing larger than B x K and B x D is kept; the dictionary's gradient consists of the rows touched.
     """
-    inverse_norm_BK = kernels.inverse_norms(W_dec_FD.detach())[found.latents_BK]
-    bias_D, no_bias_F = target_BD.new_zeros(target_BD.shape[1]), W_dec_FD.new_zeros(len(W_dec_FD))
+    inverse_norm_BK = decoder.inverse_norms(found.latents_BK)
     chosen_BK = found.places_BK >= 0
     values_BK = target_BD.new_zeros(len(target_BD), 0)
     column = 0
@@ -211,16 +209,15 @@ def unrolled_values(
         known = values_BK.shape[1]
         residual_BD = target_BD
         if known:
-            residual_BD = target_BD - kernels.decode(values_BK, found.latents_BK[:, :known], W_dec_FD, bias_D)
-        rows_BR = found.latents_BK[:, start:stop]
-        products_BR = kernels.sampled_products(residual_BD, W_dec_FD, rows_BR)
-        products_BR = kernels.linear_at(residual_BD, W_dec_FD, no_bias_F, rows_BR, products_BR)
+            chosen = SparseCodes(values_BK, found.latents_BK[:, :known], candidates.d_sae)
+            residual_BD = target_BD - decoder.combine(chosen)
+        products_BR = decoder.products(residual_BD, found.latents_BK[:, start:stop])
         return torch.where(chosen_BK[:, start:stop], products_BR * inverse_norm_BK[:, start:stop].square(), 0.0)
 
     for number, size in enumerate(rounds.sizes):
         stop = column + size
         if number == 0:
-            first_BK = proposed_BC.gather(1, found.places_BK[:, :size].clamp_min(0))
+            first_BK = candidates.values.gather(1, found.places_BK[:, :size].clamp_min(0))
             started_BK = torch.where(chosen_BK[:, :size], first_BK, 0.0)
         else:
             started_BK = rounds.start * shares(column, stop)

@@ -26,7 +26,7 @@ from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.distributed.shares import TokenShares
 from kronsae.distributed.team import Group
-from kronsae.kernels import BatchChoice, Choice, Request, RowGradients, grad_norm
+from kronsae.kernels import BatchChoice, Choice, Pursued, PursuitRounds, Request, RowGradients, grad_norm
 from kronsae.support.errors import UserError
 
 DIVIDED = ("encoder.weight", "encoder.bias", "decoder.W_dec")
@@ -58,6 +58,7 @@ class HeadSplit:
                 whole.skip,
                 read_widths=shape.read_widths,
                 write_widths=shape.write_widths,
+                pursuit=shape.pursuit,
             )
             own = {name: weight.chunk(self.group.size)[self.group.me] if name in DIVIDED else weight
                    for name, weight in whole.state_dict().items()}  # fmt: skip
@@ -108,7 +109,6 @@ def check_divisible(shape: SAEConfig, parts: int) -> None:
     gate = gate_of(encoder)
     for unsupported, name in (
         (shape.sparsifier.kind == "jumprelu", "the sparsifier 'jumprelu'"),
-        (shape.pursuit is not None and not shape.pursuit.changes_nothing, "a pursuit"),
         (gate is not None and GATES[gate].start is not None, f"the gate '{gate}', whose parameter all heads share"),
     ):
         if unsupported:
@@ -290,15 +290,49 @@ class DividedDecoder(nn.Module):
 
     def combine(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
         """Return the reconstruction without ``b_dec``."""
-        first = len(self.W_dec) * self._group.me
-        own = codes.only((codes.indices >= first) & (codes.indices < first + len(self.W_dec)), first)
-        part_BO = kernels.decode(own.values, own.indices - first, self.W_dec, torch.zeros_like(self.b_dec))
-        summed_BO: Tensor = _Sum.apply(part_BO, self._group)
-        return summed_BO
+        own_BK, rows_BK = self._rows(codes.indices)
+        own = SparseCodes(codes.values, rows_BK, len(self.W_dec)).only(own_BK)
+        part_BO = kernels.decode(own.values, own.indices, self.W_dec, torch.zeros_like(self.b_dec))
+        return self._summed(part_BO)
+
+    def products(self, x_BO: Float[Tensor, "B O"], latents_BR: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        """Return ``<d_f, x>`` for R latents of each token; differentiable."""
+        own_BR, rows_BR = self._rows(latents_BR)
+        seen_BO: Tensor = _Seen.apply(x_BO, self._group)
+        products_BR = kernels.sampled_products(seen_BO, self.W_dec, rows_BR)
+        no_bias_F = self.W_dec.new_zeros(len(self.W_dec))
+        products_BR = kernels.linear_at(seen_BO, self.W_dec, no_bias_F, rows_BR, products_BR)
+        return self._summed(torch.where(own_BR, products_BR, 0.0))
+
+    def inverse_norms(self, latents_BR: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        """Return ``1 / |d_f|`` for R latents of each token, a constant."""
+        own_BR, rows_BR = self._rows(latents_BR)
+        return self._group.sum(torch.where(own_BR, kernels.inverse_norms(self.W_dec.detach())[rows_BR], 0.0))
+
+    @torch.no_grad()
+    def pursue(self, target_BO: Float[Tensor, "B O"], candidates: SparseCodes, rounds: PursuitRounds) -> Pursued:
+        """Return the pursuit of a target, less the bias, among the candidates; it has no gradient."""
+
+        def fit(z_BC: Tensor) -> Tensor:
+            explained_BO = self.combine(SparseCodes(z_BC, candidates.indices, candidates.d_sae))
+            return self.products(target_BO - explained_BO, candidates.indices)
+
+        inverse_BC = self.inverse_norms(candidates.indices)
+        return kernels.pursue_by(fit, inverse_BC, candidates.values, candidates.indices, rounds)
+
+    def _rows(self, latents_BR: Int[Tensor, "B R"]) -> tuple[Bool[Tensor, "B R"], Int[Tensor, "B R"]]:
+        """Return which latents are own ones, and their rows; 0 for the others."""
+        rows_BR = latents_BR - len(self.W_dec) * self._group.me
+        own_BR = (rows_BR >= 0) & (rows_BR < len(self.W_dec))
+        return own_BR, rows_BR.where(own_BR, 0)
+
+    def _summed(self, part: Tensor) -> Tensor:
+        summed: Tensor = _Sum.apply(part, self._group)
+        return summed
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over a group whose processes compute the same loss from it: the gradient of each part is that of the sum."""
+    """Sum over a group whose processes go on alike from it: the gradient of each part is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
@@ -307,3 +341,16 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None
+
+
+class _Seen(torch.autograd.Function):
+    """What all processes of a group have and each uses for its own latents: the gradients of these uses add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.group.sum(grad), None

@@ -18,7 +18,7 @@ from kronsae.kernels.autograd import (
 )
 from kronsae.kernels.dispatch import explain, use
 from kronsae.kernels.optimizer import RowAdamW, clip_scale, grad_norm
-from kronsae.kernels.portable import inverse_norms
+from kronsae.kernels.portable import inverse_norms, pursue_by
 from kronsae.kernels.requests import kronecker_linear_select
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import (
@@ -73,6 +73,7 @@ __all__ = [
     "linear_topk",
     "parents",
     "pursue",
+    "pursue_by",
     "sampled_products",
     "use",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -286,27 +287,34 @@ def pursue(
     """A pursuit among the candidates of each token, in chunks of tokens: their rows, gathered, stay small."""
     inverse_F = inverse_norms(matrix_FD)
     chunk = max(1, CHUNK_ELEMENTS // (latents_BC.shape[1] * matrix_FD.shape[1]))
-    parts = zip(target_BD.split(chunk), values_BC.split(chunk), latents_BC.split(chunk), strict=True)
-    found = [_pursue_chunk(target, matrix_FD, inverse_F, z, latents, rounds) for target, z, latents in parts]
+    found = []
+    for target, z, latents in zip(target_BD.split(chunk), values_BC.split(chunk), latents_BC.split(chunk), strict=True):
+        fit = partial(_fit, target, matrix_FD[latents])
+        found.append(pursue_by(fit, inverse_F[latents], z, latents, rounds))
     return Pursued(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _pursue_chunk(
-    target_BD: Tensor,
-    matrix_FD: Tensor,
-    inverse_F: Tensor,
-    values_BC: Tensor,
-    latents_BC: Tensor,
+def pursue_by(
+    fit: Callable[[Float[Tensor, "B C"]], Float[Tensor, "B C"]],
+    inverse_BC: Float[Tensor, "B C"],
+    values_BC: Float[Tensor, "B C"],
+    latents_BC: Int[Tensor, "B C"],
     rounds: PursuitRounds,
 ) -> Pursued:
-    rows_BCD, inverse_BC = matrix_FD[latents_BC], inverse_F[latents_BC]
+    """A pursuit that sees the dictionary only through ``fit``, wherever its rows are.
+
+    Args:
+        fit: returns ``<d_c, target - sum_c z_c d_c>`` for each candidate, given values z of all candidates.
+        inverse_BC: ``1 / |d_c|``.
+        values_BC, latents_BC, rounds: as for `pursue`.
+    """
     by_latent_BC = latents_BC.argsort(dim=1)  # of equal worth the smaller latent comes first
     left_BC, chosen_BC = values_BC > 0, torch.zeros_like(values_BC, dtype=torch.bool)
     z_BC, worth_BC = torch.zeros_like(values_BC), values_BC
     columns = []
     for number, size in enumerate(rounds.sizes):
         if number > 0:
-            worth_BC = _fit(target_BD, rows_BCD, z_BC) * inverse_BC
+            worth_BC = fit(z_BC) * inverse_BC
         worth_BC = torch.where(left_BC & (worth_BC > 0), worth_BC, 0.0)
         order_BC = worth_BC.gather(1, by_latent_BC).sort(dim=1, stable=True, descending=True).indices
         places_BK = by_latent_BC.gather(1, order_BC[:, :size])
@@ -316,7 +324,7 @@ def _pursue_chunk(
         left_BC, chosen_BC = left_BC & ~taken_BC, chosen_BC | taken_BC
         columns.append(_listed_places(taken_BC, size))
         for _ in range(rounds.refit):
-            step_BC = rounds.step * _fit(target_BD, rows_BCD, z_BC) * inverse_BC.square()
+            step_BC = rounds.step * fit(z_BC) * inverse_BC.square()
             z_BC = torch.where(chosen_BC, (z_BC + step_BC).relu(), 0.0)
     places_BK = torch.cat(columns, dim=1)
     is_chosen_BK, at_BK = places_BK >= 0, places_BK.clamp_min(0)
