@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md and the table of cost of docs/pursuit.md from ``benchmarks/results``.
+"""Write the tables of docs/speed.md, docs/pursuit.md and docs/distributed.md from ``benchmarks/results``.
 
 python scripts/speed_tables.py
 """
@@ -14,7 +14,7 @@ from kronsae.support.files import write_marked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE, PURSUIT_PAGE = ROOT / "docs" / "speed.md", ROOT / "docs" / "pursuit.md"
+PAGE, PURSUIT_PAGE, DISTRIBUTED_PAGE = (ROOT / "docs" / f"{name}.md" for name in ("speed", "pursuit", "distributed"))
 
 Row = dict[str, str]
 
@@ -220,6 +220,31 @@ def pursuit() -> str:
     return table(headings, cells) + sizes + about("pursuit_step", first)
 
 
+def distributed() -> str:
+    """Return the table of steps of several processes."""
+    rows = rows_of("distributed_step")
+    cells = [
+        [
+            f"{row['sae']}, F = {int(row['d_sae']):,}",
+            row["mode"],
+            f"{1000 * float(row['alone_seconds']):,.0f}",
+            f"{1000 * float(row['together_seconds']):,.0f}",
+            f"{float(row['efficiency']):.2f} ({float(row['efficiency_low']):.2f} to "
+            f"{float(row['efficiency_high']):.2f})",
+            f"{float(row['sent_megabytes']):,.2f}",
+            f"{float(row['formula_megabytes']):,.2f}",
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    sizes = (
+        f"\n\nD = {first['d_in']}, k = {first['k']}, {int(first['batch_tokens']):,} tokens, {first['processes']} "
+        f"processes, {first['rounds']} interleaved rounds, random inputs."
+    )
+    headings = ["", "", "one process, ms", "two processes, ms", "efficiency, median (range)", "sent, MB", "formula, MB"]
+    return table(headings, cells) + sizes + about("distributed_step", first)
+
+
 def processes() -> str:
     """Return a sentence on the repeatability over new processes."""
     [row] = rows_of("fresh_processes")
@@ -248,6 +273,9 @@ def main() -> None:
     if (RESULTS / "pursuit_step.csv").exists():
         mark = "results:pursuit-cost"
         write_marked(PURSUIT_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", pursuit())
+    if (RESULTS / "distributed_step.csv").exists():
+        mark = "results:distributed-step"
+        write_marked(DISTRIBUTED_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", distributed())
 
 
 if __name__ == "__main__":

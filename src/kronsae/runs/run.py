@@ -187,7 +187,7 @@ def _train_run(
         plan.check()
         if trainers.leads and plan.steps - progress.step >= TIMED_FROM_STEPS:
             plan = with_times(plan, source)
-        say(str(plan))
+        say(f"{plan}{trainers.description}")
     steps = {member.name: member.steps for member in plan.members}
     members = [
         Member(member, source.widths, config.hook, steps[member.name], source.device, trainers.split)
@@ -346,19 +346,24 @@ def _sinks(
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Make the first Ctrl-C inside the block stop the loop after its current step; a second one stops at once."""
+    """Make the first Ctrl-C or SIGTERM in the block stop the loop after its current step; a second stops at once."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested.is_set
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def on_interrupt(number: int, frame: Any) -> None:
         requested.set()
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in before:
+        signal.signal(number, on_interrupt)
     try:
         yield requested.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

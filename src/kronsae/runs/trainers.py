@@ -33,6 +33,11 @@ class Trainers(Protocol):
         ...
 
     @property
+    def description(self) -> str:
+        """What to add to the plan of the run, which is that of a single process."""
+        ...
+
+    @property
     def split(self) -> Split:
         """Which latents of a dictionary this process holds."""
         ...
@@ -66,6 +71,7 @@ class Alone:
     """Implements `Trainers`: one process."""
 
     leads = True
+    description = ""
     split = Undivided()
 
     def check(self, config: RunConfig) -> None:
@@ -96,6 +102,14 @@ class Together:
     @property
     def leads(self) -> bool:
         return self._team.leads
+
+    @property
+    def description(self) -> str:
+        shares, parts = self._team.data.size, self._team.heads.size
+        return (
+            f"\n{self._team.size} processes: {shares} share(s) of the tokens of each batch, {parts} part(s) of each "
+            "dictionary. Memory and time above are those of a single one."
+        )
 
     @cached_property
     def split(self) -> Split:
