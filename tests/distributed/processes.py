@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-SECONDS = 120
+SECONDS = 240
 """How long the processes of a test may take."""
 
 _server = multiprocessing.get_context("forkserver")

@@ -40,6 +40,14 @@ def save_in_team(folder: Path) -> dict[str, Tensor]:
         return {name: whole(name, value, processes.heads.gather) for name, value in state.items()}
 
 
+def save_apart_in_team(folder: Path) -> None:
+    """Save to a folder of each process alone, as on machines without a common file system."""
+    with team() as processes:
+        assert processes is not None
+        member = Member(kron(num_heads=4, d_base=2, d_extension=2, k=2), 8, "h", 4)
+        save_shards(processes, folder / f"machine-{processes.rank}", [member], Progress(1, 16, 1.0, None))
+
+
 def whole(name: str, value: Tensor, gather: object) -> Tensor:
     """Return a tensor of the state of a single process."""
     if any(part in name for part in DIVIDED) and value.dim():

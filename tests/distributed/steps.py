@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from tests.core.test_registration import HalfConfig
 from torch import Tensor
 
 from kronsae.core.shares import sharing
+from kronsae.core.sparsifiers import BatchTopKConfig
 from kronsae.distributed.heads import HeadSplit
 from kronsae.distributed.launch import team
 from kronsae.distributed.shares import TokenShares
@@ -38,7 +40,8 @@ def configs() -> dict[str, MemberConfig]:
         config = parse_sae(words)
         aux_k = replace(config.aux_k, dead_after_tokens=DEAD_AFTER)
         configs[name] = replace(config, name="one", aux_k=aux_k, **changes)
-    return configs
+    own = MemberConfig(name="one", encoder=HalfConfig(d_sae=64), sparsifier=BatchTopKConfig(k=3))
+    return configs | {"own encoder": own}
 
 
 def _smaller(specification: str) -> str:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.command_line import Outcome
 from tests.distributed.commands import run_command
 from tests.distributed.processes import in_processes
 
+from kronsae.distributed.heads import check_divisible
 from kronsae.distributed.launch import VARIABLES
+from kronsae.runs.config import RunConfig
+from kronsae.runs.parsing import parse_sae
+from kronsae.runs.trainers import Together
+from kronsae.support.errors import UserError
 
 KRON = ["--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4"]
 
@@ -41,31 +49,16 @@ def test_one_process_speaks_and_writes(base: list[str], tmp_path: Path) -> None:
             "--nproc-per-node 3, or a multiple of it, or leave --head-parallel out.",
         ),
         (
-            ["--head-parallel", "2", "--sae", "switch d_sae=64 k=4 num_experts=4"],
-            "Error: head_parallel must be 1 with a switch encoder; got 2. Only dense and Kronecker encoders are "
-            "divided. Leave --head-parallel out: the processes then share the tokens.",
-        ),
-        (
             ["--head-parallel", "2", "--sae", "kron num_heads=7 d_base=2 d_extension=2 k=4"],
             "Error: head_parallel must divide num_heads; got 2 with num_heads=7. Change one, or leave --head-parallel "
             "out: the processes then share the tokens.",
-        ),
-        (
-            ["--head-parallel", "2", "--sae", "jumprelu d_sae=64 k=4"],
-            "Error: head_parallel must be 1 with the sparsifier 'jumprelu'; got 2. Leave --head-parallel out: the "
-            "processes then share the tokens.",
-        ),
-        (
-            ["--head-parallel", "2", "--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=power_mean"],
-            "Error: head_parallel must be 1 with the gate 'power_mean', whose parameter all heads share; got 2. Leave "
-            "--head-parallel out: the processes then share the tokens.",
         ),
         (
             ["--nonsense"],
             "Error: `kronsae train` has no option --nonsense. Did you mean '--tokens'? See `kronsae train --help`.",
         ),
     ],
-    ids=["processes", "experts", "heads", "jumprelu", "gate", "usage"],
+    ids=["processes", "heads", "usage"],
 )
 def test_an_error_of_all_is_told_once(more: list[str], message: str, base: list[str], tmp_path: Path) -> None:
     words = [*base, "--out", str(tmp_path / "r"), *more, *([] if "--sae" in more else KRON)]
@@ -73,6 +66,37 @@ def test_an_error_of_all_is_told_once(more: list[str], message: str, base: list[
     assert [status for status, _, _ in found] == [2, 2]
     assert sorted(err.strip() for _, _, err in found) == ["", message]
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("specification", "what"),
+    [
+        ("switch d_sae=64 k=4 num_experts=4", None),
+        ("jumprelu d_sae=64 k=4", "the sparsifier 'jumprelu'"),
+        (
+            "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=power_mean",
+            "the gate 'power_mean', whose parameter all heads share",
+        ),
+    ],
+)
+def test_what_is_not_divided_is_refused(specification: str, what: str | None) -> None:
+    shape = parse_sae(specification).shape(16, "h")
+    message = (
+        f"head_parallel must be 1 with {what}; got 2. Leave --head-parallel out: the processes then share the tokens."
+        if what is not None
+        else "head_parallel must be 1 with a switch encoder; got 2. Only dense and Kronecker encoders are divided. Leave "
+        "--head-parallel out: the processes then share the tokens."
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        check_divisible(shape, 2)
+    check_divisible(shape, 1)
+
+
+def test_revival_is_refused_where_heads_are_divided(config: RunConfig) -> None:
+    member = replace(config.saes[1], revive_every_tokens=100)
+    team = SimpleNamespace(heads=SimpleNamespace(size=2))
+    with pytest.raises(UserError, match=r"^head_parallel must be 1 with revive_every_tokens, as in 'kron'; got 2\. "):
+        Together(team).check(replace(config, saes=(member,)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fault", ["slow", "killed"])

@@ -29,6 +29,7 @@ QUICK = [
     "skip_transcoder",
     "revived",
     "unrolled",
+    "own encoder",
 ]
 QUICK_DIVISIBLE = ["topk", "topk-kron", "batch_topk-kron", "matryoshka-kron", "unrolled"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.distributed.processes import in_processes
-from tests.distributed.states import save_in_team
+from tests.distributed.states import save_apart_in_team, save_in_team
 
 from kronsae.distributed.checkpoint import load_shards
 from kronsae.runs.recipes import kron
@@ -97,6 +97,16 @@ def json_is_the_same(path: Path, whole: bytes) -> bool:
         return bool(json.loads(path.read_bytes()) == json.loads(whole))
     except ValueError:
         return False
+
+
+def test_a_folder_that_not_all_processes_see_is_refused(tmp_path: Path) -> None:
+    results = in_processes(2, save_apart_in_team, tmp_path / "work", tmp_path)
+    (told,) = (str(result) for result in results if isinstance(result, UserError))
+    assert told.endswith(
+        " could not be written (out must be on a file system that all processes see; state-00001.safetensors is "
+        "missing there)."
+    )
+    assert not list((tmp_path / "machine-0").glob("step-*"))
 
 
 def test_a_missing_file_is_named(saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:

@@ -85,6 +85,17 @@ class TestResume:
         finally:
             signal.signal(signal.SIGINT, outside)
 
+    def test_sigterm_stops_like_ctrl_c(
+        self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        outside = signal.getsignal(signal.SIGTERM)
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(Interrupted, match=r"^stopped after 512 of 1,280 tokens; a checkpoint "):
+                go(config, tmp_path / "r")
+        assert signal.getsignal(signal.SIGTERM) is outside
+        assert_same_run(finished_run, go(config, tmp_path / "r"))
+
     def test_stopped_after_the_last_step_before_the_saes_are_saved(
         self, finished_run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -85,7 +85,7 @@ def _exchange_layouts(group: Group, parameters: Sequence[Tensor], own: dict[Tens
         line[0], line[1] = int(parameter.grad is not None), len(own[parameter])
         for place, term in enumerate(own[parameter][:MAX_TERMS]):
             line[2 + 2 * place : 4 + 2 * place] = torch.tensor(term.weights_BR.shape)
-    tables = group.gather(table.to(parameters[0].device))
+    tables = group.gather(table)  # on the CPU: what is known of shapes need not wait for the device
     return [[_layout(line) for line in one.tolist()] for one in tables]
 
 

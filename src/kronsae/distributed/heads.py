@@ -46,23 +46,9 @@ class HeadSplit:
 
     def build(self, shape: SAEConfig, seed: int) -> SAE:
         check_divisible(shape, self.group.size)
-        whole = shape.build(seed)
-        if self.group.size == 1:
-            sae = whole
-        else:
-            d_sae = shape.d_sae // self.group.size
-            sae = SAE(
-                _part_of(shape, self.group.size).build(shape.d_in),
-                whole.sparsifier,
-                DividedDecoder(d_sae, shape.d_out, self.group),  # type: ignore[arg-type]
-                whole.skip,
-                read_widths=shape.read_widths,
-                write_widths=shape.write_widths,
-                pursuit=shape.pursuit,
-            )
-            own = {name: weight.chunk(self.group.size)[self.group.me] if name in DIVIDED else weight
-                   for name, weight in whole.state_dict().items()}  # fmt: skip
-            sae.load_state_dict(own)
+        sae = shape.build(seed)
+        if self.group.size > 1:
+            sae = self._part_of(sae, shape)
         sae.encoder.register_forward_hook(self._merging)
         return sae
 
@@ -76,10 +62,26 @@ class HeadSplit:
 
     def whole(self, sae: SAE, shape: SAEConfig) -> SAE:
         found = shape.build_empty().to(sae.W_dec)
-        parts = {name: self.group.gather(weight) if name in DIVIDED else [weight]
-                 for name, weight in sae.state_dict().items()}  # fmt: skip
-        found.load_state_dict({name: torch.cat(of) if len(of) > 1 else of[0] for name, of in parts.items()})
+        weights = sae.state_dict()
+        for name in DIVIDED if self.group.size > 1 else ():  # other encoders, which are not divided, have other names
+            weights[name] = torch.cat(self.group.gather(weights[name]))
+        found.load_state_dict(weights)
         return found
+
+    def _part_of(self, whole: SAE, shape: SAEConfig) -> SAE:
+        parts, me = self.group.size, self.group.me
+        sae = SAE(
+            _encoder_of_part(shape, parts).build(shape.d_in),
+            whole.sparsifier,
+            DividedDecoder(shape.d_sae // parts, shape.d_out, self.group),  # type: ignore[arg-type]
+            whole.skip,
+            read_widths=shape.read_widths,
+            write_widths=shape.write_widths,
+            pursuit=shape.pursuit,
+        )
+        weights = whole.state_dict()
+        sae.load_state_dict(weights | {name: weights[name].chunk(parts)[me] for name in DIVIDED})
+        return sae
 
     def _merging(self, encoder: nn.Module, inputs: Any, latents: Latents) -> MergedLatents:
         """Forward hook of the encoder."""
@@ -122,7 +124,7 @@ def _count(encoder: DenseEncoderConfig | KroneckerEncoderConfig) -> tuple[int, s
     return (encoder.d_sae, "d_sae") if isinstance(encoder, DenseEncoderConfig) else (encoder.num_heads, "num_heads")
 
 
-def _part_of(shape: SAEConfig, parts: int) -> DenseEncoderConfig | KroneckerEncoderConfig:
+def _encoder_of_part(shape: SAEConfig, parts: int) -> DenseEncoderConfig | KroneckerEncoderConfig:
     """Return the config of an encoder of one part."""
     encoder = shape.encoder
     assert isinstance(encoder, DenseEncoderConfig | KroneckerEncoderConfig)
