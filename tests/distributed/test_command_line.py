@@ -71,7 +71,7 @@ def test_an_error_of_all_is_told_once(more: list[str], message: str, base: list[
 @pytest.mark.parametrize(
     ("specification", "what"),
     [
-        ("switch d_sae=64 k=4 num_experts=4", None),
+        ("switch d_sae=64 k=4 num_experts=4", "a switch encoder"),
         ("jumprelu d_sae=64 k=4", "the sparsifier 'jumprelu'"),
         (
             "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=power_mean",
@@ -79,14 +79,11 @@ def test_an_error_of_all_is_told_once(more: list[str], message: str, base: list[
         ),
     ],
 )
-def test_what_is_not_divided_is_refused(specification: str, what: str | None) -> None:
+def test_what_is_not_divided_is_refused(specification: str, what: str) -> None:
     shape = parse_sae(specification).shape(16, "h")
-    message = (
-        f"head_parallel must be 1 with {what}; got 2. Leave --head-parallel out: the processes then share the tokens."
-        if what is not None
-        else "head_parallel must be 1 with a switch encoder; got 2. Only dense and Kronecker encoders are divided. Leave "
-        "--head-parallel out: the processes then share the tokens."
-    )
+    why = " Only dense and Kronecker encoders are divided." if what.endswith("encoder") else ""
+    instead = "Leave --head-parallel out: the processes then share the tokens."
+    message = f"head_parallel must be 1 with {what}; got 2.{why} {instead}"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         check_divisible(shape, 2)
     check_divisible(shape, 1)

@@ -96,9 +96,7 @@ class ShardWriter(StorageWriter):
         files = {where["file"]: where["sha256"] for where in written.values()}
         for name in files:
             if not (self._folder / name).exists():
-                raise UserError(
-                    f"out must be on a file system that all processes see; {name} of one of them is missing"
-                )
+                raise UserError(f"out must be on a file system that all processes see; {name} is missing there")
         layout = {"format": FORMAT, "tensors": tensors, "files": files}
         write_json(self._folder / LAYOUT, layout | {"sha256": _digest(layout)})
 
