@@ -2,7 +2,8 @@
 
 In each round process 0 takes a step alone on the whole batch, with one thread, while the others wait; then all take it
 together, with one thread each. Efficiency is the time alone divided by the number of processes times the time together,
-per round, so that drift of the machine's speed cancels. What is sent is counted at each collective, as a ring sends it.
+per round, so that drift of the machine's speed cancels. Work is the same ratio of processor time, which does not depend
+on what else the machine does. What is sent is counted at each collective, as a ring sends it.
 
     python benchmarks/distributed_step.py [--rounds 9] [--out benchmarks/results/distributed_step.csv]
 """
@@ -16,8 +17,8 @@ import socket
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from time import perf_counter, process_time
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,19 @@ SAES = {
     ("KronSAE", 4096): f"kron d_sae=4096 d_base={M} d_extension={N} k={K}",
     ("KronSAE", 65536): f"kron d_sae=65536 d_base={M} d_extension={N} k={K}",
 }
-MODES = {"data parallel": (2, 1), "head parallel": (2, 2)}
+PROCESSES = 2
+MODES = {"data parallel": 1, "head parallel": PROCESSES}
+
+
+SPREAD = {"": statistics.median, "_low": min, "_high": max}
+
+
+class Cost(NamedTuple):
+    """Cost of a step: until the last process is done, of all processors, and sent by one process."""
+
+    seconds: float
+    processor_seconds: float
+    sent_bytes: float
 
 
 class Meter:
@@ -74,75 +87,77 @@ def formula_bytes(kind: str, d_sae: int, shares: int, parts: int) -> float:
     return decoder + encoder + others + heads
 
 
-def measure(sae: tuple[str, int], mode: str, rounds: int) -> dict[str, object]:
+def measure(sae: tuple[str, int], mode: str, processes: Team, meter: Meter, rounds: int) -> dict[str, object]:
     """Return the row of one SAE and one mode, in each of the processes."""
-    _, head_parallel = MODES[mode]
     config = parse_sae(SAES[sae])
     x_BD = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
-    meter = Meter()
-    with team(head_parallel) as processes:
-        assert processes is not None
-        among = TokenShares(processes.data)
-        holder_B = torch.arange(BATCH) % processes.data.size
-        among.begin(holder_B)
-        own_BD = x_BD[holder_B == processes.data.me]
-        alone = Member(config, D_IN, "bench", 10_000) if processes.leads else None
-        together = Member(config, D_IN, "bench", 10_000, split=HeadSplit(processes.heads, among))
+    among = TokenShares(processes.data)
+    holder_B = torch.arange(BATCH) % processes.data.size
+    among.begin(holder_B)
+    own_BD = x_BD[holder_B == processes.data.me]
+    alone = Member(config, D_IN, "bench", 10_000) if processes.leads else None
+    together = Member(config, D_IN, "bench", 10_000, split=HeadSplit(processes.heads, among))
 
-        def step_together() -> None:
-            with sharing(among):
-                together.step(own_BD, 0, want_metrics=False)
+    def step_together() -> None:
+        with sharing(among):
+            together.step(own_BD, 0, want_metrics=False)
 
-        def step_alone() -> None:
-            if alone is not None:
-                alone.step(x_BD, 0, want_metrics=False)
+    def step_alone() -> None:
+        if alone is not None:
+            alone.step(x_BD, 0, want_metrics=False)
 
-        times: dict[str, list[float]] = {"alone": [], "together": []}
-        for number in range(rounds + 2):  # two to compile and to allocate
-            before = meter.bytes
-            for what, step in (("alone", step_alone), ("together", step_together)):
-                seconds = timed(step, processes)
-                if number >= 2:
-                    times[what].append(seconds)
-            sent = meter.bytes - before - 4 * 2 * (processes.size - 1) / processes.size  # the meetings of `timed`
-        ratios = [one / (processes.size * many) for one, many in zip(*times.values(), strict=True)]
-        return {
-            "sae": sae[0],
-            "d_sae": sae[1],
-            "mode": mode,
-            "processes": processes.size,
-            "d_in": D_IN,
-            "k": K,
-            "batch_tokens": BATCH,
-            "alone_seconds": round(statistics.median(times["alone"]), 4),
-            "together_seconds": round(statistics.median(times["together"]), 4),
-            "efficiency": round(statistics.median(ratios), 3),
-            "efficiency_low": round(min(ratios), 3),
-            "efficiency_high": round(max(ratios), 3),
-            "sent_megabytes": round(sent / 1e6, 3),
-            "formula_megabytes": round(formula_bytes(*sae, processes.data.size, processes.heads.size) / 1e6, 3),
-            "rounds": rounds,
-        } | provenance_columns(seed=0)
+    costs: dict[str, list[Cost]] = {"alone": [], "together": []}
+    for number in range(rounds + 2):  # two to compile and to allocate
+        for what, step in (("alone", step_alone), ("together", step_together)):
+            cost = measured(step, processes, meter)
+            if number >= 2:
+                costs[what].append(cost)
+    pairs = list(zip(costs["alone"], costs["together"], strict=True))
+    efficiency = [one.seconds / (processes.size * many.seconds) for one, many in pairs]
+    work = [one.processor_seconds / many.processor_seconds for one, many in pairs]
+    return {
+        "sae": sae[0],
+        "d_sae": sae[1],
+        "mode": mode,
+        "processes": processes.size,
+        "d_in": D_IN,
+        "k": K,
+        "batch_tokens": BATCH,
+        "alone_seconds": round(statistics.median(one.seconds for one, _ in pairs), 4),
+        "together_seconds": round(statistics.median(many.seconds for _, many in pairs), 4),
+        **{f"efficiency{name}": round(of(efficiency), 3) for name, of in SPREAD.items()},
+        **{f"work{name}": round(of(work), 3) for name, of in SPREAD.items()},
+        "sent_megabytes": round(pairs[-1][1].sent_bytes / 1e6, 3),
+        "formula_megabytes": round(formula_bytes(*sae, processes.data.size, processes.heads.size) / 1e6, 3),
+        "rounds": rounds,
+    } | provenance_columns(seed=0)
 
 
-def timed(step: Callable[[], None], processes: Team) -> float:
-    """Return the time until all processes have done ``step``."""
+def measured(step: Callable[[], None], processes: Team, meter: Meter) -> Cost:
+    """Return the time until all processes have done ``step``, the processor time of all, and what this one sent."""
     processes.wait()
-    started = perf_counter()
+    started, busy, sent = perf_counter(), process_time(), meter.bytes
     step()
+    sent, spent = meter.bytes - sent, torch.tensor(process_time() - busy, dtype=torch.float64)
     processes.wait()
-    return perf_counter() - started
+    seconds = perf_counter() - started
+    dist.all_reduce(spent)
+    return Cost(seconds, float(spent), sent)
 
 
-def work(rank: int, port: int, sae: tuple[str, int], mode: str, rounds: int, results: Any) -> None:
-    """Be one of the processes."""
-    size, _ = MODES[mode]
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+def work(rank: int, port: int, rounds: int, results: Any) -> None:
+    """Be one of the processes; process 0 gives a row for every SAE and mode."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    row = measure(sae, mode, rounds)
-    if rank == 0:
-        results.put(row)
+    meter = Meter()
+    with team():
+        teams = {mode: Team.of(head_parallel) for mode, head_parallel in MODES.items()}
+        for sae in SAES:
+            for mode, processes in teams.items():
+                row = measure(sae, mode, processes, meter, rounds)
+                if rank == 0:
+                    results.put(row)
 
 
 def main() -> None:
@@ -152,23 +167,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distributed_step.csv"))
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = context.Queue()
+    started = [
+        context.Process(target=work, args=(rank, port, arguments.rounds, results), daemon=True)
+        for rank in range(PROCESSES)
+    ]
+    for process in started:
+        process.start()
     rows = []
-    for sae in SAES:
-        for mode, (size, _) in MODES.items():
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            results = context.Queue()
-            started = [
-                context.Process(target=work, args=(rank, port, sae, mode, arguments.rounds, results))
-                for rank in range(size)
-            ]
-            for process in started:
-                process.start()
-            rows.append(results.get(timeout=600))
-            for process in started:
-                process.join()
-            print({key: value for key, value in rows[-1].items() if key not in provenance_columns(0)}, flush=True)
+    for _ in range(len(SAES) * len(MODES)):
+        rows.append(results.get(timeout=1200))
+        print({key: value for key, value in rows[-1].items() if key not in provenance_columns(0)}, flush=True)
+    for process in started:
+        process.join()
     write_csv(arguments.out, rows)
 
 

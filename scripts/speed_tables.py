@@ -229,8 +229,10 @@ def distributed() -> str:
             row["mode"],
             f"{1000 * float(row['alone_seconds']):,.0f}",
             f"{1000 * float(row['together_seconds']):,.0f}",
-            f"{float(row['efficiency']):.2f} ({float(row['efficiency_low']):.2f} to "
-            f"{float(row['efficiency_high']):.2f})",
+            *(
+                f"{float(row[key]):.2f} ({float(row[f'{key}_low']):.2f} to {float(row[f'{key}_high']):.2f})"
+                for key in ("efficiency", "work")
+            ),
             f"{float(row['sent_megabytes']):,.2f}",
             f"{float(row['formula_megabytes']):,.2f}",
         ]
@@ -241,7 +243,8 @@ def distributed() -> str:
         f"\n\nD = {first['d_in']}, k = {first['k']}, {int(first['batch_tokens']):,} tokens, {first['processes']} "
         f"processes, {first['rounds']} interleaved rounds, random inputs."
     )
-    headings = ["", "", "one process, ms", "two processes, ms", "efficiency, median (range)", "sent, MB", "formula, MB"]
+    headings = ["", "", "one process, ms", "two processes, ms", "efficiency, median (range)"]
+    headings += ["work, median (range)", "sent, MB", "formula, MB"]
     return table(headings, cells) + sizes + about("distributed_step", first)
 
 
