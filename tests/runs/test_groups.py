@@ -101,10 +101,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     plain: Any = trainer.fit
 
     def fit(*arguments: Any) -> Any:
-        *rest, _ = arguments
-        members = rest[0]
+        *rest, _, save = arguments
         asked = iter(range(10_000))
-        return plain(members, *rest[1:], lambda: next(asked) >= step)
+        return plain(*rest, lambda: next(asked) >= step, save)
 
     monkeypatch.setattr("kronsae.runs.run.fit", fit)
 

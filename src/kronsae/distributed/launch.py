@@ -64,6 +64,7 @@ def team(head_parallel: int = 1) -> Iterator[Team | None]:
         check_head_parallel(head_parallel, 1)
         yield None
         return
+    check_head_parallel(head_parallel, int(os.environ["WORLD_SIZE"]))
     backend = "gloo"
     if torch.cuda.is_available():  # tensors on the CPU go through gloo, those on the GPU through NCCL
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -72,7 +73,9 @@ def team(head_parallel: int = 1) -> Iterator[Team | None]:
     _joined = True
     try:
         with _one_message():
-            yield Team.of(head_parallel)
+            processes = Team.of(head_parallel)
+            processes.wait()  # no process may fail while another one is still joining
+            yield processes
     finally:
         dist.destroy_process_group()
 

@@ -75,12 +75,7 @@ class Team:
 
     @staticmethod
     def of(head_parallel: int) -> Team:
-        """Return the team of the processes of the default group, ``head_parallel`` of which hold one dictionary.
-
-        Raises:
-            UserError: it does not divide the number of processes.
-        """
-        check_head_parallel(head_parallel, dist.get_world_size())
+        """Return the team of the processes of the default group, ``head_parallel`` of which hold one dictionary."""
         shape = (dist.get_world_size() // head_parallel, head_parallel)
         return Team(init_device_mesh("cpu", shape, mesh_dim_names=("data", "heads")))
 
