@@ -93,9 +93,10 @@ def markdown(kept: dict[str, Any]) -> str:
     prepared = kept["prepare"]
     return "\n".join(
         [
-            *markdown_rows(["evaluation", "SAE", "scores", "both SAEs"], rows),
+            *markdown_rows(["evaluation", "SAE", "scores", "time of both SAEs"], rows),
             "",
-            f"`--prepare` took {prepared['seconds'] / 60:.1f} minutes and {format_bytes(prepared['bytes'])} on disk. "
+            f"`--prepare` took {prepared['seconds'] / 60:.1f} minutes and {format_bytes(prepared['bytes'])} on disk "
+            f"with torch {kept['provenance']['versions']['torch']}, on a machine with other load. "
             f"{made_with(kept['provenance'], RESULT, 'results')}",
         ]
     )

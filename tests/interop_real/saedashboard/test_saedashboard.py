@@ -98,6 +98,24 @@ def test_a_dashboard(spec: str, model: Any, tmp_path: Path, record: Callable[...
     )
 
 
+def test_a_dense_topk_sae_needs_a_setting(model: Any, tmp_path: Path, record: Callable[..., None]) -> None:
+    """SAELens' own TopK refuses the fold that SAEDashboard asks for, unless it says that it ranks by norms."""
+    spec = "topk d_sae=48 k=5"
+    sae = sae_lens.SAE.load_from_disk(export(spec, tmp_path / "sae"))
+    tokens = torch.randint(5, 40, (16, CONTEXT), generator=torch.Generator().manual_seed(1))
+    config = SaeVisConfig(hook_point=HOOK, features=[3, 5], minibatch_size_tokens=20)
+    with pytest.raises(NotImplementedError, match="Folding W_dec_norm is not safe for TopKSAEs"):
+        SaeVisRunner(config).run(encoder=sae, model=model, tokens=tokens)
+    sae.cfg.rescale_acts_by_decoder_norm = True  # the rows have norm 1
+    data = SaeVisRunner(config).run(encoder=sae, model=model, tokens=tokens)
+    ours = latents(spec, model, tokens)
+    for feature in (3, 5):
+        share = float((ours[..., feature] > 0).float().mean())
+        title = data.feature_data_dict[feature].acts_histogram_data.title
+        assert title == (f"ACTIVATIONS<br>DENSITY = {share:.3%}" if share else None)
+    record("SaeVisRunner: activations", format="SAEDashboard topk", direction="use", package="sae-dashboard")
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_files_for_neuronpedia(
     spec: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
