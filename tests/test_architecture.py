@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "runs": {"core", "kernels", "data", "training", "distributed", "eval", "report", "interop"},
     "sweeps": {"core", "training", "report", "runs"},
     "measures": {"core", "data", "training", "eval", "report", "runs", "chat", "interop"},
-    "interventions": {"core", "kernels", "data", "eval", "runs"},
+    "interventions": {"core", "kernels", "data", "eval", "runs", "interop"},
     "publishing": {"core", "interop", "runs", "report", "data", "training", "eval"},
     # the paper's tables and figures, with one runner
     "reproduce": {"core", "data", "eval", "report", "runs", "sweeps", "measures", "bench"},
