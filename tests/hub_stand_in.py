@@ -1,7 +1,8 @@
 """A stand-in of the Hugging Face Hub: its HTTP interface on this machine, as far as push and load need it.
 
-The real client of ``huggingface_hub`` talks to it. Large files (``.safetensors``) go through the Git LFS batch and are
-served by a redirect to another host, like the Hub's; all others are regular. Attributes make it refuse or lie.
+The real client of ``huggingface_hub`` talks to it. Large files (``.safetensors``, ``.npz``, ``.pt``) go through the Git
+LFS batch and are served by a redirect to another host, like the Hub's; all others are regular. Attributes make it
+refuse or lie.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -76,8 +78,14 @@ class Hub:
         return [line.partition(" ")[2] for line in self.asked if line.startswith("CONTENT ")]
 
 
+def files_of(folder: Path, under: str = "") -> dict[str, bytes]:
+    """Return the files of a folder, with their paths in a repository."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {f"{under}{name}": path.read_bytes() for name, path in found.items()}
+
+
 def is_large(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin", ".pt"))
+    return path.endswith((".safetensors", ".bin", ".pt", ".npz"))
 
 
 def _digest(path: str, content: bytes) -> str:

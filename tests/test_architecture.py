@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "runs": {"core", "kernels", "data", "training", "eval", "report", "interop"},
     "sweeps": {"core", "training", "report", "runs"},
     "measures": {"core", "data", "training", "eval", "report", "runs", "chat", "interop"},
-    "interventions": {"core", "kernels", "data", "eval", "runs"},
+    "interventions": {"core", "kernels", "data", "eval", "runs", "interop"},
     "publishing": {"core", "interop", "runs", "report", "data", "training", "eval"},
     "cli": {"data", "eval", "report", "runs", "sweeps", "measures", "interventions", "publishing", "bench", "interop"},
     "__main__": {"cli"},

@@ -22,6 +22,7 @@ STUDIES = (
     "mixing_results",
     "pursuit_ideas",
     "interop_results",
+    "saebench_results",
 )
 
 

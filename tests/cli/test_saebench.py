@@ -122,6 +122,7 @@ def test_what_is_wrong_is_said_before_anything_is_built(finished_run: Run, tmp_p
     for words, message in [
         (("--evals", ","), "evals must name at least one of absorption, "),
         (("--evals", "absorbtion"), "Did you mean 'absorption'"),
+        (("--evals", "autointrp"), "got 'autointrp'. Did you mean 'autointerp'?"),
         (("--evals", "core"), "SAEBench's core is not offered: it runs code that comes with its data set"),
         (("--sae", "krn"), "name must be one of the SAEs"),
         (("--hook", "layers.2.mlp"), "hook must be the output of a transformer block"),
@@ -134,3 +135,8 @@ def test_what_is_wrong_is_said_before_anything_is_built(finished_run: Run, tmp_p
         assert message in done.err, words
     assert not (tmp_path / "o").exists()
     assert "SAE_OR_RUN must be given" in kronsae("saebench").err
+    start = "SAE_OR_RUN must be a run folder, an SAE folder or a Hub name (user/repo); there is no "
+    assert kronsae("saebench", "absorbtion").sentence == (
+        f"{start}absorbtion. Did you mean 'absorption'? Evaluations are given by --evals."
+    )
+    assert kronsae("saebench", "./runs/x").sentence == f"{start}./runs/x. Check the path."

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -109,6 +110,15 @@ def dictionary_learning(folder: Path, kind: str, **changes: Any) -> tuple[Latent
         return z @ (W_dec.double() / norms[:, None]) + b_dec.double()
 
     return latents, decode
+
+
+def gemma_scope(folder: Path, seed: int = 0) -> None:
+    """Write an SAE of Gemma Scope."""
+    shapes: dict[str, Any] = {"W_enc": (D_IN, D_SAE), "b_enc": D_SAE, "W_dec": (D_SAE, D_IN), "b_dec": D_IN}
+    draw = np.random.default_rng(seed).standard_normal
+    arrays: dict[str, Any] = {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **arrays, threshold=np.abs(draw(D_SAE)).astype(np.float32))
 
 
 def wrapped_state_dict(state: Mapping[str, Tensor]) -> dict[str, torch.nn.Parameter]:

@@ -35,6 +35,7 @@ def test_a_hook_has_a_name_in_both(family: str, ours: str, theirs: str) -> None:
     [
         ("6", "blocks.6.hook_resid_post"),
         ("transformer.h.6", "blocks.6.hook_resid_post"),
+        ("encoder.layer.6", "blocks.6.hook_resid_post"),
         ("layers.6.mlp:input", "blocks.6.mlp.hook_in"),
     ],
 )

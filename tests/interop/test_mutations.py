@@ -1,7 +1,8 @@
 """Damaged and hostile folders of every format: a clear error or a correct load, and nothing else.
 
-Never another exception, a hang, a huge allocation, or an executed byte. The quick suite loads 60 damaged folders of
-each format, ``-m slow`` 1,000.
+Never another exception, a hang, a huge allocation, or an executed byte. A folder whose files still say the same, as the
+libraries that write them read them, must give an SAE that computes the same. The quick suite loads 60 damaged folders
+of each format, ``-m slow`` 1,000.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.interop import sae_lens_folders
-from tests.interop.foreign_saes import dictionary_learning, sparsify
+from tests.interop.foreign_saes import dictionary_learning, gemma_scope, sparsify
 from tests.interop.mutations import MUTATIONS, mutated
 
 import kronsae as ks
@@ -54,14 +56,6 @@ def _sae_lens(folder: Path, case: str) -> None:
     sae_lens_folders.write(folder, *sae_lens_folders.make(case))
 
 
-def _gemma_scope(folder: Path) -> None:
-    shapes: dict[str, Any] = {"W_enc": (16, 40), "b_enc": 40, "W_dec": (40, 16), "b_dec": 16, "threshold": 40}
-    draw = np.random.default_rng(0).standard_normal
-    folder.mkdir(parents=True)
-    arrays: dict[str, Any] = {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
-    np.savez(folder / "params.npz", **arrays)
-
-
 SOURCES: dict[str, list[Write]] = {
     "kronsae": [
         _own(ks.topk(d_sae=40, k=5)),
@@ -71,7 +65,7 @@ SOURCES: dict[str, list[Write]] = {
         _own(ks.topk(d_sae=40, k=5, read="a", write="b", skip=True)),
     ],
     "sae_lens": [partial(_sae_lens, case=case) for case in sae_lens_folders.SETTINGS],
-    "gemma_scope": [_gemma_scope],
+    "gemma_scope": [gemma_scope],
     "sparsify": [sparsify, partial(sparsify, transcode=True, skip_connection=True)],
     "dictionary_learning": [partial(dictionary_learning, kind=kind) for kind in CLASSES],
 }
@@ -120,6 +114,55 @@ def load(folder: Path) -> str:
     return "loaded"
 
 
+INFORMS = {
+    "kronsae": {"metadata", "weights_sha256", "kronsae_version", "architecture"},
+    "dictionary_learning": {"buffer", "lm_name", "layer", "submodule_name", "steps", "seed"},
+}
+"""Keys of the configs that change nothing of what an SAE computes."""
+
+
+def without(config: Any, keys: set[str]) -> Any:
+    """Return a config without some keys, at any depth."""
+    if isinstance(config, dict):
+        return {key: without(value, keys) for key, value in config.items() if key not in keys}
+    return [without(value, keys) for value in config] if isinstance(config, list) else config
+
+
+def meaning(folder: Path, form: str) -> tuple[str, dict[str, Any]] | None:
+    """Return config and tensors as Python's JSON, safetensors, NumPy and torch read them; None: they do not."""
+    try:
+        configs = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+        tensors: dict[str, Any] = {}
+        for path in sorted(folder.iterdir()):
+            if path.suffix == ".safetensors":
+                tensors |= load_file(path)
+            elif path.suffix == ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    tensors |= {name.lower(): torch.from_numpy(array.copy()) for name, array in arrays.items()}
+            elif path.suffix == ".pt":
+                tensors |= torch.load(path, weights_only=True)
+    except Exception:
+        return None
+    return json.dumps(without(configs, INFORMS.get(form, set())), sort_keys=True), tensors
+
+
+def same_meaning(one: tuple[str, dict[str, Any]] | None, other: tuple[str, dict[str, Any]] | None) -> bool:
+    if one is None or other is None or one[0] != other[0] or one[1].keys() != other[1].keys():
+        return False
+    return all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
+
+
+@torch.no_grad()
+def computed(folder: Path) -> list[torch.Tensor]:
+    """Return latents and reconstructions of the SAE in a folder."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*names no weights_sha256")
+        sae = ks.load(folder)
+    x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(5))
+    codes = sae.encode(x)
+    return [codes.to_dense(), sae.decode(codes, x)]
+
+
 def repair_digest(folder: Path) -> None:
     """Write the digest of the damaged weights into our config, as a hostile stranger would."""
     try:
@@ -143,6 +186,9 @@ def damage(form: str, count: int, tmp_path: Path) -> None:
         whole.append(tmp_path / f"whole-{number}")
         assert load(whole[-1]) == "loaded"
     trap, outcomes = tmp_path / "trap", {"loaded": 0, "refused": 0}
+    meanings, values = [meaning(one, form) for one in whole], [computed(one) for one in whole]
+    assert None not in meanings
+    unchanged = 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(count):
         folder = tmp_path / "damaged"
@@ -157,11 +203,15 @@ def damage(form: str, count: int, tmp_path: Path) -> None:
         assert spent < MAX_CPU_SECONDS, f"seed {seed}, {' and '.join(kinds)}: {spent:.1f} s"
         assert not trap.exists(), f"seed {seed}, {' and '.join(kinds)}: a byte was executed"
         outcomes[outcome] += 1
+        if outcome == "loaded" and same_meaning(meanings[seed % len(whole)], meaning(folder, form)):
+            unchanged += 1
+            pairs = zip(computed(folder), values[seed % len(whole)], strict=True)
+            assert all(torch.equal(*pair) for pair in pairs), f"seed {seed}, {' and '.join(kinds)}: other values"
         shutil.rmtree(folder)
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert grown < MAX_BYTES, f"{grown:,} bytes"
     assert outcomes["refused"] > count / 3, outcomes
-    assert outcomes["loaded"] > 0, outcomes
+    assert 0 < unchanged <= outcomes["loaded"], (unchanged, outcomes)
 
 
 @pytest.mark.parametrize("form", SOURCES)
@@ -188,6 +238,21 @@ class TestTheCheckSees:
     def test_another_exception(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ks, "load", dict[Path, Any]().__getitem__)
         assert "KeyError" in load(tmp_path)
+
+    def test_other_values(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A reader that gives another SAE when something follows the archive."""
+        load = ks.load
+
+        def worse(folder: Path) -> Any:
+            sae = load(folder)
+            if folder.name == "damaged":
+                with torch.no_grad():
+                    sae.W_dec[3] *= 1.001
+            return sae
+
+        monkeypatch.setattr(ks, "load", worse)
+        with pytest.raises(AssertionError, match="other values"):
+            damage("gemma_scope", 60, tmp_path)
 
     def test_a_huge_allocation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ks, "load", lambda folder: bytearray(2**33))

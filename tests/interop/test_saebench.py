@@ -190,7 +190,9 @@ def test_transformer_lens_names_are_kept() -> None:
     assert transformer_lens_hook("blocks.12.hook_mlp_out") == ("blocks.12.hook_mlp_out", 12)
 
 
-@pytest.mark.parametrize("hook", ["layers.3.mlp", "layers.3.mlp:input", "layers", "embed_in", "-1", ""])
+@pytest.mark.parametrize(
+    "hook", ["layers.3.mlp", "layers.3.mlp:input", "layers.3:input", "layers", "embed_in", "-1", ""]
+)
 def test_other_hooks_are_refused(hook: str) -> None:
     with pytest.raises(UserError, match="hook must be the output of a transformer block"):
         transformer_lens_hook(hook)

@@ -282,6 +282,54 @@ def test_hook_points_by_name() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "theirs", "hook"),
+    [
+        ("gpt_neox", "blocks.1.hook_resid_post", "layers.1"),
+        ("gpt2", "blocks.1.hook_resid_pre", "layers.1:input"),
+        ("gpt2", "blocks.1.hook_mlp_out", "layers.1.mlp"),
+        ("llama", "blocks.1.hook_attn_out", "layers.1.self_attn"),
+        ("gemma2", "blocks.1.hook_mlp_out", "layers.1.post_feedforward_layernorm"),
+        ("gpt_neox", "hook_embed", "gpt_neox.embed_in"),
+    ],
+)
+def test_names_of_transformer_lens_in_a_hugging_face_model(kind: str, theirs: str, hook: str) -> None:
+    model, sae, ids = model_of(kind), make_sae(), tokens()
+    with attach(model, sae, hook, error="drop") as ours:
+        expected = model(ids).logits
+    with attach(model, sae, theirs, error="drop") as attached:
+        assert torch.equal(model(ids).logits, expected)
+    assert attached.read_site.name == ours.read_site.name
+    assert not torch.allclose(expected, model(ids).logits)
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_mid", "blocks.1.ln2.hook_normalized", "blocks.1.attn.hook_q"])
+def test_names_of_transformer_lens_that_no_module_gives(hook: str) -> None:
+    assert refusal(make_sae(), hook) == (
+        f"hook must be an activation that a module of the model gives or is given, such as 'layers.0'; "
+        f"TransformerLens' '{hook}' is not known to be one in this model. Give the path of a module."
+    )
+    model = model_of()
+    model.config.model_type = "mamba"
+    said = refusal(make_sae(), "blocks.1.hook_mlp_out", model=model)
+    assert "'blocks.1.hook_mlp_out' is not known to be one in a model of this architecture. Give the path of a " in said
+
+
+def test_an_attachment_says_what_it_is() -> None:
+    model = model_of()
+    about = f"kronecker-topk, d_in={WIDTH}, d_sae=24, at gpt_neox.layers.1"
+    with attach(model, make_sae(), "layers.1") as attached:
+        assert repr(attached) == f"Attached({about}: error kept)"
+    assert repr(attached) == f"Attached({about}: removed)"
+    with attach(model, make_sae(), 1, error="drop", edit=lambda codes: codes) as attached:
+        assert repr(attached) == f"Attached({about}: error dropped, codes edited)"
+    with attach(model, make_transcoder(), "layers.1.mlp:input", write="layers.1.mlp") as attached:
+        assert repr(attached) == (
+            f"Attached(dense-topk-skip_transcoder, d_in={WIDTH}, d_sae=24, at gpt_neox.layers.1.mlp:input -> "
+            "gpt_neox.layers.1.mlp: error kept)"
+        )
+
+
 def refusal(sae: SAE, hook: str = "layers.1", run: bool = False, model: Any = None, **options: Any) -> str:
     model = model_of() if model is None else model
     before = state(model) if isinstance(model, nn.Module) else []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +16,18 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from tests.hub_stand_in import TOKEN, Hub
-from tests.interop.foreign_saes import sparsify
+from tests.hub_stand_in import TOKEN, Hub, files_of
+from tests.interop.foreign_saes import dictionary_learning, gemma_scope, sparsify
+from tests.interop.mutations import Payload
 
 import kronsae as ks
 from kronsae.core.sae import SAE
-from kronsae.runs.hub_download import download
+from kronsae.interop import formats
+from kronsae.runs.hub_download import download, hub_place
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
 
 NAME = "user/repo"
-
-
-def files_of(folder: Path, under: str = "") -> dict[str, bytes]:
-    """Return the files of a folder, with their paths in a repository."""
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {f"{under}{name}": path.read_bytes() for name, path in found.items()}
 
 
 @pytest.fixture
@@ -187,28 +186,36 @@ def test_an_unknown_a_private_and_a_gated_repository(
 def test_which_sae(hub: Hub, saes: dict[str, bytes]) -> None:
     commit = hub.add(NAME, saes)
     where = f"name must be one of kron, topk for {NAME} at commit {commit[:12]}; got "
-    assert refusal(None) == f"{where}None."
+    assert refusal(None) == (
+        f"{NAME} at commit {commit[:12]} holds 2 SAEs: kron, topk. Give the name or the folder of one of them: 'kron', "
+        f"or {NAME}/saes/kron."
+    )
     assert refusal("korn") == f"{where}'korn'. Did you mean 'kron'?"
     assert refusal("../kron").startswith(f"{where}'../kron'.")
 
 
-def test_nothing_to_load(hub: Hub, tmp_path: Path) -> None:
-    commit = hub.add(NAME, {"saes/kron/cfg.json": b"{}", "saes/kron/other.safetensors": b"", "x.bin": b"pickle"})
+def test_nothing_to_load(hub: Hub) -> None:
+    files = {"saes/kron/cfg.json": b"{}", "saes/kron/other.safetensors": b"", "x.bin": b"pickle", "a/ae.pt": b"pickle"}
+    commit = hub.add(NAME, files)
     assert refusal() == (
-        f"user/repo at commit {commit[:12]}, must hold an SAE: a folder with cfg.json and sae_weights.safetensors or "
-        "sae.safetensors; it has none. Pickled weights are not read."
+        f"user/repo at commit {commit[:12]} must hold an SAE, a folder with cfg.json and sae_weights.safetensors; "
+        "params.npz; cfg.json and sae.safetensors; config.json and ae.pt; it has none. Other files are not read."
     )
     assert hub.fetched() == []
 
 
-@pytest.mark.parametrize("file", ["params.npz", "ae.pt"])
-def test_formats_that_are_read_in_local_folders_only(file: str, hub: Hub) -> None:
-    commit = hub.add(NAME, {"layer_12/config.json": b"{}", f"layer_12/{file}": b"x"})
-    assert refusal("layer_12") == (
-        f"user/repo at commit {commit[:12]}, must hold an SAE: a folder with cfg.json and sae_weights.safetensors or "
-        f"sae.safetensors; {file} is not fetched from the Hub. Download the folder that holds it and give its path."
-    )
-    assert hub.fetched() == []
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        ("user/repo", ("user/repo", None)),
+        ("user/repo/", ("user/repo", None)),
+        ("user/repo:layers.1", ("user/repo", "layers.1")),
+        ("user/repo/a/b_2/c", ("user/repo", "a/b_2/c")),
+        *((wrong, None) for wrong in ("user", "user/", "/user/repo", "./user/repo", "~/a/b", "user/repo:", "a/b/c:d")),
+    ],
+)
+def test_names_on_the_hub(source: str, place: tuple[str, str | None] | None) -> None:
+    assert hub_place(source) == place
 
 
 class TestStrangers:
@@ -248,7 +255,7 @@ class TestStrangers:
     ) -> None:
         hub.add(NAME, saes)
         monkeypatch.setattr("kronsae.runs.hub_download.available_memory_bytes", lambda: 1000)
-        assert refusal().startswith("the weights of user/repo must fit into memory; they have ")
+        assert refusal().startswith("the weights of user/repo must fit into memory; ")
         monkeypatch.setattr("kronsae.support.resources.free_disk_bytes", lambda folder: 1000)
         assert refusal().startswith("the weights of user/repo must fit on the disk; about ")
         assert hub.fetched() == ["saes/kron/cfg.json"]
@@ -333,7 +340,7 @@ def test_in_a_process_of_its_own(hub: Hub, saes: dict[str, bytes], tmp_path: Pat
 
 
 class TestOtherLibraries:
-    """A repository of sparsify: a folder per hookpoint, of which one is fetched."""
+    """Repositories of other libraries: a folder per SAE, of which one is fetched."""
 
     @pytest.fixture
     def _saes(self, hub: Hub, tmp_path: Path) -> None:
@@ -345,21 +352,110 @@ class TestOtherLibraries:
     @pytest.mark.usefixtures("_saes")
     def test_a_folder_of_the_repository(self, tmp_path: Path) -> None:
         x = torch.randn(3, 16)
-        assert torch.equal(ks.load(f"{NAME}:layers.1")(x), ks.load(tmp_path / "layers.1")(x))
-        assert ks.load(f"{NAME}:layers.3.mlp").config.role == "transcoder"
+        for source in (f"{NAME}:layers.1", f"{NAME}/layers.1", f"{NAME}/layers.1/"):
+            assert torch.equal(ks.load(source)(x), ks.load(tmp_path / "layers.1")(x))
+        assert ks.load(f"{NAME}/layers.3.mlp").config.role == "transcoder"
         assert ks.load(NAME, "layers.3.mlp").config.role == "transcoder"
 
     def test_other_files_of_the_folder_stay(self, hub: Hub, tmp_path: Path) -> None:
         sparsify(tmp_path / "layers.1")
-        others = {"layers.1/optimizer.safetensors": b"x", "layers.1/tokenizer.json": bytes(17 * 2**20)}
+        others = {"layers.1/optimizer.safetensors": b"x", "layers.1/config.json": bytes(17 * 2**20)}
         hub.add(NAME, files_of(tmp_path / "layers.1", "layers.1/") | others)
         assert same(ks.load(NAME), ks.load(tmp_path / "layers.1"))
         assert hub.fetched() == ["layers.1/cfg.json", "layers.1/sae.safetensors"]
 
+    def test_the_config_of_the_run_of_sparsify(self, hub: Hub, tmp_path: Path) -> None:
+        sparsify(tmp_path / "sae")
+        run = json.dumps({"hookpoints": ["layers.1"], "model": "EleutherAI/pythia-70m"}).encode()
+        hub.add(NAME, files_of(tmp_path / "sae", "run/layers.1/seed3/") | {"run/config.json": run, "config.json": b"{"})
+        found = formats.read(download(NAME).folder)
+        assert (found.model, found.hook_read) == ("EleutherAI/pythia-70m", "layers.1")
+        assert hub.fetched() == [
+            *(f"run/layers.1/seed3/{file}" for file in ("cfg.json", "sae.safetensors")),
+            "run/config.json",
+        ]
+
     @pytest.mark.usefixtures("_saes")
     def test_which_folder_must_be_clear(self) -> None:
-        assert refusal(None).startswith("name must be one of layers.1, layers.3.mlp for ")
+        assert " holds 2 SAEs: layers.1, layers.3.mlp. Give the name or the folder of one of them: 'layers.1', or " in (
+            refusal(None)
+        )
         with pytest.raises(UserError, match=r"^name must be left out for user/repo:layers\.1, which names the folder"):
             ks.load("user/repo:layers.1", "layers.3.mlp")
-        with pytest.raises(UserError, match=r"^the source must be a folder or a Hub name \(user/repo, or user/repo:"):
+        with pytest.raises(UserError, match=r"^the source must be a folder or a Hub name \(user/repo, or user/repo/"):
             ks.load("user/repo:")
+
+    @pytest.mark.parametrize("revision", [None, "v1"])
+    def test_gemma_scope(self, revision: str | None, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has no config: model, hook and l0 are in the names of repository and folders."""
+        name = "google/gemma-scope-2b-pt-res"
+        folders = [f"layer_{layer}/width_16k/average_l0_{l0}" for layer, l0 in ((2, 18), (10, 77), (10, 9))]
+        for seed, folder in enumerate(folders):
+            gemma_scope(tmp_path / folder, seed)
+        commit = hub.add(name, files_of(tmp_path, "") | {"layer_2/README.md": b"x"})
+        hub.repositories[name].branches["v1"] = commit
+        sae = ks.load(f"{name}/{folders[1]}", revision=revision)
+        assert hub.fetched() == [f"{folders[1]}/params.npz"]
+        assert same(sae, ks.load(tmp_path / folders[1]))
+        found = formats.read(download(name, folders[1], revision).folder)
+        assert (found.model, found.hook_read) == ("google/gemma-2-2b", "blocks.10.hook_resid_post")
+        assert found.settings == {"l0": 77.0}
+        assert same(ks.load(name, "layer_2", revision=revision), ks.load(tmp_path / folders[0]))
+        with pytest.raises(UserError) as caught:
+            ks.load(f"{name}/layer_10")
+        assert str(caught.value) == (
+            f"layer_10 of {name} at commit {commit[:12]} holds 2 SAEs: layer_10/width_16k/average_l0_9, "
+            "layer_10/width_16k/average_l0_77. Give the name or the folder of one of them: "
+            f"'layer_10/width_16k/average_l0_9', or {name}/layer_10/width_16k/average_l0_9."
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert same(ks.load(f"{name}/{folders[1]}", revision=revision), sae)
+
+    def test_dictionary_learning(self, hub: Hub, tmp_path: Path) -> None:
+        for number, kind in enumerate(("AutoEncoderTopK", "BatchTopKSAE")):
+            dictionary_learning(tmp_path / "pythia" / "resid_post_layer_2" / f"trainer_{number}", kind)
+        hub.add(NAME, files_of(tmp_path) | {"pythia/resid_post_layer_2/trainer_0/eval_results.json": b"{}"})
+        place = "pythia/resid_post_layer_2/trainer_0"
+        assert same(ks.load(f"{NAME}/{place}"), ks.load(tmp_path / place))
+        assert hub.fetched() == [f"{place}/config.json", f"{place}/ae.pt"]
+        assert same(ks.load(NAME, "pythia/resid_post_layer_2/trainer_1"), ks.load(tmp_path, place[:-1] + "1"))
+        assert "Did you mean 'pythia/resid_post_layer_2/trainer_1'?" in refusal("resid_post_layer_2/trainer_1")
+
+    @pytest.mark.parametrize("config", [b"[1", b"[]", b"\xff", b"[" * 100_000])
+    def test_weights_of_a_damaged_config_are_not_fetched(self, config: bytes, hub: Hub, tmp_path: Path) -> None:
+        dictionary_learning(tmp_path / "sae", "AutoEncoderTopK")
+        hub.add(NAME, files_of(tmp_path / "sae") | {"config.json": config})
+        assert "config.json" in refusal(None)
+        assert hub.fetched() == ["config.json"]
+
+    @pytest.mark.parametrize("file", ["params.npz", "ae.pt", "sae.safetensors"])
+    def test_strangers(self, file: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Weights that could not be read in the memory there is are not fetched; wrong contents are not kept."""
+        write: dict[str, Callable[[Path], Any]] = {
+            "params.npz": gemma_scope,
+            "ae.pt": partial(dictionary_learning, kind="BatchTopKSAE"),
+            "sae.safetensors": sparsify,
+        }
+        write[file](tmp_path / "source")
+        files = files_of(tmp_path / "source")
+        hub.add(NAME, files)
+        configs = [name for name in files if name != file]
+        with monkeypatch.context() as patch:
+            patch.setattr("kronsae.runs.hub_download.available_memory_bytes", lambda: len(files[file]))
+            assert refusal(None).startswith("the weights of user/repo must fit into memory; ")
+        assert hub.fetched() == configs
+        hub.bodies[file] = bytes(len(files[file]))
+        assert refusal(None) == (
+            f"user/repo: {file} must have {len(files[file]):,} bytes and the digest that the repository lists; the "
+            "downloaded file differs and was removed. Try again."
+        )
+        assert [path.name for path in (tmp_path / "home").rglob(file)] == []
+        hub.bodies.clear()
+        assert same(ks.load(NAME), ks.load(tmp_path / "source"))
+
+    def test_a_pickle_that_would_run_code(self, hub: Hub, tmp_path: Path) -> None:
+        dictionary_learning(tmp_path / "sae", "AutoEncoderTopK")
+        torch.save({"encoder.weight": Payload(tmp_path / "made")}, tmp_path / "sae" / "ae.pt")
+        hub.add(NAME, files_of(tmp_path / "sae"))
+        assert "its pickle holds a reference to io.open" in refusal(None)
+        assert not (tmp_path / "made").exists()

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from tests.command_line import Kronsae
+from tests.hub_stand_in import Hub, files_of
 from tests.interop import sae_lens_folders
-from tests.interop.foreign_saes import D_IN, D_SAE, dictionary_learning, sparsify
+from tests.interop.foreign_saes import D_IN, D_SAE, dictionary_learning, gemma_scope, sparsify
 from tests.tiny_runs import listing, write_jsonl
 
 import kronsae as ks
@@ -348,6 +349,50 @@ class TestASingleSAEInPlaceOfARun:
         )
         assert kronsae("report", "--text", "x").sentence.startswith("--text must be given with an SAE: ")
         assert not Path("runs").exists()
+
+    def test_an_sae_of_ours_names_its_text_and_its_run(
+        self, finished_run: Run, kronsae: Kronsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = finished_run.config.text.source
+        start = f"it was trained on '{text}'. Give --text {text}"
+        shutil.copytree(finished_run.folder, tmp_path / "a run")
+        sae = "a run/saes/kron"
+        assert kronsae("eval", sae).sentence == (
+            f"--text must be given to measure {sae}, an SAE; {start}, or measure its run: kronsae eval 'a run'."
+        )
+        monkeypatch.chdir(tmp_path / "a run" / "saes")
+        assert kronsae("eval", "kron").sentence.endswith(f"measure its run: kronsae eval '{tmp_path / 'a run'}'.")
+        shutil.copytree("kron", tmp_path / "alone")
+        assert kronsae("eval", tmp_path / "alone").sentence == (
+            f"--text must be given to measure {tmp_path / 'alone'}, an SAE; {start}."
+        )
+
+    def test_one_of_a_repository_of_the_hub(self, hub: Hub, place: Place, kronsae: Kronsae, tmp_path: Path) -> None:
+        """Of dictionary_learning, and of Gemma Scope, whose files name no model and no hook here."""
+        gemma_scope(tmp_path / "layer_2")
+        dictionary_learning(tmp_path / "trainer_1", "BatchTopKSAE")
+        files = files_of(tmp_path / "layer_2", "sub/layer_2/") | files_of(tmp_path / "trainer_1", "sub/trainer_1/")
+        hub.add("user/repo", files)
+        at = ["--model", place.model, "--text", place.text]
+        run = tmp_path / "run"
+        outcome = kronsae("import", "user/repo/sub/trainer_1", "user/repo/sub/layer_2", *at, "--out", run)
+        assert (
+            outcome.sentence
+            == "--hook must be given: the files of user/repo/sub/layer_2 do not state which hook it reads."
+        )
+        outcome = kronsae("import", "user/repo/sub/trainer_1", "user/repo/sub/layer_2", *at, "--hook", 2, "--out", run)
+        assert outcome.status == 0, outcome.err
+        about = Run(run).imported
+        assert {name: (one["source"], one["format"]) for name, one in about.items()} == {
+            "trainer_1": ("user/repo/sub/trainer_1", "dictionary_learning"),
+            "layer_2": ("user/repo/sub/layer_2", "gemma_scope"),
+        }
+        outcome = kronsae("eval", "user/repo/sub/trainer_1", *at, "--tokens", 50, "--json", "-q")
+        assert outcome.status == 0, outcome.err
+        assert [row["name"] for row in outcome.json["saes"]] == ["trainer_1"]
+        assert kronsae("eval", "latents", "user/repo/sub/trainer_2", *at).sentence.startswith(
+            "name must be one of sub/layer_2, sub/trainer_1 for user/repo at commit "
+        )
 
     def test_a_path_that_does_not_exist_is_no_sae(self, kronsae: Kronsae) -> None:
         assert kronsae("eval", "no/run").sentence.startswith("the run folder must exist; there is no no/run.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.interop.foreign_saes import D_SAE, dictionary_learning
 from tests.tiny_models import WIDTH
 
 import kronsae as ks
@@ -51,10 +52,19 @@ def test_the_name_may_be_left_out_where_there_is_one(finished_run: Run, tmp_path
     assert same(ks.load(tmp_path), finished_run.load("kron"))
 
 
+def test_a_run_of_several_saes_needs_a_name(finished_run: Run) -> None:
+    with pytest.raises(UserError) as caught:
+        ks.load(finished_run.folder)
+    folder = finished_run.folder
+    assert str(caught.value) == (
+        f"{folder} holds 2 SAEs: kron, topk. Give the name or the folder of one of them: 'kron', or {folder}/saes/kron."
+    )
+
+
 @pytest.mark.parametrize(
-    ("name", "got"), [(None, "None."), ("korn", "'korn'. Did you mean 'kron'?"), ("../kron", "'../kron'. Did you mean")]
+    ("name", "got"), [("korn", "'korn'. Did you mean 'kron'?"), ("../kron", "'../kron'. Did you mean")]
 )
-def test_a_name_that_is_none(name: str | None, got: str, finished_run: Run) -> None:
+def test_a_name_that_is_none(name: str, got: str, finished_run: Run) -> None:
     with pytest.raises(UserError) as caught:
         ks.load(finished_run.folder, name)
     assert str(caught.value).startswith(f"name must be one of kron, topk for {finished_run.folder}; got {got}")
@@ -64,17 +74,49 @@ def test_a_folder_without_an_sae(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         ks.load(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path} must hold an SAE; it has neither cfg.json nor a finished run's saes/ folder."
+        f"{tmp_path} must hold an SAE; it has neither cfg.json nor a finished run's saes/ folder nor other folders "
+        "with an SAE."
     )
 
 
-@pytest.mark.parametrize("source", ["/no/such/run", "./run", "run", "a/b/c", "~/run"])
+@pytest.mark.parametrize("source", ["/no/such/run", "./run", "run", "~/run"])
 def test_no_folder(source: str) -> None:
     with pytest.raises(UserError) as caught:
         ks.load(source)
     assert str(caught.value) == (
-        f"the source must be a folder or a Hub name (user/repo, or user/repo:folder); got {source}. Check the path."
+        f"the source must be a folder or a Hub name (user/repo, or user/repo/folder); got {source}. Check the path."
     )
+
+
+def test_a_folder_that_holds_folders_of_saes(tmp_path: Path) -> None:
+    """Such as a copy of a repository of dictionary_learning."""
+    place = tmp_path / "pythia" / "resid_post_layer_2"
+    for number in (0, 10, 2):
+        dictionary_learning(place / f"trainer_{number}", "BatchTopKSAE", layer=number)
+    (place / "trainer_3").mkdir()
+    (place / "trainer_3" / "ae.pt").write_bytes(b"")  # without a config, it is none
+    with pytest.raises(UserError) as caught:
+        ks.load(place)
+    assert str(caught.value) == (
+        f"{place} holds 3 SAEs: trainer_0, trainer_2, trainer_10. Give the name or the folder of one of them: "
+        f"'trainer_0', or {place}/trainer_0."
+    )
+    assert same(ks.load(place, "trainer_2"), ks.load(place / "trainer_2"))
+    assert same(ks.load(tmp_path, "pythia/resid_post_layer_2/trainer_2"), ks.load(place / "trainer_2"))
+    with pytest.raises(UserError, match=r"got 'trainer_11'\. Did you mean 'trainer_10'\?$"):
+        ks.load(place, "trainer_11")
+    shutil.rmtree(place / "trainer_0")
+    shutil.rmtree(place / "trainer_10")
+    assert same(ks.load(tmp_path), ks.load(place / "trainer_2"))
+
+
+def test_folders_deep_below_and_hidden_ones_are_not_looked_into(tmp_path: Path) -> None:
+    for folder in ("a/b/c/d/e/f", ".cache/sae"):
+        dictionary_learning(tmp_path / folder, "BatchTopKSAE")
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b", target_is_directory=True)
+    with pytest.raises(UserError, match=r" must hold an SAE; it has neither "):
+        ks.load(tmp_path)
+    assert ks.load(tmp_path / "a").d_sae == D_SAE
 
 
 def test_a_damaged_sae(finished_run: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def import_saes(
     sae: Annotated[
         list[str],
         typer.Argument(
-            metavar="SAE...", help="Folder of an SAE in any known format, or user/repo[:folder] on the Hub."
+            metavar="SAE...", help="Folder of an SAE in any known format, or user/repo[/folder] on the Hub."
         ),
     ],
     out: Out,

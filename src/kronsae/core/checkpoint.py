@@ -121,6 +121,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def is_own(folder: Path) -> bool:
+    """Return whether `save` wrote the config of a folder; other libraries have a ``cfg.json`` too."""
+    try:
+        config = read_json(folder / CONFIG_FILE, "the saved SAE", max_bytes=MAX_CONFIG_BYTES)
+    except UserError:
+        return False
+    return isinstance(config, dict) and not config.keys().isdisjoint({"sae", "weights_sha256"})
+
+
 def _shape(folder: Path, about: Mapping[str, Any]) -> SAEConfig:
     return from_dict(SAEConfig, about["sae"], where=f"{folder / CONFIG_FILE}: sae")
 

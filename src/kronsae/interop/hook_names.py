@@ -106,7 +106,7 @@ def to_transformer_lens(hook: str, family: Family | None = None) -> str:
     families = [family] if family is not None else list(FAMILIES.values())
     if output and any(path in (one.embed, one.embed.rpartition(".")[2]) for one in families):
         return "hook_embed"
-    found = re.fullmatch(r"(?:(?:.+\.)?(?:layers|h|blocks)\.)?(\d+)(?:\.(.+))?", path)
+    found = re.fullmatch(r"(?:(?:.+\.)?(?:layers|layer|h|blocks)\.)?(\d+)(?:\.(.+))?", path)
     if found is None:
         return hook
     block, inside = f"blocks.{int(found[1])}", found[2]

@@ -23,6 +23,7 @@ from torch.nn.functional import cosine_similarity
 from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
 from kronsae.core.sae import SAE
 from kronsae.core.sparsifiers import JumpReLU
+from kronsae.interop.hook_names import to_transformer_lens
 from kronsae.support.errors import UserError
 
 LINEAR_ONLY = ("W_enc", "b_enc")
@@ -223,10 +224,6 @@ class SAEBenchSAE(nn.Module):
         )
 
 
-BLOCK = r"(?:.*\.)?(?:layers|h|layer|blocks)\.(\d+)"
-"""A transformer block in the module paths of Hugging Face models."""
-
-
 def transformer_lens_hook(hook: str) -> tuple[str, int]:
     """Return the name and the layer that TransformerLens gives to the output of a transformer block.
 
@@ -238,13 +235,11 @@ def transformer_lens_hook(hook: str) -> tuple[str, int]:
     Raises:
         UserError: the hook is neither.
     """
-    if own := re.fullmatch(r"blocks\.(\d+)\.[a-z_.]+", hook):
-        return hook, int(own[1])
-    block = re.fullmatch(rf"{BLOCK}|(\d+)", hook)
-    if block is None:
+    name = to_transformer_lens(hook)
+    place = re.fullmatch(r"blocks\.(\d+)\.[a-z_.]+", name)
+    if place is None or (name != hook and not name.endswith(".hook_resid_post")):
         raise UserError(
             f"hook must be the output of a transformer block, such as layers.3, or a name of TransformerLens, such as "
             f"blocks.3.hook_mlp_out; got '{hook}'."
         )
-    layer = int(block[1] or block[2])
-    return f"blocks.{layer}.hook_resid_post", layer
+    return name, int(place[1])

@@ -29,6 +29,8 @@ REFUSED: dict[str, str] = {
 }
 """Evaluations of SAEBench that are not offered, and why; SAEBench's own functions take a `SAEBenchSAE` too."""
 
+KNOWN = (*EVALUATIONS, *REFUSED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobSAE:
@@ -111,7 +113,7 @@ def check_evaluation(name: str) -> None:
     if name in REFUSED:
         raise UserError(f"evals: SAEBench's {name} is not offered: {REFUSED[name]}.")
     if name not in EVALUATIONS:
-        raise UserError(f"evals must be of {', '.join(EVALUATIONS)}; got '{name}'.{nearest(name, EVALUATIONS)}")
+        raise UserError(f"evals must be of {', '.join(EVALUATIONS)}; got '{name}'.{nearest(name, KNOWN)}")
 
 
 def split_setting(assignment: str) -> tuple[str, str, Any]:

@@ -2,7 +2,7 @@
 
 An SAE of SAELens holds an `SAE` of ours and delegates to it. ``encode`` gives dense latents, as SAELens expects them.
 ``W_enc`` and ``b_enc`` do not exist: a factorised encoder has no row per latent. ``fold_W_dec_norm`` is refused for the
-same reason.
+same reason, unless the rows of ``W_dec`` have norm 1 and there is nothing to fold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from kronsae.core.encoders import KroneckerEncoder
 from kronsae.core.gates import GateName
 from kronsae.core.sae import SAE, SAEConfig
-from kronsae.core.sparsifiers import BatchTopK, JumpReLU, TopK, jump
+from kronsae.core.sparsifiers import BatchTopK, JumpReLU, TopK, TopKConfig, jump
 from kronsae.interop import saelens_layout
 from kronsae.support.errors import UserError
 
@@ -30,6 +30,9 @@ NO_W_ENC = (
 
 BANDWIDTH = 0.5
 """Of the estimator of a threshold's gradient, which is not used here: the thresholds are detached."""
+
+UNIT_NORM_TOLERANCE = 0.01
+"""Of the norms of decoder rows from 1; bfloat16 rounds them by up to 0.004."""
 
 
 @dataclass
@@ -214,17 +217,31 @@ class KronSAEMixin:
         weights = saelens_layout.from_disk({name: state_dict.pop(name) for name in list(state_dict)})
         state_dict |= {f"kronsae.{name}": tensor for name, tensor in weights.items()}
 
+    def get_activation_fn(self) -> LensTopK:
+        """Return SAELens' TopK; tools that find one encode all latents at once, as none can be computed alone.
+
+        It is not used here. With thresholds, k is ``d_sae``: a ReLU.
+        """
+        by_count = saelens_layout.SPARSIFIERS[self.cfg.architecture()] is TopKConfig
+        return LensTopK(self.cfg.k if by_count else self.cfg.d_sae)
+
     def fold_W_dec_norm(self) -> None:
-        """Refuse: the M * N latents of a head share M + N rows, so none can be scaled alone."""
-        raise NotImplementedError(
-            "fold_W_dec_norm is not possible for a KronSAE: the latents of a head share their rows, so none can be "
-            "scaled alone. Its decoder rows have norm 1 after training."
-        )
+        """Do nothing where the rows of ``W_dec`` have norm 1, as after training; otherwise refuse.
+
+        The M * N latents of a head share M + N rows of the encoder, so none can be scaled alone.
+        """
+        norms_F = self.W_dec.norm(dim=-1)
+        if not bool(((norms_F - 1).abs() <= UNIT_NORM_TOLERANCE).all()):
+            raise NotImplementedError(
+                "fold_W_dec_norm is not possible for a KronSAE whose decoder rows have other norms than 1: the latents "
+                f"of a head share their rows, so none can be scaled alone. Norms are {float(norms_F.min()):.3g} to "
+                f"{float(norms_F.max()):.3g}."
+            )
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
-        """Refuse, as `fold_W_dec_norm`."""
+        """Return ones where the rows of ``W_dec`` have norm 1; otherwise refuse, as `fold_W_dec_norm`."""
         self.fold_W_dec_norm()
-        raise AssertionError
+        return torch.ones_like(self.W_dec[:, 0])
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:

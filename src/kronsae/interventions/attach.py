@@ -47,12 +47,22 @@ class Attached:
         self._x: Tensor | None = None
         self._codes: SparseCodes | None = None
         self._error_node: Tensor | None = None
+        self._removed = False
         self._taps = ExitStack()
         if write is None:
             self._taps.enter_context(tap(self.read_site, self._replace_read))
         else:
             self._taps.enter_context(tap(self.read_site, self._remember))
             self._taps.enter_context(tap(self.write_site, self._replace_written))
+
+    def __repr__(self) -> str:
+        read, written = self.read_site.name, self.write_site.name
+        place = read if self.write_site is self.read_site else f"{read} -> {written}"
+        state = f"error {'kept' if self.error == 'keep' else 'dropped'}{', codes edited' if self.edit else ''}"
+        sizes = f"d_in={self.sae.d_in}, d_sae={self.sae.d_sae}"
+        if self._removed:
+            state = "removed"
+        return f"Attached({self.sae.config.architecture}, {sizes}, at {place}: {state})"
 
     def __enter__(self) -> Self:
         return self
@@ -65,6 +75,7 @@ class Attached:
     def remove(self) -> None:
         """Take the SAE out of the model, which is then exactly as before; the values of the last pass stay here."""
         self._taps.close()
+        self._removed = True
 
     @property
     def codes(self) -> SparseCodes:
@@ -149,8 +160,8 @@ def attach(
     Args:
         model: a Hugging Face model or another torch module, a TransformerLens model, or an nnsight model.
         sae: the SAE, on the model's device.
-        hook: hook that it reads (`kronsae.interventions.sites.find_site`): ``"layers.6"``, or for TransformerLens
-            ``"blocks.6.hook_resid_post"``.
+        hook: hook that it reads (`kronsae.interventions.sites.find_site`): ``"layers.6"``, or by TransformerLens' name
+            ``"blocks.6.hook_resid_post"``, also in a Hugging Face model.
         write: hook that a transcoder writes; None: ``hook``, for an SAE.
         error: ``"keep"`` adds the reconstruction error, ``"drop"`` leaves only the reconstruction.
         edit: function of the codes ``[S, T, K]`` that returns the codes to decode, with any K.

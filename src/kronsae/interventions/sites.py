@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +10,16 @@ from torch import Tensor, nn
 
 from kronsae.core.sae import SAE
 from kronsae.data.model import HookPoint, resolve_hook
+from kronsae.interop.hook_names import family_of, from_transformer_lens
 from kronsae.support.errors import UserError, nearest
 
 
 def find_site(model: Any, hook: str | int) -> HookPoint:
     """Return the place that a hook names in a model.
 
-    - A Hugging Face model, or any other torch module: as `kronsae.data.model.resolve_hook`.
+    - A Hugging Face model, or any other torch module: as `kronsae.data.model.resolve_hook`; a name of TransformerLens,
+      such as ``blocks.6.hook_resid_post``, means the module whose input or output has this activation
+      (`kronsae.interop.hook_names`).
     - A TransformerLens model (``HookedTransformer`` or the bridge): the name of a hook point, such as
       ``blocks.6.hook_resid_post``; a number n means ``blocks.n.hook_resid_post``.
     - An nnsight model: as for the torch module that it wraps, whose weights must be loaded (``dispatch=True``).
@@ -26,7 +30,7 @@ def find_site(model: Any, hook: str | int) -> HookPoint:
     module = _torch_module(model)
     points = getattr(module, "hook_dict", None)
     if not isinstance(points, Mapping):
-        return resolve_hook(module, hook)
+        return resolve_hook(module, _our_name(module, hook))
     name = f"blocks.{hook}.hook_resid_post" if isinstance(hook, int) or hook.isdecimal() else hook
     if name not in points:
         raise UserError(
@@ -34,6 +38,25 @@ def find_site(model: Any, hook: str | int) -> HookPoint:
             f"'{hook}'.{nearest(name, points)}"
         )
     return HookPoint(name, points[name])
+
+
+def _our_name(module: nn.Module, hook: str | int) -> str | int:
+    """Return our name of a hook that is a name of TransformerLens; every other hook is returned as it is.
+
+    Raises:
+        UserError: no module of the model gives what the name of TransformerLens means.
+    """
+    if not isinstance(hook, str) or not re.fullmatch(r"hook_embed|blocks\.\d+\.(?:\w+\.)*hook_\w+", hook):
+        return hook
+    family = family_of(getattr(getattr(module, "config", None), "model_type", None))
+    found = from_transformer_lens(hook, family)
+    if found == hook:
+        what = "a model of this architecture" if family is None else "this model"
+        raise UserError(
+            f"hook must be an activation that a module of the model gives or is given, such as 'layers.0'; "
+            f"TransformerLens' '{hook}' is not known to be one in {what}. Give the path of a module."
+        )
+    return found
 
 
 def check_fits(sae: SAE, site: HookPoint, hidden: Tensor, width: int, what: str = "d_in") -> None:

@@ -17,7 +17,8 @@ from kronsae.publishing.card import DEFAULT_LICENSE, model_card
 from kronsae.publishing.export import exportable, target_module
 from kronsae.publishing.public import origin_of, public_config
 from kronsae.runs.folder import RunFolder
-from kronsae.runs.hub_download import RUN_FOLDER, is_repository
+from kronsae.runs.hub_download import is_repository
+from kronsae.runs.sae_choice import RUN_FOLDER
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import write_json, write_text
 

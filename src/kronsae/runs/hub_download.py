@@ -1,9 +1,12 @@
 """Download of one SAE from a Hugging Face Hub repository, in which a stranger may have put anything.
 
-The list of the repository's files is read first, at one commit. Of the chosen folder only the configs and weights that
-kronsae, SAELens and sparsify name are fetched, never a pickle. The config is fetched before the weights; in kronsae's
-own format, weights larger than it implies are not fetched. Every file must have the size and the digest of the list.
-The files are kept in the Hub's own cache (``HF_HOME``), so that a download is made once and works offline afterwards.
+The list of the repository's files is read first, at one commit. Of the chosen folder only the config and the weights of
+one format are fetched (kronsae's own, or one of `kronsae.interop.formats`). The config is fetched before the weights:
+weights of a damaged config, or larger than the memory in which they would be read, are not fetched; in kronsae's own
+format, nor are weights larger than the config implies. Every file must have the size and the digest of the list. Of the
+formats, only dictionary_learning's ``ae.pt`` holds a pickle, which is read without unpickling it
+(`kronsae.interop.formats.torch_archive`). The files are kept in the Hub's own cache (``HF_HOME``), so that a download
+is made once and works offline afterwards.
 """
 
 from __future__ import annotations
@@ -23,17 +26,17 @@ from typing import Any
 
 from kronsae.core import checkpoint
 from kronsae.data.hub import TIMEOUT_SECONDS, one_line, refusals
-from kronsae.interop.formats import dictionary_learning, gemma_scope, sae_lens, sparsify
-from kronsae.support.errors import UserError, nearest
+from kronsae.interop import formats
+from kronsae.interop.formats import sparsify
+from kronsae.interop.formats.foreign import Files
+from kronsae.interop.formats.reading import READING_BYTES, read_config
+from kronsae.runs.sae_choice import choose
+from kronsae.support.errors import UserError
 from kronsae.support.resources import available_memory_bytes, check_disk, format_bytes
 from kronsae.support.terminal import say
 
-CONFIGS = tuple(dict.fromkeys((checkpoint.CONFIG_FILE, sae_lens.CONFIG_FILE, sparsify.CONFIG_FILE, sparsify.RUN_FILE)))
-WEIGHTS = tuple(dict.fromkeys((checkpoint.WEIGHTS_FILE, sae_lens.WEIGHTS_FILE, sparsify.WEIGHTS_FILE)))
-NOT_FETCHED = (gemma_scope.WEIGHTS_FILE, dictionary_learning.WEIGHTS_FILE)  # read in local folders only
 MAX_ELEMENT_BYTES = 8  # float64
 MAX_FILES = 100_000  # in a repository; the largest public collections of SAEs have some ten thousand
-RUN_FOLDER = "saes"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,21 @@ def is_repository(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
 
 
+def hub_place(source: str) -> tuple[str, str | None] | None:
+    """Return repository and folder of ``user/repo``, ``user/repo/folder`` or ``user/repo:folder``; None: none of them.
+
+    The folder is None if none is named.
+    """
+    repository, colon, inside = source.partition(":")
+    if not colon:
+        user, _, rest = source.partition("/")
+        name, _, inside = rest.partition("/")
+        repository = f"{user}/{name}"
+    if not is_repository(repository) or (colon and not inside):
+        return None
+    return repository, inside.strip("/") or None
+
+
 def download(
     repository: str,
     name: str | None = None,
@@ -88,7 +106,8 @@ def download(
 
     Args:
         repository: ``user/repo``.
-        name: the SAE: its name in a run that `kronsae push` uploaded, or its folder; None: the only one.
+        name: the SAE: its name in a run that `kronsae push` uploaded, its folder, or a folder with only one SAE; None:
+            the only one.
         revision: branch, tag or commit; None: the default branch.
 
     Raises:
@@ -97,31 +116,64 @@ def download(
     """
     _check_revision(revision)
     listing = _listing(repository, revision)
-    path = _choose(repository, listing, name)
-    inside = {file: about for file, about in listing.files.items() if PurePosixPath(file).parent == PurePosixPath(path)}
-    config = str(PurePosixPath(path, checkpoint.CONFIG_FILE))
-    configs = {file: about for file, about in inside.items() if PurePosixPath(file).name in CONFIGS}
-    weights = {file: about for file, about in inside.items() if PurePosixPath(file).name in WEIGHTS}
-    most = checkpoint.MAX_CONFIG_BYTES
-    for file, about in configs.items():
-        if about.size > most:
-            raise UserError(
-                f"{repository} must have configs of at most {format_bytes(most)}; its {file} has "
-                f"{format_bytes(about.size)}. It was not downloaded."
-            )
+    places = _places(repository, listing)
+    path = choose(places, name, where=_where(repository, listing), source=repository)
+    files = places[path]
+    weights = str(PurePosixPath(path, files.weights))
+    config = None if files.config is None else str(PurePosixPath(path, files.config))
     get = partial(_get, repository, revision or "main", listing)
-    folder = get(config, configs[config]).parent
-    if _is_ours(folder):
-        configs = {config: configs[config]}
-        weights = _own_weights(repository, path, weights, folder)
-    _check_room(repository, weights)
-    others = {file: about for file, about in (configs | weights).items() if file != config}
+    own = False
+    if config is not None:
+        _check_config(repository, config, listing.files[config].size)
+        own = _is_own(repository, get(config, first=True), weights, listing.files[weights].size)
+    _check_room(repository, listing.files[weights].size, own=own)
+    fetched = [*([] if config is None else [config]), weights, *_more(listing, path, files)]
     if not listing.cached:
-        total = format_bytes(sum(about.size for about in (configs | weights).values()))
-        say(f"{repository} at commit {listing.commit}: {', '.join(sorted([config, *others]))}; {total}")
-    for file, about in others.items():
-        get(file, about)
-    return Snapshot(folder, repository, listing.commit, path)
+        total = format_bytes(sum(listing.files[file].size for file in fetched))
+        say(f"{repository} at commit {listing.commit}: {', '.join(fetched)}; {total}")
+    found = [get(file, first=file == fetched[0]) for file in fetched if file != config]
+    return Snapshot(found[0].parent, repository, listing.commit, path)
+
+
+def _where(repository: str, listing: _Listing) -> str:
+    return f"{repository} at commit {listing.commit[:12]}{', of which the cache has a part' * listing.cached}"
+
+
+def _places(repository: str, listing: _Listing) -> dict[str, Files]:
+    """Return the folders of the repository that hold an SAE, and its files; ``"."``: the root.
+
+    Raises:
+        UserError: there is none.
+    """
+    names: dict[str, set[str]] = {}
+    for file in listing.files:
+        path = PurePosixPath(file)
+        names.setdefault(str(path.parent), set()).add(path.name)
+    found = {folder: files for folder in names if (files := formats.files_among(names[folder])) is not None}
+    if not found:
+        known = "; ".join(map(str, formats.all_files()))
+        raise UserError(
+            f"{_where(repository, listing)} must hold an SAE, a folder with {known}; it has none. Other files are not "
+            "read."
+        )
+    return found
+
+
+def _check_config(repository: str, config: str, size: int) -> None:
+    most = checkpoint.MAX_CONFIG_BYTES
+    if size > most:
+        raise UserError(
+            f"{repository} must have configs of at most {format_bytes(most)}; its {config} has {format_bytes(size)}. "
+            "It was not downloaded."
+        )
+
+
+def _more(listing: _Listing, path: str, files: Files) -> list[str]:
+    """Return what informs about an SAE, if it is there: of sparsify, the config of the run in the folder above."""
+    if files.weights != sparsify.WEIGHTS_FILE or path == ".":
+        return []
+    file = str(sparsify.run_file(PurePosixPath(path)))
+    return [file] if file in listing.files and listing.files[file].size <= checkpoint.MAX_CONFIG_BYTES else []
 
 
 def _check_revision(revision: str | None) -> None:
@@ -199,80 +251,46 @@ def _cached(repository: str, revision: str) -> _Listing | None:
     return _Listing(commit, files, cached=True)
 
 
-def _choose(repository: str, listing: _Listing, name: str | None) -> str:
-    """Return the folder of the SAE in the repository; ``"."``: its root."""
-    paths = [PurePosixPath(file) for file in listing.files]
-    with_weights = {str(path.parent) for path in paths if path.name in WEIGHTS}
-    known = {
-        folder.removeprefix(f"{RUN_FOLDER}/"): folder
-        for folder in sorted(with_weights)
-        if str(PurePosixPath(folder, checkpoint.CONFIG_FILE)) in listing.files
-    }
-    where = f"{repository} at commit {listing.commit[:12]}{', of which the cache has a part' * listing.cached}"
-    if not known:
-        rule = f"{where}, must hold an SAE: a folder with {checkpoint.CONFIG_FILE} and {' or '.join(WEIGHTS)}"
-        if other := next((one for one in NOT_FETCHED if any(path.name == one for path in paths)), None):
-            raise UserError(
-                f"{rule}; {other} is not fetched from the Hub. Download the folder that holds it and give its path."
-            )
-        raise UserError(f"{rule}; it has none. Pickled weights are not read.")
-    if name is None:
-        if "." in known:
-            return "."
-        own = [short for short, folder in known.items() if folder.startswith(f"{RUN_FOLDER}/")]
-        candidates = own or list(known)
-        if len(candidates) == 1:
-            return known[candidates[0]]
-    elif name.strip("/") in known:
-        return known[name.strip("/")]
-    elif name in known.values():
-        return name
-    hint = "" if name is None else nearest(name, known)
-    shown = [short for short in known if short != "."][:20]
-    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-    raise UserError(f"name must be one of {', '.join(shown)}{more} for {where}; got {name!r}.{hint}")
+def _is_own(repository: str, config: Path, weights: str, size: int) -> bool:
+    """Return whether kronsae wrote a config, after checking what it implies for the weights.
 
-
-def _is_ours(folder: Path) -> bool:
-    """Return whether the config is of an SAE that kronsae saved."""
-    from kronsae.support.files import read_json
-
-    config = read_json(folder / checkpoint.CONFIG_FILE, "the downloaded SAE")
-    return isinstance(config, dict) and "sae" in config and "format" in config
-
-
-def _own_weights(repository: str, path: str, weights: Mapping[str, _File], folder: Path) -> dict[str, _File]:
-    """Return the weights file of one of our SAEs, after checking that it is not larger than the config implies."""
-    file = str(PurePosixPath(path, checkpoint.WEIGHTS_FILE))
-    if file not in weights:
-        raise UserError(f"{repository} must have {file} beside its config; it does not. Pickled weights are not read.")
-    elements = checkpoint.weight_elements(checkpoint.read_shape(folder))
-    most, size = elements * MAX_ELEMENT_BYTES + checkpoint.MAX_HEADER_BYTES, weights[file].size
+    Raises:
+        UserError: it is no JSON object, or one of ours that implies larger or smaller weights.
+    """
+    read_config(config)
+    if PurePosixPath(weights).name != checkpoint.WEIGHTS_FILE or not checkpoint.is_own(config.parent):
+        return False
+    elements = checkpoint.weight_elements(checkpoint.read_shape(config.parent))
+    most = elements * MAX_ELEMENT_BYTES + checkpoint.MAX_HEADER_BYTES
     if not elements <= size <= most:
         raise UserError(
-            f"{repository}: {file} must have the size that its config implies, {elements:,} numbers in at most "
+            f"{repository}: {weights} must have the size that its config implies, {elements:,} numbers in at most "
             f"{format_bytes(most)}; it has {format_bytes(size)}. It was not downloaded."
         )
-    return {file: weights[file]}
+    return True
 
 
-def _check_room(repository: str, weights: Mapping[str, _File]) -> None:
-    total = sum(about.size for about in weights.values())
-    check_disk(_cache_root(), total, f"the weights of {repository}", "Make room, or set HF_HOME to another disk.")
+def _check_room(repository: str, size: int, *, own: bool) -> None:
+    """Refuse weights for which there is no room on the disk, or in memory while they are read and converted."""
+    check_disk(_cache_root(), size, f"the weights of {repository}", "Make room, or set HF_HOME to another disk.")
+    needed = size if own else size // MAX_ELEMENT_BYTES * READING_BYTES  # more, if the numbers have fewer bytes
     memory = available_memory_bytes()
-    if memory is not None and total > memory:
+    if memory is not None and needed > memory:
         raise UserError(
-            f"the weights of {repository} must fit into memory; they have {format_bytes(total)}, and "
-            f"{format_bytes(memory)} are free. They were not downloaded."
+            f"the weights of {repository} must fit into memory; {format_bytes(needed)} or more are needed to read "
+            f"them, and {format_bytes(memory)} are free. They were not downloaded."
         )
 
 
-def _get(repository: str, revision: str, listing: _Listing, file: str, about: _File) -> Path:
-    """Return the local path of a file, downloaded unless it is in the cache, after checking size and digest."""
+def _get(repository: str, revision: str, listing: _Listing, file: str, *, first: bool) -> Path:
+    """Return the local path of a file, downloaded unless it is in the cache, after checking size and digest.
+
+    The first file is asked for by branch or tag, so that the cache knows its commit.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
+    about = listing.files[file]
     known = try_to_load_from_cache(repository, file, revision=listing.commit)
-    first = file.endswith(checkpoint.CONFIG_FILE)  # asked for by branch or tag, so that the cache knows its commit
     with _failures(repository, file):
         if not listing.cached and not isinstance(known, str):
             stated = get_hf_file_metadata(hf_hub_url(repository, file, revision=listing.commit))

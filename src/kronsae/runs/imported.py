@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -26,7 +27,7 @@ from kronsae.data.text import TextConfig, TextStream
 from kronsae.interop.formats.foreign import Foreign
 from kronsae.interop.hook_names import family_of, from_transformer_lens, hub_name
 from kronsae.runs.config import RunConfig
-from kronsae.runs.hub_download import is_repository
+from kronsae.runs.hub_download import hub_place
 from kronsae.runs.loading import is_sae_folder, read_sae, sae_folder
 from kronsae.runs.parsing import with_options
 from kronsae.runs.run import Run, sae_metadata
@@ -147,7 +148,7 @@ def import_saes(
     """Write a run folder with SAEs that were trained elsewhere; it appears whole or not at all.
 
     Args:
-        sources: each as `kronsae.load` takes it: a folder in any known format, or ``user/repo`` on the Hub.
+        sources: each as `kronsae.load` takes it: a folder in any known format, or on the Hub.
         out: a new or empty folder.
         place: model, text and hooks.
         names: name of each SAE in the run; none: from the names of their folders.
@@ -164,7 +165,7 @@ def import_saes(
     run = Run(Path(out))
     check_new_folder(run.folder)
     read = [_read(sae_folder(source)) for source in sources]
-    chosen = list(names) if names else _names(list(map(str, sources)))
+    chosen = list(names) if names else names_of(list(map(str, sources)))
     saes = [Import(name, str(source), *one) for name, source, one in zip(chosen, sources, read, strict=True)]
     language_model = _loaded(_config(saes, place, options), place)
     config = _config(saes, place, options, getattr(language_model.model.config, "model_type", None))
@@ -181,7 +182,7 @@ def import_saes(
 def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> Path:
     """Return the run folder to measure: the argument itself, or the run that an SAE is imported into.
 
-    An SAE (a folder, or ``user/repo`` if something of ``place`` is given) is imported once, into a folder of `IMPORTED`
+    An SAE (a folder, or on the Hub if something of ``place`` is given) is imported once, into a folder of `IMPORTED`
     that is named after it, and a digest of its files, ``place`` and the version of kronsae; later calls use it again.
 
     Raises:
@@ -194,13 +195,13 @@ def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> P
             "for the folder of a single SAE."
         )
     is_sae = not is_run and argument.is_dir() and is_sae_folder(argument)
-    is_hub = not argument.exists() and bool(place.given) and is_repository(str(argument).partition(":")[0])
+    is_hub = not argument.exists() and bool(place.given) and hub_place(argument.as_posix()) is not None
     if not (is_sae or is_hub):
         return argument
     if place.text is None:
-        raise UserError(f"--text must be given to measure {argument}, an SAE: no file says what to measure it on.")
-    folder = sae_folder(str(argument))
-    (name,) = _names([str(argument)])
+        raise UserError(f"--text must be given to measure {argument}, an SAE{_text_hint(argument)}")
+    folder = sae_folder(argument.as_posix())
+    (name,) = names_of([argument.as_posix()])
     out = IMPORTED / f"{name}-{_digest(folder, place)}"
     if Run(out).finished:
         say(f"Using {out}, into which this SAE was imported before.")
@@ -211,6 +212,20 @@ def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> P
     import_saes([argument], out, place, names=[name], say=say)
     say(f"Imported {argument} into the run folder {out}.")
     return out
+
+
+def _text_hint(folder: Path) -> str:
+    """Return what the files of an SAE say about text: only those of kronsae name the one that it was trained on."""
+    source = None
+    if folder.is_dir() and checkpoint.is_own(folder):
+        about = checkpoint.read_config(folder).get("metadata")
+        text = about.get("text") if isinstance(about, dict) else None
+        source = text.get("source") if isinstance(text, dict) else None
+    if not isinstance(source, str):
+        return ": no file says what to measure it on."
+    run = folder.parent.parent if len(folder.parts) > 2 else folder.resolve().parent.parent
+    whole = f", or measure its run: kronsae eval {shlex.quote(str(run))}" if (run / "run.json").exists() else ""
+    return f"; it was trained on {shown(source)}. Give --text {shown_text(shlex.quote(source))}{whole}."
 
 
 def _read(folder: Path) -> tuple[Foreign, tuple[str, ...]]:
@@ -229,7 +244,7 @@ def _is_json(value: object) -> bool:
         return False
 
 
-def _names(sources: Sequence[str]) -> list[str]:
+def names_of(sources: Sequence[str]) -> list[str]:
     """Return a different name for each source, from the last part of its path."""
     found: list[str] = []
     for source in sources:

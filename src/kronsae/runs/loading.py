@@ -11,9 +11,9 @@ from kronsae.core import checkpoint
 from kronsae.core.sae import SAE
 from kronsae.interop import formats
 from kronsae.interop.formats.foreign import Foreign
-from kronsae.runs.hub_download import download, is_repository
-from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import read_json
+from kronsae.runs.hub_download import download, hub_place
+from kronsae.runs.sae_choice import RUN_FOLDER, choose, folders_below
+from kronsae.support.errors import UserError
 
 OWN_FORMAT = "kronsae"
 
@@ -28,11 +28,11 @@ def load(
     """Load a saved SAE.
 
     Args:
-        source: a run folder, the folder of an SAE (ours, or in a format of `kronsae.interop.formats`), or
-            ``"user/repo"`` on the Hub with either layout; ``"user/repo:folder"`` is the SAE in that folder. From the
-            Hub only the config and the weights of the SAE are downloaded (`kronsae.runs.hub_download`), once; stderr
-            says of which commit they are.
-        name: name of an SAE of a run, or its folder in a Hub repository; optional if there is only one.
+        source: a run folder, the folder of an SAE (ours, or in a format of `kronsae.interop.formats`), a folder that
+            holds such folders, or ``"user/repo"`` on the Hub with any of these layouts; ``"user/repo/folder"`` (or
+            ``"user/repo:folder"``) is the SAE in that folder. From the Hub only the config and the weights of the SAE
+            are downloaded (`kronsae.runs.hub_download`), once; stderr says of which commit they are.
+        name: name of an SAE of a run, or its folder below the source; optional if there is only one.
         revision: branch, tag or commit of a Hub repository; None: its default branch.
         device: device of the SAE.
 
@@ -54,17 +54,14 @@ def sae_folder(source: Path | str, name: str | None = None, revision: str | None
         if name not in (None, folder.name):
             raise UserError(f"name must be left out for {source}, the folder of a single SAE; got '{name}'.")
         return folder
-    names = sorted(path.parent.name for path in (folder / "saes").glob(f"*/{checkpoint.CONFIG_FILE}"))
-    if not names:
+    own = [f"{RUN_FOLDER}/{path.parent.name}" for path in (folder / RUN_FOLDER).glob(f"*/{checkpoint.CONFIG_FILE}")]
+    folders = own or folders_below(folder)
+    if not folders:
         raise UserError(
-            f"{source} must hold an SAE; it has neither {checkpoint.CONFIG_FILE} nor a finished run's saes/ folder."
+            f"{source} must hold an SAE; it has neither {checkpoint.CONFIG_FILE} nor a finished run's saes/ folder nor "
+            "other folders with an SAE."
         )
-    if name is None and len(names) == 1:
-        name = names[0]
-    if name not in names:
-        hint = "" if name is None else nearest(name, names)
-        raise UserError(f"name must be one of {', '.join(names)} for {source}; got {name!r}.{hint}")
-    return folder / "saes" / name
+    return folder / choose(folders, name, where=str(source), source=folder.as_posix())
 
 
 def is_sae_folder(folder: Path) -> bool:
@@ -78,7 +75,7 @@ def read_sae(folder: Path, device: torch.device | str = "cpu") -> Foreign:
     Raises:
         UserError: its files are damaged or ask for what is not supported.
     """
-    if not _is_own(folder) and formats.recognize(folder) is not None:
+    if not checkpoint.is_own(folder) and formats.recognize(folder) is not None:
         return formats.read(folder, device)
     sae = checkpoint.load(folder, device)
     stated = checkpoint.read_config(folder).get("metadata")
@@ -95,26 +92,18 @@ def read_sae(folder: Path, device: torch.device | str = "cpu") -> Foreign:
     )
 
 
-def _is_own(folder: Path) -> bool:
-    """Return whether `checkpoint.save` wrote the config; other libraries have a ``cfg.json`` too."""
-    try:
-        config = read_json(folder / checkpoint.CONFIG_FILE, "the SAE", max_bytes=checkpoint.MAX_CONFIG_BYTES)
-    except UserError:
-        return False
-    return isinstance(config, dict) and not config.keys().isdisjoint({"sae", "weights_sha256"})
-
-
 def _hooks(names: object) -> str | None:
     listed = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
     return ",".join(names) if listed and isinstance(names, list) else None
 
 
 def _from_hub(source: str, name: str | None, revision: str | None) -> Path:
-    repository, colon, inside = source.partition(":")
-    if not is_repository(repository) or (colon and not inside):
+    place = hub_place(source)
+    if place is None:
         raise UserError(
-            f"the source must be a folder or a Hub name (user/repo, or user/repo:folder); got {source}. Check the path."
+            f"the source must be a folder or a Hub name (user/repo, or user/repo/folder); got {source}. Check the path."
         )
+    repository, inside = place
     if inside and name not in (None, inside):
         raise UserError(f"name must be left out for {source}, which names the folder of an SAE; got '{name}'.")
     return download(repository, inside or name, revision).folder

@@ -14,12 +14,14 @@ from kronsae.core import checkpoint
 from kronsae.core.sae import SAE
 from kronsae.data.model import find_device, local_folder
 from kronsae.interop.saebench import SAEBenchConfig, SAEBenchSAE, transformer_lens_hook
-from kronsae.interop.saebench_job import JOB_FILE, OUTCOME_FILE, Job, JobSAE
+from kronsae.interop.saebench_job import JOB_FILE, KNOWN, OUTCOME_FILE, Job, JobSAE
+from kronsae.runs.hub_download import hub_place
+from kronsae.runs.imported import names_of
 from kronsae.runs.loading import load
 from kronsae.runs.run import open_run
 from kronsae.support.config import to_dict
 from kronsae.support.environment import Environment
-from kronsae.support.errors import UserError
+from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import read_json, write_json
 
 RUNNER = "kronsae.interop.saebench_runner"
@@ -60,9 +62,15 @@ def find_subjects(source: str, names: list[str], model: str | None, hook: str | 
     if not (Path(source) / "run.json").exists():
         if names:
             raise UserError(f"--sae must be used with a run; {source} is a single SAE. Leave it out.")
+        if not Path(source).exists() and hub_place(source) is None:
+            known = nearest(source, KNOWN)
+            hint = f"{known} Evaluations are given by --evals." if known else " Check the path."
+            raise UserError(
+                f"SAE_OR_RUN must be a run folder, an SAE folder or a Hub name (user/repo); there is no {source}.{hint}"
+            )
         if model is None or hook is None:
             raise UserError(f"--model and --hook must be given for a single SAE; {source} does not tell them.")
-        name = Path(source).name
+        (name,) = names_of([source])
         return Subjects({name: load(source)}, {name: hook}, model)
     run = open_run(Path(source))
     run.require_finished()

@@ -40,15 +40,29 @@ def test_importing_twice_registers_once() -> None:
 
 
 @pytest.mark.parametrize("architecture", INFERENCE)
+@torch.no_grad()
 def test_rule_1_there_is_no_w_enc_and_no_fold_of_norms(architecture: str) -> None:
-    sae = build(architecture)
+    sae, x = build(architecture), inputs()
     assert not hasattr(sae, "W_enc")
     assert not hasattr(sae, "b_enc")
     with pytest.raises(AttributeError, match="its encoder is factorised"):
         _ = sae.W_enc
+    before = sae(x)
+    sae.fold_W_dec_norm()  # the rows have norm 1: there is nothing to fold
+    assert torch.equal(sae.fold_and_get_W_dec_norm(), torch.ones(64))
+    assert torch.equal(sae(x), before)
+    sae.W_dec[3] *= 1.1
     for fold in (sae.fold_W_dec_norm, sae.fold_and_get_W_dec_norm):
-        with pytest.raises(NotImplementedError, match="share their rows"):
+        with pytest.raises(NotImplementedError, match=r"share their rows, .* Norms are 1 to 1\.1\.$"):
             fold()
+
+
+@pytest.mark.parametrize("architecture", INFERENCE)
+def test_tools_that_mask_the_encoder_see_that_all_latents_are_needed(architecture: str) -> None:
+    """SAEDashboard asks for SAELens' TopK; what it computes is what our sparsifier leaves to the ranking."""
+    found = build(architecture).activation_fn
+    assert isinstance(found, sae_lens.saes.topk_sae.TopK)
+    assert found.k == (64 if "jumprelu" in architecture else 5)
 
 
 @pytest.mark.parametrize("gate", ["mand", "relu_product"])

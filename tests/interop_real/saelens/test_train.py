@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,34 @@ def test_the_command_line_of_sae_lens_trains_a_kronsae(
         package="sae-lens",
         difference=largest,
         tolerance=TOLERANCE,
+    )
+
+
+@pytest.mark.timeout(1200)  # a process that imports sae-lens
+def test_the_module_is_a_command(model: Path, text: Path, tmp_path: Path, record: Callable[..., None]) -> None:
+    """``python -m kronsae.interop.saelens`` in a process of its own, which knows our architectures by nothing else."""
+    d_in = json.loads((model / "config.json").read_text("utf-8"))["hidden_size"]
+    words = command("kronsae_topk", model, text, tmp_path, d_in)
+    words[words.index("--training_tokens") + 1] = str(8 * BATCH)
+    done = subprocess.run(
+        [sys.executable, "-m", "kronsae.interop.saelens", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    sae = formats.read(tmp_path / "sae")
+    assert sae.architecture == "kronsae_topk"
+    assert float(sae.sae.encode(activations(model, text)).l0()) == 4
+    done = subprocess.run(
+        [sys.executable, "-m", "kronsae.interop.saelens", "--architecture", "kronsae_tpok"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "kronsae_tpok" in done.stderr
+    record(
+        "`python -m kronsae.interop.saelens` in a process of its own",
+        format="SAELens kronsae_topk",
+        direction="train",
+        package="sae-lens",
     )
 
 

@@ -21,7 +21,7 @@ from sae_lens.synthetic import (
 )
 from sae_lens.training.activation_scaler import ActivationScaler
 from tests.interop.test_saelens_export import exportable
-from tests.interop_real.saelens.lens import D_IN
+from tests.interop_real.saelens.lens import D_IN, TOLERANCE
 from tests.tiny_models import make_tokenizer
 from tests.tiny_runs import texts
 from transformer_lens import HookedTransformerConfig
@@ -82,12 +82,29 @@ def test_a_transformer_runs_with_our_sae(spec: str, model: Any, tmp_path: Path, 
 
 @pytest.mark.parametrize("spec", [KRON, "kron num_heads=6 d_base=2 d_extension=4 k=5 read=a write=b"])
 @torch.no_grad()
-def test_a_transcoder_replaces_an_mlp(spec: str, model: Any, tmp_path: Path) -> None:
-    name = "blocks.1.mlp.hook_in"
-    sae = exported(spec, tmp_path / "sae", hook_name=name, hook_name_out="blocks.1.hook_mlp_out")
+def test_a_transcoder_replaces_an_mlp(spec: str, model: Any, tmp_path: Path, record: Callable[..., None]) -> None:
+    """The model goes on with what our SAE makes of the MLP's input."""
+    read, written = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+    sae = exported(spec, tmp_path / "sae", hook_name=read, hook_name_out=written)
     tokens = torch.randint(5, 40, (3, 16))
-    _, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
-    assert any(key.endswith("hook_sae_acts_post") for key in cache)
+    plain, before = model.run_with_cache(tokens)
+    replaced, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
+    ours = exportable(spec).sae
+    expected = model.run_with_hooks(tokens, fwd_hooks=[(written, lambda _output, hook: ours(before[read]))])
+    largest = float((replaced - expected).abs().max())
+    assert largest <= TOLERANCE
+    assert float((replaced - plain).abs().max()) > 1e-3
+    acts = [key for key in cache if key.endswith("hook_sae_acts_post")]
+    assert acts == [f"{written}.hook_sae_acts_post"]
+    assert torch.equal(cache[acts[0]] != 0, ours.encode(before[read]).to_dense() != 0)
+    record(
+        "HookedSAETransformer: in place of an MLP",
+        format=f"SAELens {sae.cfg.architecture()}",
+        direction="use",
+        package="sae-lens",
+        difference=largest,
+        tolerance=TOLERANCE,
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -7,15 +7,16 @@ JumpReLU) exactly, so every measurement, report and pursuit works on the result.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from kronsae.interop.formats.foreign import Foreign, Format
+from kronsae.interop.formats.foreign import Files, Foreign, Format
 from kronsae.support.errors import UserError
 
-__all__ = ["FORMATS", "Foreign", "Format", "format_module", "read", "recognize"]
+__all__ = ["FORMATS", "Files", "Foreign", "Format", "all_files", "files_among", "format_module", "read", "recognize"]
 
 FORMATS: dict[str, str] = {
     "sae_lens": "sae_lens",
@@ -30,6 +31,17 @@ def format_module(name: str) -> Format:
     """Return the module of a format, imported when it is needed."""
     module: Format = import_module(f"{__name__}.{FORMATS[name]}")
     return module
+
+
+def all_files() -> list[Files]:
+    """Return the files of each format; those of SAELens have the names that kronsae gives its own."""
+    modules = [format_module(name) for name in FORMATS]
+    return [Files(module.WEIGHTS_FILE, module.CONFIG_FILE) for module in modules]
+
+
+def files_among(names: Container[str]) -> Files | None:
+    """Return the files of the SAE that a folder with files of these names holds; None: it holds none."""
+    return next((files for files in all_files() if all(one in names for one in files.names)), None)
 
 
 def recognize(folder: Path) -> str | None:

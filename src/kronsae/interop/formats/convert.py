@@ -14,6 +14,7 @@ from torch import Tensor
 from kronsae.core.encoders import DenseEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import JumpReLUConfig, TopKConfig
+from kronsae.support.tensors import aligned
 
 USUAL_L0 = 64
 """l0 of an SAE with thresholds whose files state none; it plans memory and changes no result."""
@@ -84,7 +85,8 @@ def dense_sae(
         weights["skip.W_skip"] = W_skip_OD
     with torch.device("meta"):
         sae = config.build_empty()
-    sae.load_state_dict({name: tensor.float().contiguous() for name, tensor in weights.items()}, assign=True)
+    weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    sae.load_state_dict({name: aligned(tensor) for name, tensor in weights.items()}, assign=True)
     return sae.requires_grad_(True)
 
 

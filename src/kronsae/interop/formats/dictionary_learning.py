@@ -77,7 +77,9 @@ def _auto_encoder(tensors: Tensors, _: Mapping[str, Any]) -> SAE:
     norms_F = W_dec_FD.norm(dim=1)
     if not torch.allclose(norms_F, torch.ones_like(norms_F)):
         norms_F = torch.where(norms_F > 0, norms_F, 1.0)
-        rows_FD, bias_F, W_dec_FD = rows_FD * norms_F[:, None], bias_F * norms_F, W_dec_FD / norms_F[:, None]
+        rows_FD.mul_(norms_F[:, None])  # in place: each matrix may have gigabytes
+        W_dec_FD.div_(norms_F[:, None])
+        bias_F = bias_F * norms_F
     subtracted_D = tensors["bias"]
     kept = convert.thresholds(len(bias_F))
     return convert.dense_sae(rows_FD, bias_F, W_dec_FD, subtracted_D, kept, subtracted_D=subtracted_D)
@@ -97,7 +99,7 @@ def _gated(tensors: Tensors, _: Mapping[str, Any]) -> SAE:
     """
     scale_F, subtracted_D = tensors["r_mag"].double().exp(), tensors["decoder_bias"]
     lowest_F = tensors["mag_bias"].double() - scale_F * tensors["gate_bias"].double()
-    rows_FD = tensors["encoder.weight"] * scale_F.float()[:, None]
+    rows_FD = tensors["encoder.weight"].mul_(scale_F.float()[:, None])
     return convert.dense_sae(
         rows_FD,
         tensors["mag_bias"],
@@ -163,7 +165,7 @@ CLASSES: dict[str, Callable[[Tensors, Mapping[str, Any]], SAE]] = {
     "MatryoshkaBatchTopKSAE": _batch_topk,
     "JumpReluAutoEncoder": _jumprelu,
 }
-"""Classes of the library, and the conversion of each."""
+"""Classes of the library, and the conversion of each, which may change the tensors in place."""
 
 _LINEAR = {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"}
 _MATRICES = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"}

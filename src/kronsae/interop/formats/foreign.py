@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,8 +35,31 @@ class Foreign:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Files(NamedTuple):
+    """Names of the files of an SAE in a folder.
+
+    Args:
+        weights: the weights.
+        config: the config; None: the format has none.
+    """
+
+    weights: str
+    config: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The config, if there is one, and the weights."""
+        return (self.weights,) if self.config is None else (self.config, self.weights)
+
+    def __str__(self) -> str:
+        return " and ".join(self.names)
+
+
 class Format(Protocol):
-    """Interface of a format's module."""
+    """Interface of a format's module, with the names of the files of an SAE; ``CONFIG_FILE`` is None without config."""
+
+    WEIGHTS_FILE: str
+    CONFIG_FILE: str | None
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether the folder's files have this format, by their names and the config's keys alone."""

@@ -8,16 +8,11 @@ such as ``gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82``.
 
 from __future__ import annotations
 
-import lzma
 import math
 import re
-import struct
-import tokenize
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -28,12 +23,11 @@ from torch import Tensor
 from kronsae.core.checks import check_count
 from kronsae.interop.formats import convert
 from kronsae.interop.formats.foreign import Foreign
-from kronsae.interop.formats.reading import WHAT, damaged
+from kronsae.interop.formats.reading import check_reading, damage_of, damaged, open_zip
 from kronsae.support.errors import UserError, shown_text
-from kronsae.support.files import file_bytes
-from kronsae.support.resources import check_memory
 
 WEIGHTS_FILE = "params.npz"
+CONFIG_FILE = None
 TENSORS = {"w_enc", "b_enc", "w_dec", "b_dec", "threshold"}
 MAX_HEADER_BYTES = 10_000
 MAX_EXPANSION = 20
@@ -41,13 +35,6 @@ MAX_EXPANSION = 20
 
 SPARE_BYTES = 2**24
 """Unpacked bytes that are allowed at any ratio: biases may all be 0."""
-
-UNREADABLE = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError, RuntimeError),
-    *(NotImplementedError, RecursionError, MemoryError, SyntaxError, TypeError, OverflowError, KeyError, IndexError),
-    tokenize.TokenError,  # of a header that is no Python literal
-)
-"""What the standard library and NumPy raise on damaged archives and headers."""
 
 PLACES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 """Hook in a block by the kind of a repository."""
@@ -73,10 +60,9 @@ def read(folder: Path, device: torch.device | str = "cpu") -> Foreign:
         UserError: the archive is damaged or a bomb, holds anything but these arrays, or their sizes do not fit.
     """
     path = folder / WEIGHTS_FILE
-    size = file_bytes(path, WHAT)
-    with _archive(path) as archive:
+    with open_zip(path, "a zip archive as NumPy writes") as archive, damage_of(path):
         members = dict(_members(path, archive))
-        _check(path, members, size)
+        _check(path, members, path.stat().st_size)
         found = {name: _array(path, archive, one).to(device) for name, one in members.items()}
     factor = found.pop("scaling_factor", None)
     if factor is not None and not bool(((factor - 1).abs() < 1e-5).all()):
@@ -102,17 +88,6 @@ def read(folder: Path, device: torch.device | str = "cpu") -> Foreign:
         hook_write=place.hook_write if transcoder else None,
         settings={} if place.l0 is None else {"l0": place.l0},
     )
-
-
-@contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise damaged(path, shown_text(error)) from None
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Member]]:
@@ -174,7 +149,7 @@ def _check(path: Path, members: Mapping[str, Member], size: int) -> None:
             f"{path} must not unpack to more than {MAX_EXPANSION} times its size; {size:,} bytes claim to hold "
             f"{unpacked:,}. These are no trained weights."
         )
-    check_memory(2 * unpacked, f"{WHAT} {path}", "Free memory, or use a larger machine.")
+    check_reading(path, (one.shape for one in members.values()))
 
 
 def _array(path: Path, archive: zipfile.ZipFile, member: Member) -> Tensor:
@@ -183,7 +158,7 @@ def _array(path: Path, archive: zipfile.ZipFile, member: Member) -> Tensor:
         array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=MAX_HEADER_BYTES)
         if array.shape != member.shape or file.read(1):
             raise damaged(path, "an array does not have the size that its header states")
-    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float32)))
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
 class Place(NamedTuple):

@@ -1,8 +1,16 @@
-"""Reading the files of strangers: configs and tensors, with sizes compared before anything is allocated."""
+"""Reading the files of strangers: configs, tensors and archives, with sizes compared before anything is allocated."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import lzma
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,7 +20,7 @@ from torch import Tensor
 
 from kronsae.core.checkpoint import MAX_CONFIG_BYTES
 from kronsae.support.config import checked
-from kronsae.support.errors import UserError
+from kronsae.support.errors import UserError, shown_text
 from kronsae.support.files import file_bytes, read_json
 from kronsae.support.resources import check_memory
 from kronsae.support.tensors import FLOATS, TensorHeader, read_headers, read_tensors
@@ -23,6 +31,25 @@ WHAT = "the SAE"
 
 UNREADABLE = (SafetensorError, OSError, MemoryError)
 """What reading a safetensors file raises; MemoryError: it is too large to be mapped, such as a file of holes."""
+
+DAMAGE = (
+    *(ValueError, TypeError, LookupError, EOFError, OSError, OverflowError, RuntimeError, MemoryError),
+    *(AttributeError, SyntaxError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+    tokenize.TokenError,  # of the header of an array that is no Python literal
+)
+"""What `zipfile`, `pickletools` and NumPy raise for damaged archives and what they hold."""
+
+MAX_ENTRIES = 1000
+"""Entries of an archive; those of an SAE have about 20."""
+
+MAX_DIRECTORY_BYTES = 2**18
+"""Bytes that are read to open an archive: its directory, and 64 kB in which its end record is looked for."""
+
+READING_BYTES = 10
+"""Memory per number while an SAE is read, whatever type the file has: its tensors in float32 take 4, copies of those
+that are transposed or aligned up to 4 more; of float64 numbers, one matrix is held in both types. 2 are a reserve."""
+
+REMEDY = "Free memory, or use a larger machine."
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -73,13 +100,35 @@ def check_shapes(path: Path, headers: Mapping[str, TensorHeader], expected: Mapp
         raise UserError(f"{path}: weights must be of type {', '.join(FLOATS)}; got {', '.join(others)}.")
 
 
+def check_file(path: Path) -> int:
+    """Return the size of a file that is no larger than the memory.
+
+    Raises:
+        UserError: it is larger, does not exist, or is no regular file.
+    """
+    size = file_bytes(path, WHAT)
+    check_memory(size, f"{WHAT} {path}", REMEDY)
+    return size
+
+
+def check_reading(path: Path, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse tensors that do not fit into memory while they are read and converted, whatever type the file has.
+
+    Raises:
+        UserError: more than `READING_BYTES` per number are needed than there are.
+    """
+    check_memory(READING_BYTES * sum(map(math.prod, shapes)), f"reading {path}", REMEDY)
+
+
 def headers_of(path: Path) -> dict[str, TensorHeader]:
-    """Return type and shape of each tensor of a safetensors file that fits into memory."""
-    check_memory(file_bytes(path, WHAT), f"{WHAT} {path}", "Free memory, or use a larger machine.")
+    """Return type and shape of each tensor of a safetensors file that can be read in the memory there is."""
+    check_file(path)
     try:
-        return read_headers(path)
+        headers = read_headers(path)
     except UNREADABLE as error:
         raise damaged(path, error) from None
+    check_reading(path, (header.shape for header in headers.values()))
+    return headers
 
 
 def tensors_of(path: Path, device: torch.device | str) -> dict[str, Tensor]:
@@ -88,6 +137,76 @@ def tensors_of(path: Path, device: torch.device | str) -> dict[str, Tensor]:
         return read_tensors(path, device)
     except UNREADABLE as error:
         raise damaged(path, error) from None
+
+
+class _Counted(io.BufferedReader):
+    """A file that gives no more than ``allowed`` bytes, until that is None; no read allocates more than the file has.
+
+    `zipfile` parses the whole directory of an archive when it opens it: a file of a gigabyte may hold 20 million
+    entries, which take 15 times as much memory.
+    """
+
+    allowed: int | None = MAX_DIRECTORY_BYTES
+
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__(io.FileIO(path))
+        self.size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self.size - self.tell())
+        wanted = left if size is None or size < 0 else min(size, left)
+        if self.allowed is not None:
+            self.allowed -= wanted
+            if self.allowed < 0:
+                raise _TooManyEntries
+        return super().read(wanted)
+
+
+class _TooManyEntries(Exception):
+    pass
+
+
+@contextmanager
+def open_zip(path: Path, kind: str) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive of few entries; a larger directory is not parsed.
+
+    Args:
+        path: the archive, no larger than the memory.
+        kind: what it must be, for messages: ``"a zip archive as NumPy writes"``.
+
+    Raises:
+        UserError: it is no such archive, it is damaged, or it has more than `MAX_ENTRIES` entries.
+    """
+    size = check_file(path)
+    try:
+        file = _Counted(path, size)
+    except OSError as error:
+        raise damaged(path, shown_text(error)) from None
+    with file:
+        try:
+            archive = zipfile.ZipFile(file)
+            if len(archive.infolist()) > MAX_ENTRIES:
+                raise _TooManyEntries
+        except _TooManyEntries:
+            raise UserError(
+                f"{WHAT}: {path} must be an archive of at most {MAX_ENTRIES:,} entries; it has more. It is no SAE."
+            ) from None
+        except DAMAGE as error:
+            raise damaged(path, f"not {kind}: {shown_text(error)}") from None
+        file.allowed = None
+        with archive:
+            yield archive
+
+
+@contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise for damaged archives, inside the block, into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise damaged(path, shown_text(error)) from None
 
 
 def damaged(path: Path, reason: object) -> UserError:

@@ -282,7 +282,7 @@ def _dense(
     thresholds_F = found.get("threshold")
     if architecture == "gated":
         scale_F = found["r_mag"].double().exp()
-        rows_FD, bias_F = rows_FD * scale_F.float().unsqueeze(1), found["b_mag"]
+        rows_FD, bias_F = rows_FD.mul_(scale_F.float().unsqueeze(1)), found["b_mag"]
         thresholds_F = found["b_mag"].double() - scale_F * found["b_gate"].double()
     assert bias_F is not None  # `_shapes` demands it of every other architecture
     if rescale:
@@ -292,7 +292,8 @@ def _dense(
                 f"{weights}: rows of W_dec must not be 0 with rescale_acts_by_decoder_norm; row "
                 f"{int((~(norm_F > 0)).nonzero()[0])} is, or is not a number. SAELens would reconstruct NaN."
             )
-        rows_FD, bias_F, W_dec_FO = rows_FD * norm_F.unsqueeze(1), bias_F * norm_F, W_dec_FO / norm_F.unsqueeze(1)
+        rows_FD, bias_F = rows_FD.mul_(norm_F.unsqueeze(1)), bias_F * norm_F  # in place: they may have gigabytes
+        W_dec_FO = W_dec_FO.div_(norm_F.unsqueeze(1))
     if architecture in CHECKPOINTS:
         thresholds_F = found["topk_threshold"].expand(d_sae)
     return convert.dense_sae(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,9 @@ COMPUTED = {"activation", "k", "skip_connection", "transcode"}
 
 HOOKPOINT = r"(?:[A-Za-z_]\w*\.)+\d+(?:\.[A-Za-z_]\w*)*"
 """A module inside a block, or a block: ``layers.10``, ``layers.3.mlp``, ``h.3.attn``."""
+
+
+P = TypeVar("P", bound=PurePath)
 
 
 def recognizes(folder: Path) -> bool:
@@ -103,17 +106,26 @@ def _sizes(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     return d_in, d_sae
 
 
+def run_file(folder: P) -> P:
+    """Return where the config of the training run lies: beside the folder of the hookpoint."""
+    return _hookpoint_folder(folder).parent / RUN_FILE
+
+
+def _hookpoint_folder(folder: P) -> P:
+    """Return the folder that is named after the hookpoint; with several seeds, it holds a folder for each."""
+    return folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+
+
 def _origin(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
     """Return the hookpoint, from the names of the folders, and the config of the training run, if it is there."""
     place = folder.resolve()
-    if re.fullmatch(r"seed\d+", place.name):
-        place = place.parent
+    hookpoint = _hookpoint_folder(place).name
     try:
-        run = read_config(place.parent / RUN_FILE)
+        run = read_config(run_file(place))
     except UserError:
         run = {}
     trained = run.get("hookpoints")
-    known = isinstance(trained, list) and place.name in trained
+    known = isinstance(trained, list) and hookpoint in trained
     if not known:
         run = {}
-    return (place.name if known or re.fullmatch(HOOKPOINT, place.name) else None), run
+    return (hookpoint if known or re.fullmatch(HOOKPOINT, hookpoint) else None), run

@@ -10,27 +10,24 @@ from __future__ import annotations
 
 import math
 import pickletools
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kronsae.interop.formats.reading import WHAT, damaged
+from kronsae.interop.formats.reading import DAMAGE, check_reading, damage_of, damaged, open_zip
 from kronsae.support.errors import shown_text
-from kronsae.support.files import file_bytes
-from kronsae.support.resources import check_memory
 
 MAX_PICKLE_BYTES = 2**16
 """A state dict of 8 tensors takes 1,000 bytes."""
 
-MAX_RECORDS = 1000
+CHUNK_BYTES = 2**24
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -48,12 +45,6 @@ GLOBALS = {
     *(f"torch {name}" for name in DTYPES),
 }
 """What a state dict refers to; anything else is refused by name."""
-
-DAMAGE = (
-    *(ValueError, TypeError, LookupError, EOFError, OSError, OverflowError, NotImplementedError, RuntimeError),
-    *(AttributeError, struct.error, zlib.error, zipfile.BadZipFile),
-)
-"""What `zipfile`, `pickletools` and the interpretation raise for damaged files."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +94,23 @@ class TorchArchive:
         try:
             record = self.archive.getinfo(f"{self.root}/data/{storage.record}")
             _check_record(record, storage.numbers * storage.dtype.itemsize)
-            numbers = torch.frombuffer(bytearray(self.archive.read(record)), dtype=storage.dtype)
-            view = numbers.as_strided(stored.shape, stored.stride, stored.offset)
-            return view.clone(memory_format=torch.contiguous_format)
+            view = self._numbers(record).view(storage.dtype).as_strided(stored.shape, stored.stride, stored.offset)
+            whole = view.is_contiguous() and view.numel() == storage.numbers
+            return view if whole else view.clone(memory_format=torch.contiguous_format)
         except DAMAGE as error:
             raise damaged(self.path, f"{shown_text(name)}: {shown_text(error)}") from None
+
+    def _numbers(self, record: zipfile.ZipInfo) -> Tensor:
+        """Return the bytes of a record, which torch allocates once and aligned."""
+        content = torch.empty(record.file_size, dtype=torch.uint8)
+        into, start = content.numpy(), 0
+        with self.archive.open(record) as file:
+            while part := file.read(CHUNK_BYTES):
+                into[start : start + len(part)] = np.frombuffer(part, np.uint8)
+                start += len(part)
+        if start != len(into):
+            raise ValueError(f"the record {record.filename} is too short")
+        return content
 
 
 @contextmanager
@@ -117,25 +120,20 @@ def open_archive(path: Path) -> Iterator[TorchArchive]:
     Raises:
         UserError: it is no such file, it is damaged, or its pickle holds anything but a state dict of tensors.
     """
-    check_memory(file_bytes(path, WHAT), f"{WHAT} {path}", "Free memory, or use a larger machine.")
-    try:
-        archive = zipfile.ZipFile(path)
-    except DAMAGE as error:
-        raise damaged(path, f"not a zip archive as torch.save writes since version 1.6: {shown_text(error)}") from None
-    with archive:
-        try:
+    with open_zip(path, "a zip archive as torch.save writes since version 1.6") as archive:
+        with damage_of(path):
             root = _root(archive)
             tensors = _state_dict(archive.read(f"{root}/data.pkl"))
-        except DAMAGE as error:
-            raise damaged(path, shown_text(error)) from None
+            storages = {one.storage.record: one.storage for one in tensors.values()}.values()
+            if sum(one.numbers * one.dtype.itemsize for one in storages) > path.stat().st_size:
+                raise ValueError("its pickle names more numbers than it has bytes")
+        check_reading(path, ((one.numbers,) for one in storages))
         yield TorchArchive(path, archive, root, tensors)
 
 
 def _root(archive: zipfile.ZipFile) -> str:
     """Return the folder in the archive that holds everything; refuse what could be larger than it is in the file."""
     names = archive.namelist()
-    if len(names) > MAX_RECORDS:
-        raise ValueError(f"it has {len(names):,} records, more than the {MAX_RECORDS:,} of any state dict")
     roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise ValueError("it has no single data.pkl")
