@@ -56,7 +56,7 @@ def choose(folders: Iterable[str], name: str | None, *, where: str, source: str)
             f"{inside[0]!r}, or {source}/{known[inside[0]]}."
         )
     assert name is not None
-    hint = nearest(name, [*known, *known.values()])
+    hint = nearest(name, dict.fromkeys([*known, *known.values()]))
     raise UserError(f"name must be one of {_listed(known)} for {where}; got {shown(name)}.{hint}")
 
 
