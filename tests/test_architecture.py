@@ -39,6 +39,8 @@ ARROWS: dict[str, set[str]] = {
     "bench": {"core", "kernels", "training"},
     "report": {"eval", "core"},
     "runs": {"core", "kernels", "data", "training", "distributed", "eval", "report", "interop"},
+    # what a run needs on given devices, before anything is loaded
+    "capacity": {"bundled", "core", "data", "training", "runs"},
     "sweeps": {"core", "training", "report", "runs"},
     "measures": {"core", "data", "training", "eval", "report", "runs", "chat", "interop"},
     "interventions": {"core", "kernels", "data", "eval", "runs", "interop"},
@@ -58,6 +60,7 @@ ARROWS: dict[str, set[str]] = {
         "bench",
         "interop",
         "reproduce",
+        "capacity",
     },
     "__main__": {"cli"},
 }

@@ -26,6 +26,7 @@ STUDIES = (
     "pursuit_ideas",
     "interop_results",
     "saebench_results",
+    "planning_results",
 )
 
 
@@ -48,6 +49,30 @@ def test_the_page_is_the_result_file(name: str) -> None:
         assert f"{study.START}\n{study.markdown(kept)}\n{study.END}" in page
     else:  # not measured yet, so there are no results to show
         assert f"{study.START}\n{study.END}" in page
+
+
+def test_the_predictions_are_those_of_the_present_formulas() -> None:
+    """A change of a formula or of a measured file needs `python scripts/planning_results.py`."""
+    study = script("planning_results")
+    kept: dict[str, Any] = json.loads(study.RESULT.read_text("utf-8"))
+    assert {"commit": kept["commit"], **study.compare()} == kept
+
+
+def test_the_table_of_devices_is_the_code_s() -> None:
+    study = script("planning_results")
+    first, last = study.DEVICE_MARKS
+    assert f"{first}\n{study.devices()}\n{last}" in study.PAGE.read_text("utf-8")
+
+
+def test_predictions_agree_with_measurements() -> None:
+    """Memory and the steps of large dictionaries; docs/planning.md says why small steps take longer than predicted."""
+    kept = json.loads(script("planning_results").RESULT.read_text("utf-8"))
+    for point in kept["points"]:
+        assert 0.45 < point["ratio"] < 1.5, point
+        if point["unit"] == "MiB" or point["file"] in ("step.csv", "scaling.csv", "grid.csv"):
+            assert 0.7 < point["ratio"] < 1.4, point
+        if point["unit"] == "MiB" and point["measured"] > 300:
+            assert 0.95 < point["ratio"] < 1.1, point
 
 
 def test_the_pages_of_the_dictionaries_are_their_result_file() -> None:

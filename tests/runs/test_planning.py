@@ -12,10 +12,12 @@ import torch
 from tests.tiny_models import WIDTH
 from tests.tiny_runs import STEPS, assert_same_run, tiny_config, weights
 
+from kronsae import kernels
 from kronsae.core.flops import training_flops
 from kronsae.runs import planning
 from kronsae.runs.architectures import kron
 from kronsae.runs.config import RunConfig
+from kronsae.runs.memory import largest_k_aux, sae_bytes
 from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import Plan, format_duration, make_plan, plan_run
 from kronsae.runs.run import Run, execute, open_run
@@ -33,14 +35,15 @@ def config(tiny_model_folder: FolderOf, text_file: Path) -> RunConfig:
 
 
 def test_the_figures_are_the_sums(config: RunConfig, tmp_path: Path) -> None:
-    plan = make_plan(Source(config), tmp_path / "r")
+    with kernels.use("cpu"):
+        plan = make_plan(Source(config), tmp_path / "r")
     topk, kron = plan.members
     # dense: 32 rows and biases, 32 decoder rows and a bias; Kronecker: 8 heads of 2 + 2 rows
     assert topk.parameters == 32 * (WIDTH + 1) + 32 * WIDTH + WIDTH
     assert kron.parameters == 8 * 4 * (WIDTH + 1) + 32 * WIDTH + WIDTH
     assert (topk.tokens, topk.steps, plan.steps, plan.tokens) == (64 * STEPS, STEPS, STEPS, 64 * STEPS)
     assert topk.flops == 6 * (WIDTH * 32 + 4 * WIDTH) * 64 * STEPS
-    assert topk.state_bytes == 16 * topk.parameters
+    assert topk.state_bytes == 12 * topk.parameters
     assert plan.buffer_bytes == 320 * WIDTH * 4
     assert plan.window_pool_bytes == 1024 * 4
     model: Any = Source(config).language_model.model
@@ -52,6 +55,40 @@ def test_the_figures_are_the_sums(config: RunConfig, tmp_path: Path) -> None:
     assert plan.disk_bytes == 28 * (topk.parameters + kron.parameters) + 16 * 64
     assert plan.seconds is None
     assert not (tmp_path / "r").exists()
+
+
+def test_gradients_take_memory_where_the_optimiser_needs_them_whole(config: RunConfig, tmp_path: Path) -> None:
+    with kernels.use("portable"):
+        whole = make_plan(Source(config), tmp_path)
+    with kernels.use("cpu"):
+        rows = make_plan(Source(config), tmp_path)
+    for one, other in zip(whole.members, rows.members, strict=True):
+        assert one.state_bytes - other.state_bytes == 4 * one.parameters
+        assert replace(one, state_bytes=other.state_bytes) == other
+
+
+def test_the_memory_of_an_sae_by_hand() -> None:
+    """D = 6, F = 4 * 2 * 3 = 24, 20 pre-latents, k = 2, AuxK 3; a batch of 5 tokens."""
+    member = kron(num_heads=4, d_base=2, d_extension=3, k=2)
+    shape = member.shape(6, "layers.0")
+    needs = sae_bytes(shape, 5, largest_k_aux(member, shape), dense_gradients=True)
+    parameters = 20 * (6 + 1) + 24 * 6 + 6
+    assert needs.parameters == parameters
+    assert (needs.weights, needs.gradients, needs.moments) == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert needs.vectors == 4 * 5 * 4 * (6 + 6)
+    assert needs.codes == 4 * 5 * 8 * (2 + 3)
+    assert needs.product == 4 * 64 * ((6 * 20 + 24) // 6)  # chunks of at least 64 tokens
+    assert needs.work == needs.vectors + needs.codes + needs.product
+    assert sae_bytes(shape, 5, 0, dense_gradients=True).codes == 4 * 5 * 8 * 2
+    none = replace(member, aux_k=replace(member.aux_k, weight=0.0))
+    assert largest_k_aux(none, shape) == 0
+    assert largest_k_aux(replace(member, aux_k=replace(member.aux_k, k_aux=7)), shape) == 7
+
+
+def test_the_copy_that_is_saved_may_be_the_largest_temporary_memory(config: RunConfig, tmp_path: Path) -> None:
+    large = kron(num_heads=64, d_base=16, d_extension=32, k=4)
+    [plan] = make_plan(Source(replace(config, saes=(large,))), tmp_path).members
+    assert plan.work_bytes == plan.saved_bytes == 4 * plan.parameters
 
 
 def test_the_checkpoints_and_saes_are_as_large_as_planned(config: RunConfig, finished_run: Run, tmp_path: Path) -> None:

@@ -72,6 +72,23 @@ def load_pretrained(name: str, location: str, dtype: torch.dtype, **options: Any
     return Pretrained(model=model, tokenizer=tokenizer, no_lm_head_reason=reason)
 
 
+def empty_model(name: str, location: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model without values, on PyTorch's meta device, built from a folder's ``config.json``.
+
+    It has the parameters and buffers of the model that `load_pretrained` would load.
+
+    Raises:
+        UserError: The config is not one of a causal language model or an encoder that transformers has built in.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    with _quiet_transformers(), _as_user_error(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        auto_class: Any = AutoModel if _no_lm_head_reason(config) else AutoModelForCausalLM
+        model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+    return model
+
+
 def save_pretrained(loaded: Pretrained, folder: Path) -> None:
     """Write model and tokenizer into a folder that `load_pretrained` takes: safetensors and JSON."""
     with _quiet_transformers():

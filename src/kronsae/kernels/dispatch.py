@@ -44,6 +44,8 @@ OPERATIONS: Final = (
 )
 PATHS: Final = ("gpu", "cpu", "portable", "reference")
 AUTOMATIC: Final = ("gpu", "cpu", "portable")  # in order of preference
+DENSE_GRADIENTS: Final = ("portable", "reference")
+"""Paths whose optimiser needs the gradient of a weight as a tensor; the others sum one row at a time."""
 ENVIRONMENT: Final = "KRONSAE_KERNELS"
 
 _override: ContextVar[str | None] = ContextVar("kronsae_kernels_path", default=None)
@@ -80,19 +82,25 @@ def choose(operation: str, like: Tensor) -> Callable[..., Any]:
     Raises:
         UserError: the forced path cannot run it.
     """
+    return _load_function(path_of(operation, like.device, like.dtype), operation)
+
+
+def path_of(operation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the name of the path that runs ``operation`` on such tensors.
+
+    Raises:
+        UserError: the forced path cannot run it.
+    """
     named = forced()
     if named is not None:
-        refusal = refuse(named, operation, like.device, like.dtype)
+        refusal = refuse(named, operation, device, dtype)
         if refusal is not None:
             raise UserError(
                 f"kernels path '{named}' was forced but cannot run {operation}: {refusal}. "
                 f"Remove kernels.use or {ENVIRONMENT}, or name another of {', '.join(PATHS)}."
             )
-        return _load_function(named, operation)
-    for path in AUTOMATIC:
-        if _automatic_refusal(path, operation, like.device, like.dtype) is None:
-            return _load_function(path, operation)
-    raise AssertionError("the portable path refuses nothing")
+        return named
+    return next(path for path in AUTOMATIC if _automatic_refusal(path, operation, device, dtype) is None)
 
 
 def _automatic_refusal(path: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:

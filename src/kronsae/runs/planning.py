@@ -14,11 +14,12 @@ from torch import Tensor
 from kronsae.core.experts import gate_of
 from kronsae.core.flops import training_flops
 from kronsae.core.gates import GATES
-from kronsae.core.sae import SAEConfig, count_parameters
+from kronsae.core.sae import SAEConfig
 from kronsae.data.buffer import buffer_order
 from kronsae.data.harvest import ActivationStream
-from kronsae.kernels.portable import PRODUCT_ELEMENTS
+from kronsae.kernels.dispatch import DENSE_GRADIENTS, path_of
 from kronsae.runs.config import RunConfig
+from kronsae.runs.memory import largest_k_aux, model_bytes, sae_bytes
 from kronsae.runs.pipeline import Source
 from kronsae.support.errors import UserError
 from kronsae.support.resources import available_memory_bytes, format_bytes, free_disk_bytes, size_bytes
@@ -29,13 +30,6 @@ from kronsae.training.member import Member
 TIMED_FROM_STEPS = 50
 """Minimum number of steps for which the time is measured; measuring takes three steps."""
 
-STATE_BYTES = 16
-"""Bytes per parameter: weight, gradient and Adam's two moments, 4 bytes each."""
-
-MODEL_WORK = 16
-"""Approximate number of vectors of the model's width that one transformer layer holds per token at a time: residual
-stream, its norm, the attention's queries, keys, values and output, and the two or three wider vectors of the MLP."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MemberPlan:
@@ -45,8 +39,8 @@ class MemberPlan:
         name, architecture, d_sae, parameters: the SAE.
         tokens, steps, flops: length of its training; FLOPs as counted by `training_flops`.
         widths: widths of the activations that it reads and writes, by hook.
-        state_bytes: size of weights, gradients and Adam's moments.
-        work_bytes: estimated additional memory of one step.
+        state_bytes: size of weights, Adam's moments and, where a kernel path needs them in dense form, gradients.
+        work_bytes: estimated additional memory of one step, or of the copy that is saved at the end, if that is larger.
         disk_bytes: size of the checkpoints (two at a time) and of the saved SAE.
         saved_bytes: size of the saved SAE.
         step_seconds: measured time of one step; None if it was not measured.
@@ -83,7 +77,7 @@ class Plan:
         language_model_bytes: size of the model's weights, which are already loaded; 0 for harvested activations.
         model_work_bytes: estimated additional memory of one forward pass.
         memory_available_bytes: available memory of the device, including the model's weights; None: unknown.
-        disk_free_bytes: free disk space, including the space of the run's own checkpoints.
+        disk_free_bytes: free disk space, including the space of the run's own checkpoints; None: unknown.
         batch_seconds: measured time to compute or read one batch of activations; None if it was not measured.
     """
 
@@ -97,7 +91,7 @@ class Plan:
     language_model_bytes: int
     model_work_bytes: int
     memory_available_bytes: int | None
-    disk_free_bytes: int
+    disk_free_bytes: int | None
     batch_seconds: float | None = None
 
     @property
@@ -198,7 +192,7 @@ class Plan:
                 f"({self._memory_parts()}), but only {available} are available. "
                 "Lower buffer_tokens, train fewer or smaller SAEs at once, or use smaller batches."
             )
-        if self.disk_bytes > self.disk_free_bytes:
+        if self.disk_free_bytes is not None and self.disk_bytes > self.disk_free_bytes:
             raise UserError(
                 f"checkpoints and SAEs must fit on the disk; they need about {format_bytes(self.disk_bytes)}, but only "
                 f"{format_bytes(self.disk_free_bytes)} are free. Free space, or choose another --out."
@@ -209,7 +203,9 @@ class Plan:
         names = ("hook", "d_in", "steps", "tokens", "buffer_bytes", "memory_bytes", "disk_bytes", "seconds")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
-    def __str__(self) -> str:
+    @property
+    def training_lines(self) -> list[str]:
+        """Return lines that describe what is trained, and on how much."""
         lines = [f"{self.steps:,} steps of {self.batch_tokens:,} tokens at {self.place}: {self.tokens:,} tokens"]
         for member in self.members:
             own = "" if member.steps == self.steps else f"{member.tokens:,} tokens in {member.steps:,} steps; "
@@ -219,10 +215,15 @@ class Plan:
             )
             if member.note:
                 lines.append(f"    {member.note}")
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.training_lines
         available = self.memory_available_bytes
         there = "" if available is None else f" of {format_bytes(available)}"
         lines.append(f"Memory: about {format_bytes(self.memory_bytes)}{there} ({self._memory_parts()}).")
-        lines.append(f"Disk: about {format_bytes(self.disk_bytes)} of {format_bytes(self.disk_free_bytes)}.")
+        free = "" if self.disk_free_bytes is None else f" of {format_bytes(self.disk_free_bytes)}"
+        lines.append(f"Disk: about {format_bytes(self.disk_bytes)}{free}.")
         if self.seconds is not None and self.batch_seconds is not None:
             share = (self.steps - self.steps_done) * self.batch_seconds / self.seconds
             first = (
@@ -261,26 +262,59 @@ def plan_run(config: RunConfig, folder: Path, *, timed: bool = True) -> Plan:
 
 def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
     """Return the plan, without times, of the run that reads ``source`` and writes to ``folder``."""
-    config = source.config
-    shapes = {member.name: member.shape(source.widths, config.hook) for member in config.saes}
-    steps = member_steps(config.loop, shapes)
-    members = tuple(_member_plan(member, source, shapes[member.name], steps[member.name]) for member in config.saes)
-    live = config.activations is None
+    live = source.config.activations is None
     weights, work = _language_model_bytes(source) if live else (0, 0)
-    order = buffer_order(config.loop.batch_tokens, config.buffer_tokens, config.seed)
     available = _available_bytes(source.device)
+    plan = plan_of(
+        source.config,
+        source.widths,
+        language_model_bytes=weights,
+        model_work_bytes=work,
+        dense_gradients=path_of("adamw", source.device, torch.float32) in DENSE_GRADIENTS,
+    )
+    return replace(
+        plan,
+        steps_done=steps_done,
+        memory_available_bytes=None if available is None else available + weights,  # the model is already loaded
+        disk_free_bytes=free_disk_bytes(folder) + size_bytes(folder / "checkpoint"),
+    )
+
+
+def plan_of(
+    config: RunConfig,
+    widths: Mapping[str, int],
+    *,
+    language_model_bytes: int,
+    model_work_bytes: int,
+    dense_gradients: bool,
+) -> Plan:
+    """Return the plan, without times, of a run on a machine of which nothing is known. Nothing is loaded.
+
+    Args:
+        config: config of the run.
+        widths: width of the activations of each hook that SAEs read or write.
+        language_model_bytes, model_work_bytes: as for `Plan`.
+        dense_gradients: as for `sae_bytes`.
+    """
+    shapes = {member.name: member.shape(widths, config.hook) for member in config.saes}
+    steps = member_steps(config.loop, shapes)
+    live = config.activations is None
+    order = buffer_order(config.loop.batch_tokens, config.buffer_tokens, config.seed)
     return Plan(
         model=config.model.name,
         batch_tokens=config.loop.batch_tokens,
         window_pool_tokens=config.pool_tokens if live else 0,
         buffer_tokens=config.buffer_tokens if live else 0,
         first_tokens=order.block_rows if live else 0,
-        steps_done=steps_done,
-        members=members,
-        language_model_bytes=weights,
-        model_work_bytes=work,
-        memory_available_bytes=None if available is None else available + weights,  # the model is already loaded
-        disk_free_bytes=free_disk_bytes(folder) + size_bytes(folder / "checkpoint"),
+        steps_done=0,
+        members=tuple(
+            _member_plan(member, config, widths, shapes[member.name], steps[member.name], dense_gradients)
+            for member in config.saes
+        ),
+        language_model_bytes=language_model_bytes,
+        model_work_bytes=model_work_bytes,
+        memory_available_bytes=None,
+        disk_free_bytes=None,
     )
 
 
@@ -306,52 +340,39 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _member_plan(config: MemberConfig, source: Source, shape: SAEConfig, steps: int) -> MemberPlan:
-    hook, batch_tokens = source.config.hook, source.config.loop.batch_tokens
-    with torch.device("meta"):
-        parameters = count_parameters(shape.build_empty())
-    gate = gate_of(config.encoder)
+def _member_plan(
+    member: MemberConfig,
+    config: RunConfig,
+    widths: Mapping[str, int],
+    shape: SAEConfig,
+    steps: int,
+    dense_gradients: bool,
+) -> MemberPlan:
+    hook, batch_tokens = config.hook, config.loop.batch_tokens
+    needs = sae_bytes(shape, batch_tokens, largest_k_aux(member, shape), dense_gradients=dense_gradients)
+    gate = gate_of(member.encoder)
     slow = f"gate {gate} has no bound by head: all latents of a token are computed, a chunk at a time"
     return MemberPlan(
-        name=config.name,
+        name=member.name,
         architecture=shape.architecture,
         d_sae=shape.d_sae,
-        parameters=parameters,
+        parameters=needs.parameters,
         tokens=steps * batch_tokens,
         steps=steps,
         flops=training_flops(shape, steps * batch_tokens),
-        widths={name: source.widths[name] for name in (*config.reads(hook), *config.writes(hook))},
-        state_bytes=STATE_BYTES * parameters,
-        work_bytes=_step_work_bytes(shape, batch_tokens),
-        disk_bytes=2 * (12 * parameters + 8 * shape.d_sae) + 4 * parameters,
-        saved_bytes=4 * parameters,
+        widths={name: widths[name] for name in (*member.reads(hook), *member.writes(hook))},
+        state_bytes=needs.state,
+        work_bytes=max(needs.work, needs.copy),
+        disk_bytes=2 * (12 * needs.parameters + 8 * shape.d_sae) + needs.copy,
+        saved_bytes=needs.copy,
         note=slow if gate is not None and GATES[gate].order == "none" else "",
     )
 
 
-def _step_work_bytes(shape: SAEConfig, batch_tokens: int) -> int:
-    """Return an estimate of the memory of a step without the state: vectors as wide as x and target, codes, products.
-
-    It counts four vectors each of the widths of x and target (normalised, reconstruction, residual, their gradients and
-    copies); index, value, pre-latents and gradients of the k codes and of AuxK's d_out / 2; and a chunk of the encoder
-    product. BatchTopK needs the pre-latents of the whole batch at once, JumpReLU those of the first batch.
-    """
-    rows = max(1, shape.encoder.multiply_adds(shape.d_in) // shape.d_in)
-    product = max(min(batch_tokens * rows, PRODUCT_ELEMENTS), 64 * rows)
-    if shape.sparsifier.kind in ("batch_topk", "jumprelu"):
-        product = max(product, batch_tokens * rows)
-    codes = shape.sparsifier.k + shape.d_out // 2
-    return 4 * (batch_tokens * (4 * (shape.d_in + shape.d_out) + 8 * codes) + product)
-
-
 def _language_model_bytes(source: Source) -> tuple[int, int]:
     """Return the size of the model's weights, and an estimate of the memory of one forward pass."""
-    model: Any = source.language_model.model
-    tensors = [*model.parameters(), *model.buffers()]
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    width = model.get_input_embeddings().weight.shape[1]
     tokens = source.config.model_batch * source.config.context_length
-    return weights, MODEL_WORK * tokens * width * tensors[0].element_size()
+    return model_bytes(source.language_model.model, tokens)
 
 
 def _available_bytes(device: torch.device) -> int | None:
