@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md and the table of cost of docs/pursuit.md from ``benchmarks/results``.
+"""Write the tables of docs/speed.md, docs/harvesting.md and of the cost in docs/pursuit.md from ``benchmarks/results``.
 
 python scripts/speed_tables.py
 """
@@ -15,6 +15,7 @@ from kronsae.support.files import write_marked
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PURSUIT_PAGE = ROOT / "docs" / "speed.md", ROOT / "docs" / "pursuit.md"
+HARVESTING_PAGE = ROOT / "docs" / "harvesting.md"
 
 Row = dict[str, str]
 
@@ -227,6 +228,54 @@ def processes() -> str:
     return sentence + about("fresh_processes", row)
 
 
+def precision() -> str:
+    """Return the table of explained variance by precision of the stored activations."""
+    rows = rows_of("cache_precision")
+    first = rows[0]
+    saes = list(dict.fromkeys(row["sae"] for row in rows))
+    cells = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
+        cell = [dtype, own[0]["bytes_per_token"], f"{float(own[0]['lost_variance']):.1e}"]
+        for sae in saes:
+            values = [(float(row["explained_variance"]), float(row["difference"])) for row in own if row["sae"] == sae]
+            mean = sum(value for value, _ in values) / len(values)
+            changes = " ".join(f"{change:+.5f}" for _, change in values)
+            cell.append(f"{mean:.4f}" if dtype == "float32" else f"{mean:.4f} ({changes})")
+        cells.append(cell)
+    headings = ["dtype", "bytes per token", "lost variance"]
+    sizes = (
+        f"\n\nExplained variance, mean of the seeds (and difference to float32 of each seed). {first['hook']} of the "
+        f"bundled model, D = {first['d_in']}, F = {first['d_sae']}, k = {first['k']}, {int(first['tokens']):,} tokens, "
+        f"{first['epochs']} epochs."
+    )
+    return table([*headings, *(f"EV of {sae}" for sae in saes)], cells) + sizes + about("cache_precision", first)
+
+
+def wait() -> str:
+    """Return the table of the time that a training waits for stored activations."""
+    rows = rows_of("cache_wait")
+    cells = [
+        [
+            row["dtype"],
+            row["order"],
+            f"{float(row['wait_percent']):.2f}% ({float(row['low_quartile_percent']):.2f} to "
+            f"{float(row['high_quartile_percent']):.2f})",
+            row["step_ms"],
+            row["read_ms"],
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    sizes = (
+        f"\n\nOne KronSAE, D = {first['d_in']}, F = {int(first['d_sae']):,}, k = {first['k']}, "
+        f"{int(first['batch']):,} tokens per step, {first['rounds']} interleaved rounds. The files are in the system's "
+        "memory; from a disk, a read takes longer."
+    )
+    headings = ["dtype", "order", "waiting, median (quartiles)", "step, ms", "reading a batch alone, ms"]
+    return table(headings, cells) + sizes + about("cache_wait", first)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "grid": grid,
@@ -248,6 +297,9 @@ def main() -> None:
     if (RESULTS / "pursuit_step.csv").exists():
         mark = "results:pursuit-cost"
         write_marked(PURSUIT_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", pursuit())
+    for name, make in {"precision": precision, "wait": wait}.items():
+        if (RESULTS / f"cache_{name}.csv").exists():
+            write_marked(HARVESTING_PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
 
 
 if __name__ == "__main__":
