@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -201,6 +202,28 @@ def test_an_error_before_the_first_shard_leaves_nothing(tmp_path: Path) -> None:
             store(tmp_path / name, partial(Ending, 3))
     assert contents(tmp_path / "acts") == {}
     assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    """A limit of 400 bytes per file stands for the full disk; a shard of 30 rows has 360 bytes and its header."""
+    resource = pytest.importorskip("resource")
+    store(tmp_path / "whole")
+    with pytest.raises(LightsOutError):
+        store(tmp_path / "acts", partial(Ending, 10))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"^'.*-00002\.safetensors' must be writable; got .*Free space or correct the"
+        ):
+            store(tmp_path / "acts")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert sorted(contents(tmp_path / "acts")) == [f"activations-0000{n}.safetensors" for n in (0, 1)] + [PROGRESS]
+    store(tmp_path / "acts")
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
 
 
 def test_other_files_are_not_touched(tmp_path: Path) -> None:

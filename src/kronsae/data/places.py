@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from safetensors import SafetensorError
+
 from kronsae.support.cache import cache_root
 from kronsae.support.errors import UserError
 from kronsae.support.files import atomic_path, check_folder_place, folder_lock
@@ -109,8 +111,14 @@ class LocalPlace:
         return (self._folder / file).read_bytes()
 
     def write(self, file: str, fill: Callable[[Path], object]) -> None:
-        with atomic_path(self._folder / file) as temporary:
-            fill(temporary)
+        try:
+            with atomic_path(self._folder / file) as temporary:
+                fill(temporary)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"'{self.name_of(file)}' must be writable; got {type(error).__name__} ({error}). Free space or correct "
+                "the folder's rights, and run the same command again to resume."
+            ) from error
 
     def remove(self, file: str) -> None:
         (self._folder / file).unlink(missing_ok=True)
