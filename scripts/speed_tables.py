@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md, docs/pursuit.md and docs/distributed.md from ``benchmarks/results``.
+"""Write the tables of docs/speed.md, docs/pursuit.md, docs/distributed.md and docs/harvesting.md from the benchmarks.
 
 python scripts/speed_tables.py
 """
@@ -14,7 +14,9 @@ from kronsae.support.files import write_marked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE, PURSUIT_PAGE, DISTRIBUTED_PAGE = (ROOT / "docs" / f"{name}.md" for name in ("speed", "pursuit", "distributed"))
+PAGE, PURSUIT_PAGE, DISTRIBUTED_PAGE, HARVESTING_PAGE = (
+    ROOT / "docs" / f"{name}.md" for name in ("speed", "pursuit", "distributed", "harvesting")
+)
 
 Row = dict[str, str]
 
@@ -255,6 +257,54 @@ def processes() -> str:
     return sentence + about("fresh_processes", row)
 
 
+def precision() -> str:
+    """Return the table of explained variance by precision of the stored activations."""
+    rows = rows_of("cache_precision")
+    first = rows[0]
+    saes = list(dict.fromkeys(row["sae"] for row in rows))
+    cells = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
+        cell = [dtype, own[0]["bytes_per_token"], f"{float(own[0]['lost_variance']):.1e}"]
+        for sae in saes:
+            values = [(float(row["explained_variance"]), float(row["difference"])) for row in own if row["sae"] == sae]
+            mean = sum(value for value, _ in values) / len(values)
+            changes = " ".join(f"{change:+.5f}" for _, change in values)
+            cell.append(f"{mean:.4f}" if dtype == "float32" else f"{mean:.4f} ({changes})")
+        cells.append(cell)
+    headings = ["dtype", "bytes per token", "lost variance"]
+    sizes = (
+        f"\n\nExplained variance, mean of the seeds (and difference to float32 of each seed). {first['hook']} of the "
+        f"bundled model, D = {first['d_in']}, F = {first['d_sae']}, k = {first['k']}, {int(first['tokens']):,} tokens, "
+        f"{first['epochs']} epochs."
+    )
+    return table([*headings, *(f"EV of {sae}" for sae in saes)], cells) + sizes + about("cache_precision", first)
+
+
+def wait() -> str:
+    """Return the table of the time that a training waits for stored activations."""
+    rows = rows_of("cache_wait")
+    cells = [
+        [
+            row["dtype"],
+            row["order"],
+            f"{float(row['wait_percent']):.2f}% ({float(row['low_quartile_percent']):.2f} to "
+            f"{float(row['high_quartile_percent']):.2f})",
+            row["step_ms"],
+            row["read_ms"],
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    sizes = (
+        f"\n\nOne KronSAE, D = {first['d_in']}, F = {int(first['d_sae']):,}, k = {first['k']}, "
+        f"{int(first['batch']):,} tokens per step, {first['rounds']} interleaved rounds. The files are in the system's "
+        "memory; from a disk, a read takes longer."
+    )
+    headings = ["dtype", "order", "waiting, median (quartiles)", "step, ms", "reading a batch alone, ms"]
+    return table(headings, cells) + sizes + about("cache_wait", first)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "grid": grid,
@@ -279,6 +329,9 @@ def main() -> None:
     if (RESULTS / "distributed_step.csv").exists():
         mark = "results:distributed-step"
         write_marked(DISTRIBUTED_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", distributed())
+    for name, make in {"precision": precision, "wait": wait}.items():
+        if (RESULTS / f"cache_{name}.csv").exists():
+            write_marked(HARVESTING_PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
 
 
 if __name__ == "__main__":

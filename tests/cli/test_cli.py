@@ -188,6 +188,9 @@ class TestVerbs:
         figures = harvested.json
         assert figures.pop("seconds") > 0
         assert figures.pop("tokens_per_second") > 0
+        assert 0 < figures.pop("lost_variance")["layers.1"] < 1e-4
+        assert figures.pop("bytes") == (tmp_path / "acts" / "activations-00000.safetensors").stat().st_size
+        assert "300 tokens at layers.1 (width 16) in bfloat16: " in harvested.err
         assert figures == {
             "out": str(tmp_path / "acts"),
             "model": str(model),
@@ -220,7 +223,8 @@ class TestVerbs:
         asked: dict[str, Any] = {}
         monkeypatch.setattr("kronsae.runs.harvest.harvest", lambda **arguments: asked.update(arguments) or {})
         done = kronsae(
-            *("harvest", "--out", tmp_path / "acts", "--hook", 6, "--tokens", 50, "--model-batch", 8),
+            *("harvest", "--out", "s3://bucket/acts", "--hook", 6, "--tokens", 50, "--model-batch", 8),
+            *("--seed", 3, "--window-pool-tokens", 0, "--shard-mb", 2),
             *("--model", "google/gemma-2-2b", "--revision", "main", "--model-dtype", "bfloat16", "--device", "cuda:1"),
             *(
                 "--text",
@@ -241,6 +245,9 @@ class TestVerbs:
             source="HuggingFaceFW/fineweb-edu", subset="sample-10BT", split="test", column="content"
         )
         assert (asked["hook"], asked["tokens"], asked["dtype"], asked["model_batch"]) == (["6"], 50, "float32", 8)
+        assert (asked["seed"], asked["window_pool_tokens"], asked["shard_bytes"]) == (3, 0, 2**21)
+        assert asked["out"] == "s3://bucket/acts"
+        assert "What now? kronsae train --activations s3://bucket/acts --sae" in done.err
 
     def test_report(self, finished_run: Run, kronsae: Kronsae, tmp_path: Path) -> None:
         shutil.copytree(finished_run.folder, tmp_path / "r")

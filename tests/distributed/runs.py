@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from kronsae.data.harvest import ActivationStream
 from kronsae.data.store import write_activations
 from kronsae.distributed.launch import team
 from kronsae.runs.config import RunConfig
@@ -59,6 +61,7 @@ def harvested(config: RunConfig, folder: Path) -> RunConfig:
     """Return the config of the same run on activations in a folder, which is written."""
     from dataclasses import replace
 
-    stream = Source(config).activations(held_out=False)
-    write_activations(stream, folder, tokens=640, shard_tokens=200)
+    source = Source(config)
+    make = partial(ActivationStream, source.language_model, config.hooks, source.tokens(held_out=False))
+    write_activations(make, folder, d_in=source.widths, tokens=640, shard_bytes=200 * 4 * source.d_in)
     return replace(config, activations=str(folder))

@@ -14,7 +14,7 @@ from tests.tiny_runs import texts
 
 import kronsae as ks
 from kronsae.cli.main import app
-from kronsae.data.store import read_manifest
+from kronsae.data.manifest import read_manifest
 
 COMMON = "--set context_length=32 --set loop.batch_tokens=64 --set buffer_tokens=192 --set held_out_share=0.2"
 SAES = ("--sae", "topk d_sae=32 k=4", "--sae", "kron num_heads=4 d_base=2 d_extension=4 k=4")

@@ -19,7 +19,8 @@ import kronsae as ks
 from kronsae.cli.main import app
 from kronsae.core import checkpoint
 from kronsae.core.metrics import explained_variance
-from kronsae.data.store import StoredActivations, read_manifest
+from kronsae.data.manifest import read_manifest
+from kronsae.data.stored import StoredActivations
 from kronsae.runs.architectures import batch_topk, jumprelu, kron, matryoshka, switch, topk
 from kronsae.runs.config import RunConfig
 from kronsae.runs.evaluation import as_table, evaluate_run, write_report

@@ -349,10 +349,12 @@ class TestHarvested:
             ({"tokens": 0}, r"^tokens must be a whole number above 0; got 0.$"),
             ({"context_length": 1.5}, r"^context_length must be a whole number above 0; got 1.5.$"),
             ({"model_batch": 0}, r"^model_batch must be a whole number above 0; got 0.$"),
+            ({"seed": -1}, r"^seed must be from 0 to 2\*\*63 - 1; got -1.$"),
+            ({"shard_bytes": 0}, r"^shard_bytes must be a whole number above 0; got 0.$"),
             ({"dtype": "flaot32"}, r"^dtype must be one of .*; got 'flaot32'. Did you mean 'float32'\?$"),
             ({"out": Path(os.devnull) / "x"}, rf"^out must be a folder that can be created; {os.devnull}/x cannot"),
             ({"out": Path(__file__)}, r"^out must be a folder; .*test_run.py is a file. Name another one.$"),
-            ({"out": Path(__file__).parent}, r"^out must be a new or empty folder; .*runs contains files."),
+            ({"out": Path(__file__).parent}, r"^out must be a new or empty folder, or hold a harvest; .*runs contains"),
             ({"text": TextConfig(split=cast("Any", 3))}, r"^text.split must be str; got 3.$"),
         ],
     )

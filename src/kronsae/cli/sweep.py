@@ -22,7 +22,7 @@ def sweep(
     model: Model = None,
     text: Text = None,
     hook: Hook = None,
-    activations: Annotated[Path | None, typer.Option(help="Folder written by `kronsae harvest`.")] = None,
+    activations: Annotated[str | None, typer.Option(help="Folder or URL written by `kronsae harvest`.")] = None,
     sae: Annotated[
         list[str] | None,
         typer.Option(

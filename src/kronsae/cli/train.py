@@ -39,7 +39,11 @@ def train(
         typer.Option("--set", help="Any other field of the config, repeatable: --set loop.batch_tokens=4096."),
     ] = None,
     activations: Annotated[
-        Path | None, typer.Option(help="Folder written by `kronsae harvest`, to train on instead of the model.")
+        str | None,
+        typer.Option(
+            help="Folder or URL written by `kronsae harvest`, to train on instead of the model; read in random order, "
+            "or with --set activation_order=harvested in the order of a run on the model."
+        ),
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     wandb: Annotated[str | None, typer.Option(help="Also log to this Weights & Biases project.")] = None,

@@ -12,9 +12,10 @@ Each stage is an iterable of ``(item, state)`` and can be used alone. A complete
         values["layers.6"]  # [4096, 768], float32; state: resumes after this batch
 
 ``sources`` and ``text`` read documents. ``tokens`` cuts them into windows, in text order or shuffled. ``model`` loads
-the model and finds its modules, and ``harvest`` runs it. ``store`` keeps activations on disk.
+the model and finds its modules, and ``harvest`` runs it. ``store`` writes activations to a local or remote folder
+(``places``) with a ``manifest`` in some ``precision``, and ``stored`` reads them, ahead in a thread (``prefetch``).
 
 Training data is shuffled in three places: windows of tokens before the model, in a pool (``tokens.TokenStream``);
 activations after it, in a buffer (``buffer.ShuffleBuffer``); and stored activations, all at once
-(``buffer.EpochRows``). ``shuffle`` defines the order of the first two.
+(``buffer.EpochRows``) or in the buffer like those of the model. ``shuffle`` defines the order of the first two.
 """

@@ -52,10 +52,6 @@ class ActivationRows:
         """Return a copy of the rows in the given slots."""
         return {hook: block[slots.to(block.device)] for hook, block in self._storage.items()}
 
-    def first(self, count: int) -> Activations:
-        """Return a view of the rows in slots 0 to ``count - 1``; the next ``put`` may overwrite them."""
-        return {hook: block[:count] for hook, block in self._storage.items()}
-
 
 def buffer_order(batch_size: int, buffer_tokens: int, seed: int) -> StaggeredOrder:
     """Return the order in which a `ShuffleBuffer` serves activations."""

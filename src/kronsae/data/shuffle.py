@@ -137,6 +137,15 @@ class StaggeredOrder:
         """Maximum number of rows in the buffer, and the number of slots."""
         return self.parts * (self.parts + 1) // 2 * self.part_rows
 
+    def whole_batches(self, rows: int) -> int:
+        """Return the number of batches that contain only the first ``rows`` rows of a stream that goes on after them.
+
+        The first r units yield 1, 2, ... r parts, and each later one r.
+        """
+        units = rows // self.block_rows
+        parts = min(units, self.parts) * (min(units, self.parts) + 1) // 2 + max(0, units - self.parts) * self.parts
+        return parts * (self.part_rows // self.batch_size)
+
     def first_block(self, unit: int) -> int:
         """Return the oldest block of which the unit yields a part."""
         return max(0, unit - self.parts + 1)

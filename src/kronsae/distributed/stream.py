@@ -21,7 +21,7 @@ from torch import Tensor
 from kronsae.data.buffer import Activations, buffer_order
 from kronsae.data.harvest import ActivationStream
 from kronsae.data.shuffle import NOT_STORED, StaggeredShuffle
-from kronsae.data.store import StoredActivations
+from kronsae.data.stored import StoredActivations
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.tokens import TokenBatch
 from kronsae.distributed.shares import TokenShares, in_order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from kronsae.core.checks import check_count
 from kronsae.data.model import ModelConfig
@@ -24,14 +25,17 @@ class RunConfig:
             ``layers.6.mlp:input`` is the input of a module instead of its output.
         saes: the SAEs, trained side by side on the same tokens.
         loop: budget, batch size, logging and checkpoints.
-        activations: folder of harvested activations to train on; None: run the model.
+        activations: folder or URL of harvested activations to train on; None: run the model.
+        activation_order: order in which harvested activations are read: ``"random"``, a new random order of all rows in
+            every epoch; or ``"harvested"``, the order of the harvest, through the shuffle buffer, which gives the
+            batches of a run on the model with the same seed.
         context_length: T, length of a sequence of the model in tokens.
         model_batch: S, sequences per forward pass of the model.
         window_pool_tokens: tokens in the pool in which windows are shuffled before the model, 4 bytes each; None:
             2**20, or 16 forward passes if these are more; 0: read the windows in the order of the text.
         buffer_tokens: tokens whose activations are shuffled together; memory is ``buffer_tokens * 4`` bytes times the
-            sum of the widths of all `hooks`. A run on harvested `activations` has neither pool nor buffer, because it
-            reads them from disk in random order.
+            sum of the widths of all `hooks`. A run that reads harvested `activations` in random order has neither
+            pool nor buffer.
         eval_tokens: held-out tokens to evaluate on.
         eval_ce_tokens: the first of these tokens, on which CE and KL recovered are measured; the whole model runs on
             them once per SAE, which takes most of an evaluation's time.
@@ -45,6 +49,7 @@ class RunConfig:
     saes: tuple[MemberConfig, ...]
     loop: LoopConfig
     activations: str | None = None
+    activation_order: Literal["random", "harvested"] = "random"
     context_length: int = 256
     model_batch: int = 32
     window_pool_tokens: int | None = None
@@ -63,16 +68,13 @@ class RunConfig:
         if len(set(names)) < len(names):
             raise UserError(f"saes must have different names; got {', '.join(names)}. Give name= to each.")
         check_reference(self.loop.same_flops_as, names)
-        if self.window_pool_tokens not in (None, 0):
-            check_count("window_pool_tokens", self.window_pool_tokens)
-        batch_of_windows = self.model_batch * self.context_length
-        if 0 < self.pool_tokens < batch_of_windows:
+        check_window_pool(self.window_pool_tokens, self.model_batch, self.context_length)
+        if self.activation_order != "random" and self.activations is None:
             raise UserError(
-                "window_pool_tokens must be 0 or at least model_batch * context_length; "
-                f"got {self.window_pool_tokens} with {batch_of_windows}. Enlarge the pool, or give 0 to read the "
-                "windows in the order of the text."
+                f"activation_order must be given only with harvested activations; got {self.activation_order!r} "
+                "without. Give activations, or leave it out."
             )
-        if self.activations is None and self.buffer_tokens < self.loop.batch_tokens:
+        if self.has_buffer and self.buffer_tokens < self.loop.batch_tokens:
             raise UserError(
                 f"buffer_tokens must be at least batch_tokens; got {self.buffer_tokens} with "
                 f"batch_tokens={self.loop.batch_tokens}. Enlarge the buffer or shrink the batch."
@@ -82,9 +84,12 @@ class RunConfig:
     @property
     def pool_tokens(self) -> int:
         """Tokens in the pool of windows: `window_pool_tokens`, or its default for this context length and batch."""
-        if self.window_pool_tokens is None:
-            return max(2**20, 16 * self.model_batch * self.context_length)
-        return self.window_pool_tokens
+        return pool_tokens(self.window_pool_tokens, self.model_batch, self.context_length)
+
+    @property
+    def has_buffer(self) -> bool:
+        """Whether batches come out of a shuffle buffer: always except from harvested activations in random order."""
+        return self.activations is None or self.activation_order == "harvested"
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -97,6 +102,26 @@ def own_hook(saes: Sequence[MemberConfig]) -> str | None:
     """Return the first hook that the SAEs read if every SAE has its own hooks, otherwise None."""
     reads = [member.read for member in saes if member.read is not None]
     return reads[0][0] if reads and len(reads) == len(saes) else None
+
+
+def pool_tokens(window_pool_tokens: int | None, model_batch: int, context_length: int) -> int:
+    """Return the tokens in the pool of windows, of which None means 2**20, or 16 forward passes if these are more."""
+    if window_pool_tokens is None:
+        return max(2**20, 16 * model_batch * context_length)
+    return window_pool_tokens
+
+
+def check_window_pool(window_pool_tokens: int | None, model_batch: int, context_length: int) -> None:
+    """Raise unless the pool is None, 0, or holds the windows of a forward pass."""
+    if window_pool_tokens not in (None, 0):
+        check_count("window_pool_tokens", window_pool_tokens)
+    batch_of_windows = model_batch * context_length
+    if 0 < pool_tokens(window_pool_tokens, model_batch, context_length) < batch_of_windows:
+        raise UserError(
+            "window_pool_tokens must be 0 or at least model_batch * context_length; "
+            f"got {window_pool_tokens} with {batch_of_windows}. Enlarge the pool, or give 0 to read the "
+            "windows in the order of the text."
+        )
 
 
 def check_held_out_share(share: float) -> None:

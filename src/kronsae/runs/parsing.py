@@ -47,7 +47,7 @@ class RunOptions:
 
     recipe: str | None = None
     config: Path | None = None
-    activations: Path | None = None
+    activations: Path | str | None = None
     model: str | None = None
     text: str | None = None
     hook: str | None = None

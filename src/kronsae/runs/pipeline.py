@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 
-from kronsae.data.buffer import ShuffleBuffer
+from kronsae.data.buffer import Activations, ShuffleBuffer, buffer_order
 from kronsae.data.harvest import ActivationStream, widths
+from kronsae.data.manifest import read_manifest
 from kronsae.data.model import LanguageModel, check_hooks, find_device, load_model
-from kronsae.data.store import StoredActivations, read_manifest
+from kronsae.data.prefetch import Prefetched
+from kronsae.data.stored import HarvestedRows, StoredActivations
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
 from kronsae.data.tokens import TokenBatch, TokenStream
@@ -90,23 +93,57 @@ class Source:
         hook = self.config.hook if hook is None else hook
         return ActivationStream(self.language_model, hook, self.tokens(held_out=held_out, repeat=repeat))
 
-    def batches(self, state: State | None) -> ShuffleBuffer | StoredActivations:
+    def describe_reading(self, steps: int) -> str:
+        """Return how a training of ``steps`` steps reads the harvested activations, in one or more sentences."""
+        config = self.config
+        assert config.activations is not None
+        if not config.has_buffer:
+            return (
+                "Verifying the checksums of the harvested activations. They are read from disk in random order, "
+                "without window pool or shuffle buffer."
+            )
+        manifest = read_manifest(config.activations)
+        seed = manifest.metadata.get("seed")
+        order = buffer_order(config.loop.batch_tokens, config.buffer_tokens, config.seed)
+        same = min(steps, order.whole_batches(manifest.tokens))
+        if seed is None:
+            like = "It is the order of the text, because the harvest had no window pool."
+        elif seed != config.seed:
+            like = f"The harvest has seed {seed} and this run {config.seed}, so no run on the model has these batches."
+        elif same == steps:
+            like = "The batches are those of the same run on the model."
+        else:
+            like = (
+                f"The first {same:,} of {steps:,} batches are those of the same run on the model; then the harvest "
+                "ends and is read again."
+            )
+        return (
+            "Reading the harvested activations in the order of the harvest, through the shuffle buffer; the checksum "
+            f"of each shard is verified when it is opened. {like}"
+        )
+
+    def batches(self, state: State | None) -> Iterable[tuple[Activations, State]]:
         """Return shuffled batches of activations for training, resuming after ``state``.
 
-        They do not depend on the length of the training, so an SAE sees the same batches in every group.
+        They do not depend on the length of the training, so an SAE sees the same batches in every group. Harvested
+        activations in the order of the harvest give the batches of the model, as far as they reach.
         """
         config = self.config
-        if config.activations is not None:
+        if config.activations is not None and config.activation_order == "random":
             return self.stored(state)
-        tokens = self.tokens(held_out=False, shuffled=True)
-        activations = partial(ActivationStream, self.language_model, config.hooks, tokens)
-        return ShuffleBuffer(
+        activations: MakeStream[Activations] = (
+            partial(ActivationStream, self.language_model, config.hooks, self.tokens(held_out=False, shuffled=True))
+            if config.activations is None
+            else partial(HarvestedRows, config.activations, hooks=config.hooks, device=self.device)
+        )
+        shuffled = ShuffleBuffer(
             activations,
             batch_size=config.loop.batch_tokens,
             buffer_tokens=config.buffer_tokens,
             seed=config.seed,
             state=state,
         )
+        return shuffled if config.activations is None else Prefetched(shuffled)
 
     def stored(self, state: State | None, share: tuple[int, int] = (0, 1)) -> StoredActivations:
         """Return shuffled batches of the harvested activations, or a share of each (`StoredActivations`)."""

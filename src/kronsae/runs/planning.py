@@ -17,6 +17,7 @@ from kronsae.core.gates import GATES
 from kronsae.core.sae import SAEConfig
 from kronsae.data.buffer import buffer_order
 from kronsae.data.harvest import ActivationStream
+from kronsae.data.prefetch import DEPTH
 from kronsae.kernels.dispatch import DENSE_GRADIENTS, path_of
 from kronsae.runs.config import RunConfig
 from kronsae.runs.memory import largest_k_aux, model_bytes, sae_bytes
@@ -70,7 +71,7 @@ class Plan:
     Args:
         model, batch_tokens: the run.
         window_pool_tokens, buffer_tokens: numbers of tokens shuffled before and after the model; 0 for harvested
-            activations.
+            activations, except that those read in the order of the harvest have a buffer.
         first_tokens: tokens that the model reads before the first step.
         steps_done: steps that an interrupted run has already done.
         members: the SAEs, each with its own number of steps; the longest determines the length of the run.
@@ -79,6 +80,8 @@ class Plan:
         memory_available_bytes: available memory of the device, including the model's weights; None: unknown.
         disk_free_bytes: free disk space, including the space of the run's own checkpoints; None: unknown.
         batch_seconds: measured time to compute or read one batch of activations; None if it was not measured.
+        reading: how harvested activations are read; "" without them.
+        ahead_bytes: size of the batches that are read ahead from harvested activations.
     """
 
     model: str
@@ -93,6 +96,8 @@ class Plan:
     memory_available_bytes: int | None
     disk_free_bytes: int | None
     batch_seconds: float | None = None
+    reading: str = ""
+    ahead_bytes: int = 0
 
     @property
     def widths(self) -> dict[str, int]:
@@ -129,11 +134,8 @@ class Plan:
     @property
     def start(self) -> str:
         """Return a sentence about the work before the first step."""
-        if self.buffer_tokens == 0:
-            return (
-                "Verifying the checksums of the harvested activations. They are read from disk in random order, "
-                "without window pool or shuffle buffer."
-            )
+        if self.reading:
+            return self.reading
         if self.steps_done:
             most = min(2 * self.buffer_tokens, self.tokens)
             return f"Running the model again to restore the shuffle buffer, on at most {most:,} tokens."
@@ -159,7 +161,8 @@ class Plan:
         """Return the total memory; temporary memory is not used by several parts at once, so its maximum counts."""
         work = max(self.model_work_bytes, *(member.work_bytes for member in self.members))
         state = sum(member.state_bytes for member in self.members)
-        return self.language_model_bytes + self.window_pool_bytes + self.buffer_bytes + state + work
+        kept = self.language_model_bytes + self.window_pool_bytes + self.buffer_bytes + self.ahead_bytes
+        return kept + state + work
 
     @property
     def seconds(self) -> float | None:
@@ -236,13 +239,14 @@ class Plan:
 
     def _memory_parts(self) -> str:
         state = sum(member.state_bytes for member in self.members)
-        rest = self.memory_bytes - state - self.buffer_bytes - self.window_pool_bytes - self.language_model_bytes
+        kept = self.language_model_bytes + self.window_pool_bytes + self.buffer_bytes + self.ahead_bytes
         parts = {
             "SAEs with gradients and Adam's moments": state,
             "shuffle buffer": self.buffer_bytes,
             "window pool": self.window_pool_bytes,
+            "batches read ahead": self.ahead_bytes,
             "language model": self.language_model_bytes,
-            "work space": rest,
+            "work space": self.memory_bytes - state - kept,
         }
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
@@ -277,6 +281,7 @@ def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
         steps_done=steps_done,
         memory_available_bytes=None if available is None else available + weights,  # the model is already loaded
         disk_free_bytes=free_disk_bytes(folder) + size_bytes(folder / "checkpoint"),
+        reading="" if live else source.describe_reading(plan.steps),
     )
 
 
@@ -304,7 +309,7 @@ def plan_of(
         model=config.model.name,
         batch_tokens=config.loop.batch_tokens,
         window_pool_tokens=config.pool_tokens if live else 0,
-        buffer_tokens=config.buffer_tokens if live else 0,
+        buffer_tokens=config.buffer_tokens if config.has_buffer else 0,
         first_tokens=order.block_rows if live else 0,
         steps_done=0,
         members=tuple(
@@ -315,6 +320,7 @@ def plan_of(
         model_work_bytes=model_work_bytes,
         memory_available_bytes=None,
         disk_free_bytes=None,
+        ahead_bytes=0 if live else (DEPTH + 1) * config.loop.batch_tokens * sum(widths.values()) * 4,
     )
 
 

@@ -29,6 +29,7 @@ from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
 from kronsae.runs.trainers import Alone, Together, Trainers
 from kronsae.support.config import differences, from_dict, to_dict
+from kronsae.support.errors import Interrupted as Interrupted
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import check_folder_place, folder_lock, write_json
 from kronsae.training.config import LoopConfig, MemberConfig
@@ -228,12 +229,6 @@ def _train_run(
     )
 
 
-class Interrupted(UserError):
-    """The user stopped the training; a checkpoint was saved."""
-
-    exit_status = 130  # a shell's exit status for a process ended by Ctrl-C
-
-
 def check_folder(run: Run, config: RunConfig) -> None:
     """Raise if the folder holds other files or a run with another config."""
     if not run.finished:  # a finished run is only read
@@ -314,7 +309,7 @@ def sae_metadata(config: RunConfig, member: MemberConfig, tokens: int) -> dict[s
 
 def _known_options(options: dict[str, Any]) -> dict[str, Any]:
     known = {
-        *("activations", "context_length", "model_batch", "window_pool_tokens", "buffer_tokens"),
+        *("activations", "activation_order", "context_length", "model_batch", "window_pool_tokens", "buffer_tokens"),
         *("eval_tokens", "eval_ce_tokens", "held_out_share", "seed"),
     }
     for name in options:

@@ -120,6 +120,11 @@ class Together:
     def check(self, config: RunConfig) -> None:
         from kronsae.distributed.heads import check_divisible
 
+        if config.activations is not None and config.activation_order != "random":
+            raise UserError(
+                "activation_order must be 'random' with several processes, which read a share of each batch each; got "
+                f"'{config.activation_order}'. Leave it out, or train with one process."
+            )
         parts = self._team.heads.size
         for member in config.saes:
             check_divisible(member.shape(1, config.hook), parts)

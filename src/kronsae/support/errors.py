@@ -18,6 +18,12 @@ class UserError(ValueError):
     exit_status = 2
 
 
+class Interrupted(UserError):
+    """The user stopped long work; what is done is saved, and the same command goes on."""
+
+    exit_status = 130  # a shell's exit status for a process ended by Ctrl-C
+
+
 def shown(value: object) -> str:
     """Return ``repr(value)`` for a message, shortened to `SHOWN_CHARACTERS`: a stranger's file may hold anything."""
     try:

@@ -65,11 +65,10 @@ class SweepConfig:
 
     def run_options(self) -> RunOptions:
         """Return the options that are common to all runs."""
-        config, activations = (None if path is None else Path(path) for path in (self.config, self.activations))
         return RunOptions(
             recipe=self.recipe,
-            config=config,
-            activations=activations,
+            config=None if self.config is None else Path(self.config),
+            activations=self.activations,
             model=self.model,
             text=self.text,
             hook=self.hook,
@@ -107,6 +106,8 @@ class Point:
         for place in UNTRAINED:
             inner, key = (data["loop"], place.removeprefix("loop.")) if "." in place else (data, place)
             del inner[key]
+        if data["activation_order"] == "random":  # sweeps of earlier versions did not have the field
+            del data["activation_order"]
         return digest_of(data)
 
     @cached_property
