@@ -14,7 +14,7 @@ from tests.tiny_runs import tiny_config
 
 from kronsae import kernels
 from kronsae.capacity.devices import Device, find_device
-from kronsae.capacity.estimate import Estimate, estimate, single_plan, token_bytes
+from kronsae.capacity.estimate import NOTED_GAIN, Estimate, estimate, single_plan, token_bytes
 from kronsae.capacity.layout import Division, Layout, divide, part_of
 from kronsae.capacity.models import GivenShape
 from kronsae.capacity.work import Group, gradient_sum, merge_bytes, pass_work, seconds_of, step_work
@@ -169,7 +169,7 @@ def device(memory: float) -> Device:
     return find_device("h100", device_memory=memory)
 
 
-def test_which_parallelism_is_needed() -> None:
+def test_which_parallelism_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dictionary is divided only where memory requires it, and no further."""
     small = config_of()
     assert str(estimate(small, H100, 1).division.layout) == "none"
@@ -193,7 +193,11 @@ def test_which_parallelism_is_needed() -> None:
     assert eight.faster is not None
     assert str(eight.faster.division.layout) == "head parallel over 8"
     assert eight.faster.tokens_per_second > eight.tokens_per_second
-    assert any(note.startswith("Head parallel over 8 might be faster: ") for note in eight.notes)
+    named = "Head parallel over 8 might be faster: "
+    assert eight.faster.tokens_per_second < NOTED_GAIN * eight.tokens_per_second
+    assert not any(note.startswith(named) for note in eight.notes)  # too little to be named
+    monkeypatch.setattr("kronsae.capacity.estimate.NOTED_GAIN", 1.0)
+    assert any(note.startswith(named) for note in eight.notes)
 
 
 def test_what_no_number_of_devices_holds() -> None:
