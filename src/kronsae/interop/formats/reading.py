@@ -45,9 +45,9 @@ MAX_ENTRIES = 1000
 MAX_DIRECTORY_BYTES = 2**18
 """Bytes that are read to open an archive: its directory, and 64 kB in which its end record is looked for."""
 
-READING_BYTES = 10
+READING_BYTES = 12
 """Memory per number while an SAE is read, whatever type the file has: its tensors in float32 take 4, copies of those
-that are transposed or aligned up to 4 more; of float64 numbers, one matrix is held in both types. 2 are a reserve."""
+that are transposed or aligned up to 4 more; of float64 numbers, one matrix of two is held in both types, 4 more."""
 
 REMEDY = "Free memory, or use a larger machine."
 
