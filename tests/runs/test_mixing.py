@@ -83,6 +83,7 @@ def stored(config: RunConfig, folder: Path) -> RunConfig:
         out=folder,
         context_length=32,
         held_out_share=0.2,
+        window_pool_tokens=config.window_pool_tokens,
     )
     return with_activations(config, folder)
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 import pytest
 import torch
 from tests.stopping import ctrl_c, go, interrupt_at
+from tests.stored_activations import change_manifest
 from tests.tiny_models import WIDTH, make_model, make_tokenizer
 from tests.tiny_runs import STEPS, assert_same_run, listing, rows, texts, weights, write_jsonl
 
@@ -333,8 +334,7 @@ class TestHarvested:
 
     def test_a_folder_that_was_written_otherwise(self, harvested: Path, config: RunConfig, tmp_path: Path) -> None:
         shutil.copytree(harvested, tmp_path / "acts")
-        manifest = json.loads((harvested / "manifest.json").read_text())
-        (tmp_path / "acts" / "manifest.json").write_text(json.dumps(manifest | {"metadata": {}}))
+        change_manifest(tmp_path / "acts", metadata={})
         with pytest.raises(
             UserError, match=r"must name model, text and hook; that of .* does not. Harvest with `kronsae harvest`"
         ):

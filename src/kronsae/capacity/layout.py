@@ -179,6 +179,7 @@ class Division:
             "Adam's moments": sum(member.bytes.moments for member in self.members),
             "shuffle buffer": -(-plan.buffer_bytes // layout.devices),
             "window pool": plan.window_pool_bytes,
+            "batches read ahead": -(-plan.ahead_bytes // layout.devices),
         }
 
     @property
