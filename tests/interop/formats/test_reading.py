@@ -125,4 +125,4 @@ def test_reading_takes_no_more_memory_than_was_checked(
     assert max(checked) == pytest.approx(READING_BYTES * NUMBERS, rel=0.01)
     assert taken < max(checked)
     if dtype == "f4":
-        assert taken > max(checked) / 3
+        assert taken > max(checked) / 4  # the numbers in float32 alone are a third
