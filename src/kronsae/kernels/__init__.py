@@ -34,6 +34,8 @@ from kronsae.kernels.selection import (
     Pursued,
     PursuitRounds,
     Request,
+    cells_per_head,
+    composed,
     parents,
 )
 
@@ -55,8 +57,10 @@ __all__ = [
     "RowGradient",
     "RowGradients",
     "adamw",
+    "cells_per_head",
     "clip_scale",
     "collect_row_gradients",
+    "composed",
     "decode",
     "explain",
     "grad_norm",
