@@ -412,8 +412,9 @@ class KroneckerLatents:
 
     def _codes(self, chosen: kernels.PaddedPairs) -> SparseCodes:
         encoder, indices_BK = self.encoder, chosen.selection.indices_BK
-        parents = chosen.pre_BR.chunk(2, dim=1)
-        values_BK = kernels.composed(encoder.composition, *parents, indices_BK, encoder.d_base, encoder.d_extension)
+        u_BK, v_BK = chosen.pre_BR.chunk(2, dim=1)
+        sizes = encoder.d_base, encoder.d_extension
+        values_BK = kernels.composed(encoder.composition, u_BK, v_BK, indices_BK, *sizes)
         if chosen.chosen_BK is not None:
             values_BK = torch.where(chosen.chosen_BK, values_BK, 0.0)
         return SparseCodes(values_BK, indices_BK, encoder.d_sae)

@@ -116,7 +116,8 @@ def batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int, composi
         for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // (heads * cells))):
             pairs_E = torch.arange(len(part_BHP) * heads, device=pre_BHP.device)
             if composition.order != "none" and total < len(pairs_E):
-                bounds_BH = best_of_head(*choose("head_maxima", part_BHP)(part_BHP, d_base), composition)
+                base_BH, extension_BH = choose("head_maxima", part_BHP)(part_BHP, d_base)
+                bounds_BH = best_of_head(base_BH, extension_BH, composition)
                 pairs_E = bounds_BH.flatten().topk(total, sorted=False).indices
             z_EC = cells_of(part_BHP.flatten(0, 1)[pairs_E], d_base, composition)
             flat_EC = (pairs_E.unsqueeze(1) + first * heads) * cells + torch.arange(cells, device=pre_BHP.device)
