@@ -1,9 +1,10 @@
-"""Compare training steps and encoding with and without pursuit.
+"""Compare training steps and encoding with and without pursuit, or with and without null symbols.
 
-Each round takes one step of TopK, KronSAE and KronSAE with pursuit, and encodes the same tokens plainly and with
-pursuit. Ratios are computed per round, so that drift of the machine's speed cancels.
+Each round takes one step of TopK, KronSAE and its variants, and encodes the same tokens with them. Ratios are computed
+per round, so that drift of the machine's speed cancels.
 
     python benchmarks/pursuit_step.py [--rounds 15] [--out benchmarks/results/pursuit_step.csv]
+    python benchmarks/pursuit_step.py --null-symbols [--rounds 15] [--out benchmarks/results/null_symbols.csv]
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ STEPS = {
     "KronSAE step, pursuit, refit=1": "kron d_sae={d_sae} d_base=2 d_extension=4 k={k} pursuit_rounds=2 "
     "pursuit_refit=1",
 }
+NULL_STEPS = {
+    "TopK step": "topk d_sae={d_sae} k={k}",
+    "KronSAE step": "kron d_sae={d_sae} d_base=2 d_extension=4 k={k}",
+    "KronSAE (4, 4) step": "kron d_sae={d_sae} d_base=4 d_extension=4 k={k}",
+    "KronSAE (2, 2) step, null symbols": "kron d_sae={d_sae} d_base=2 d_extension=2 null_symbols=true k={k}",
+}
 ENCODINGS = {"": None, ", pursuit": Pursuit(), ", pursuit, refit=1": Pursuit(refit=1)}
-BASE_OF = {" step": "KronSAE step", "TopK encode": "TopK encode", "KronSAE encode": "KronSAE encode"}
+BASE_OF = {" step": "KronSAE step", "TopK encode": "TopK encode", " encode": "KronSAE encode"}
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,16 @@ class Encoding:
         self.sae.encode(x_BD, self.pursuit)
 
 
-def subjects(d_in: int, d_sae: int, k: int) -> dict[str, Subject]:
+def subjects(d_in: int, d_sae: int, k: int, null_symbols: bool) -> dict[str, Subject]:
     """Return what is timed, by name; encodings use the SAEs in training, so that their weights are realistic."""
     members = {
         name: Member(parse_sae(words.format(d_sae=d_sae, k=k)), d_in, "bench", steps=10_000)
-        for name, words in STEPS.items()
+        for name, words in (NULL_STEPS if null_symbols else STEPS).items()
     }
     found: dict[str, Subject] = {name: TrainingStep(member) for name, member in members.items()}
-    for kind in ("TopK", "KronSAE"):
-        for words, pursuit in ENCODINGS.items():
-            found[f"{kind} encode{words}"] = Encoding(members[f"{kind} step"].sae, pursuit)
+    for name in members if null_symbols else ("TopK step", "KronSAE step"):
+        for words, pursuit in ({"": None} if null_symbols else ENCODINGS).items():
+            found[name.replace(" step", " encode") + words] = Encoding(members[name].sae, pursuit)
     return found
 
 
@@ -78,7 +85,8 @@ def base_of(name: str) -> str:
 
 def measure(d_in: int, d_sae: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Return a row for every subject of one size."""
-    timed = interleaved_times(subjects(d_in, d_sae, arguments.k), arguments.batch, d_in, arguments.rounds, seed=0)
+    compared = subjects(d_in, d_sae, arguments.k, arguments.null_symbols)
+    timed = interleaved_times(compared, arguments.batch, d_in, arguments.rounds, seed=0)
     rows: list[dict[str, object]] = []
     for name, values in timed.items():
         timing = Timing.of(values)
@@ -99,6 +107,7 @@ def main() -> None:
     """Print the times and ratios, and write them with ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="d_in:d_sae of each size")
+    parser.add_argument("--null-symbols", action="store_true", help="compare null symbols, not pursuit")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=15)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,10 +31,8 @@ from kronsae import kernels
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
 from kronsae.core.encoders import Latents
-from kronsae.core.gates import GATES
 from kronsae.core.losses import SquaredErrorConfig, squared_error
 from kronsae.core.metrics import explained_variance
-from kronsae.core.objective import DeadLatents
 from kronsae.core.pursuit import Pursuit, PursuitLearning, choose_and_pursue, pursue
 from kronsae.core.sae import SAE
 from kronsae.kernels import Choice
@@ -267,71 +264,6 @@ def after(share: float, pursuit: Pursuit) -> Callable[[Member, int, int], None]:
     return each_step
 
 
-class NullSymbolEncoder(nn.Module):
-    """Heads in which the base or the extension may be absent: (M + 1)(N + 1) - 1 latents of M + N rows; materialised.
-
-    With u, v the pre-latents of a head: ``sqrt(u_i v_j)``, ``(u_i - max_j v_j+)+`` and ``(v_j - max_i u_i+)+``.
-    """
-
-    def __init__(self, d_in: int, num_heads: int, d_base: int, d_extension: int, norm: float, seed: int) -> None:
-        super().__init__()
-        self.d_in, self.d_base, self.d_sae = d_in, d_base, num_heads * ((d_base + 1) * (d_extension + 1) - 1)
-        rows = torch.randn(num_heads, d_base + d_extension, d_in, generator=torch.Generator().manual_seed(seed))
-        self.weight = nn.Parameter(norm * rows / math.sqrt(d_in))
-        self.bias = nn.Parameter(torch.zeros(num_heads, d_base + d_extension))
-
-    def initial_decoder_rows(self) -> Tensor:
-        """Return the sum of the parents' rows, or the row of the only parent."""
-        base, extension = self.weight.detach()[:, : self.d_base], self.weight.detach()[:, self.d_base :]
-        pairs = (base.unsqueeze(2) + extension.unsqueeze(1)).flatten(1, 2)
-        return torch.cat([pairs, base, extension], dim=1).flatten(0, 1)
-
-    def forward(self, x_BD: Tensor) -> MaterializedLatents:
-        pre_BHP = (x_BD @ self.weight.flatten(0, 1).T + self.bias.flatten()).view(len(x_BD), *self.bias.shape)
-        u, v = pre_BHP[..., : self.d_base], pre_BHP[..., self.d_base :]
-        shape = (*u.shape, v.shape[-1])
-        pairs = GATES["mand"](u.unsqueeze(-1).expand(shape), v.unsqueeze(-2).expand(shape)).flatten(2)
-        alone = (u - v.relu().amax(-1, keepdim=True)).relu(), (v - u.relu().amax(-1, keepdim=True)).relu()
-        return MaterializedLatents(torch.cat([pairs, *alone], dim=-1).flatten(1))
-
-
-@dataclass(frozen=True)
-class MaterializedLatents:
-    """Latents as one B x F tensor."""
-
-    z_BF: Tensor
-
-    def choose(self, *choices: Choice) -> tuple[SparseCodes, ...]:
-        """Return the codes of each choice."""
-        found = []
-        for choice in choices:
-            among_BC = self.z_BF if choice.latents_C is None else self.z_BF[:, choice.latents_C]
-            values_BK, places_BK = among_BC.topk(choice.k, dim=1)
-            latents_BK = places_BK if choice.latents_C is None else choice.latents_C[places_BK]
-            found.append(SparseCodes(values_BK, latents_BK, self.z_BF.shape[1]))
-        return tuple(found)
-
-    def penalty(self) -> None:
-        """Return no penalty."""
-
-
-def null_symbols(d_base: int, d_extension: int) -> Callable[[Member], None]:
-    """Return a change that gives a KronSAE `NullSymbolEncoder` with about as many latents."""
-
-    def prepare(member: Member) -> None:
-        sae, cells = member.sae, (d_base + 1) * (d_extension + 1) - 1
-        encoder = NullSymbolEncoder(
-            sae.d_in, sae.d_sae // cells, d_base, d_extension, BASE["init_norm"], member.config.seed
-        )
-        sae.encoder = encoder  # type: ignore[assignment]
-        sae.decoder = Decoder(encoder.d_sae, sae.d_in)
-        sae.decoder.initialize(encoder.initial_decoder_rows())
-        member.dead = DeadLatents(encoder.d_sae)
-        member.optimizer = member._build_optimizer()
-
-    return prepare
-
-
 @dataclass(frozen=True, kw_only=True)
 class Idea:
     """A change to the base.
@@ -341,10 +273,12 @@ class Idea:
         prepare: changes the member before its first step.
         each_step: called before every step with (member, step, steps).
         lr: learning rate; None: that of `research_results`.
+        shape: words of `kron` in place of those of the side.
     """
 
     about: str
     lr: float | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[Member], None] = field(default=lambda member: None)
     each_step: Callable[[Member, int, int], None] = field(default=lambda member, step, steps: None)
 
@@ -385,9 +319,10 @@ IDEAS: dict[str, Idea] = {
     "pursuit, mixed, 1 step": Idea(about="as above, 1 refit step", prepare=mixed(steps=1)),
     **{
         f"null symbols ({m}, {n})": Idea(
-            about=f"heads of {m} x {n} in which base or extension may be absent", prepare=null_symbols(m, n)
+            about=f"heads of {m} x {n} in which base or extension may be absent",
+            shape={"num_heads": heads, "d_base": m, "d_extension": n, "null_symbols": True},
         )
-        for m, n in ((1, 1), (2, 2))
+        for m, n, heads in ((1, 1, D_SAE // 3), (2, 2, D_SAE // 8))
     },
     **{
         f"{name}, lr {lr:g}": Idea(about=about, prepare=prepare, lr=lr)
@@ -407,12 +342,12 @@ IDEAS: dict[str, Idea] = {
 }
 
 
-def build(side: str, seed: int, steps: int, d_in: int, lr: float | None = None) -> Member:
+def build(idea: Idea, side: str, seed: int, steps: int, d_in: int) -> Member:
     """Return the member of one cell."""
     words: dict[str, Any] = {"k": K, **BASE, "dead_after_tokens": 150_000, "seed": seed}
-    words |= {} if lr is None else {"lr": lr}
-    shape = SIDES[side]
-    config = kron(d_sae=D_SAE, **shape, **words) if shape else topk(d_sae=D_SAE, **words)
+    words |= {} if idea.lr is None else {"lr": idea.lr}
+    shape = idea.shape or ({"d_sae": D_SAE} | SIDES[side])
+    config = kron(**shape, **words) if "d_base" in shape else topk(**shape, **words)
     return Member(config, d_in, HOOK, steps)
 
 
@@ -420,7 +355,7 @@ def train(idea: Idea, side: str, seed: int, train_ND: np.ndarray[Any, Any], held
     """Train one cell and return its scores; ``plain_explained_variance`` is that of the encoder's own codes."""
     started = perf_counter()
     steps = len(train_ND) // BATCH
-    member = build(side, seed, steps, train_ND.shape[1], idea.lr)
+    member = build(idea, side, seed, steps, train_ND.shape[1])
     idea.prepare(member)
     order = np.random.default_rng(seed).permutation(len(train_ND))
     for step in range(steps):

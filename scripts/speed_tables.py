@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from kronsae.support.files import write_marked
@@ -199,9 +200,9 @@ def group() -> str:
     return table(["part", "median (quartiles)", "unit"], cells) + about("group_cost", rows[0])
 
 
-def pursuit() -> str:
-    """Return the table of the cost of a pursuit."""
-    rows = rows_of("pursuit_step")
+def variants(name: str) -> str:
+    """Return the table of a file of `benchmarks/pursuit_step.py`."""
+    rows = rows_of(name)
     cells = [
         [
             f"{int(row['d_sae']):,}",
@@ -219,7 +220,7 @@ def pursuit() -> str:
         f"\n\nk = {first['k']}, {int(first['batch']):,} tokens, {first['rounds']} interleaved rounds, random inputs."
     )
     headings = ["F", "D", "", "ms, median (quartiles)", "ratio, median (quartiles)", "relative to"]
-    return table(headings, cells) + sizes + about("pursuit_step", first)
+    return table(headings, cells) + sizes + about(name, first)
 
 
 def distributed() -> str:
@@ -316,6 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tried": tried,
     "group": group,
     "processes": processes,
+    "null-symbols": partial(variants, "null_symbols"),
 }
 
 
@@ -325,7 +327,7 @@ def main() -> None:
         write_marked(PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
     if (RESULTS / "pursuit_step.csv").exists():
         mark = "results:pursuit-cost"
-        write_marked(PURSUIT_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", pursuit())
+        write_marked(PURSUIT_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", variants("pursuit_step"))
     if (RESULTS / "distributed_step.csv").exists():
         mark = "results:distributed-step"
         write_marked(DISTRIBUTED_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", distributed())

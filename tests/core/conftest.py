@@ -17,8 +17,12 @@ def dense(d_sae: int) -> DenseEncoderConfig:
     return DenseEncoderConfig(d_sae=d_sae)
 
 
-def kron(num_heads: int, d_base: int, d_extension: int, gate: GateName = "mand") -> KroneckerEncoderConfig:
-    return KroneckerEncoderConfig(num_heads=num_heads, d_base=d_base, d_extension=d_extension, gate=gate)
+def kron(
+    num_heads: int, d_base: int, d_extension: int, gate: GateName = "mand", null_symbols: bool = False
+) -> KroneckerEncoderConfig:
+    return KroneckerEncoderConfig(
+        num_heads=num_heads, d_base=d_base, d_extension=d_extension, gate=gate, null_symbols=null_symbols
+    )
 
 
 def switch(expert: DenseEncoderConfig | KroneckerEncoderConfig, num_experts: int = 3) -> SwitchEncoderConfig:
@@ -37,14 +41,19 @@ CASES: dict[str, tuple[AnyEncoderConfig, SparsifierConfig]] = {
     "kron, one base": (kron(5, 1, 4), TopKConfig(k=3)),
     "kron, one extension": (kron(5, 4, 1), TopKConfig(k=3)),
     "kron, one of each": (kron(7, 1, 1), TopKConfig(k=3)),
+    "kron, null symbols": (kron(4, 2, 3, null_symbols=True), TopKConfig(k=3)),
+    "kron, null symbols, k = d_sae": (kron(4, 1, 2, null_symbols=True), TopKConfig(k=20)),
     "batch_topk": (dense(24), BatchTopKConfig(k=3)),
     "batch_topk, kron": (kron(4, 2, 3), BatchTopKConfig(k=3)),
     "batch_topk, kron, minimum": (kron(4, 2, 3, "minimum"), BatchTopKConfig(k=3)),
+    "batch_topk, kron, null symbols": (kron(4, 2, 3, null_symbols=True), BatchTopKConfig(k=3)),
     "jumprelu": (dense(24), JumpReLUConfig(k=3)),
     "jumprelu, kron": (kron(4, 2, 3), JumpReLUConfig(k=3)),
     "jumprelu, kron, raw_product": (kron(4, 2, 3, "raw_product"), JumpReLUConfig(k=3)),
+    "jumprelu, kron, null symbols": (kron(4, 2, 3, null_symbols=True), JumpReLUConfig(k=3)),
     "switch": (switch(dense(8)), TopKConfig(k=3)),
     "switch, kron": (switch(kron(2, 2, 3)), TopKConfig(k=3)),
+    "switch, kron, null symbols": (switch(kron(3, 1, 1, null_symbols=True)), TopKConfig(k=3)),
 }
 
 

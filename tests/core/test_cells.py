@@ -36,8 +36,13 @@ ENCODERS: dict[str, AnyEncoderConfig] = {
     # no minimum: its cells are tied, and which of them are kept is anyone's choice
     "kron, power_mean": KroneckerEncoderConfig(num_heads=4, d_base=2, d_extension=3, gate="power_mean"),
     "kron, raw_product": KroneckerEncoderConfig(num_heads=4, d_base=2, d_extension=3, gate="raw_product"),
+    "kron, null symbols": KroneckerEncoderConfig(num_heads=3, d_base=2, d_extension=2, null_symbols=True),
+    "kron (1, 1), null symbols": KroneckerEncoderConfig(num_heads=8, d_base=1, d_extension=1, null_symbols=True),
     "switch": SwitchEncoderConfig(num_experts=2, expert=DenseEncoderConfig(d_sae=F // 2)),
     "switch, kron": SwitchEncoderConfig(num_experts=2, expert=HALF_KRON),
+    "switch, kron, null symbols": SwitchEncoderConfig(
+        num_experts=2, expert=KroneckerEncoderConfig(num_heads=4, d_base=1, d_extension=1, null_symbols=True)
+    ),
 }
 SPARSIFIERS: dict[str, SparsifierConfig] = {
     "topk": TopKConfig(k=K),
@@ -167,7 +172,9 @@ def test_in_use_every_latent_above_its_threshold_is_on(encoder: str, sparsifier:
 SHAPES: list[EncoderConfig] = [
     DenseEncoderConfig(d_sae=40),
     *(KroneckerEncoderConfig(num_heads=h, d_base=m, d_extension=n, gate=gate)  # type: ignore[arg-type]
-      for gate in sorted(GATES.keys() - {"mand_eps"}) for h, m, n in ((6, 2, 3), (1, 3, 4), (7, 1, 1)))
+      for gate in sorted(GATES.keys() - {"mand_eps"}) for h, m, n in ((6, 2, 3), (1, 3, 4), (7, 1, 1))),
+    *(KroneckerEncoderConfig(num_heads=h, d_base=m, d_extension=n, null_symbols=True)
+      for h, m, n in ((6, 2, 3), (1, 3, 4), (7, 1, 1))),
 ]  # fmt: skip
 
 

@@ -62,6 +62,7 @@ def test_a_saved_sae_is_two_files(saved: Path) -> None:
             "d_sae": 24,
             "gate": "mand",
             "init_norm": None,
+            "null_symbols": False,
         },
         "sparsifier": {"kind": "topk", "k": 2},
         "read_widths": [],

@@ -80,7 +80,10 @@ CONDITIONS: list[Callable[[SAE, Tensor], None]] = [as_drawn, tied, all_negative,
 def kronecker_shapes(draw: st.DrawFn) -> tuple[KroneckerEncoderConfig, int]:
     heads, d_base, d_extension = draw(st.integers(1, 9)), draw(st.integers(1, 5)), draw(st.integers(1, 7))
     gate: GateName = draw(st.sampled_from(sorted(GATES)))
-    shape = KroneckerEncoderConfig(num_heads=heads, d_base=d_base, d_extension=d_extension, gate=gate)
+    null_symbols = gate == "mand" and draw(st.booleans())
+    shape = KroneckerEncoderConfig(
+        num_heads=heads, d_base=d_base, d_extension=d_extension, gate=gate, null_symbols=null_symbols
+    )
     # as often fewer than the heads, where pruning leaves heads out, as any number
     return shape, draw(st.integers(1, heads) | st.integers(1, shape.d_sae))
 
@@ -253,9 +256,10 @@ def test_a_head_that_pruning_leaves_out_would_change_the_answer() -> None:
         KroneckerEncoderConfig(num_heads=2, d_base=2, d_extension=3, gate="mand_eps"),
         KroneckerEncoderConfig(num_heads=5, d_base=2, d_extension=3, gate="power_mean"),
         KroneckerEncoderConfig(num_heads=5, d_base=2, d_extension=3, gate="raw_product"),
+        KroneckerEncoderConfig(num_heads=5, d_base=2, d_extension=3, null_symbols=True),
         DenseEncoderConfig(d_sae=20),
     ],
-    ids=["mand", "mand_eps", "power_mean", "raw_product", "dense"],
+    ids=["mand", "mand_eps", "power_mean", "raw_product", "null symbols", "dense"],
 )
 def test_gradcheck(encoder: EncoderConfig) -> None:
     sae, x_BD = build(encoder, 4, 5, seed=2), inputs(3, 5, seed=2)
@@ -283,6 +287,48 @@ def test_latent_numbering_is_head_then_base_then_extension() -> None:
             for j in range(4):
                 product = u_BHM[:, h, i].relu() * v_BHN[:, h, j].relu()
                 torch.testing.assert_close(all_BF[:, h * 8 + i * 4 + j], product.sqrt())
+
+
+def test_null_symbols_by_hand() -> None:
+    """A grid of 3 x 4 without its last cell; index ``h*11 + i*4 + j``; j = 3: no extension, i = 2: no base."""
+    shape = KroneckerEncoderConfig(num_heads=2, d_base=2, d_extension=3, null_symbols=True)
+    assert (shape.d_sae, shape.block) == (22, 11)
+    sae = build(shape, 22, 4, seed=0)
+    with torch.no_grad():
+        sae.encoder.weight.zero_()
+        sae.encoder.bias.copy_(torch.tensor([[9.0, 1.0, 4.0, -2.0, 1.0], [-1.0, -2.0, 3.0, -1.0, 0.0]]))
+    x_BD = torch.zeros(1, 4, dtype=torch.float64)
+    expected_F = torch.tensor([6.0, 0, 3, 9 - 4, 2, 0, 1, 0, 0, 0, 0, *[0] * 8, 3, 0, 0]).double()
+    assert_equal(sae.encoder(x_BD).materialize()[0], expected_F)
+    assert_equal(sae.encode(x_BD).to_dense()[0], expected_F)
+
+
+def test_null_symbols_have_no_rows_of_their_own_and_start_in_the_decoder_as_the_only_parent() -> None:
+    shape = KroneckerEncoderConfig(num_heads=5, d_base=2, d_extension=3, null_symbols=True)
+    sae = SAEConfig(d_in=16, encoder=shape, sparsifier=TopKConfig(k=1)).build()
+    weight = sae.encoder.weight
+    assert weight.shape == (5, 5, 16)
+    for h in range(5):
+        for i in range(3):
+            for j in range(4):
+                if (i, j) == (2, 3):
+                    continue
+                rows = [i] * (i < 2) + [2 + j] * (j < 3)
+                row = weight[h, rows].sum(0)
+                torch.testing.assert_close(sae.W_dec[h * 11 + i * 4 + j], row / row.norm())
+
+
+def test_where_the_rival_of_a_parent_alone_is_positive_it_learns_too() -> None:
+    shape = KroneckerEncoderConfig(num_heads=1, d_base=1, d_extension=2, null_symbols=True)
+    sae = build(shape, 1, 3, seed=0)
+    x_BD = torch.zeros(1, 3, dtype=torch.float64)
+    for rivals, slopes in ([1.0, -5.0], [-1.0, 0.0]), ([1.0, 1.0], [-1.0, 0.0]), ([-5.0, -6.0], [0.0, 0.0]):
+        with torch.no_grad():
+            sae.encoder.weight.zero_()
+            sae.encoder.bias.copy_(torch.tensor([[8.0, *rivals]]))
+        for values in (sae.encode(x_BD).values, sae.encoder(x_BD).materialize()):
+            (found,) = torch.autograd.grad(values.max(), sae.encoder.bias)
+            assert found.tolist() == [[1.0, *slopes]]
 
 
 def test_materialised_kronecker_is_the_root_of_the_kronecker_product() -> None:
@@ -369,6 +415,22 @@ def test_d_sae_must_be_the_product() -> None:
     assert "d_sae" not in to_dict(given_and_right, derived=False)
     with pytest.raises(UserError, match=r"^d_sae must equal .*; got 2048 with 4 \* 16 \* 16 = 1024\."):
         from_dict(KroneckerEncoderConfig, to_dict(given_and_right) | {"num_heads": 4})
+
+
+def test_what_null_symbols_refuse() -> None:
+    sizes: dict[str, Any] = {"num_heads": 8, "d_base": 2, "d_extension": 4, "null_symbols": True}
+    with pytest.raises(UserError) as error:
+        KroneckerEncoderConfig(**sizes, d_sae=64)
+    assert str(error.value) == (
+        "d_sae must equal num_heads * ((d_base + 1) * (d_extension + 1) - 1) with null_symbols; got 64 with "
+        "8 * (3 * 5 - 1) = 112. Leave d_sae out, or change one."
+    )
+    assert KroneckerEncoderConfig(**sizes, d_sae=112) == KroneckerEncoderConfig(**sizes)
+    assert replace(KroneckerEncoderConfig(**sizes), num_heads=4).d_sae == 56
+    with pytest.raises(
+        UserError, match=r"^null_symbols must be used with gate 'mand'; got 'minimum'\. Leave one of the two out\.$"
+    ):
+        KroneckerEncoderConfig(**sizes, gate="minimum")
 
 
 @pytest.mark.parametrize("name", ["num_heads", "d_base", "d_extension"])

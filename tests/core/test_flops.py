@@ -6,7 +6,7 @@ import pytest
 
 from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig
 from kronsae.core.flops import encoder_multiply_adds, forward_multiply_adds, training_flops
-from kronsae.core.sae import SAEConfig
+from kronsae.core.sae import SAEConfig, count_parameters
 from kronsae.core.sparsifiers import TopKConfig
 
 
@@ -29,6 +29,13 @@ def test_by_hand() -> None:
     assert encoder_multiply_adds(pair) == 10 * 6 * 6 + 48 == 408
     assert forward_multiply_adds(pair) == 408 + 30
     assert training_flops(pair, tokens=7) == 6 * 438 * 7
+
+
+def test_null_symbols_cost_cells_and_no_rows() -> None:
+    encoder = KroneckerEncoderConfig(num_heads=6, d_base=2, d_extension=2, null_symbols=True)
+    config = SAEConfig(d_in=10, encoder=encoder, sparsifier=TopKConfig(k=3))
+    assert encoder_multiply_adds(config) == 10 * 6 * 4 + 6 * 8
+    assert count_parameters(config.build().encoder) == 6 * 4 * 11
 
 
 @pytest.mark.parametrize(

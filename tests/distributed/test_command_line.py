@@ -77,6 +77,10 @@ def test_an_error_of_all_is_told_once(more: list[str], message: str, base: list[
             "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=power_mean",
             "the gate 'power_mean', whose parameter all heads share",
         ),
+        (
+            "kron num_heads=8 d_base=2 d_extension=2 k=4 null_symbols=true",
+            "null_symbols",
+        ),
     ],
 )
 def test_what_is_not_divided_is_refused(specification: str, what: str) -> None:

@@ -178,6 +178,27 @@ def test_a_head_is_shown_whole_with_its_parents() -> None:
                 assert value == pytest.approx(math.sqrt(base_value * extension_value), rel=1e-3)
 
 
+def test_a_parent_alone_has_the_other_at_0() -> None:
+    model, hook = toys.language_model(30, 8)
+    sae, windows = toys.kron_sae(8, k=66, null_symbols=True), toys.random_windows(40, 14, 30)  # k = d_sae
+    found = gallery(sae, model, hook, windows, GalleryConfig(num_latents=3, num_heads=1, cell_contexts=3))
+    assert len(found.latents) == 3
+    (head,) = found.heads
+    assert [cell.latent for cell in head.cells] == [head.head * 11 + cell for cell in range(11)]
+    places = [(i, j) for i in (0, 1, None) for j in (0, 1, 2, None) if (i, j) != (None, None)]
+    assert [(cell.base, cell.extension) for cell in head.cells] == places
+    for cell in head.cells:
+        assert cell.top
+        alone = None in (cell.base, cell.extension)
+        assert (cell.parents_frequency is None) == alone
+        for context in cell.top:
+            own, absent = (context.extension, context.base) if cell.base is None else (context.base, context.extension)
+            assert (set(absent) == {0.0}) == alone
+            for value, of_parent in zip(context.values, own, strict=True):
+                assert not alone or value <= of_parent * 1.001, "what a parent has above its rivals"
+                assert of_parent > 0 or value == 0
+
+
 def test_the_number_of_heads_is_bounded_by_their_cells() -> None:
     model, hook = toys.language_model(30, 8)
     sae, windows = toys.kron_sae(8), toys.random_windows(40, 14, 30)

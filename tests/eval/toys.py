@@ -133,9 +133,13 @@ def zero_sae(width: int) -> SAE:
 
 
 @torch.no_grad()
-def kron_sae(width: int, num_heads: int = 6, d_base: int = 2, d_extension: int = 3, k: int = 4) -> SAE:
+def kron_sae(
+    width: int, num_heads: int = 6, d_base: int = 2, d_extension: int = 3, k: int = 4, *, null_symbols: bool = False
+) -> SAE:
     """A random KronSAE, its encoder in whole numbers."""
-    shape = KroneckerEncoderConfig(num_heads=num_heads, d_base=d_base, d_extension=d_extension, init_norm=4.0)
+    shape = KroneckerEncoderConfig(
+        num_heads=num_heads, d_base=d_base, d_extension=d_extension, init_norm=4.0, null_symbols=null_symbols
+    )
     sae = SAEConfig(d_in=width, encoder=shape, sparsifier=TopKConfig(k=k)).build(seed=3)
     sae.encoder.weight.round_()
     return sae

@@ -176,6 +176,11 @@ def test_what_is_no_layer_transcoder() -> None:
     for member in (ks.topk(d_sae=12, k=3), ks.switch(num_experts=2, d_sae=12, k=3, **HOOKS)):
         with pytest.raises(UserError, match=r"^saes must be transcoders with d_out = d_in, a dense or a Kronecker enc"):
             LayerTranscoder(filled(member), 0)
+    null_symbols = ks.kron(num_heads=3, d_base=1, d_extension=1, k=3, null_symbols=True, **HOOKS)
+    with pytest.raises(
+        UserError, match=r"no null symbols and no pursuit; got a kron.* for layer 0 with null symbols\."
+    ):
+        LayerTranscoder(filled(null_symbols), 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("circuit_tracer") is not None, reason="circuit-tracer is installed")

@@ -174,6 +174,12 @@ def test_a_dense_sae_has_no_parents() -> None:
         parents(build("dense-topk"))
 
 
+def test_with_null_symbols_there_are_not_always_two_parents() -> None:
+    encoder = KroneckerEncoderConfig(num_heads=3, d_base=2, d_extension=2, null_symbols=True)
+    with pytest.raises(UserError, match="sae must not have null symbols, with which a latent may have only one parent"):
+        parents(SAEConfig(d_in=D_IN, encoder=encoder, sparsifier=TopKConfig(k=5)).build())
+
+
 @pytest.mark.parametrize("changes", [{"write_widths": (4,)}, {"read_widths": (4, 4)}])
 def test_transcoders_and_crosscoders_are_refused(changes: dict[str, tuple[int, ...]]) -> None:
     sae = replace(SHAPES["dense-topk"], **changes).build()  # type: ignore[arg-type]

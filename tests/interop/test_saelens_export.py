@@ -103,6 +103,7 @@ def test_several_saes_get_a_folder_each(tmp_path: Path) -> None:
         ("switch d_sae=48 k=5 num_experts=4", "no architecture with experts. Export an SAE with a dense"),
         ("topk d_sae=48 k=5 read=a,b", "no crosscoders"),
         ("topk d_sae=48 k=5 pursuit_rounds=2", "no pursuit"),
+        ("kron num_heads=6 d_base=2 d_extension=2 k=5 null_symbols=true", "no null symbols"),
         ("topk d_sae=48 k=5 read=a write=b skip=true", "no TopK transcoder with a skip connection"),
     ],
 )

@@ -28,8 +28,10 @@ def digest() -> str:
     weight_HPD = torch.randn(48, 12, 40, generator=generator)
     W_dec_FD = torch.randn(48 * 32, 40, generator=generator)
     among_C = torch.randperm(48 * 32, generator=generator)[:700]
-    chosen = cpu.kronecker_linear_topk(x_BD, weight_HPD, torch.zeros(48, 12), 4, [Choice(16), Choice(30, among_C)])
-    results = [tensor for pairs in chosen for tensor in (*pairs.selection, pairs.pre_BR)]
+    layer = x_BD, weight_HPD, torch.zeros(48, 12), 4, [Choice(16), Choice(30, among_C)]
+    chosen = cpu.kronecker_linear_topk(*layer)
+    with_null_symbols = cpu.kronecker_linear_topk(*layer, True)
+    results = [tensor for pairs in (*chosen, *with_null_symbols) for tensor in (*pairs.selection, pairs.pre_BR)]
     values_BK = chosen[0].pre_BR[:, :16].relu()
     indices_BK = chosen[0].selection.indices_BK
     results.append(cpu.weighted_rows(values_BK, indices_BK, W_dec_FD))

@@ -88,6 +88,7 @@ def test_why_it_does_not_apply() -> None:
     assert re.search("no heads", not_applicable(topk(d_sae=8, k=2)))
     routed = switch(num_experts=2, num_heads=4, d_base=2, d_extension=2, k=2)
     assert re.search("routed to it", not_applicable(routed))
+    assert re.search("only one parent", not_applicable(kron(**small, null_symbols=True)))  # type: ignore[arg-type]
 
 
 def test_the_twin_starts_as_training_would() -> None:

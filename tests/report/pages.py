@@ -106,6 +106,17 @@ def context(tokens: Sequence[str] = TOKENS, *, parents: bool = False) -> dict[st
     }
 
 
+def head_with_null_symbols(number: int, shape: tuple[int, int]) -> dict[str, Any]:
+    """A `kronsae.eval.ShownHead` of a head in which a base or an extension may be absent."""
+    m, n = shape
+    found = head(number, (m + 1, n + 1))
+    places = [(i, j) for i in range(m + 1) for j in range(n + 1)][:-1]
+    for cell, (base, extension) in zip(found["cells"], places, strict=False):
+        cell |= {"base": base if base < m else None, "extension": extension if extension < n else None}
+        cell |= {} if base < m and extension < n else {"parents_frequency": None}
+    return found | {"bases": found["bases"][:m], "extensions": found["extensions"][:n], "cells": found["cells"][:-1]}
+
+
 def latent(number: int, shape: tuple[int, int] | None = None, contexts: int = 2) -> dict[str, Any]:
     """A `kronsae.eval.ShownLatent`; ``shape`` is (bases, extensions) of a Kronecker encoder."""
     m, n = shape or (1, 1)

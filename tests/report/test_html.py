@@ -120,6 +120,28 @@ def test_a_head_is_a_grid_of_bases_and_extensions(page: Page) -> None:
     assert "Never active on the evaluated text." in page.text
 
 
+def test_a_head_with_null_symbols_has_a_row_and_a_column_for_what_is_alone() -> None:
+    given = pages.latents((2, 3), heads=0)
+    shown = pages.head_with_null_symbols(0, (2, 3))
+    given["gallery"] |= {"heads": [shown], "latents": [shown["cells"][3], shown["cells"][10]]}
+    page = Page(pages.whole_page(latents={"kron": given}))
+    (grid,) = page.all("table", "grid")
+    links = [found for found in page.all("a") if grid in found.ancestors and found.ancestors[-1].tag == "td"]
+    assert [found.attributes["href"] for found in links] == [f"#s1-h0-c{cell}" for cell in range(11)]
+    bases = [f"s1-h0-b{i}" for i in (0, 1) for _ in range(4)] + [None] * 3
+    extensions = [None if j == 3 else f"s1-h0-e{j}" for _ in range(3) for j in range(4)][:-1]
+    assert [found.attributes.get("data-base") for found in links] == bases
+    assert [found.attributes.get("data-extension") for found in links] == extensions
+    titles = [found.text for found in page.all("h5")]
+    assert titles[-11:] == [
+        *(f"Latent {4 * i + j} = base {i} AND extension {j}" if j < 3 else f"Latent {4 * i + j} = base {i} alone"
+          for i in range(2) for j in range(4)),
+        *(f"Latent {8 + j} = extension {j} alone" for j in range(3)),
+    ]  # fmt: skip
+    assert "Head 0: base 0 alone." in page.text
+    assert "Head 0: extension 2 alone." in page.text
+
+
 def test_essentials_need_no_script(page_text: str, page: Page) -> None:
     """Curves, contexts and every cell of a head are in the page itself; only a script's class hides any of it."""
     assert len(page.all("svg")) == 5

@@ -70,6 +70,7 @@ def test_the_paper_s_runs(name: str) -> None:
         "d_sae": 2**15,
         "gate": "mand",
         "init_norm": None,
+        "null_symbols": False,
     }
     assert (config.loop.tokens, config.loop.batch_tokens) == (125_000_000, 8192)
     assert config.text.source == "HuggingFaceFW/fineweb-edu"

@@ -77,6 +77,7 @@ def refusal(data: Any, cls: type[Any] = House) -> str:
         DenseEncoderConfig(d_sae=8),
         DenseEncoderConfig(d_sae=8, init_norm=0.1),
         KroneckerEncoderConfig(num_heads=2, d_base=3, d_extension=4, gate="mand_eps", init_norm=0.5),
+        KroneckerEncoderConfig(num_heads=2, d_base=3, d_extension=4, null_symbols=True),
         TopKConfig(k=3),
         AuxKConfig(),
         AuxKConfig(weight=0.5, k_aux=7, dead_after_tokens=10),

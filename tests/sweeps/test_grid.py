@@ -43,6 +43,13 @@ def test_heads_follow_the_width() -> None:
     assert [(one.d_sae, getattr(one, "num_heads", None)) for one in encoders] == [(64, 16), (64, 8), (64, 4)]
 
 
+def test_null_symbols_are_an_axis() -> None:
+    found = points(grid("kron d_sae=64 d_base=2 d_extension=2 k=2 null_symbols={true,false}"))
+    encoders = [point.run.saes[0].encoder for point in found]
+    assert [(one.d_sae, getattr(one, "num_heads", None)) for one in encoders] == [(64, 8), (64, 16)]
+    assert [point.name for point in found] == ["kron-null_symbolsTrue", "kron-null_symbolsFalse"]
+
+
 def test_words_that_differ_between_two_saes_are_in_the_names() -> None:
     found = points(grid("topk d_sae=32 k=4", "topk d_sae=64 k=4 lr=1e-3"))
     assert [point.name for point in found] == ["topk-d_sae32", "topk-d_sae64-lr0.001"]

@@ -159,7 +159,18 @@ def test_activations_are_normalised_where_the_gate_lets_them(kind: str) -> None:
         (
             jumprelu,
             {"k": 2, "d_sae": 64, "gate": "relu_product"},
-            "gate must be used with a Kronecker encoder; got 'relu_product' with a dense one.",
+            "gate 'relu_product' must be used with a Kronecker encoder; got a dense one.",
+        ),
+        (
+            jumprelu,
+            {"k": 2, "d_sae": 64, "null_symbols": True},
+            "null_symbols must be used with a Kronecker encoder; got a dense one. Leave it out, or give num_heads,",
+        ),
+        (
+            jumprelu,
+            {"k": 2, "d_sae": 64, "d_base": 2, "d_extension": 4, "null_symbols": True},
+            "without num_heads, d_sae must be a multiple of (d_base + 1) * (d_extension + 1) - 1, because of "
+            "null_symbols; got 64 with 3 * 5 - 1 = 14. Change one.",
         ),
         (
             matryoshka,

@@ -18,6 +18,7 @@ from kronsae.training.revival import SCALE, revive
 SHAPES: dict[str, Any] = {
     "dense": lambda **words: topk(d_sae=12, k=2, **words),
     "kronecker": lambda **words: kron(num_heads=2, d_base=2, d_extension=3, k=2, **words),
+    "null symbols": lambda **words: kron(num_heads=4, d_base=1, d_extension=1, k=2, null_symbols=True, **words),
 }
 
 
@@ -37,6 +38,8 @@ def stepped(config: MemberConfig, steps: int = 3) -> tuple[Member, Tensor]:
         # head 0: base 1 (cells 3, 4, 5) is dead and no extension is; head 1: extension 0 (cells 6, 9) and a lone cell
         ("kronecker", [3, 4, 5, 6, 9, 8], {1, 7}, {3, 4, 5, 6, 9}),
         ("kronecker", [0], set(), set()),
+        # cells of a head: the pair, the base alone, the extension alone; head 1 has a dead base, head 3 is dead
+        ("null symbols", [0, 3, 4, 9, 10, 11], {2, 6, 7}, {3, 4, 9, 10, 11}),
     ],
 )
 def test_only_rows_without_a_living_latent_start_anew(
@@ -92,7 +95,8 @@ def test_with_all_dead_nothing_is_known_to_start_from() -> None:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_in_training_it_happens_when_due_and_repeats_to_the_bit(kind: str) -> None:
     rare: dict[str, Any] = {"dead_after_tokens": 64, "aux_weight": 0.0}
-    words = topk(d_sae=96, k=1, **rare) if kind == "dense" else kron(num_heads=32, d_base=1, d_extension=3, k=1, **rare)
+    heads: dict[str, Any] = {"num_heads": 32, "d_base": 1, "d_extension": 3, "null_symbols": kind == "null symbols"}
+    words = topk(d_sae=96, k=1, **rare) if kind == "dense" else kron(k=1, **heads, **rare)
     with_revival = MemberConfig(**{**vars(words), "revive_every_tokens": 128})
     plain, _ = stepped(words, 4)
     first, _ = stepped(with_revival, 4)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kronsae import kernels
 from kronsae.core.checks import check_count, check_positive
 from kronsae.core.codes import SparseCodes
-from kronsae.core.gates import GATES, Gate, GateName
+from kronsae.core.gates import GATES, Gate, GateName, excess
 from kronsae.kernels import Above, BatchChoice, Composition, Request
 from kronsae.support.errors import UserError
 from kronsae.support.tensors import aligned
@@ -141,6 +141,8 @@ class KroneckerEncoderConfig:
         d_sae: computed from the three sizes, also by ``dataclasses.replace``; if given, it must agree with them.
         gate: how a base and an extension compose: a name in `kronsae.core.gates.GATES`.
         init_norm: expected norm of a pre-latent's row at initialisation; None: ``sqrt(d_in / (2 * d_sae))``.
+        null_symbols: a base or an extension may be absent, which gives M + N latents more per head from the same rows
+            (`KroneckerEncoder`): ``d_sae = H * ((M + 1)(N + 1) - 1)``; only with gate `mand`.
     """
 
     kind: ClassVar[str] = "kronecker"
@@ -150,6 +152,7 @@ class KroneckerEncoderConfig:
     d_sae: int = field(init=False, default=0)
     gate: GateName = "mand"
     init_norm: float | None = None
+    null_symbols: bool = False
 
     def __init__(
         self,
@@ -160,21 +163,27 @@ class KroneckerEncoderConfig:
         d_sae: int | None = None,
         gate: GateName = "mand",
         init_norm: float | None = None,
+        null_symbols: bool = False,
     ) -> None:
         for name, size in (("num_heads", num_heads), ("d_base", d_base), ("d_extension", d_extension)):
             check_count(name, size)
         check_positive("init_norm", init_norm)
-        product = num_heads * d_base * d_extension
-        check_count("num_heads * d_base * d_extension", product)
-        if d_sae not in (None, product):
+        total = num_heads * kernels.cells_per_head(d_base, d_extension, null_symbols)
+        formula, numbers = "num_heads * d_base * d_extension", f"{num_heads} * {d_base} * {d_extension}"
+        if null_symbols:
+            formula = "num_heads * ((d_base + 1) * (d_extension + 1) - 1) with null_symbols"
+            numbers = f"{num_heads} * ({d_base + 1} * {d_extension + 1} - 1)"
+        check_count(formula, total)
+        if d_sae not in (None, total):
             raise UserError(
-                f"d_sae must equal num_heads * d_base * d_extension; got {d_sae} with "
-                f"{num_heads} * {d_base} * {d_extension} = {product}. Leave d_sae out, or change one."
+                f"d_sae must equal {formula}; got {d_sae} with {numbers} = {total}. Leave d_sae out, or change one."
             )
         if gate not in GATES:
             raise UserError(f"gate must be one of {', '.join(GATES)}; got {gate!r}.")
-        values = {"num_heads": num_heads, "d_base": d_base, "d_extension": d_extension, "d_sae": product}
-        for name, value in (values | {"gate": gate, "init_norm": init_norm}).items():
+        if null_symbols and gate != "mand":
+            raise UserError(f"null_symbols must be used with gate 'mand'; got {gate!r}. Leave one of the two out.")
+        values = {"num_heads": num_heads, "d_base": d_base, "d_extension": d_extension, "d_sae": total}
+        for name, value in (values | {"gate": gate, "init_norm": init_norm, "null_symbols": null_symbols}).items():
             object.__setattr__(self, name, value)
 
     def build(self, d_in: int) -> KroneckerEncoder:
@@ -183,8 +192,8 @@ class KroneckerEncoderConfig:
 
     @property
     def block(self) -> int:
-        """Smallest number of latents that a group boundary may not split: one head, ``M * N``."""
-        return self.d_base * self.d_extension
+        """Smallest number of latents that a group boundary may not split: those of one head."""
+        return self.d_sae // self.num_heads
 
     @property
     def latents_per_token(self) -> int:
@@ -192,7 +201,7 @@ class KroneckerEncoderConfig:
         return self.d_sae
 
     def multiply_adds(self, d_in: int) -> int:
-        """Multiply-adds per token of one forward pass: ``D * H * (M + N) + H * M * N`` (paper, eq. 7)."""
+        """Multiply-adds per token of one forward pass: ``D * H * (M + N) + F`` (paper, eq. 7)."""
         return d_in * self.num_heads * (self.d_base + self.d_extension) + self.d_sae
 
 
@@ -312,12 +321,26 @@ class KroneckerEncoder(nn.Module):
     - latent index ``h*M*N + i*N + j``, so within a head ``vec(z) = gate(p kron q)``.
 
     ``weight [H, M + N, d_in]`` holds the bases and then the extensions of each head, so one product computes both.
+
+    With *null symbols* a head has ``C = (M + 1)(N + 1) - 1`` latents, because either parent may be absent:
+
+    - base i alone, ``z[h, i, N] = relu(u[h, i] - relu(max_j v[h, j]))``; ``z[h, M, j]`` is extension j alone, likewise;
+    - latent index ``h*C + i*(N+1) + j``: a grid of M+1 bases and N+1 extensions, row-major, without its last cell.
+
+    A parent alone must outdo all its possible partners, not only be positive. So in a head either bases or extensions
+    can be active alone, not both, and the largest of its latents is ``max(sqrt(UV), |U - V|)`` with
+    ``U = relu(max_i u)``, ``V = relu(max_j v)``: one of ``(i*, j*)``, ``(i*, N)`` and ``(M, j*)``. The bound by which
+    heads are pruned is attained, as without null symbols, and the selection stays exact. The rival's factor is the
+    constant 1: the values are on mAND's scale, and no product precedes the subtraction, so the bits do not depend on
+    whether a processor fuses the two. The gradient of ``z[h, i, N] > 0`` is 1 for ``u[h, i]`` and -1 for the largest
+    extension if that is positive; the first of equal ones has it.
     """
 
     def __init__(self, config: KroneckerEncoderConfig, d_in: int) -> None:
         super().__init__()
         self.config, self.d_in, self.d_sae = config, d_in, config.d_sae
         self.num_heads, self.d_base, self.d_extension = config.num_heads, config.d_base, config.d_extension
+        self.null_symbols = config.null_symbols
         width = self.d_base + self.d_extension
         self.weight = nn.Parameter(torch.empty(self.num_heads, width, d_in))
         self.bias = nn.Parameter(torch.zeros(self.num_heads, width))
@@ -337,6 +360,12 @@ class KroneckerEncoder(nn.Module):
     def compose(self, u: Tensor, v: Tensor) -> Tensor:
         """Return the post-latents of two parents, elementwise."""
         return self.gate(u, v) if self.gate_parameter is None else self.gate(u, v, self.gate_parameter)
+
+    @property
+    def composition(self) -> Composition:
+        """The gate as the kernels need it."""
+        alone = excess if self.null_symbols else None
+        return Composition(self.gate.order, self.compose, self.gate.least_product, alone)
 
     @property
     def W_base(self) -> Float[Tensor, "H M D"]:
@@ -373,8 +402,12 @@ class KroneckerEncoder(nn.Module):
 
     @torch.no_grad()
     def initial_decoder_rows(self) -> Float[Tensor, "F D"]:
-        """Return ``P[h, i] + Q[h, j]`` for latent (h, i, j); the decoder scales the rows to unit norm."""
-        return (self.W_base.unsqueeze(2) + self.W_extension.unsqueeze(1)).reshape(self.d_sae, self.d_in)
+        """Return ``P[h, i] + Q[h, j]`` for latent (h, i, j), without an absent parent; the decoder scales the rows."""
+        base_HMD, extension_HND = self.W_base, self.W_extension
+        if self.null_symbols:  # an absent parent is a row of zeros
+            base_HMD, extension_HND = (nn.functional.pad(rows, (0, 0, 0, 1)) for rows in (base_HMD, extension_HND))
+        rows_HCD = (base_HMD.unsqueeze(2) + extension_HND.unsqueeze(1)).flatten(1, 2)
+        return rows_HCD[:, : self.config.block].reshape(self.d_sae, self.d_in)
 
 
 @dataclass(frozen=True)
@@ -396,28 +429,34 @@ class KroneckerLatents:
 
     def _select(self, requests: Sequence[Request]) -> list[kernels.PaddedPairs]:
         encoder = self.encoder
-        composition = Composition(encoder.gate.order, encoder.compose, encoder.gate.least_product)
         weights = encoder.weight, encoder.bias, encoder.d_base
-        return kernels.kronecker_linear_select(self.x_BD, *weights, requests, composition)
+        return kernels.kronecker_linear_select(self.x_BD, *weights, requests, encoder.composition)
 
     def materialize(self) -> Float[Tensor, "B F"]:
         u_BHM, v_BHN = self.encoder.pre_latents(self.x_BD)
         shape = (*u_BHM.shape, v_BHN.shape[-1])
-        return self.encoder.compose(u_BHM.unsqueeze(-1).expand(shape), v_BHN.unsqueeze(-2).expand(shape)).flatten(1)
+        z_BHMN = self.encoder.compose(u_BHM.unsqueeze(-1).expand(shape), v_BHN.unsqueeze(-2).expand(shape))
+        if not self.encoder.null_symbols:
+            return z_BHMN.flatten(1)
+        bases_BHM1 = excess(u_BHM, v_BHN.max(-1, keepdim=True).values).unsqueeze(-1)
+        extensions_BHN = excess(v_BHN, u_BHM.max(-1, keepdim=True).values)
+        return torch.cat([torch.cat([z_BHMN, bases_BHM1], dim=-1).flatten(2), extensions_BHN], dim=-1).flatten(1)
 
     def penalty(self) -> None:
         return None
 
     def _codes(self, chosen: kernels.PaddedPairs) -> SparseCodes:
+        encoder, indices_BK = self.encoder, chosen.selection.indices_BK
         u_BK, v_BK = chosen.pre_BR.chunk(2, dim=1)
-        values_BK = self.encoder.compose(u_BK, v_BK)
+        sizes = encoder.d_base, encoder.d_extension
+        values_BK = kernels.composed(encoder.composition, u_BK, v_BK, indices_BK, *sizes)
         if chosen.chosen_BK is not None:
             values_BK = torch.where(chosen.chosen_BK, values_BK, 0.0)
-        return SparseCodes(values_BK, chosen.selection.indices_BK, self.encoder.d_sae)
+        return SparseCodes(values_BK, indices_BK, encoder.d_sae)
 
     def _ranked(self, chosen: kernels.PaddedPairs) -> Ranked:
         codes = self._codes(chosen)
-        if self.encoder.gate.order != "product":
+        if self.encoder.composition.order != "product":
             return Ranked(codes, codes.values.detach())
         u_BK, v_BK = chosen.pre_BR.detach().relu().chunk(2, dim=1)
         return Ranked(codes, torch.where(codes.active, u_BK * v_BK, 0.0))

@@ -6,7 +6,7 @@ from kronsae.core.sae import SAEConfig
 
 
 def encoder_multiply_adds(config: SAEConfig) -> int:
-    """Encoder multiply-adds per token: ``D*F`` dense, ``D*H*(M+N) + H*M*N`` Kronecker."""
+    """Encoder multiply-adds per token: ``D*F`` dense, ``D*H*(M+N) + F`` Kronecker."""
     return config.encoder.multiply_adds(config.d_in)
 
 

@@ -99,6 +99,20 @@ def and_ail(u: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "
     return torch.where((u < 0) & (v < 0), u + v, torch.minimum(u, v))
 
 
+def excess(w: Float[Tensor, "..."], rival: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """``relu(w - relu(rival))``: a parent alone (null symbols), with ``rival`` the largest that could be its partner.
+
+    The partial derivatives are 1 for w and, if ``rival > 0``, -1 for the rival where the value is positive, else 0. On
+    the scale of `mand`: beside its partner of the largest pre-latent v, a base u alone is larger than their pair,
+    ``u - v > sqrt(u v)``, if ``u / v > (3 + sqrt(5)) / 2 = 2.618``.
+
+    Example:
+        >>> excess(torch.tensor([4.0, 4.0, 4.0, -1.0]), torch.tensor([1.0, -9.0, 5.0, -9.0]))
+        tensor([3., 4., 0., 0.])
+    """
+    return (w - rival.relu()).relu()
+
+
 def power_mean(
     u: Float[Tensor, "..."], v: Float[Tensor, "..."], log_exponent: Float[Tensor, " 1"]
 ) -> Float[Tensor, "..."]:

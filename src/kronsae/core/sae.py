@@ -131,7 +131,7 @@ class SAEConfig:
             found["d_out"] = "+".join(map(str, self.widths_written))
         found |= {"d_sae": self.d_sae, "k": self.sparsifier.k}
         if (grid := head_grid(self.encoder)) is not None:
-            found |= asdict(grid)
+            found |= {name: size for name, size in asdict(grid).items() if size}  # not null_symbols=False
         if isinstance(self.encoder, SwitchEncoderConfig):
             found["num_experts"] = self.encoder.num_experts
         if self.pursuit is not None:

@@ -112,6 +112,7 @@ def check_divisible(shape: SAEConfig, parts: int) -> None:
     for unsupported, name in (
         (shape.sparsifier.kind == "jumprelu", "the sparsifier 'jumprelu'"),
         (gate is not None and GATES[gate].start is not None, f"the gate '{gate}', whose parameter all heads share"),
+        (isinstance(encoder, KroneckerEncoderConfig) and encoder.null_symbols, "null_symbols"),
     ):
         if unsupported:
             raise UserError(

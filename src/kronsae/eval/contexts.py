@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kronsae import kernels
 from kronsae.core.codes import SparseCodes
 from kronsae.core.encoders import KroneckerEncoder
+from kronsae.core.heads import HeadGrid, head_grid
 from kronsae.core.sae import SAE
 from kronsae.eval.display import NOT_A_TOKEN, TokenText
 from kronsae.eval.hooked import Windows
@@ -27,6 +27,7 @@ MAX_SIGNALS = 2**24  # activations held densely at once: 64 MiB
 POOL = 64  # contexts drawn at random per latent, of which the bands are made
 CANDIDATES = 8  # windows stored per context of the largest activations, so that near-copies can be skipped
 NEAR_COPY = 0.5  # 1 to 2% of pairs of code windows at the same token share more of their tokens; table rows often do
+ABSENT = ("pre", -1)  # column of the parent that a latent of a head with null symbols does not have: 0 everywhere
 _DIGITS = re.compile(r"\d+")
 
 
@@ -38,8 +39,8 @@ class Context:
         tokens: the text of each token, with visible control characters.
         peak: index of the token that the window was selected for.
         values: activations of the latent (or base, or extension) that the context belongs to.
-        base: ``relu(u)`` of the latent's base for a Kronecker encoder, else empty.
-        extension: ``relu(v)`` of the latent's extension for a Kronecker encoder, else empty.
+        base: ``relu(u)`` of the latent's base for a Kronecker encoder, else empty; 0 if it is absent (null symbols).
+        extension: ``relu(v)`` of the latent's extension, likewise.
     """
 
     tokens: tuple[str, ...]
@@ -78,9 +79,9 @@ class ShownLatent:
         sampled: contexts of random activations, at most one per window of the stream.
         quantiles: bands of its activations from weakest to strongest, formed from `POOL` random contexts.
         negatives: random contexts from windows of the stream in which the latent is not active.
-        head, base, extension: position in a Kronecker encoder; None for a dense encoder.
+        head, base, extension: position in a Kronecker encoder; None for a dense encoder, and for an absent parent.
         parents_frequency: share of tokens on which base and extension are both above 0; after TopK the latent is
-            active on ``frequency``. None for a dense encoder.
+            active on ``frequency``. None without two parents.
     """
 
     latent: int
@@ -111,6 +112,7 @@ class ShownParent:
 class ShownHead:
     """A complete head: its bases, its extensions, and the latent of each pair, row-major (base by base).
 
+    With null symbols, a base's latents end with that of the base alone, and those of extensions alone come last.
     ``living`` is the number of cells that were active on at least one token.
     """
 
@@ -154,7 +156,7 @@ class GalleryMeter:
         self._encoder = sae.encoder if isinstance(sae.encoder, KroneckerEncoder) else None
         self._heads: list[int] = []
         if self._encoder is not None:
-            cells = self._encoder.d_base * self._encoder.d_extension
+            cells = self._encoder.config.block
             number = max(1, min(config.num_heads, config.max_cells // cells)) if config.num_heads else 0
             self._heads = choose_heads(counts_F, self._encoder, number)
         self._signals = _Signals(sae, self._sample, self._heads)
@@ -215,7 +217,8 @@ class GalleryMeter:
 
     def _head(self, encoder: KroneckerEncoder, head: int, token_text: TokenText) -> ShownHead:
         m, n = encoder.d_base, encoder.d_extension
-        cells = range(head * m * n, (head + 1) * m * n)
+        size = encoder.config.block
+        cells = range(head * size, (head + 1) * size)
         row = head * (m + n)
         return ShownHead(
             head=head,
@@ -245,9 +248,9 @@ class GalleryMeter:
             negatives = self._negatives.contexts(column, self._config.negatives, token_text, parents=has_parents)
         place: dict[str, Any] = {}
         if encoder is not None:
-            m, n = encoder.d_base, encoder.d_extension
-            place = {"head": number // (m * n), "base": number // n % m, "extension": number % n}
-            place["parents_frequency"] = self._share(self._both_C, column)
+            place = dict(zip(("head", "base", "extension"), _grid(encoder).place(number), strict=True))
+            if None not in place.values():
+                place["parents_frequency"] = self._share(self._both_C, column)
         return ShownLatent(
             latent=number,
             frequency=rounded([self._statistics.active_tokens[number] / self._statistics.tokens])[0],
@@ -295,33 +298,34 @@ def _checked_latent(latent: int, d_sae: int) -> int:
 class _Signals:
     """The activations of the selected latents and of their pre-latents, as columns.
 
-    ``columns`` lists their keys, ``("latent", number)`` or ``("pre", row)``; ``place`` maps a key to its column.
-    ``companions`` has for each column: the column itself, its base's and its extension's. A column without parents
-    has itself three times.
+    ``columns`` lists their keys, ``("latent", number)``, ``("pre", row)`` or `ABSENT`; ``place`` maps a key to its
+    column. ``companions`` has for each column: the column itself, its base's and its extension's. A column without
+    parents has itself three times.
     """
 
     def __init__(self, sae: SAE, sample: Sequence[int], heads: Sequence[int]) -> None:
         latents = list(sample)
         self._weight_RD, self._bias_R = sae.W_dec.new_zeros(0, sae.d_in), sae.W_dec.new_zeros(0)
         rows: list[int] = []
+        parents: list[tuple[int | None, int | None]] = []
         encoder = sae.encoder
         if isinstance(encoder, KroneckerEncoder):
-            cells, width = encoder.d_base * encoder.d_extension, encoder.d_base + encoder.d_extension
+            cells, width = encoder.config.block, encoder.d_base + encoder.d_extension
             latents += [head * cells + cell for head in heads for cell in range(cells)]
             latents = list(dict.fromkeys(latents))
-            chosen = kernels.parents(torch.tensor(latents, dtype=torch.int64), encoder.d_base, encoder.d_extension)
-            base_rows, extension_rows = chosen.base_rows_BK.tolist(), chosen.extension_rows_BK.tolist()
+            parents = [_parent_rows(encoder, latent) for latent in latents]
             whole = [head * width + row for head in heads for row in range(width)]
-            rows = sorted({*base_rows, *extension_rows, *whole})
+            rows = sorted({*whole, *(row for pair in parents for row in pair if row is not None)})
             self._weight_RD = encoder.weight.detach().flatten(0, 1)[rows]
             self._bias_R = encoder.bias.detach().flatten()[rows]
         self.columns = [("latent", number) for number in latents] + [("pre", row) for row in rows]
+        self._absent = any(None in pair for pair in parents)
+        self.columns += [ABSENT] * self._absent
         self.place = {column: number for number, column in enumerate(self.columns)}
         self.companions = [(column, column, column) for column in range(len(self.columns))]
-        if rows:
-            for column in range(len(latents)):
-                parents = (("pre", base_rows[column]), ("pre", extension_rows[column]))
-                self.companions[column] = (column, self.place[parents[0]], self.place[parents[1]])
+        for column, pair in enumerate(parents):
+            base, extension = (self.place[ABSENT if row is None else ("pre", row)] for row in pair)
+            self.companions[column] = (column, base, extension)
         self._column_of_F = torch.full((sae.d_sae,), -1)
         self._column_of_F[torch.tensor(latents, dtype=torch.int64)] = torch.arange(len(latents))
         self._num_latents = len(latents)
@@ -333,7 +337,21 @@ class _Signals:
         latents_NC = torch.zeros(len(x_ND), self._num_latents)
         latents_NC[token_E, column_NK[token_E, k_E]] = codes.values.cpu()[token_E, k_E].float()
         pre_NR = torch.addmm(self._bias_R, x_ND.to(self._weight_RD), self._weight_RD.T).relu()
-        return torch.cat([latents_NC, pre_NR.float().cpu()], dim=1)
+        absent_N1 = torch.zeros(len(x_ND), int(self._absent))
+        return torch.cat([latents_NC, pre_NR.float().cpu(), absent_N1], dim=1)
+
+
+def _grid(encoder: KroneckerEncoder) -> HeadGrid:
+    grid = head_grid(encoder.config)
+    assert grid is not None
+    return grid
+
+
+def _parent_rows(encoder: KroneckerEncoder, latent: int) -> tuple[int | None, int | None]:
+    """Return the encoder's rows of a latent's base and extension; None: absent."""
+    head, base, extension = _grid(encoder).place(latent)
+    first = head * (encoder.d_base + encoder.d_extension)
+    return None if base is None else first + base, None if extension is None else first + encoder.d_base + extension
 
 
 class _BestWindows:

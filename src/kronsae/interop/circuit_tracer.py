@@ -71,10 +71,12 @@ class LayerTranscoder(nn.Module):
         super().__init__()
         config = sae.config
         whole = config.role in ("transcoder", "skip_transcoder") and config.d_in == config.d_out
-        if not whole or not isinstance(sae.encoder, DenseEncoder | KroneckerEncoder) or config.pursuit is not None:
+        null = isinstance(sae.encoder, KroneckerEncoder) and sae.encoder.null_symbols
+        fits = isinstance(sae.encoder, DenseEncoder | KroneckerEncoder) and not null and config.pursuit is None
+        if not whole or not fits:
             raise UserError(
-                f"saes must be transcoders with d_out = d_in, a dense or a Kronecker encoder and no pursuit; got a "
-                f"{config.architecture} for layer {layer}."
+                f"saes must be transcoders with d_out = d_in, a dense or a Kronecker encoder, no null symbols and no "
+                f"pursuit; got a {config.architecture} for layer {layer}{' with null symbols' if null else ''}."
             )
         self.sae, self.layer_idx = sae, layer
         self.d_model, self.d_transcoder = sae.d_in, sae.d_sae

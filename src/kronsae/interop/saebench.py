@@ -105,11 +105,16 @@ def parents(sae: SAE) -> Parents:
     """Return the parents' rows of a Kronecker SAE, and their cosines with the decoder's directions.
 
     Raises:
-        UserError: the encoder is not a Kronecker encoder.
+        UserError: the encoder is not a Kronecker encoder, or has null symbols.
     """
     encoder = sae.encoder
     if not isinstance(encoder, KroneckerEncoder):
         raise UserError(f"parents exist in Kronecker encoders; this SAE is {sae.config.architecture}. Read W_enc.")
+    if encoder.null_symbols:
+        raise UserError(
+            "sae must not have null symbols, with which a latent may have only one parent; it has. Read its encoder's "
+            "W_base and W_extension."
+        )
     W_dec_HMND = sae.W_dec.view(encoder.num_heads, encoder.d_base, encoder.d_extension, -1)
     return Parents(
         W_base=encoder.W_base,

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
+from kronsae.core.encoders import DenseEncoder, KroneckerEncoder, KroneckerEncoderConfig
 from kronsae.core.sae import SAE
 from kronsae.core.sparsifiers import JumpReLU, TopK
 from kronsae.interop import saelens_layout
@@ -59,6 +59,11 @@ def architecture_of(one: Exportable) -> str:
     if config.encoder.kind == "switch":
         raise UserError(
             f"{one.name}: SAELens has no architecture with experts. Export an SAE with a dense or a Kronecker encoder."
+        )
+    if isinstance(config.encoder, KroneckerEncoderConfig) and config.encoder.null_symbols:
+        raise UserError(
+            f"{one.name}: SAELens has no null symbols, and its codes would be others. Export an SAE trained without "
+            "null_symbols, or publish this one in our own format: `kronsae push`."
         )
     ours = saelens_layout.architecture_of(config)
     if ours is not None:

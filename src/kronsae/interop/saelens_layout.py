@@ -55,7 +55,8 @@ TENSORS = {
 
 def architecture_of(config: SAEConfig) -> str | None:
     """Return the architecture of a finished SAE with a Kronecker encoder; None if there is none for it."""
-    if not isinstance(config.encoder, KroneckerEncoderConfig) or config.pursuit is not None:
+    encoder = config.encoder
+    if not isinstance(encoder, KroneckerEncoderConfig) or encoder.null_symbols or config.pursuit is not None:
         return None
     if config.role not in ("", "transcoder", "skip_transcoder"):
         return None

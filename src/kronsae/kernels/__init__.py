@@ -34,6 +34,8 @@ from kronsae.kernels.selection import (
     Pursued,
     PursuitRounds,
     Request,
+    cells_per_head,
+    composed,
     parents,
 )
 
@@ -56,8 +58,10 @@ __all__ = [
     "RowGradients",
     "Term",
     "adamw",
+    "cells_per_head",
     "clip_scale",
     "collect_row_gradients",
+    "composed",
     "decode",
     "explain",
     "grad_norm",

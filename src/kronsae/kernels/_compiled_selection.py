@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # numba infers the types: one source for float32 and float64, compiled at first use.
-"""Compiled loops of the CPU path over tokens, which select latents; only `cpu` calls them.
+"""Compiled loops of the CPU path over tokens, which select latents of a Kronecker encoder; only `cpu` calls them.
 
 Each kernel works on the items ``start <= i < stop`` of its first axis (tokens or weight rows) and writes only the
 outputs of these items. The parts may therefore run on different threads in any order and give the same bits. The
@@ -157,11 +157,12 @@ def _keep_best(values, indices, size, k, low):
 
 
 @functools.cache
-def head_maxima(d_base, d_extension, multiplied):
+def head_maxima(d_base, d_extension, multiplied, null=False):
     """Compile ``base = max(0, max_i u_i)`` and ``extension = max(0, max_j v_j)`` for one head shape.
 
-    With ``multiplied``, their product is written to the base's output and nothing else. Because both sizes are known,
-    the loops over them unroll (`benchmarks/tried.py` measures the gain).
+    With ``multiplied``, the head's largest key (`_key`) is written to the base's output and nothing else: their
+    product, or with null symbols the square of their difference if that is larger. Because both sizes are known, the
+    loops over them unroll (`benchmarks/tried.py` measures the gain).
     """
     width = d_base + d_extension
 
@@ -183,7 +184,11 @@ def head_maxima(d_base, d_extension, multiplied):
                         largest_extension = value
                 if multiplied:
                     best = largest_base * largest_extension
-                    base_BH[b, head] = best if best > 0 else zero  # inf * 0 is NaN
+                    best = best if best > 0 else zero  # inf * 0 is NaN
+                    if null:
+                        gap = largest_base - largest_extension
+                        best = gap * gap if gap * gap > best else best
+                    base_BH[b, head] = best
                 else:
                     base_BH[b, head] = largest_base
                     extension_BH[b, head] = largest_extension
@@ -192,46 +197,91 @@ def head_maxima(d_base, d_extension, multiplied):
 
 
 @njit(**PLAIN)
-def _list_head(pre_P, bias_P, head, d_base, d_extension, least, values, indices, size):
-    """Append every positive product of one head that is at least ``least``; return the new size."""
+def _largest_row(pre_P, bias_P, start, stop):
+    """Return the first row with the largest pre-latent; NaN is never the largest."""
+    largest = pre_P.dtype.type(-math.inf)
+    found = start
+    for row in range(start, stop):
+        value = pre_P[row] + bias_P[row]
+        if value > largest:
+            largest, found = value, row
+    return found
+
+
+@njit(**PLAIN)
+def _list_head(pre_P, bias_P, head, d_base, d_extension, null, least, values, indices, size):
+    """Append every positive key of one head that is at least ``least``; return the new size."""
     row = head * (d_base + d_extension)
     first_extension = row + d_base
+    latent = head * ((d_base + null) * (d_extension + null) - null)
+    zero = pre_P.dtype.type(0)
+    largest_base = largest_extension = zero
+    if null:
+        rival = _largest_row(pre_P, bias_P, row, first_extension)
+        largest_base = max(zero, pre_P[rival] + bias_P[rival])
+        rival = _largest_row(pre_P, bias_P, first_extension, first_extension + d_extension)
+        largest_extension = max(zero, pre_P[rival] + bias_P[rival])
     for i in range(d_base):
         base = pre_P[row + i] + bias_P[row + i]
         if base <= 0:
+            latent += d_extension + null
             continue
         for j in range(d_extension):
             product = base * (pre_P[first_extension + j] + bias_P[first_extension + j])
-            values[size], indices[size] = product, (head * d_base + i) * d_extension + j
+            values[size], indices[size] = product, latent
             size += product > 0 and product >= least
+            latent += 1
+        if null:
+            gap = base - largest_extension
+            values[size], indices[size] = gap * gap, latent
+            size += gap > 0 and gap * gap > 0 and gap * gap >= least
+            latent += 1
+    if null:
+        for j in range(d_extension):
+            gap = pre_P[first_extension + j] + bias_P[first_extension + j] - largest_base
+            values[size], indices[size] = gap * gap, latent + j
+            size += gap > 0 and gap * gap > 0 and gap * gap >= least
     return size
 
 
 @njit(**PLAIN)
-def _product(pre_P, bias_P, latent, d_base, d_extension):
-    head = latent // (d_base * d_extension)
-    cell = latent - head * d_base * d_extension
+def _parents(pre_P, bias_P, latent, d_base, d_extension, null):
+    """Return the rows of both parents and which of them is absent (0 neither, 1 the extension, 2 the base).
+
+    The row of an absent one is that of its head's largest.
+    """
+    cells = (d_base + null) * (d_extension + null) - null
+    head = latent // cells
+    cell = latent - head * cells
     row = head * (d_base + d_extension)
-    base = row + cell // d_extension
-    extension = row + d_base + cell % d_extension
-    zero = pre_P.dtype.type(0)
-    return max(zero, pre_P[base] + bias_P[base]) * max(zero, pre_P[extension] + bias_P[extension])
+    i = cell // (d_extension + null)
+    base, extension, absent = row + i, row + d_base + cell - i * (d_extension + null), 0
+    if null and extension == row + d_base + d_extension:
+        extension, absent = _largest_row(pre_P, bias_P, row + d_base, row + d_base + d_extension), 1
+    elif null and i == d_base:
+        base, absent = _largest_row(pre_P, bias_P, row, row + d_base), 2
+    return base, extension, absent
 
 
 @njit(**PLAIN)
-def _write(pre_P, bias_P, indices, d_base, d_extension, out_index, out_row, out_pre):
+def _key(pre_P, bias_P, latent, d_base, d_extension, null):
+    """Return what ranks a latent: ``relu(u) relu(v)``, or for one parent w alone ``relu(w - relu(rival))^2``."""
+    base, extension, absent = _parents(pre_P, bias_P, latent, d_base, d_extension, null)
+    zero = pre_P.dtype.type(0)
+    u, v = max(zero, pre_P[base] + bias_P[base]), max(zero, pre_P[extension] + bias_P[extension])
+    if absent == 0:
+        return u * v
+    gap = u - v if absent == 1 else v - u
+    return gap * gap if gap > 0 else zero
+
+
+@njit(**PLAIN)
+def _write(pre_P, bias_P, indices, d_base, d_extension, null, out_index, out_row, out_pre):
     """Write the chosen latents, their parents' rows (bases, then extensions) and their parents' values."""
     k = len(indices)
-    cells = d_base * d_extension
     for n in range(k):
-        latent = indices[n]
-        head = latent // cells
-        cell = latent - head * cells
-        row = head * (d_base + d_extension)
-        i = cell // d_extension
-        base = row + i
-        extension = row + d_base + cell - i * d_extension
-        out_index[n] = latent
+        base, extension, _ = _parents(pre_P, bias_P, indices[n], d_base, d_extension, null)
+        out_index[n] = indices[n]
         out_row[n] = base
         out_row[k + n] = extension
         out_pre[n] = pre_P[base] + bias_P[base]
@@ -240,11 +290,11 @@ def _write(pre_P, bias_P, indices, d_base, d_extension, out_index, out_row, out_
 
 @njit(**PLAIN)
 def kronecker_topk(
-    start, stop, pre_BP, bias_P, best_BH, d_base, d_extension, out_index_BK, out_row_BR, out_pre_BR
+    start, stop, pre_BP, bias_P, best_BH, d_base, d_extension, null, out_index_BK, out_row_BR, out_pre_BR
 ):  # fmt: skip
-    """Select the k largest products of each token, by value, then smaller index; zeros fill up by index."""
+    """Select the k largest keys of each token, by value, then smaller index; zeros fill up by index."""
     k = out_index_BK.shape[1]
-    cells = best_BH.shape[1] * d_base * d_extension
+    cells = best_BH.shape[1] * ((d_base + null) * (d_extension + null) - null)
     values = np.empty(cells + 1, pre_BP.dtype)  # one more than there are: written, never kept
     indices = np.empty(max(k, cells + 1), np.int64)
     for b in range(start, stop):
@@ -253,20 +303,20 @@ def kronecker_topk(
         size = 0
         for head in range(len(best_H)):
             if best_H[head] >= least and best_H[head] > 0:
-                size = _list_head(pre_P, bias_P, head, d_base, d_extension, least, values, indices, size)
+                size = _list_head(pre_P, bias_P, head, d_base, d_extension, null, least, values, indices, size)
         size = _keep_best(values, indices, size, k, least)
         latent = 0
         while size < k:
-            if not _product(pre_P, bias_P, latent, d_base, d_extension) > 0:
+            if not _key(pre_P, bias_P, latent, d_base, d_extension, null) > 0:
                 indices[size] = latent
                 size += 1
             latent += 1
-        _write(pre_P, bias_P, indices[:k], d_base, d_extension, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
+        _write(pre_P, bias_P, indices[:k], d_base, d_extension, null, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
 
 
 @njit(**PLAIN)
 def kronecker_topk_among(
-    start, stop, pre_BP, bias_P, best_BH, d_base, d_extension, latents_C, ends_H,
+    start, stop, pre_BP, bias_P, best_BH, d_base, d_extension, null, latents_C, ends_H,
     out_index_BK, out_row_BR, out_pre_BR,
 ):  # fmt: skip
     """Select as `kronecker_topk` from the sorted ``latents`` only; those of head h end at ``ends[h]``.
@@ -284,17 +334,17 @@ def kronecker_topk_among(
             last = ends_H[head]
             if last > first and best_H[head] > 0 and (size < k or best_H[head] > values[0]):
                 for c in range(first, last):
-                    product = _product(pre_P, bias_P, latents_C[c], d_base, d_extension)
-                    if product > 0:
-                        size = _offer(values, indices, size, product, latents_C[c])
+                    key = _key(pre_P, bias_P, latents_C[c], d_base, d_extension, null)
+                    if key > 0:
+                        size = _offer(values, indices, size, key, latents_C[c])
             first = last
         c = 0
         while size < k:
-            if not _product(pre_P, bias_P, latents_C[c], d_base, d_extension) > 0:
+            if not _key(pre_P, bias_P, latents_C[c], d_base, d_extension, null) > 0:
                 indices[size] = latents_C[c]
                 size += 1
             c += 1
-        _write(pre_P, bias_P, indices, d_base, d_extension, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
+        _write(pre_P, bias_P, indices, d_base, d_extension, null, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
 
 
 @njit(**PLAIN)
@@ -353,111 +403,7 @@ def products_from(start, stop, pre_BP, bias_P, d_base, d_extension, best_BH, lea
 
 
 @njit(**PLAIN)
-def pairs_at(start, stop, pre_BP, bias_P, d_base, d_extension, index_BK, out_index_BK, out_row_BR, out_pre_BR):
+def pairs_at(start, stop, pre_BP, bias_P, d_base, d_extension, null, index_BK, out_index_BK, out_row_BR, out_pre_BR):
     """Write the given latents, their parents' rows and their parents' values."""
     for b in range(start, stop):
-        _write(pre_BP[b], bias_P, index_BK[b], d_base, d_extension, out_index_BK[b], out_row_BR[b], out_pre_BR[b])
-
-
-LANES = 1024
-
-
-@njit(**PLAIN)
-def _lane_maxima(pre_F, bias_F, best_L):
-    """Compute ``best[l] = max(0, max of pre + bias over the latents congruent to l modulo LANES)``.
-
-    One vectorised pass computes all lanes (134 MB in 8 ms; maxima of contiguous blocks took 20 ms).
-    """
-    width = len(pre_F)
-    best_L[:] = 0
-    for first in range(0, width, LANES):
-        for lane in range(min(LANES, width - first)):
-            value = pre_F[first + lane] + bias_F[first + lane]
-            best_L[lane] = value if value > best_L[lane] else best_L[lane]
-
-
-@njit(**PLAIN)
-def lane_maxima(start, stop, pre_BF, bias_F, best_BL):
-    """Compute the lane maxima of each token, which bound lanes as `head_maxima` with ``multiplied`` bounds heads."""
-    for b in range(start, stop):
-        _lane_maxima(pre_BF[b], bias_F, best_BL[b])
-
-
-@njit(**PLAIN)
-def topk(start, stop, pre_BF, bias_F, out_value_BK, out_index_BK):
-    """Select the k largest of ``relu(pre + bias)`` per token, as `kronecker_topk` with lanes in place of heads."""
-    width = pre_BF.shape[1]
-    k = out_index_BK.shape[1]
-    values = np.empty(width + 1, pre_BF.dtype)  # one more than there are: written, never kept
-    indices = np.empty(width + 1, np.int64)
-    best_L = np.empty(min(LANES, width), pre_BF.dtype)
-    for b in range(start, stop):
-        pre_F = pre_BF[b]
-        _lane_maxima(pre_F, bias_F, best_L)
-        least = _lower_bound(best_L, k)
-        size = 0
-        for lane in range(len(best_L)):
-            if best_L[lane] >= least and best_L[lane] > 0:
-                for f in range(lane, width, LANES):
-                    value = pre_F[f] + bias_F[f]
-                    values[size], indices[size] = value, f
-                    size += value > 0 and value >= least
-        size = _keep_best(values, indices, size, k, least)
-        f = 0
-        while size < k:
-            if not pre_F[f] + bias_F[f] > 0:
-                indices[size] = f
-                size += 1
-            f += 1
-        for n in range(k):
-            out_index_BK[b, n] = indices[n]
-            out_value_BK[b, n] = pre_F[indices[n]] + bias_F[indices[n]]
-
-
-_BLOCK = 32
-
-
-@njit(**PLAIN)
-def above(start, stop, pre_BF, bias_F, thresholds_F, counts_B):
-    """Return the latents whose outputs ``pre + bias`` are above their thresholds, and these outputs.
-
-    Ordered by token, then latent; ``counts[b]`` is set to the number of token b. A vectorised loop counts the hits
-    of each block of `_BLOCK` latents; only blocks with a hit are scanned one by one.
-    """
-    width = pre_BF.shape[1]
-    values_N = np.empty(64 * (stop - start), pre_BF.dtype)
-    latents_N = np.empty(len(values_N), np.int64)
-    size = 0
-    for b in range(start, stop):
-        pre_F = pre_BF[b]
-        before = size
-        for s in range(-(-width // _BLOCK)):
-            first = s * _BLOCK
-            count = 0
-            for j in range(min(_BLOCK, width - first)):
-                count += pre_F[first + j] + bias_F[first + j] > thresholds_F[first + j]
-            if size + count > len(values_N):
-                values_N, latents_N = _longer(values_N, size + count), _longer(latents_N, size + count)
-            f = first
-            while count > 0:
-                value = pre_F[f] + bias_F[f]
-                if value > thresholds_F[f]:
-                    values_N[size], latents_N[size] = value, f
-                    size += 1
-                    count -= 1
-                f += 1
-        counts_B[b] = size - before
-    return latents_N[:size], values_N[:size]
-
-
-@njit(**PLAIN)
-def lay_out(start, stop, ends_B, values_N, latents_N, out_value_BK, out_index_BK):
-    """Write the concatenated lists of all tokens as one row per token, filled up with latent 0 and value 0."""
-    for b in range(start, stop):
-        first = ends_B[b - 1] if b > 0 else 0
-        size = ends_B[b] - first
-        for n in range(size):
-            out_value_BK[b, n] = values_N[first + n]
-            out_index_BK[b, n] = latents_N[first + n]
-        out_value_BK[b, size:] = 0
-        out_index_BK[b, size:] = 0
+        _write(pre_BP[b], bias_P, index_BK[b], d_base, d_extension, null, out_index_BK[b], out_row_BR[b], out_pre_BR[b])

@@ -239,15 +239,16 @@ def kronecker_linear_topk(
     bias_HP: Float[Tensor, "H P"],
     d_base: int,
     choices: Sequence[Choice],
+    null: bool = False,
 ) -> list[ChosenPairs]:
-    """Compute ``x W^T`` and make several choices from its heads.
+    """Compute ``x W^T`` and make several choices from its heads, ranked by products; ``null``: by `NULL_PRODUCTS`.
 
     The B x H x P pre-latents exist one chunk at a time. The values of the selected pairs are differentiable with
     respect to x, weight and bias.
     """
     with torch.no_grad():
         operation = choose("kronecker_linear_topk", weight_HPD)
-        results: list[ChosenPairs] = operation(x_BD, weight_HPD, bias_HP, d_base, choices)
+        results: list[ChosenPairs] = operation(x_BD, weight_HPD, bias_HP, d_base, choices, null)
     if not torch.is_grad_enabled():
         return results
     weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kronsae.kernels import _compiled_pursuit, _compiled_rows, _compiled_selection, portable
+from kronsae.kernels import _compiled_dense, _compiled_pursuit, _compiled_rows, _compiled_selection, portable
 from kronsae.kernels.portable import PRODUCT_ELEMENTS, inverse_norms, join_inputs, pad_selection
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import (
@@ -27,6 +27,7 @@ from kronsae.kernels.selection import (
     KroneckerSelection,
     Pursued,
     PursuitRounds,
+    cells_per_head,
 )
 from kronsae.kernels.threads import run_parts, split_by_work, split_evenly
 from kronsae.support.tensors import ALIGNMENT_BYTES
@@ -107,7 +108,7 @@ def _choose_from(pre_BHP: Tensor, d_base: int, choice: Choice) -> ChosenPairs:
     bias_P = np.zeros(heads * width, _to_numpy(pre_BHP[:0]).dtype)
     pre_BP = _to_numpy(pre_BHP).reshape(tokens, heads * width)
     best_BH = _head_bounds(pre_BP, bias_P, heads, d_base)
-    _select(pre_BP, bias_P, best_BH, d_base, choice, chosen)
+    _select(pre_BP, bias_P, best_BH, d_base, False, choice, chosen)
     return chosen
 
 
@@ -117,9 +118,9 @@ def _allocate_choice(tokens: int, k: int, dtype: torch.dtype) -> ChosenPairs:
     return ChosenPairs(selection, rows_BR, torch.empty(tokens, 2 * k, dtype=dtype))
 
 
-def _head_bounds(pre_BP: Array, bias_P: Array, heads: int, d_base: int) -> Array:
+def _head_bounds(pre_BP: Array, bias_P: Array, heads: int, d_base: int, null: bool = False) -> Array:
     best_BH: Array = np.empty((len(pre_BP), heads), pre_BP.dtype)
-    kernel = _compiled_selection.head_maxima(d_base, len(bias_P) // heads - d_base, True)
+    kernel = _compiled_selection.head_maxima(d_base, len(bias_P) // heads - d_base, True, null)
     run_parts(kernel, split_evenly(len(pre_BP)), pre_BP, bias_P, best_BH, best_BH)
     return best_BH
 
@@ -135,16 +136,18 @@ def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Ten
     return base_BH, extension_BH
 
 
-def _select(pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, choice: Choice, chosen: ChosenPairs) -> None:
+def _select(
+    pre_BP: Array, bias_P: Array, best_BH: Array, d_base: int, null: bool, choice: Choice, chosen: ChosenPairs
+) -> None:
     heads = best_BH.shape[1]
     d_extension = len(bias_P) // heads - d_base
     outputs = (_to_numpy(chosen.selection.indices_BK), _to_numpy(chosen.rows_BR), _to_numpy(chosen.pre_BR))
-    shared = (pre_BP, bias_P, best_BH, d_base, d_extension)
+    shared = (pre_BP, bias_P, best_BH, d_base, d_extension, int(null))
     if choice.latents_C is None:
         run_parts(_compiled_selection.kronecker_topk, split_evenly(len(pre_BP)), *shared, *outputs)
         return
     latents_C = np.sort(_to_numpy(choice.latents_C))
-    ends_H = np.searchsorted(latents_C, (1 + np.arange(heads)) * (d_base * d_extension))
+    ends_H = np.searchsorted(latents_C, (1 + np.arange(heads)) * cells_per_head(d_base, d_extension, null))
     run_parts(_compiled_selection.kronecker_topk_among, split_evenly(len(pre_BP)), *shared, latents_C, ends_H, *outputs)
 
 
@@ -154,17 +157,18 @@ def kronecker_linear_topk(
     bias_HP: Float[Tensor, "H P"],
     d_base: int,
     choices: Sequence[Choice],
+    null: bool = False,
 ) -> list[ChosenPairs]:
     """Make several selections from the heads of ``x W^T + b``; the products are in one reused buffer."""
     heads, tokens = len(weight_HPD), len(x_BD)
     weight_PD, bias_P = weight_HPD.flatten(0, 1), _to_numpy(bias_HP.flatten())
     results = [_allocate_choice(tokens, choice.k, x_BD.dtype) for choice in choices]
     for part, pre_BP in _products(x_BD, weight_PD):
-        best_BH = _head_bounds(pre_BP, bias_P, heads, d_base)
+        best_BH = _head_bounds(pre_BP, bias_P, heads, d_base, null)
         for choice, (selection, rows_BR, pre_BR) in zip(choices, results, strict=True):
             own = KroneckerSelection(*(tensor[part] for tensor in selection))
             chosen = ChosenPairs(own, rows_BR[part], pre_BR[part])
-            _select(pre_BP, bias_P, best_BH, d_base, choice, chosen)
+            _select(pre_BP, bias_P, best_BH, d_base, null, choice, chosen)
     return results
 
 
@@ -192,7 +196,8 @@ def kronecker_above(
     """
     thresholds_F = thresholds_F.clamp_min(0).to(pre_BHP.dtype)
     nothing = composition.function(*thresholds_F.new_zeros(2, 1))
-    if composition.least_product is None or bool(nothing > thresholds_F.min()):
+    pairs_only = composition.alone is None
+    if composition.least_product is None or not pairs_only or bool(nothing > thresholds_F.min()):
         return portable.kronecker_above(pre_BHP, d_base, thresholds_F, composition)
     least_F = _to_numpy(composition.least_product(thresholds_F).clamp_min(0))
     tokens_N, latents_N, u_N, v_N = map(torch.from_numpy, _find_products_from(pre_BHP, d_base, least_F))
@@ -215,9 +220,9 @@ def _find_products_from(
 
 
 def pairs_at(
-    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
+    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int, null: bool = False
 ) -> ChosenPairs:
-    """Return the latents with their parents' rows and values."""
+    """Return the latents with their parents' rows and values; ``null``: with null symbols."""
     chosen = _allocate_choice(len(indices_BK), indices_BK.shape[1], pre_BP.dtype)
     outputs = (_to_numpy(chosen.selection.indices_BK), _to_numpy(chosen.rows_BR), _to_numpy(chosen.pre_BR))
     bias_P = np.zeros(pre_BP.shape[1], _to_numpy(pre_BP[:0]).dtype)
@@ -229,6 +234,7 @@ def pairs_at(
         bias_P,
         d_base,
         d_extension,
+        int(null),
         _to_numpy(indices_BK),
         *outputs,
     )
@@ -257,7 +263,7 @@ def linear_topk(
     bias = _to_numpy(bias_P)
     for part, pre_BP in _products(x_BD, weight_PD):
         outputs = (_to_numpy(values_BK[part]), _to_numpy(rows_BK[part]))
-        run_parts(_compiled_selection.topk, split_evenly(len(pre_BP)), pre_BP, bias, *outputs)
+        run_parts(_compiled_dense.topk, split_evenly(len(pre_BP)), pre_BP, bias, *outputs)
     return values_BK, rows_BK
 
 
@@ -285,8 +291,8 @@ def linear_batch_topk(
     best = _concatenate([], x_BD.dtype)
     least = bias.dtype.type(0)
     for part, pre_BP in _products(x_BD, weight_PD):
-        lanes_BL = np.empty((len(pre_BP), min(_compiled_selection.LANES, len(bias))), bias.dtype)
-        run_parts(_compiled_selection.lane_maxima, split_evenly(len(pre_BP)), pre_BP, bias, lanes_BL)
+        lanes_BL = np.empty((len(pre_BP), min(_compiled_dense.LANES, len(bias))), bias.dtype)
+        run_parts(_compiled_dense.lane_maxima, split_evenly(len(pre_BP)), pre_BP, bias, lanes_BL)
         least = max(least, _kth_largest(lanes_BL.ravel(), total))
         just_below = np.full(len(bias), np.nextafter(least, bias.dtype.type(0)))
         best = _concatenate([best, _find_above(part, pre_BP, bias, just_below)], x_BD.dtype)
@@ -323,7 +329,7 @@ def _run_lists(
 
 
 def _find_above(part: slice, pre_BP: Array, bias_P: Array, thresholds_P: Array) -> _Outputs:
-    return _Outputs(*_run_lists(_compiled_selection.above, part.start, len(pre_BP), pre_BP, bias_P, thresholds_P))
+    return _Outputs(*_run_lists(_compiled_dense.above, part.start, len(pre_BP), pre_BP, bias_P, thresholds_P))
 
 
 def _concatenate(found: Sequence[_Outputs], dtype: torch.dtype) -> _Outputs:
@@ -339,7 +345,7 @@ def _pad_outputs(found: _Outputs, tokens: int) -> tuple[Tensor, Tensor]:
     values_BK = torch.from_numpy(np.empty((tokens, width), found.values_N.dtype))
     outputs = (values_BK.numpy(), rows_BK.numpy())
     run_parts(
-        _compiled_selection.lay_out, split_evenly(tokens), np.cumsum(counts_B), found.values_N, found.rows_N, *outputs
+        _compiled_dense.lay_out, split_evenly(tokens), np.cumsum(counts_B), found.values_N, found.rows_N, *outputs
     )
     return values_BK, rows_BK
 

@@ -3,6 +3,9 @@
 The rule: `gpu` for CUDA tensors if Triton is installed, `cpu` for CPU tensors of float32 or float64 if numba is, else
 `portable`. ``with kernels.use("portable"):`` or ``KRONSAE_KERNELS=portable`` forces a path. A forced path that cannot
 run an operation raises an error; there is no fallback.
+
+Heads with null symbols are selected per token by loops of their own on `cpu` and in plain PyTorch (that of `portable`)
+on `gpu`; for a batch or above thresholds, in plain PyTorch on both.
 """
 
 from __future__ import annotations

@@ -233,9 +233,13 @@ def kronecker_linear_topk(
     bias_HP: Float[Tensor, "H P"],
     d_base: int,
     choices: Sequence[Choice],
+    null: bool = False,
 ) -> list[ChosenPairs]:
-    """Make several selections from the heads of ``x W^T + b``; cuBLAS computes the product chunk by chunk."""
-    return portable.choose_in_chunks(x_BD, weight_HPD, bias_HP, d_base, choices, kronecker_topk)
+    """Make several selections from the heads of ``x W^T + b``; cuBLAS computes the product chunk by chunk.
+
+    Heads with null symbols (``null``) are selected by `portable`, as are listed latents.
+    """
+    return portable.choose_in_chunks(x_BD, weight_HPD, bias_HP, d_base, choices, null, kronecker_topk)
 
 
 @triton.jit

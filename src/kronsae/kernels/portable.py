@@ -13,6 +13,8 @@ from torch.nn.functional import pad as pad_columns
 
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import (
+    NULL_PRODUCTS,
+    PRODUCTS,
     BatchSelection,
     Choice,
     ChosenPairs,
@@ -20,8 +22,10 @@ from kronsae.kernels.selection import (
     KroneckerSelection,
     Pursued,
     PursuitRounds,
+    cells_per_head,
     pad,
     parents,
+    parents_at,
 )
 
 CHUNK_ELEMENTS = 2**22  # largest temporary: 16 MB of fp32, about the size above which the CPU's caches stop helping
@@ -44,45 +48,70 @@ def head_maxima(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> tuple[Float[Ten
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
-    """Select the k largest products exactly, using the head maxima (proof: README of this folder).
-
-    For a head outside the k heads of largest ``max(p) * max(q)``, each of those k heads holds a product at least as
-    large as any of its own. So only those k heads are expanded.
-    """
-    heads, width = pre_BHP.shape[1:]
-    d_extension = width - d_base
-    expanded = min(k, heads)
-    chunk = max(1, CHUNK_ELEMENTS // (expanded * d_base * d_extension))
-    indices = [_topk_chunk(part, d_base, k, expanded) for part in pre_BHP.split(chunk)]
-    return parents(torch.cat(indices), d_base, d_extension)
-
-
-def _topk_chunk(pre_BHP: Tensor, d_base: int, k: int, expanded: int) -> Tensor:
-    d_extension = pre_BHP.shape[-1] - d_base
-    heads_BE = _head_bounds(pre_BHP, d_base).topk(expanded, dim=1, sorted=False).indices
-    chosen_BEP = pre_BHP.gather(1, heads_BE.unsqueeze(-1).expand(-1, -1, pre_BHP.shape[-1])).relu()
-    products_BEMN = chosen_BEP[..., :d_base, None] * chosen_BEP[..., None, d_base:]
-    flat_BK = products_BEMN.flatten(1).topk(k, dim=1, sorted=False).indices
-    cells = d_base * d_extension
-    return heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells
-
-
-def _head_bounds(pre_BHP: Tensor, d_base: int) -> Tensor:
-    largest_base_BH, largest_extension_BH = head_maxima(pre_BHP, d_base)
-    return largest_base_BH * largest_extension_BH
+    """Select the k largest products exactly."""
+    return parents(topk(pre_BHP, d_base, Choice(k), PRODUCTS), d_base, pre_BHP.shape[-1] - d_base)
 
 
 def kronecker_topk_among(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int, latents_C: Int[Tensor, " C"]
 ) -> KroneckerSelection:
     """Select the k largest products among the given latents exactly (AuxK: the dead latents); ``k <= C``."""
-    d_extension = pre_BHP.shape[-1] - d_base
-    _, base_rows_C, extension_rows_C = parents(latents_C, d_base, d_extension)
-    chosen = []
-    for part in pre_BHP.flatten(1).split(max(1, CHUNK_ELEMENTS // len(latents_C))):
-        products_BC = part[:, base_rows_C].relu_() * part[:, extension_rows_C].relu_()
-        chosen.append(latents_C[products_BC.topk(k, dim=1, sorted=False).indices])
-    return parents(torch.cat(chosen), d_base, d_extension)
+    return parents(topk(pre_BHP, d_base, Choice(k, latents_C), PRODUCTS), d_base, pre_BHP.shape[-1] - d_base)
+
+
+def topk(
+    pre_BHP: Float[Tensor, "B H P"],
+    d_base: int,
+    choice: Choice,
+    composition: Composition,
+    maxima: Callable[[Tensor, int], tuple[Tensor, Tensor]] = head_maxima,
+) -> Int[Tensor, "B K"]:
+    """Return the k largest compositions of each token exactly, using the head maxima (proof: README of this folder).
+
+    For a head outside the k heads of the largest bound, each of those k heads holds a composition at least as large as
+    any of its own. So only those k heads are expanded. Among listed latents, all of these are computed.
+    """
+    heads, width = pre_BHP.shape[1:]
+    cells = cells_per_head(d_base, width - d_base, composition.alone is not None)
+    if choice.latents_C is not None:
+        return torch.cat([
+            choice.latents_C[z_BC.topk(choice.k, dim=1, sorted=False).indices]
+            for z_BC in _listed(pre_BHP, d_base, choice.latents_C, composition)
+        ])  # fmt: skip
+    expanded = heads if composition.order == "none" else min(choice.k, heads)
+    found = []
+    for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // (expanded * cells))):
+        heads_BE = torch.arange(heads, device=pre_BHP.device).expand(len(part_BHP), heads)
+        if expanded < heads:
+            bounds_BH = best_of_head(*maxima(part_BHP, d_base), composition)
+            heads_BE = bounds_BH.topk(expanded, dim=1, sorted=False).indices
+            part_BHP = part_BHP.gather(1, heads_BE.unsqueeze(-1).expand(-1, -1, width))
+        flat_BK = cells_of(part_BHP, d_base, composition).flatten(1).topk(choice.k, dim=1, sorted=False).indices
+        found.append(heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells)
+    return torch.cat(found)
+
+
+def _listed(pre_BHP: Tensor, d_base: int, latents_C: Tensor, composition: Composition) -> Iterator[Tensor]:
+    """Yield the compositions of the listed latents, in chunks of tokens; with null symbols, cut from those of all."""
+    if composition.alone is not None:
+        cells = cells_per_head(d_base, pre_BHP.shape[-1] - d_base, True)
+        for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // (pre_BHP.shape[1] * cells))):
+            yield cells_of(part_BHP, d_base, composition).flatten(1)[:, latents_C]
+        return
+    _, base_rows_C, extension_rows_C = parents(latents_C, d_base, pre_BHP.shape[-1] - d_base)
+    for part_BP in pre_BHP.flatten(1).split(max(1, CHUNK_ELEMENTS // len(latents_C))):
+        yield composition.function(part_BP[:, base_rows_C], part_BP[:, extension_rows_C])
+
+
+def best_of_head(
+    base_BH: Float[Tensor, "B H"], extension_BH: Float[Tensor, "B H"], composition: Composition
+) -> Float[Tensor, "B H"]:
+    """Return the largest composition of each head, from its largest base and its largest extension."""
+    best_BH = composition.function(base_BH, extension_BH)
+    if composition.alone is None:
+        return best_BH
+    alone_BH = torch.maximum(composition.alone(base_BH, extension_BH), composition.alone(extension_BH, base_BH))
+    return torch.maximum(best_BH, alone_BH)
 
 
 def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: int) -> BatchSelection:
@@ -90,9 +119,9 @@ def kronecker_batch_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, total: in
     tokens, heads, width = pre_BHP.shape
     d_extension = width - d_base
     expanded = min(total, tokens * heads)
-    pairs_E = _head_bounds(pre_BHP, d_base).flatten().topk(expanded, sorted=False).indices.sort().values
-    chosen_EP = pre_BHP.flatten(0, 1)[pairs_E].relu()
-    products = (chosen_EP[:, :d_base, None] * chosen_EP[:, None, d_base:]).flatten()
+    bounds_BH = best_of_head(*head_maxima(pre_BHP, d_base), PRODUCTS)
+    pairs_E = bounds_BH.flatten().topk(expanded, sorted=False).indices.sort().values
+    products = cells_of(pre_BHP.flatten(0, 1)[pairs_E], d_base, PRODUCTS).flatten()
     best = products.topk(min(total, len(products)), sorted=False).indices.sort().values
     best = best[products[best] > 0]
     cells = d_base * d_extension
@@ -114,7 +143,7 @@ def kronecker_above(
     Only heads that can contain one are expanded: an ordered composition is largest where its parents are.
     """
     heads, width = pre_BHP.shape[1:]
-    cells = d_base * (width - d_base)
+    cells = cells_per_head(d_base, width - d_base, composition.alone is not None)
     thresholds_HC = thresholds_F.clamp_min(0).view(heads, cells)
     lowest_H = thresholds_HC.amin(1)
     none_N = torch.zeros(0, dtype=torch.int64, device=pre_BHP.device)
@@ -122,7 +151,7 @@ def kronecker_above(
     for part_BHP in pre_BHP.split(max(1, CHUNK_ELEMENTS // heads)):
         can_BH = torch.ones(part_BHP.shape[:2], dtype=torch.bool, device=pre_BHP.device)
         if composition.order != "none":
-            can_BH = composition.function(*head_maxima(part_BHP, d_base)) > lowest_H
+            can_BH = best_of_head(*head_maxima(part_BHP, d_base), composition) > lowest_H
         for pairs_E2 in can_BH.nonzero().split(max(1, CHUNK_ELEMENTS // cells)):
             token_E, head_E = pairs_E2.unbind(1)
             on_EC = cells_of(part_BHP[token_E, head_E], d_base, composition) > thresholds_HC[head_E]
@@ -134,15 +163,20 @@ def kronecker_above(
 
 
 def cells_of(pre: Float[Tensor, "... P"], d_base: int, composition: Composition) -> Float[Tensor, "... C"]:
-    """Return all compositions of each head, ``[..., P] -> [..., M * N]``."""
-    return composition.function(pre[..., :d_base, None], pre[..., None, d_base:]).flatten(-2)
+    """Return all compositions of each head, ``[..., P] -> [..., C]``: base by base, its pairs and then it alone."""
+    u, v = pre[..., :d_base], pre[..., d_base:]
+    pairs = composition.function(u.unsqueeze(-1), v.unsqueeze(-2))
+    if composition.alone is None:
+        return pairs.flatten(-2)
+    bases, extensions = composition.alone(u, v.amax(-1, keepdim=True)), composition.alone(v, u.amax(-1, keepdim=True))
+    return torch.cat([torch.cat([pairs, bases.unsqueeze(-1)], dim=-1).flatten(-2), extensions], dim=-1)
 
 
 def pairs_at(
-    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
+    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int, null: bool = False
 ) -> ChosenPairs:
-    """Return the latents with their parents' rows and values."""
-    selection = parents(indices_BK, d_base, d_extension)
+    """Return the latents with their parents' rows and values; ``null``: with null symbols (`parents_at`)."""
+    selection = parents_at(pre_BP, indices_BK, d_base, d_extension, null)
     rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
     return ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR))
 
@@ -153,9 +187,10 @@ def kronecker_linear_topk(
     bias_HP: Float[Tensor, "H P"],
     d_base: int,
     choices: Sequence[Choice],
+    null: bool = False,
 ) -> list[ChosenPairs]:
     """Make several selections from the heads of ``x W^T + b``; the B x H x P products exist one chunk at a time."""
-    return choose_in_chunks(x_BD, weight_HPD, bias_HP, d_base, choices, kronecker_topk)
+    return choose_in_chunks(x_BD, weight_HPD, bias_HP, d_base, choices, null, kronecker_topk)
 
 
 def choose_in_chunks(
@@ -164,19 +199,21 @@ def choose_in_chunks(
     bias_HP: Tensor,
     d_base: int,
     choices: Sequence[Choice],
-    topk: Callable[[Tensor, int, int], KroneckerSelection],
+    null: bool,
+    among_all: Callable[[Tensor, int, int], KroneckerSelection],
 ) -> list[ChosenPairs]:
-    """Run `kronecker_linear_topk` with ``topk`` as the selection among all latents."""
+    """Run `kronecker_linear_topk`; ``among_all`` selects among all latents unless heads have null symbols."""
     heads, width, _ = weight_HPD.shape
     weight_PD, bias_P = weight_HPD.flatten(0, 1), bias_HP.flatten()
     parts: list[list[ChosenPairs]] = [[] for _ in choices]
     for _, pre_BP in product_chunks(x_BD, weight_PD, bias_P):
         pre_BHP = pre_BP.view(-1, heads, width)
-        for (k, latents_C), chosen in zip(choices, parts, strict=True):
-            selection = (
-                topk(pre_BHP, d_base, k) if latents_C is None else kronecker_topk_among(pre_BHP, d_base, k, latents_C)
-            )
-            chosen.append(pairs_at(pre_BP, selection.indices_BK, d_base, width - d_base))
+        for choice, chosen in zip(choices, parts, strict=True):
+            if choice.latents_C is None and not null:
+                indices_BK = among_all(pre_BHP, d_base, choice.k).indices_BK
+            else:
+                indices_BK = topk(pre_BHP, d_base, choice, NULL_PRODUCTS if null else PRODUCTS)
+            chosen.append(pairs_at(pre_BP, indices_BK, d_base, width - d_base, null))
     return [_join(chosen) for chosen in parts]
 
 

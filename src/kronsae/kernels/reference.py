@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import (
+    NULL_PRODUCTS,
+    PRODUCTS,
     BatchSelection,
     Choice,
     ChosenPairs,
@@ -21,6 +23,7 @@ from kronsae.kernels.selection import (
     Pursued,
     PursuitRounds,
     parents,
+    parents_at,
 )
 
 
@@ -42,6 +45,19 @@ def kronecker_products(pre_BHP: Float[Tensor, "B H P"], d_base: int) -> Float[Te
     base_BHM, extension_BHN = pre_BHP.relu().split([d_base, pre_BHP.shape[-1] - d_base], dim=-1)
     products_BHMN: Tensor = base_BHM.unsqueeze(-1) * extension_BHN.unsqueeze(-2)
     return products_BHMN
+
+
+def all_cells(pre_BHP: Float[Tensor, "B H P"], d_base: int, composition: Composition) -> Float[Tensor, "B F"]:
+    """Return every composition; with null symbols, of a grid of (M + 1) x (N + 1) cells per head without its last."""
+    u_BHM, v_BHN = pre_BHP.split([d_base, pre_BHP.shape[-1] - d_base], dim=-1)
+    pairs_BHMN = composition.function(u_BHM.unsqueeze(-1), v_BHN.unsqueeze(-2))
+    if composition.alone is None:
+        return pairs_BHMN.flatten(1)
+    grid = pairs_BHMN.new_zeros(*pre_BHP.shape[:2], d_base + 1, v_BHN.shape[-1] + 1)
+    grid[..., :-1, :-1] = pairs_BHMN
+    grid[..., :-1, -1] = composition.alone(u_BHM, v_BHN.amax(-1, keepdim=True))
+    grid[..., -1, :-1] = composition.alone(v_BHN, u_BHM.amax(-1, keepdim=True))
+    return grid.flatten(2)[..., :-1].flatten(1)
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
@@ -70,7 +86,7 @@ def kronecker_above(
     pre_BHP: Float[Tensor, "B H P"], d_base: int, thresholds_F: Float[Tensor, " F"], composition: Composition
 ) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
     """Return token and latent of every positive composition above its latent's threshold, by token, then latent."""
-    z_BF = composition.function(pre_BHP[..., :d_base, None], pre_BHP[..., None, d_base:]).flatten(1)
+    z_BF = all_cells(pre_BHP, d_base, composition)
     tokens_N, latents_N = ((z_BF > 0) & (z_BF > thresholds_F)).nonzero(as_tuple=True)
     return tokens_N, latents_N
 
@@ -97,10 +113,10 @@ def _sorted_topk(values_BF: Tensor, k: int) -> Tensor:
 
 
 def pairs_at(
-    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int
+    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int, null: bool = False
 ) -> ChosenPairs:
-    """Return the latents with their parents' rows and values."""
-    selection = parents(indices_BK, d_base, d_extension)
+    """Return the latents with their parents' rows and values; ``null``: with null symbols (`parents_at`)."""
+    selection = parents_at(pre_BP, indices_BK, d_base, d_extension, null)
     rows_BR = torch.cat([selection.base_rows_BK, selection.extension_rows_BK], dim=1)
     return ChosenPairs(selection, rows_BR, pre_BP.gather(1, rows_BR))
 
@@ -111,17 +127,16 @@ def kronecker_linear_topk(
     bias_HP: Float[Tensor, "H P"],
     d_base: int,
     choices: Sequence[Choice],
+    null: bool = False,
 ) -> list[ChosenPairs]:
-    """Select as `kronecker_topk` and `kronecker_topk_among` from ``x W^T + b``."""
+    """Select the k largest from ``x W^T + b``, of all or of the listed latents; ties go to the smaller index."""
     pre_BHP = torch.einsum("bd,hpd->bhp", x_BD, weight_HPD) + bias_HP
+    z_BF = all_cells(pre_BHP, d_base, NULL_PRODUCTS if null else PRODUCTS)
     results = []
-    for choice in choices:
-        selection = (
-            kronecker_topk(pre_BHP, d_base, choice.k)
-            if choice.latents_C is None
-            else kronecker_topk_among(pre_BHP, d_base, choice.k, choice.latents_C)
-        )
-        results.append(pairs_at(pre_BHP.flatten(1), selection.indices_BK, d_base, pre_BHP.shape[-1] - d_base))
+    for k, latents_C in choices:
+        listed_C = torch.arange(z_BF.shape[1], device=z_BF.device) if latents_C is None else latents_C.sort().values
+        indices_BK = listed_C[_sorted_topk(z_BF[:, listed_C], k)]
+        results.append(pairs_at(pre_BHP.flatten(1), indices_BK, d_base, pre_BHP.shape[-1] - d_base, null))
     return results
 
 

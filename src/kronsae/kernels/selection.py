@@ -61,11 +61,48 @@ class Composition(NamedTuple):
 
     For order ``product``, ``least_product(theta)`` may give a lower bound: if the product of the parents is below it,
     the composition is not above theta, rounding included. A bound that is too low costs only time.
+
+    With ``alone``, heads have null symbols: one cell more per base and per extension, for it without the other parent.
+    ``alone(w, rival)`` is the value of a parent w whose largest possible partner is ``rival``. It must increase with w
+    and be at most 0 unless w is positive; a head's largest value is then still known from its two maxima.
     """
 
     order: Order
     function: Callable[[Tensor, Tensor], Tensor]
     least_product: Callable[[Tensor], Tensor] | None = None
+    alone: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def positive_product(u: Tensor, v: Tensor) -> Tensor:
+    """``relu(u) relu(v)``: what ranks the pairs of every composition of order ``product``."""
+    return u.relu() * v.relu()
+
+
+def squared_excess(w: Tensor, rival: Tensor) -> Tensor:
+    """``relu(w - relu(rival))^2``: ranks a parent alone beside the products of pairs, on the same squared scale."""
+    return (w - rival.relu()).relu().square()
+
+
+PRODUCTS = Composition("product", positive_product)
+NULL_PRODUCTS = Composition("product", positive_product, alone=squared_excess)
+
+
+def cells_per_head(d_base: int, d_extension: int, null: bool) -> int:
+    """Return the latents of a head: ``M N``, or ``(M + 1)(N + 1) - 1`` with null symbols."""
+    return (d_base + null) * (d_extension + null) - null
+
+
+def composed(
+    composition: Composition, u_BK: Tensor, v_BK: Tensor, indices_BK: Tensor, d_base: int, d_extension: int
+) -> Float[Tensor, "B K"]:
+    """Return the compositions of given latents from the values of their parents, which are those of `parents_at`."""
+    z_BK = composition.function(u_BK, v_BK)
+    if composition.alone is None:
+        return z_BK
+    cell_BK = indices_BK % cells_per_head(d_base, d_extension, True)
+    base_BK = cell_BK // (d_extension + 1)
+    z_BK = torch.where(cell_BK - base_BK * (d_extension + 1) == d_extension, composition.alone(u_BK, v_BK), z_BK)
+    return torch.where(base_BK == d_base, composition.alone(v_BK, u_BK), z_BK)
 
 
 class PursuitRounds(NamedTuple):
@@ -116,6 +153,28 @@ def parents(indices_BK: Int[Tensor, "... K"], d_base: int, d_extension: int) -> 
     base = cell // d_extension
     first_row = head * (d_base + d_extension)
     return KroneckerSelection(indices_BK, first_row + base, first_row + d_base + (cell - base * d_extension))
+
+
+def parents_at(
+    pre_BP: Float[Tensor, "B P"], indices_BK: Int[Tensor, "B K"], d_base: int, d_extension: int, null: bool
+) -> KroneckerSelection:
+    """Return the parents' rows; with null symbols, the absent parent's row is that of its head's largest.
+
+    With null symbols the index is ``h*C + i*(N+1) + j`` with ``C = (M+1)(N+1) - 1``: ``j = N`` is base i alone, whose
+    value depends on the head's largest extension; ``i = M`` is extension j alone. Of equal ones the first is taken.
+    """
+    if not null:
+        return parents(indices_BK, d_base, d_extension)
+    cells, width = cells_per_head(d_base, d_extension, null), d_base + d_extension
+    head_BK = indices_BK // cells
+    cell_BK = indices_BK - head_BK * cells
+    base_BK = cell_BK // (d_extension + 1)
+    extension_BK = cell_BK - base_BK * (d_extension + 1)
+    rows_BKP = (head_BK * width).unsqueeze(-1) + torch.arange(width, device=pre_BP.device)
+    pre_BKP = pre_BP.gather(1, rows_BKP.flatten(1)).view(rows_BKP.shape)
+    base_BK = torch.where(base_BK < d_base, base_BK, pre_BKP[..., :d_base].argmax(-1))
+    extension_BK = torch.where(extension_BK < d_extension, extension_BK, pre_BKP[..., d_base:].argmax(-1))
+    return KroneckerSelection(indices_BK, head_BK * width + base_BK, head_BK * width + d_base + extension_BK)
 
 
 def pad(

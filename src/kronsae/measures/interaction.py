@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 
 from kronsae.core.checks import check_count, check_seed
-from kronsae.core.encoders import KroneckerEncoder
+from kronsae.core.encoders import KroneckerEncoder, KroneckerEncoderConfig
 from kronsae.core.heads import head_grid
 from kronsae.core.normalization import Normalization
 from kronsae.core.sae import SAE, SAEConfig
@@ -164,7 +164,7 @@ def measure(
     reasons = {member.name: why for member in run.config.saes if (why := not_applicable(member))}
     if len(reasons) == len(run.config.saes):
         raise UserError(
-            "interaction must be measured on an SAE with a Kronecker encoder, which has heads; the run in "
+            "interaction must be measured on an SAE with a Kronecker encoder without null symbols; the run in "
             f"{run.folder} has none ({', '.join(reasons)}). Train one: kronsae train --sae 'kron ...'."
         )
     known = known_result(run.folder, NAME, settings)
@@ -178,7 +178,9 @@ def measure(
 
 def not_applicable(member: MemberConfig) -> str:
     """Return the reason why interaction does not apply to an SAE; ``""`` if it applies."""
-    if member.encoder.kind == "kronecker":
+    if isinstance(member.encoder, KroneckerEncoderConfig):
+        if member.encoder.null_symbols:
+            return "It does not apply to heads with null symbols: some of their latents have only one parent."
         return ""
     if head_grid(member.encoder) is not None:
         return "It does not apply to a switch encoder: each expert's heads see only the tokens routed to it."

@@ -244,14 +244,14 @@ W = load_file(hf_hub_download({json.dumps(repository)}, "saes/{first.name}/sae_w
 def plain_code(shape: SAEConfig) -> str | None:
     """Return lines of Python that give latents ``f`` and ``x_hat`` from activations ``x [B, d_in]`` and weights ``W``.
 
-    None for an architecture whose plain form would not be short: experts, other gates, pursuit.
+    None for an architecture whose plain form would not be short: experts, other gates, null symbols, pursuit.
     """
     encoder, sparsifier = shape.encoder, shape.sparsifier
     if shape.pursuit is not None:
         return None
     if isinstance(encoder, DenseEncoderConfig):
         lines = ['z = (x @ W["encoder.weight"].T + W["encoder.bias"]).relu()']
-    elif isinstance(encoder, KroneckerEncoderConfig) and encoder.gate in _GATES:
+    elif isinstance(encoder, KroneckerEncoderConfig) and encoder.gate in _GATES and not encoder.null_symbols:
         lines = [
             'pre = torch.einsum("bd,hpd->bhp", x, W["encoder.weight"]) + W["encoder.bias"]',
             f"u, v = pre.relu().split([{encoder.d_base}, {encoder.d_extension}], dim=-1)  # bases, extensions",

@@ -22,6 +22,7 @@ from kronsae.core.normalization import NormalizationName, is_foldable
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.pursuit import Pursuit, PursuitLearning
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
+from kronsae.kernels import cells_per_head
 from kronsae.support.errors import UserError, nearest
 from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.sparsity import SparsityConfig
@@ -109,6 +110,7 @@ class EncoderShape(TypedDict, total=False):
         d_extension: extensions per head N.
         gate: function that combines a base and an extension; default `mand`.
         init_norm: expected norm of an encoder row at initialisation.
+        null_symbols: whether a base or an extension may be absent (`KroneckerEncoderConfig`); default False.
     """
 
     d_sae: int | None
@@ -117,6 +119,7 @@ class EncoderShape(TypedDict, total=False):
     d_extension: int | None
     gate: GateName
     init_norm: float | None
+    null_symbols: bool
 
 
 class EncoderOptions(EncoderShape, TrainingOptions, total=False):
@@ -137,6 +140,7 @@ def kron(
     d_sae: int | None = None,
     gate: GateName = "mand",
     init_norm: float | None = None,
+    null_symbols: bool = False,
     **options: Unpack[TrainingOptions],
 ) -> MemberConfig:
     """Return the config of a KronSAE: ``num_heads`` heads of ``d_base`` bases and ``d_extension`` extensions each.
@@ -149,9 +153,11 @@ def kron(
         d_sae: number of latents; None: ``num_heads * d_base * d_extension``.
         gate: function that combines a base and an extension.
         init_norm: expected norm of an encoder row at initialisation.
+        null_symbols: whether a base or an extension may be absent: heads of ``(d_base + 1) * (d_extension + 1) - 1``
+            latents.
         **options: see `TrainingOptions`.
     """
-    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm)
+    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm, null_symbols)
     return _member("kron", encoder, TopKConfig(k=k), options)
 
 
@@ -320,6 +326,7 @@ def _encoder_of(shape: EncoderShape) -> EncoderConfig:
         shape.get("d_extension"),
         shape.get("gate", "mand"),
         shape.get("init_norm"),
+        shape.get("null_symbols", False),
     )
 
 
@@ -330,6 +337,7 @@ def _encoder(
     d_extension: int | None,
     gate: GateName,
     init_norm: float | None,
+    null_symbols: bool,
 ) -> EncoderConfig:
     """Return the encoder config of this shape: Kronecker if any size of heads is given, otherwise dense."""
     heads = (num_heads, d_base, d_extension)
@@ -339,14 +347,15 @@ def _encoder(
                 "d_sae (for a dense encoder) or num_heads, d_base and d_extension (for a Kronecker one) must be given; "
                 "got none."
             )
-        if gate != "mand":
-            raise UserError(
-                f"gate must be used with a Kronecker encoder; got '{gate}' with a dense one. Leave it out, or give "
-                "num_heads, d_base and d_extension."
-            )
+        for name, asked in ((f"gate '{gate}'", gate != "mand"), ("null_symbols", null_symbols)):
+            if asked:
+                raise UserError(
+                    f"{name} must be used with a Kronecker encoder; got a dense one. Leave it out, or give num_heads, "
+                    "d_base and d_extension."
+                )
         return DenseEncoderConfig(d_sae=d_sae, init_norm=init_norm)
     if num_heads is None and not (d_sae is None or d_base is None or d_extension is None):
-        num_heads = _heads(d_sae, d_base, d_extension)
+        num_heads = _heads(d_sae, d_base, d_extension, null_symbols)
     if num_heads is None or d_base is None or d_extension is None:
         sizes = {"num_heads": num_heads, "d_base": d_base, "d_extension": d_extension}
         given = ", ".join(name for name, size in sizes.items() if size is not None)
@@ -354,18 +363,29 @@ def _encoder(
             f"d_base, d_extension and num_heads (or d_sae) must be given for a Kronecker encoder; got {given}."
         )
     return KroneckerEncoderConfig(
-        num_heads=num_heads, d_base=d_base, d_extension=d_extension, d_sae=d_sae, gate=gate, init_norm=init_norm
+        num_heads=num_heads,
+        d_base=d_base,
+        d_extension=d_extension,
+        d_sae=d_sae,
+        gate=gate,
+        init_norm=init_norm,
+        null_symbols=null_symbols,
     )
 
 
-def _heads(d_sae: int, d_base: int, d_extension: int) -> int:
+def _heads(d_sae: int, d_base: int, d_extension: int, null_symbols: bool) -> int:
     """Return the number of heads that gives ``d_sae`` latents."""
     for what, size in (("d_sae", d_sae), ("d_base", d_base), ("d_extension", d_extension)):
         check_count(what, size)
-    heads, rest = divmod(d_sae, d_base * d_extension)
+    cells = cells_per_head(d_base, d_extension, null_symbols)
+    heads, rest = divmod(d_sae, cells)
     if rest:
+        formula, numbers = "d_base * d_extension", f"{d_base} * {d_extension}"
+        if null_symbols:
+            formula = "(d_base + 1) * (d_extension + 1) - 1, because of null_symbols"
+            numbers = f"{d_base + 1} * {d_extension + 1} - 1"
         raise UserError(
-            f"without num_heads, d_sae must be a multiple of d_base * d_extension; got {d_sae} with {d_base} * "
-            f"{d_extension} = {d_base * d_extension}. Change one."
+            f"without num_heads, d_sae must be a multiple of {formula}; got {d_sae} with {numbers} = {cells}. "
+            "Change one."
         )
     return heads

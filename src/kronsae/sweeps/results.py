@@ -17,7 +17,7 @@ from kronsae.support.files import write_text
 from kronsae.sweeps.grid import Point
 
 CSV_FILE, PAGE_FILE, CONFIG_FILE = "sweep.csv", "sweep.html", "sweep.json"
-SHAPE = ("num_experts", "gate", "num_heads", "d_base", "d_extension")
+SHAPE = ("num_experts", "gate", "num_heads", "d_base", "d_extension", "null_symbols")
 FIGURES = (
     "architecture",
     "d_sae",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kronsae.core.encoders import DenseEncoder, KroneckerEncoder
 from kronsae.core.heads import head_grid
@@ -76,7 +77,9 @@ def _dead_rows(
     grid = head_grid(encoder.config)
     if grid is None:
         return dead_F, dead_F
-    dead_HMN = grid.of(dead_F)
-    bases_HM, extensions_HN = dead_HMN.all(2), dead_HMN.all(1)
-    latents_HMN = bases_HM.unsqueeze(2) | extensions_HN.unsqueeze(1)
-    return torch.cat([bases_HM, extensions_HN], dim=1).flatten(), latents_HMN.flatten()
+    alive_HMN, null = grid.of(~dead_F), int(grid.null_symbols)
+    bases_HM = ~alive_HMN[:, : grid.d_base].any(2)
+    extensions_HN = ~alive_HMN[:, :, : grid.d_extension].any(1)
+    base_HM1, extension_H1N = pad(bases_HM, (0, null)).unsqueeze(2), pad(extensions_HN, (0, null)).unsqueeze(1)
+    latents_HC = (base_HM1 | extension_H1N).flatten(1)[:, : grid.cells]
+    return torch.cat([bases_HM, extensions_HN], dim=1).flatten(), latents_HC.flatten()
