@@ -97,7 +97,7 @@ SCALES: dict[str, Scale] = {
             rates=(1.0, 0.5, 1.5),
             eval_tokens=8192,
             eval_ce_tokens=1024,
-            prompts=3000,
+            prompts=8000,
         ),
         Scale(
             name="gpu",
