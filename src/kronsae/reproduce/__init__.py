@@ -33,6 +33,7 @@ STUDIES: tuple[str, ...] = (
     "pursuit",
     "meaning",
     "known_features",
+    "null_symbols",
 )
 """Modules of the studies, in the order of the paper; those after ``fidelity`` go beyond it."""
 
