@@ -69,10 +69,10 @@ def instruction_sets() -> list[str]:
 
 def commit() -> str | None:
     """Return the commit of the checkout, ``-dirty`` if files of the package were changed; None outside a checkout."""
-    here = Path(__file__).parent
+    package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
+        command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
