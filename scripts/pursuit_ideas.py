@@ -1,11 +1,11 @@
-"""Compare ways to choose and value codes with the dictionary, in training, on equal activations; one cell each.
+"""Compare encoders, and ways to choose and value codes with the dictionary, on equal activations; one cell each.
 
     python scripts/pursuit_ideas.py run [--seeds 1] [--only NAME ...]  # trains missing cells
     python scripts/pursuit_ideas.py table  # writes pursuit_ideas.json and the research log's table
 
 Sizes and learning rate are those of `research_results`; the training is shorter and the corpus is today's, so the base
 is measured again.
-Ideas that are not part of the library are implemented only in this script, in plain PyTorch.
+Ideas that are not part of the library are implemented only here and in `encoder_ideas`, in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from encoder_ideas import SecondPass, TrunkConfig, WhitenedConfig, exclusive_grids, whiten
 from research_results import BASE, BATCH, D_SAE, HOOK, K, activations
 from study_parts import RESULTS, ROOT, markdown_rows
 from torch import Tensor, nn
@@ -30,9 +32,10 @@ import kronsae.core.sae
 from kronsae import kernels
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
-from kronsae.core.encoders import Latents
+from kronsae.core.encoders import Encoder, EncoderConfig, Latents
 from kronsae.core.losses import SquaredErrorConfig, squared_error
 from kronsae.core.metrics import explained_variance
+from kronsae.core.normalization import Normalization
 from kronsae.core.pursuit import Pursuit, PursuitLearning, choose_and_pursue, pursue
 from kronsae.core.sae import SAE
 from kronsae.kernels import Choice
@@ -45,11 +48,14 @@ from kronsae.training.member import Member
 RESULT = RESULTS / "pursuit_ideas.json"
 PAGE = ROOT / "docs" / "research-log.md"
 START, END = "<!-- results:pursuit-ideas -->", "<!-- /results:pursuit-ideas -->"
+PLAIN, KRON, HALF, OTHER = "TopK", "KronSAE (2, 4)", "KronSAE (4, 4)", "KronSAE"
 SIDES: dict[str, dict[str, int]] = {
-    "TopK": {},
-    "KronSAE (2, 4)": {"d_base": 2, "d_extension": 4},
-    "KronSAE (4, 4)": {"d_base": 4, "d_extension": 4},
+    PLAIN: {},
+    KRON: {"d_base": 2, "d_extension": 4},
+    HALF: {"d_base": 4, "d_extension": 4},
+    OTHER: {},  # the idea gives its shape
 }
+ALL = (PLAIN, KRON, HALF)
 STEPS, HELD_OUT_TOKENS = 200, 16_384
 FIRST_SHARE = 0.3  # of eta in `Disposal`
 
@@ -255,6 +261,32 @@ def mixed(**options: Any) -> Callable[[Member], None]:
     return prepare
 
 
+def second_pass(eta: float) -> Callable[[Member], None]:
+    """Return a change that trains with a `SecondPass`."""
+
+    def prepare(member: Member) -> None:
+        attach(member, SecondPass(member.sae.encoder, eta))
+
+    return prepare
+
+
+def trunk(dense: int, num_heads: int, encoder: EncoderConfig) -> TrunkConfig:
+    """Return the config of an encoder with dense latents and heads of 4 x 4, initialised as the given one."""
+    return TrunkConfig(dense=dense, num_heads=num_heads, d_base=4, d_extension=4, init_norm=encoder.init_norm)
+
+
+def afterwards(encoder: Encoder) -> dict[str, Any]:
+    """Return ways to encode a plainly trained SAE, by name."""
+    return {
+        "pursued": Pursuit(),
+        "pursued, 4k": Pursuit(candidates=4),
+        "second pass, 0.5": SecondPass(encoder, 0.5),
+        "second pass, 1": SecondPass(encoder, 1.0),
+        "second pass, 0.5, pursued": SecondPass(encoder, 0.5, Pursuit()),
+        "second pass, 1, pursued": SecondPass(encoder, 1.0, Pursuit()),
+    }
+
+
 def after(share: float, pursuit: Pursuit) -> Callable[[Member, int, int], None]:
     """Return a schedule that starts the pursuit after a share of the steps."""
 
@@ -270,35 +302,49 @@ class Idea:
 
     Args:
         about: description.
+        sides: SAEs that it is tried with.
+        encoder: changes the config of the encoder.
         prepare: changes the member before its first step.
+        fit: changes the member before its first step, given normalised activations.
+        dense_share: share of the steps that train a dense SAE, from which ``from_dense`` then starts the member.
+        from_dense: changes the member before its first step, given the dense one and normalised activations.
         each_step: called before every step with (member, step, steps).
         lr: learning rate; None: that of `research_results`.
         shape: words of `kron` in place of those of the side.
     """
 
     about: str
+    sides: tuple[str, ...] = (PLAIN, KRON)
     lr: float | None = None
     shape: dict[str, Any] = field(default_factory=dict)
+    encoder: Callable[[EncoderConfig], Any] = field(default=lambda encoder: encoder)
     prepare: Callable[[Member], None] = field(default=lambda member: None)
+    fit: Callable[[Member, Tensor], None] = field(default=lambda member, x_ND: None)
+    dense_share: float = 0.0
+    from_dense: Callable[[Member, Member, Tensor], None] = field(default=lambda member, dense, x_ND: None)
     each_step: Callable[[Member, int, int], None] = field(default=lambda member, step, steps: None)
 
 
 IDEAS: dict[str, Idea] = {
-    "base": Idea(about="plain codes"),
-    "pursuit": Idea(about="2 rounds among 2k candidates, 2 refit steps, unrolled", prepare=pursued(Pursuit())),
-    "pursuit, 1 step": Idea(
-        about="2 rounds among 2k candidates, 1 refit step, unrolled", prepare=pursued(Pursuit(refit=1))
+    "base": Idea(about="plain codes", sides=ALL),
+    "pursuit": Idea(
+        about="2 rounds among 2k candidates, 2 refit steps, unrolled", sides=(KRON,), prepare=pursued(Pursuit())
     ),
     "pursuit, dictionary held": Idea(
-        about="as pursuit; the gradient through its steps reaches the encoder only", prepare=pursued(HeldPursuit())
+        about="as pursuit; the gradient through its steps reaches the encoder only",
+        sides=(KRON,),
+        prepare=pursued(HeldPursuit()),
     ),
     "disposal": Idea(about="one-shot disposal among 2k candidates", prepare=disposed()),
     "disposal, 1 step": Idea(
-        about="one-shot disposal among 2k candidates, then 1 refit step", prepare=disposed(steps=1)
+        about="one-shot disposal among 2k candidates, then 1 refit step", sides=(KRON,), prepare=disposed(steps=1)
     ),
-    "disposal, detached": Idea(about="one-shot disposal, no gradient through x_hat", prepare=disposed(detached=True)),
+    "disposal, detached": Idea(
+        about="one-shot disposal, no gradient through x_hat", sides=(KRON,), prepare=disposed(detached=True)
+    ),
     "two losses": Idea(
         about="plain loss, plus the loss of the pursued codes for the dictionary",
+        sides=ALL,
         prepare=pursued(Pursuit(), "two_losses"),
     ),
     "two losses, apart": Idea(
@@ -307,26 +353,21 @@ IDEAS: dict[str, Idea] = {
     ),
     "predicted": Idea(
         about="the encoder learns the pursued values of its candidates, the dictionary from the pursued codes",
+        sides=(KRON,),
         prepare=two_losses(own=0.0, predicted=1.0),
     ),
     "two losses and predicted": Idea(
-        about="both losses for the encoder, apart from the dictionary's", prepare=two_losses(predicted=1.0)
+        about="both losses for the encoder, apart from the dictionary's",
+        sides=(KRON,),
+        prepare=two_losses(predicted=1.0),
     ),
     "pursuit, mixed": Idea(
         about="2 rounds; the second ranks and starts with half the encoder's value, half the product; 2 refit steps",
+        sides=(KRON,),
         prepare=mixed(),
     ),
-    "pursuit, mixed, 1 step": Idea(about="as above, 1 refit step", prepare=mixed(steps=1)),
     **{
-        f"null symbols ({m}, {n})": Idea(
-            about=f"heads of {m} x {n} in which base or extension may be absent",
-            shape={"num_heads": heads, "d_base": m, "d_extension": n, "null_symbols": True},
-        )
-        for m, n, heads in ((1, 1, D_SAE // 3), (2, 2, D_SAE // 8))
-    },
-    **{
-        f"{name}, lr {lr:g}": Idea(about=about, prepare=prepare, lr=lr)
-        for lr in (8e-3, 4e-3)
+        f"{name}, lr 0.008": Idea(about=about, sides=(KRON,), prepare=prepare, lr=8e-3)
         for name, about, prepare in (
             ("base", "plain codes, another rate", lambda member: None),
             ("pursuit", "unrolled, another rate", pursued(Pursuit())),
@@ -336,9 +377,61 @@ IDEAS: dict[str, Idea] = {
     },
     "pursuit late": Idea(
         about="unrolled, in the last quarter of the steps only",
+        sides=(KRON,),
         prepare=pursued(Pursuit()),
         each_step=after(0.75, Pursuit()),
     ),
+    **{
+        f"null symbols ({m}, {n})": Idea(
+            about=f"heads of {m} x {n} in which base or extension may be absent",
+            sides=(OTHER,),
+            shape={"num_heads": heads, "d_base": m, "d_extension": n, "null_symbols": True},
+        )
+        for m, n, heads in ((1, 1, D_SAE // 3), (2, 2, D_SAE // 8))
+    },
+    **{
+        f"trunk {dense}/{D_SAE}": Idea(
+            about=f"{dense} latents have rows of their own, the others are cells of {heads} heads of 4 x 4",
+            sides=(OTHER,),
+            shape={"num_heads": heads, "d_base": 4, "d_extension": 4},
+            encoder=partial(trunk, dense, heads),
+        )
+        for dense, heads in ((256, 112), (512, 96), (1024, 64))
+    },
+    **{
+        name: Idea(
+            about="the encoder's weights are learned in whitened coordinates; the same function at the start" + also,
+            encoder=lambda encoder: WhitenedConfig(inner=encoder),
+            fit=whiten,
+            lr=lr,
+        )
+        for name, also, lr in (("whitened", "", None), ("whitened, lr 0.008", "; another rate", 8e-3))
+    },
+    **{
+        name: Idea(
+            about=about,
+            sides=(KRON,),
+            dense_share=0.25,
+            from_dense=partial(exclusive_grids, exclusive=exclusive, likeness=likeness),
+        )
+        for name, about, exclusive, likeness in (
+            (
+                "exclusive grids",
+                "a quarter of the steps train a dense SAE; heads start from latents seldom active together",
+                True,
+                0.0,
+            ),
+            ("exclusive grids, alike", "as above, and of similar rows", True, 5.0),
+            ("random grids", "as above, heads from latents at random", False, 0.0),
+        )
+    },
+    **{
+        f"second pass, {eta:g}": Idea(
+            about=f"the k largest latents of x + {eta:g} e, with e the residual of the first k; unrolled",
+            prepare=second_pass(eta),
+        )
+        for eta in (0.5, 1.0)
+    },
 }
 
 
@@ -348,33 +441,46 @@ def build(idea: Idea, side: str, seed: int, steps: int, d_in: int) -> Member:
     words |= {} if idea.lr is None else {"lr": idea.lr}
     shape = idea.shape or ({"d_sae": D_SAE} | SIDES[side])
     config = kron(**shape, **words) if "d_base" in shape else topk(**shape, **words)
-    return Member(config, d_in, HOOK, steps)
+    return Member(replace(config, encoder=idea.encoder(config.encoder)), d_in, HOOK, steps)
 
 
 def train(idea: Idea, side: str, seed: int, train_ND: np.ndarray[Any, Any], held_out_ND: Tensor) -> dict[str, Any]:
     """Train one cell and return its scores; ``plain_explained_variance`` is that of the encoder's own codes."""
     started = perf_counter()
-    steps = len(train_ND) // BATCH
-    member = build(idea, side, seed, steps, train_ND.shape[1])
-    idea.prepare(member)
     order = np.random.default_rng(seed).permutation(len(train_ND))
-    for step in range(steps):
-        x_BD = torch.from_numpy(train_ND[np.sort(order[step * BATCH : (step + 1) * BATCH])])
-        idea.each_step(member, step, steps)
-        member.step(x_BD, step, want_metrics=False)
+
+    def batch(step: int) -> Tensor:
+        return torch.from_numpy(train_ND[np.sort(order[step * BATCH : (step + 1) * BATCH])])
+
+    steps = len(train_ND) // BATCH
+    first = round(idea.dense_share * steps)
+    member = build(idea, side, seed, steps - first, train_ND.shape[1])
+    seen_ND = torch.cat([batch(step) for step in range(16)])
+    seen_ND = Normalization.of(seen_ND)(seen_ND)
+    if first:
+        dense = build(IDEAS["base"], "TopK", seed, first, train_ND.shape[1])
+        for step in range(first):
+            dense.step(batch(step), step, want_metrics=False)
+        idea.from_dense(member, dense, seen_ND)
+    idea.prepare(member)
+    idea.fit(member, seen_ND)
+    for step in range(first, steps):
+        idea.each_step(member, step - first, steps - first)
+        member.step(batch(step), step - first, want_metrics=False)
     x_ND = member.normalizations["read"](held_out_ND)  # ratios of errors are the same on this scale
     found = score(member.sae, x_ND)
     trained_with = member.sae.pursuit
     member.sae.pursuit = None
     plain = score(member.sae, x_ND)
-    post_hoc = None
+    post_hoc: dict[str, float] = {}
     if trained_with is None:
-        member.sae.pursuit = Pursuit()
-        post_hoc = score(member.sae, x_ND)["explained_variance"]
+        for name, pursuit in afterwards(member.sae.encoder).items():
+            member.sae.pursuit = pursuit
+            post_hoc[name] = score(member.sae, x_ND)["explained_variance"]
     return {
         **found,
         "plain_explained_variance": plain["explained_variance"],
-        "post_hoc_explained_variance": post_hoc,
+        "post_hoc": post_hoc,
         "encoder_parameters": sum(parameter.numel() for parameter in member.sae.encoder.parameters()),
         "seconds": perf_counter() - started,
     }
@@ -409,7 +515,7 @@ def run(asked: argparse.Namespace) -> None:
     kronsae.core.objective.choose_and_pursue = kronsae.core.sae.choose_and_pursue = choose  # type: ignore[assignment]
     asked.data.mkdir(parents=True, exist_ok=True)
     train_ND, held_out_ND = activations(asked.data, STEPS, HELD_OUT_TOKENS)
-    cells = [(name, side, seed) for seed in range(asked.seeds) for name in asked.only for side in asked.sides]
+    cells = [(name, side, seed) for seed in range(asked.seeds) for name in asked.only for side in IDEAS[name].sides]
     for name, side, seed in cells:
         if (name, side, seed) in measured(asked.data):
             continue
@@ -435,43 +541,54 @@ def spread(values: list[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.4f} ({len(values)})" if len(values) > 1 else f"{mean} (1)"
 
 
-POST_HOC = "base, pursued afterwards"
+AFTERWARDS = {
+    "pursued": "2 rounds among 2k candidates",
+    "pursued, 4k": "2 rounds among 4k candidates",
+    "second pass, 0.5": "the k largest latents of x + 0.5 e, with e the residual of the first k",
+    "second pass, 1": "the same with x + e",
+    "second pass, 0.5, pursued": "2 rounds among the 2k largest latents of x + 0.5 e",
+    "second pass, 1, pursued": "2 rounds among the 2k largest latents of x + e",
+}
 
 
-def rows_of(kept: dict[str, Any], name: str, side: str) -> dict[int, dict[str, Any]]:
-    """Return the rows of an idea by seed; those of `POST_HOC` are the base's, encoded with a pursuit."""
-    found = {row["seed"]: row for row in kept["rows"] if (row["idea"], row["side"]) == (name, side)}
-    if name != POST_HOC:
-        return found
-    base = rows_of(kept, "base", side)
-    return {seed: row | {"explained_variance": row["post_hoc_explained_variance"]} for seed, row in base.items()}
+def of(kept: dict[str, Any], name: str, side: str) -> dict[int, dict[str, Any]]:
+    """Return the rows of an idea by seed."""
+    return {row["seed"]: row for row in kept["rows"] if (row["idea"], row["side"]) == (name, side)}
 
 
 def markdown(kept: dict[str, Any]) -> str:
     """Return the generated part of the page."""
+    tried: list[tuple[str, str, str | None, str]] = []
+    for name, idea in IDEAS.items():
+        tried += [(name, f"{name}: {idea.about}", None, side) for side in idea.sides]
+        if name == "base":
+            post_hoc = [(key, f"{name}, then {key}: {words}") for key, words in AFTERWARDS.items()]
+            tried += [(name, label, key, side) for key, label in post_hoc for side in idea.sides]
     lines = []
-    abouts = {"base": IDEAS["base"].about, POST_HOC: "trained plainly, encoded with 2 rounds among 2k candidates"}
-    abouts |= {name: idea.about for name, idea in IDEAS.items()}
-    for name, about in abouts.items():
-        for side in SIDES:
-            found, base = rows_of(kept, name, side), rows_of(kept, "base", side)
-            if not found:
-                continue
-            ev = {seed: row["explained_variance"] for seed, row in found.items()}
-            gains = [value - base[seed]["explained_variance"] for seed, value in ev.items() if seed in base]
-            lines.append(
-                [
-                    f"{name}: {about}",
-                    "KronSAE" if name.startswith("null symbols") else side,
-                    spread(list(ev.values()), "{:.4f}"),
-                    "" if name == "base" or not gains else spread(gains, "{:+.4f}"),
-                    spread([row["plain_explained_variance"] for row in found.values()], "{:.4f}"),
-                    f"{statistics.mean(row['unused_share'] for row in found.values()):.1%}",
-                    f"{next(iter(found.values()))['encoder_parameters']:,}",
-                ]
-            )
+    for name, label, post_hoc_key, side in tried:
+        found, base = of(kept, name, side), of(kept, "base", side)
+        if not found:
+            continue
+        ev = {
+            seed: row["explained_variance"] if post_hoc_key is None else row["post_hoc"][post_hoc_key]
+            for seed, row in found.items()
+        }
+        gains = [value - base[seed]["explained_variance"] for seed, value in ev.items() if seed in base]
+        pursued_ev = [row["post_hoc"]["pursued"] for row in found.values() if row["post_hoc"]]
+        lines.append(
+            [
+                label,
+                side,
+                spread(list(ev.values()), "{:.4f}"),
+                "" if label.startswith("base: ") or not gains else spread(gains, "{:+.4f}"),
+                spread([row["plain_explained_variance"] for row in found.values()], "{:.4f}"),
+                "" if post_hoc_key or not pursued_ev else spread(pursued_ev, "{:.4f}"),
+                f"{statistics.mean(row['unused_share'] for row in found.values()):.1%}",
+                f"{next(iter(found.values()))['encoder_parameters']:,}",
+            ]
+        )
     headings = ["idea", "SAE", "EV, mean ± std (seeds)", "difference to base, same seeds", "EV of the encoder's codes"]
-    headings += ["never active", "encoder parameters"]
+    headings += ["EV pursued afterwards", "never active", "encoder parameters"]
     about = kept["provenance"]
     made = f"Measured on {about['processor']}, commit {about['commit']} ([all figures](results/{RESULT.name}))."
     return "\n".join([*markdown_rows(headings, lines), "", made])
@@ -483,7 +600,6 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=list(IDEAS), default=list(IDEAS))
-    parser.add_argument("--sides", nargs="*", choices=list(SIDES), default=list(SIDES)[:2])
     parser.add_argument("--data", type=Path, default=Path("runs/research"))
     asked = parser.parse_args()
     torch.set_num_threads(1)  # so that sums do not depend on the number of processes

@@ -31,7 +31,6 @@ class Normalization:
         mean_D: mean of each dimension.
         scale_H: one scale per hook.
         widths: number of dimensions of each hook; they sum to D.
-        widths: the dimensions of each hook; they sum to D.
     """
 
     mean_D: Float[Tensor, " D"]

@@ -34,6 +34,7 @@ STUDIES: tuple[str, ...] = (
     "meaning",
     "known_features",
     "null_symbols",
+    "occupancy",
 )
 """Modules of the studies, in the order of the paper; those after ``fidelity`` go beyond it."""
 
