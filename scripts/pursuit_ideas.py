@@ -202,24 +202,10 @@ def refitted(values_BK: Tensor, latents_BK: Tensor, target_BD: Tensor, W_dec_FD:
     return values_BK
 
 
-class HeldDictionary:
-    """A decoder whose rows and bias carry no gradient."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.W_dec, self.b_dec = decoder.W_dec.detach(), decoder.b_dec.detach()
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldPursuit(Pursuit):
-    """A pursuit whose gradient reaches the encoder only: for its steps the dictionary is a constant."""
-
-
 def choose(
     pursuit: Any, x_BD: Tensor, latents: Latents, decoder: Decoder, k: int, *also: Choice
 ) -> tuple[SparseCodes, ...]:
     """Return what `choose_and_pursue` returns, for a `Disposal` too."""
-    if isinstance(pursuit, HeldPursuit):
-        decoder = HeldDictionary(decoder)  # type: ignore[assignment]
     if isinstance(pursuit, Pursuit):
         return choose_and_pursue(pursuit, x_BD, latents, decoder, k, *also)
     proposed, *rest = latents.choose(Choice(pursuit.candidates * k), *also)
@@ -329,11 +315,6 @@ IDEAS: dict[str, Idea] = {
     "base": Idea(about="plain codes", sides=ALL),
     "pursuit": Idea(
         about="2 rounds among 2k candidates, 2 refit steps, unrolled", sides=(KRON,), prepare=pursued(Pursuit())
-    ),
-    "pursuit, dictionary held": Idea(
-        about="as pursuit; the gradient through its steps reaches the encoder only",
-        sides=(KRON,),
-        prepare=pursued(HeldPursuit()),
     ),
     "disposal": Idea(about="one-shot disposal among 2k candidates", prepare=disposed()),
     "disposal, 1 step": Idea(

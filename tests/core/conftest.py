@@ -9,6 +9,7 @@ from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
 from kronsae.core.gates import GATES, GateName
 from kronsae.core.sae import SAEConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
+from kronsae.core.trunk import TrunkEncoderConfig
 
 D_IN = 6
 
@@ -23,6 +24,10 @@ def kron(
     return KroneckerEncoderConfig(
         num_heads=num_heads, d_base=d_base, d_extension=d_extension, gate=gate, null_symbols=null_symbols
     )
+
+
+def trunk(d_trunk: int, heads: KroneckerEncoderConfig) -> TrunkEncoderConfig:
+    return TrunkEncoderConfig(trunk=dense(d_trunk), heads=heads)
 
 
 def switch(expert: DenseEncoderConfig | KroneckerEncoderConfig, num_experts: int = 3) -> SwitchEncoderConfig:
@@ -43,6 +48,10 @@ CASES: dict[str, tuple[AnyEncoderConfig, SparsifierConfig]] = {
     "kron, one of each": (kron(7, 1, 1), TopKConfig(k=3)),
     "kron, null symbols": (kron(4, 2, 3, null_symbols=True), TopKConfig(k=3)),
     "kron, null symbols, k = d_sae": (kron(4, 1, 2, null_symbols=True), TopKConfig(k=20)),
+    "trunk": (trunk(6, kron(3, 2, 3)), TopKConfig(k=3)),
+    "trunk, k = d_sae": (trunk(8, kron(3, 2, 2)), TopKConfig(k=20)),
+    "trunk, one head, minimum": (trunk(12, kron(1, 2, 3, "minimum")), TopKConfig(k=7)),
+    "trunk, null symbols": (trunk(6, kron(2, 1, 1, null_symbols=True)), TopKConfig(k=3)),
     "batch_topk": (dense(24), BatchTopKConfig(k=3)),
     "batch_topk, kron": (kron(4, 2, 3), BatchTopKConfig(k=3)),
     "batch_topk, kron, minimum": (kron(4, 2, 3, "minimum"), BatchTopKConfig(k=3)),
@@ -51,6 +60,8 @@ CASES: dict[str, tuple[AnyEncoderConfig, SparsifierConfig]] = {
     "jumprelu, kron": (kron(4, 2, 3), JumpReLUConfig(k=3)),
     "jumprelu, kron, raw_product": (kron(4, 2, 3, "raw_product"), JumpReLUConfig(k=3)),
     "jumprelu, kron, null symbols": (kron(4, 2, 3, null_symbols=True), JumpReLUConfig(k=3)),
+    "batch_topk, trunk": (trunk(6, kron(3, 2, 3)), BatchTopKConfig(k=3)),
+    "jumprelu, trunk": (trunk(6, kron(3, 2, 3)), JumpReLUConfig(k=3)),
     "switch": (switch(dense(8)), TopKConfig(k=3)),
     "switch, kron": (switch(kron(2, 2, 3)), TopKConfig(k=3)),
     "switch, kron, null symbols": (switch(kron(3, 1, 1, null_symbols=True)), TopKConfig(k=3)),

@@ -17,11 +17,15 @@ from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
 from kronsae.core.objective import objective
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.support.tensors import ALIGNMENT_BYTES, aligned
 
 ENCODERS: dict[str, AnyEncoderConfig] = {
     "dense": DenseEncoderConfig(d_sae=24),
     "kron": KroneckerEncoderConfig(num_heads=4, d_base=2, d_extension=3),
+    "trunk": TrunkEncoderConfig(
+        trunk=DenseEncoderConfig(d_sae=12), heads=KroneckerEncoderConfig(num_heads=2, d_base=2, d_extension=3)
+    ),
     "switch": SwitchEncoderConfig(num_experts=2, expert=DenseEncoderConfig(d_sae=12)),
 }
 SHAPES = [(5, 30), (7, 3), (64, 40), (65, 1)]  # (d_in, tokens): some are sensitive on AVX2, others elsewhere

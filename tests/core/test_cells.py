@@ -22,6 +22,7 @@ from kronsae.core.losses import LossConfig, MatryoshkaConfig, SquaredErrorConfig
 from kronsae.core.objective import AuxKConfig, objective
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLU, JumpReLUConfig, SparsifierConfig, TopKConfig
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.kernels import Above, BatchChoice
 
 K, F, D_IN, TOKENS = 3, 24, 5, 30
@@ -38,6 +39,11 @@ ENCODERS: dict[str, AnyEncoderConfig] = {
     "kron, raw_product": KroneckerEncoderConfig(num_heads=4, d_base=2, d_extension=3, gate="raw_product"),
     "kron, null symbols": KroneckerEncoderConfig(num_heads=3, d_base=2, d_extension=2, null_symbols=True),
     "kron (1, 1), null symbols": KroneckerEncoderConfig(num_heads=8, d_base=1, d_extension=1, null_symbols=True),
+    "trunk": TrunkEncoderConfig(trunk=DenseEncoderConfig(d_sae=F // 2), heads=HALF_KRON),
+    "trunk, null symbols": TrunkEncoderConfig(
+        trunk=DenseEncoderConfig(d_sae=F // 3),
+        heads=KroneckerEncoderConfig(num_heads=2, d_base=2, d_extension=2, null_symbols=True),
+    ),
     "switch": SwitchEncoderConfig(num_experts=2, expert=DenseEncoderConfig(d_sae=F // 2)),
     "switch, kron": SwitchEncoderConfig(num_experts=2, expert=HALF_KRON),
     "switch, kron, null symbols": SwitchEncoderConfig(

@@ -17,6 +17,7 @@ from kronsae.core.experts import SwitchEncoderConfig
 from kronsae.core.objective import objective
 from kronsae.core.sae import SAE, SAEConfig, count_parameters
 from kronsae.core.sparsifiers import Sparsifier
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError
 
@@ -176,7 +177,8 @@ def test_parameter_counts_agree_with_shapes(config: SAEConfig) -> None:
     if config.encoder.kind == "switch":
         return  # a token meets one expert only
     outputs = count_parameters(sae.encoder) // (config.d_in + 1)
-    assert config.encoder.multiply_adds(config.d_in) - outputs * config.d_in in (0, config.d_sae)
+    composed = config.encoder.heads.d_sae if isinstance(config.encoder, TrunkEncoderConfig) else config.d_sae
+    assert config.encoder.multiply_adds(config.d_in) - outputs * config.d_in in (0, composed)
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone(config: SAEConfig) -> None:

@@ -13,6 +13,7 @@ from kronsae.core.gates import GATES
 from kronsae.core.normalization import Normalization, check_foldable
 from kronsae.core.sae import SAEConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.support.errors import UserError
 
 
@@ -33,10 +34,12 @@ KRON = KroneckerEncoderConfig(num_heads=5, d_base=2, d_extension=4)
         (KRON, TopKConfig(k=4)),
         (KRON, BatchTopKConfig(k=4)),
         (KRON, JumpReLUConfig(k=4)),
+        (TrunkEncoderConfig(trunk=DenseEncoderConfig(d_sae=16), heads=KRON), TopKConfig(k=4)),
+        (TrunkEncoderConfig(trunk=DenseEncoderConfig(d_sae=16), heads=KRON), JumpReLUConfig(k=4)),
         (SwitchEncoderConfig(num_experts=3, expert=DenseEncoderConfig(d_sae=40)), TopKConfig(k=4)),
         (SwitchEncoderConfig(num_experts=3, expert=KRON), TopKConfig(k=4)),
     ],
-    ids=["dense", "kronecker", "batch_topk", "jumprelu", "switch", "switch kronecker"],
+    ids=["dense", "kronecker", "batch_topk", "jumprelu", "trunk", "trunk jumprelu", "switch", "switch kronecker"],
 )
 def test_folding_changes_nothing(encoder: AnyEncoderConfig, sparsifier: SparsifierConfig) -> None:
     sae = SAEConfig(d_in=6, encoder=encoder, sparsifier=sparsifier).build(1).double()

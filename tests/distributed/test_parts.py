@@ -9,8 +9,8 @@ import torch
 from tests.distributed import parts
 from tests.distributed.processes import in_processes
 
+from kronsae.core.encoders import first_by_rank
 from kronsae.distributed.gradients import Layout, joined_terms, traffic_of_sum, traffic_of_terms
-from kronsae.distributed.heads import first_by_rank
 from kronsae.kernels import Choice, use
 
 

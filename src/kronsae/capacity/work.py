@@ -10,6 +10,7 @@ from kronsae.capacity.models import ModelShape
 from kronsae.core.encoders import KroneckerEncoderConfig
 from kronsae.core.flops import encoder_multiply_adds
 from kronsae.core.sae import SAEConfig
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.runs.memory import MODEL_WORK, PARAMETER_BYTES
 
 ADAM_FLOPS = 10
@@ -78,8 +79,12 @@ def step_work(
 
 
 def encoder_rows(shape: SAEConfig) -> int:
-    """Return R, the encoder rows per token that receive a gradient: two parents of each latent, or its one row."""
-    return (2 if isinstance(shape.encoder, KroneckerEncoderConfig) else 1) * shape.sparsifier.k
+    """Return R, the encoder rows per token that receive a gradient: two parents of each latent, or its one row.
+
+    With a dense trunk it is an upper bound: how many of a token's latents are the trunk's is unknown before training.
+    """
+    parents = isinstance(shape.encoder, KroneckerEncoderConfig | TrunkEncoderConfig)
+    return (2 if parents else 1) * shape.sparsifier.k
 
 
 def seconds_of(phases: Iterable[Work], flops: float, bandwidth: float) -> float:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kronsae import kernels
 from kronsae.core.checks import check_count, check_positive
 from kronsae.core.codes import SparseCodes
 from kronsae.core.gates import GATES, Gate, GateName, excess
-from kronsae.kernels import Above, BatchChoice, Composition, Request
+from kronsae.kernels import Above, BatchChoice, Choice, Composition, Request
 from kronsae.support.errors import UserError
 from kronsae.support.tensors import aligned
 
@@ -460,6 +460,24 @@ class KroneckerLatents:
             return Ranked(codes, codes.values.detach())
         u_BK, v_BK = chosen.pre_BR.detach().relu().chunk(2, dim=1)
         return Ranked(codes, torch.where(codes.active, u_BK * v_BK, 0.0))
+
+
+def first_by_rank(rank_BX: Float[Tensor, "B X"], indices_BX: Int[Tensor, "B X"]) -> Int[Tensor, "B X"]:
+    """Return the columns of each token by falling rank; of equal ranks the smaller latent comes first."""
+    by_index_BX = indices_BX.argsort(dim=1, stable=True)
+    by_rank_BX = rank_BX.gather(1, by_index_BX).argsort(dim=1, stable=True, descending=True)
+    return by_index_BX.gather(1, by_rank_BX)
+
+
+def restricted(choice: Choice, first: int, size: int) -> Choice:
+    """Return a choice for the latents ``first`` to ``first + size`` of a dictionary, counted from ``first``.
+
+    Its k is at most the number of these latents; 0 if the choice lists none of them.
+    """
+    if choice.latents_C is None:
+        return Choice(min(choice.k, size))
+    inside_C = choice.latents_C[(choice.latents_C >= first) & (choice.latents_C < first + size)] - first
+    return Choice(min(choice.k, len(inside_C)), inside_C)
 
 
 def _normal_rows(weight: Tensor, norm: float | None, d_sae: int, generator: torch.Generator) -> None:

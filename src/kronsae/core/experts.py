@@ -20,9 +20,11 @@ from kronsae.core.encoders import (
     KroneckerEncoderConfig,
     KroneckerLatents,
     OwnEncoderConfig,
+    restricted,
 )
 from kronsae.core.gates import GateName
 from kronsae.core.shares import share_of_mean, shares
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.kernels import Choice, Request
 from kronsae.support.errors import UserError
 from kronsae.support.tensors import aligned
@@ -81,12 +83,16 @@ class SwitchEncoderConfig:
         return d_in * self.num_experts + self.expert.multiply_adds(d_in)
 
 
-AnyEncoderConfig = EncoderConfig | SwitchEncoderConfig | OwnEncoderConfig
+AnyEncoderConfig = EncoderConfig | TrunkEncoderConfig | SwitchEncoderConfig | OwnEncoderConfig
 
 
 def gate_of(encoder: AnyEncoderConfig) -> GateName | None:
-    """Return the gate of an encoder or of a switch encoder's experts; None if latents are not composed."""
-    shape = encoder.expert if isinstance(encoder, SwitchEncoderConfig) else encoder
+    """Return the gate of an encoder, of its heads or of a switch encoder's experts; None if nothing is composed."""
+    shape: AnyEncoderConfig = encoder
+    if isinstance(encoder, SwitchEncoderConfig):
+        shape = encoder.expert
+    elif isinstance(encoder, TrunkEncoderConfig):
+        shape = encoder.heads
     return shape.gate if isinstance(shape, KroneckerEncoderConfig) else None
 
 
@@ -163,7 +169,7 @@ class SwitchLatents:
         parts: list[list[SparseCodes]] = [[] for _ in choices]
         for number, (expert, x_ND) in enumerate(zip(self.encoder.experts, groups, strict=True)):
             latents: DenseLatents | KroneckerLatents = expert(x_ND)
-            own = [_restrict(choice, number * size, size) for choice in choices]
+            own = [restricted(choice, number * size, size) for choice in choices]
             found = iter(latents.choose(*(choice for choice in own if choice.k)))
             for choice, wanted, part in zip(own, choices, parts, strict=True):
                 codes = next(found) if choice.k else _empty_codes(x_ND, size)
@@ -211,14 +217,6 @@ class SwitchLatents:
     def tokens_E(self) -> Int[Tensor, " E"]:
         """Number of tokens sent to each expert."""
         return torch.bincount(self.expert_B, minlength=self.encoder.config.num_experts)
-
-
-def _restrict(choice: Choice, start: int, size: int) -> Choice:
-    """Restrict a choice among all latents to the latents of one expert."""
-    if choice.latents_C is None:
-        return choice
-    inside_C = choice.latents_C[(choice.latents_C >= start) & (choice.latents_C < start + size)] - start
-    return Choice(min(choice.k, len(inside_C)), inside_C)
 
 
 def _empty_codes(x_ND: Tensor, size: int) -> SparseCodes:

@@ -7,6 +7,7 @@ from typing import TypeVar, get_args
 
 from kronsae.core.encoders import EncoderConfig, OwnEncoderConfig
 from kronsae.core.experts import SwitchEncoderConfig
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.support.config import add_to_unions
 from kronsae.support.errors import UserError
 
@@ -40,7 +41,7 @@ def register_encoder(config: T) -> T:
             "See kronsae.core.encoders.OwnEncoderConfig."
         )
     kind = getattr(config, "kind", None)
-    taken = {option.kind for option in (*get_args(EncoderConfig), SwitchEncoderConfig)}
+    taken = {option.kind for option in (*get_args(EncoderConfig), TrunkEncoderConfig, SwitchEncoderConfig)}
     if not isinstance(kind, str) or kind in taken:
         others = ", ".join(sorted(taken))
         raise UserError(f"kind of {name} must be a text other than {others}; got {kind!r}. Choose another one.")

@@ -21,10 +21,11 @@ from kronsae.core.experts import AnyEncoderConfig, SwitchEncoder, SwitchEncoderC
 from kronsae.core.heads import head_grid
 from kronsae.core.pursuit import Pursuit, choose_and_pursue
 from kronsae.core.sparsifiers import BatchTopK, JumpReLU, SparsifierConfig, TopK
+from kronsae.core.trunk import TrunkEncoder, TrunkEncoderConfig
 from kronsae.support.errors import UserError
 
 if TYPE_CHECKING:  # those of the library, whose attributes analyses use after asking for the class
-    AnyEncoder = DenseEncoder | KroneckerEncoder | SwitchEncoder
+    AnyEncoder = DenseEncoder | KroneckerEncoder | TrunkEncoder | SwitchEncoder
 else:  # also one of a user's own
     AnyEncoder = Encoder
 
@@ -35,7 +36,7 @@ class SAEConfig:
 
     Args:
         d_in: D, the input width. For several hooks, concatenated, the sum of their widths.
-        encoder: dense, Kronecker or switch.
+        encoder: dense, Kronecker, Kronecker with a dense trunk, or switch.
         sparsifier: how active latents are selected.
         read_widths: width of each hook read; (): one hook of ``d_in``.
         write_widths: width of each hook written, if these differ from the hooks read; (): the input is reconstructed.
@@ -134,6 +135,10 @@ class SAEConfig:
             found |= {name: size for name, size in asdict(grid).items() if size}  # not null_symbols=False
         if isinstance(self.encoder, SwitchEncoderConfig):
             found["num_experts"] = self.encoder.num_experts
+        if isinstance(self.encoder, TrunkEncoderConfig):
+            heads = self.encoder.heads
+            found |= {"d_trunk": self.encoder.trunk.d_sae, "num_heads": heads.num_heads}
+            found |= {"d_base": heads.d_base, "d_extension": heads.d_extension}
         if self.pursuit is not None:
             found |= {f"pursuit_{name}": getattr(self.pursuit, name) for name in ("rounds", "candidates", "refit")}
         return found

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from kronsae import kernels
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
-from kronsae.core.encoders import DenseEncoderConfig, KroneckerEncoderConfig, Latents, Ranked, RankedLatents
+from kronsae.core.encoders import (
+    DenseEncoderConfig,
+    KroneckerEncoderConfig,
+    Latents,
+    Ranked,
+    RankedLatents,
+    first_by_rank,
+    restricted,
+)
 from kronsae.core.experts import gate_of
 from kronsae.core.gates import GATES
 from kronsae.core.sae import SAE, SAEConfig
@@ -201,11 +209,8 @@ class MergedLatents:
         """Return the request to the own latents; None if it is for none of them."""
         if not isinstance(request, Choice) or self.group.size == 1:
             return request
-        if request.latents_C is None:
-            return Choice(min(request.k, self.d_own))
-        inside_C = (request.latents_C >= self.first) & (request.latents_C < self.first + self.d_own)
-        latents_C = request.latents_C[inside_C] - self.first
-        return Choice(min(request.k, len(latents_C)), latents_C) if len(latents_C) else None
+        own = restricted(request, self.first, self.d_own)
+        return own if own.k else None
 
     def _merged(self, request: Request, offer: Ranked) -> SparseCodes:
         """Return the codes of the whole dictionary that meet a request, from the own offer and those of others."""
@@ -234,13 +239,6 @@ class MergedLatents:
             values_BK, indices_BK, rank_BK = found
             return Ranked(SparseCodes(values_BK, indices_BK, self.d_sae), rank_BK)
         return Ranked(codes, rank_BX)
-
-
-def first_by_rank(rank_BX: Float[Tensor, "B X"], indices_BX: Int[Tensor, "B X"]) -> Int[Tensor, "B X"]:
-    """Return the columns of each token by falling rank; of equal ranks the smaller latent comes first."""
-    by_index_BX = indices_BX.argsort(dim=1, stable=True)
-    by_rank_BX = rank_BX.gather(1, by_index_BX).argsort(dim=1, stable=True, descending=True)
-    return by_index_BX.gather(1, by_rank_BX)
 
 
 @torch.no_grad()

@@ -46,6 +46,10 @@ def check(saes: tuple[Exportable, ...]) -> None:
         architecture_of(one)
 
 
+_NOT_THERE = {"switch": "experts", "trunk": "a dense trunk"}
+"""Kinds of encoders that no architecture computes, in words."""
+
+
 def architecture_of(one: Exportable) -> str:
     """Return the architecture that an SAE is written as."""
     config = one.sae.trained().config
@@ -56,9 +60,10 @@ def architecture_of(one: Exportable) -> str:
         )
     if "crosscoder" in config.role:
         raise UserError(f"{one.name}: SAELens has no crosscoders. Export an SAE or a transcoder of one hook.")
-    if config.encoder.kind == "switch":
+    if config.encoder.kind in _NOT_THERE:
         raise UserError(
-            f"{one.name}: SAELens has no architecture with experts. Export an SAE with a dense or a Kronecker encoder."
+            f"{one.name}: SAELens has no architecture with {_NOT_THERE[config.encoder.kind]}. Export an SAE with a "
+            "dense or a Kronecker encoder, or publish this one in our own format: `kronsae push`."
         )
     if isinstance(config.encoder, KroneckerEncoderConfig) and config.encoder.null_symbols:
         raise UserError(

@@ -17,6 +17,7 @@ from kronsae.core.heads import head_grid
 from kronsae.core.normalization import Normalization
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import TopKConfig
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.eval.hooked import Windows, vocabulary_size
 from kronsae.eval.interaction import (
     ByKind,
@@ -182,6 +183,8 @@ def not_applicable(member: MemberConfig) -> str:
         if member.encoder.null_symbols:
             return "It does not apply to heads with null symbols: some of their latents have only one parent."
         return ""
+    if isinstance(member.encoder, TrunkEncoderConfig):
+        return "It does not apply to an encoder with a dense trunk: some of its latents have no parents."
     if head_grid(member.encoder) is not None:
         return "It does not apply to a switch encoder: each expert's heads see only the tokens routed to it."
     return "It does not apply to a dense encoder: its latents have no heads and no parents."

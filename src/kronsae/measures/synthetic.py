@@ -21,6 +21,7 @@ from kronsae.core.experts import AnyEncoderConfig, SwitchEncoderConfig
 from kronsae.core.losses import LossConfig, MatryoshkaConfig
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.sae import SAE
+from kronsae.core.trunk import TrunkEncoderConfig
 from kronsae.data.synthetic import ACTIVATIONS, KnownFeatures, SyntheticActivations, SyntheticConfig, mean_l0
 from kronsae.eval.known_features import KnownFeaturesMeter, absolute_cosines, mean_correlation_coefficient
 from kronsae.eval.reconstruction import ReconstructionMeter, encode_decode
@@ -172,7 +173,7 @@ def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
         assert isinstance(expert, DenseEncoderConfig | KroneckerEncoderConfig)
         return replace(encoder, expert=expert)
     units = d_sae // encoder.block
-    if units == 0:
+    if units < (2 if isinstance(encoder, TrunkEncoderConfig) else 1):
         raise UserError(
             f"the synthetic data must have at least as many features (in each expert) as one head has latents, "
             f"{encoder.block}; got {d_sae}. Measure SAEs with smaller heads."
@@ -181,8 +182,14 @@ def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
         return replace(encoder, d_sae=units, init_norm=INIT_NORM)
     if isinstance(encoder, KroneckerEncoderConfig):
         return replace(encoder, num_heads=units, init_norm=INIT_NORM)
+    if isinstance(
+        encoder, TrunkEncoderConfig
+    ):  # the trunk keeps its share, in whole heads, and heads keep at least one
+        own = min(units - 1, max(1, round(units * encoder.trunk.d_sae / encoder.d_sae)))
+        trunk = replace(encoder.trunk, d_sae=own * encoder.block, init_norm=INIT_NORM)
+        return replace(encoder, trunk=trunk, heads=replace(encoder.heads, num_heads=units - own, init_norm=INIT_NORM))
     raise UserError(
-        f"SAEs must have an encoder that can be resized to the synthetic data: dense, kronecker or switch; got "
+        f"SAEs must have an encoder that can be resized to the synthetic data: dense, kronecker, trunk or switch; got "
         f"'{encoder.kind}'. Measure the other SAEs of the run."
     )
 

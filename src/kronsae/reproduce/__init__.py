@@ -35,6 +35,7 @@ STUDIES: tuple[str, ...] = (
     "known_features",
     "null_symbols",
     "occupancy",
+    "trunk",
 )
 """Modules of the studies, in the order of the paper; those after ``fidelity`` go beyond it."""
 

@@ -22,6 +22,7 @@ from kronsae.core.normalization import NormalizationName, is_foldable
 from kronsae.core.objective import AuxKConfig
 from kronsae.core.pursuit import Pursuit, PursuitLearning
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, SparsifierConfig, TopKConfig
+from kronsae.core.trunk import TrunkEncoderConfig, check_trunk
 from kronsae.kernels import cells_per_head
 from kronsae.support.errors import UserError, nearest
 from kronsae.training.config import MemberConfig, OptimizerConfig
@@ -111,6 +112,7 @@ class EncoderShape(TypedDict, total=False):
         gate: function that combines a base and an extension; default `mand`.
         init_norm: expected norm of an encoder row at initialisation.
         null_symbols: whether a base or an extension may be absent (`KroneckerEncoderConfig`); default False.
+        d_trunk: latents with rows of their own, besides those of the heads (`TrunkEncoderConfig`); default 0.
     """
 
     d_sae: int | None
@@ -120,6 +122,7 @@ class EncoderShape(TypedDict, total=False):
     gate: GateName
     init_norm: float | None
     null_symbols: bool
+    d_trunk: int
 
 
 class EncoderOptions(EncoderShape, TrainingOptions, total=False):
@@ -141,6 +144,7 @@ def kron(
     gate: GateName = "mand",
     init_norm: float | None = None,
     null_symbols: bool = False,
+    d_trunk: int = 0,
     **options: Unpack[TrainingOptions],
 ) -> MemberConfig:
     """Return the config of a KronSAE: ``num_heads`` heads of ``d_base`` bases and ``d_extension`` extensions each.
@@ -150,14 +154,15 @@ def kron(
         d_extension: extensions per head N.
         k: active latents per token.
         num_heads: number of heads H; None: the number that gives ``d_sae`` latents.
-        d_sae: number of latents; None: ``num_heads * d_base * d_extension``.
+        d_sae: number of latents; None: ``d_trunk + num_heads * d_base * d_extension``.
         gate: function that combines a base and an extension.
         init_norm: expected norm of an encoder row at initialisation.
         null_symbols: whether a base or an extension may be absent: heads of ``(d_base + 1) * (d_extension + 1) - 1``
             latents.
+        d_trunk: latents with rows of their own, besides those of the heads; 0: none, as in the paper.
         **options: see `TrainingOptions`.
     """
-    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm, null_symbols)
+    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm, null_symbols, d_trunk)
     return _member("kron", encoder, TopKConfig(k=k), options)
 
 
@@ -236,7 +241,10 @@ def switch(
         if num_experts < 1 or whole % num_experts:
             raise UserError(f"{what} must be a multiple of num_experts; got {whole} with num_experts={num_experts}.")
         shape[what] = whole // num_experts
-    encoder = SwitchEncoderConfig(num_experts=num_experts, expert=_encoder_of(shape), balance_weight=balance_weight)
+    expert = _encoder_of(shape)
+    if isinstance(expert, TrunkEncoderConfig):
+        raise UserError("d_trunk must not be used with experts; got a switch SAE. Leave it out.")
+    encoder = SwitchEncoderConfig(num_experts=num_experts, expert=expert, balance_weight=balance_weight)
     return _member("switch", encoder, TopKConfig(k=k), rest)
 
 
@@ -318,7 +326,7 @@ def _hooks(given: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
 
 
-def _encoder_of(shape: EncoderShape) -> EncoderConfig:
+def _encoder_of(shape: EncoderShape) -> EncoderConfig | TrunkEncoderConfig:
     return _encoder(
         shape.get("d_sae"),
         shape.get("num_heads"),
@@ -327,6 +335,7 @@ def _encoder_of(shape: EncoderShape) -> EncoderConfig:
         shape.get("gate", "mand"),
         shape.get("init_norm"),
         shape.get("null_symbols", False),
+        shape.get("d_trunk", 0),
     )
 
 
@@ -338,8 +347,11 @@ def _encoder(
     gate: GateName,
     init_norm: float | None,
     null_symbols: bool,
-) -> EncoderConfig:
+    d_trunk: int,
+) -> EncoderConfig | TrunkEncoderConfig:
     """Return the encoder config of this shape: Kronecker if any size of heads is given, otherwise dense."""
+    if d_trunk:
+        return _with_trunk(d_trunk, d_sae, num_heads, d_base, d_extension, gate, init_norm, null_symbols)
     heads = (num_heads, d_base, d_extension)
     if all(value is None for value in heads):
         if d_sae is None:
@@ -371,6 +383,32 @@ def _encoder(
         init_norm=init_norm,
         null_symbols=null_symbols,
     )
+
+
+def _with_trunk(
+    d_trunk: int,
+    d_sae: int | None,
+    num_heads: int | None,
+    d_base: int | None,
+    d_extension: int | None,
+    gate: GateName,
+    init_norm: float | None,
+    null_symbols: bool,
+) -> TrunkEncoderConfig:
+    """Return the config of heads with a dense trunk of ``d_trunk`` of the ``d_sae`` latents."""
+    check_count("d_trunk", d_trunk)
+    if d_sae is not None and d_sae <= d_trunk:
+        raise UserError(f"d_trunk must be less than d_sae; got {d_trunk} with d_sae={d_sae}. Heads need latents too.")
+    if d_base is not None and d_extension is not None:
+        check_trunk(d_trunk, cells_per_head(d_base, d_extension, null_symbols))
+    of_heads = None if d_sae is None else d_sae - d_trunk
+    heads = _encoder(of_heads, num_heads, d_base, d_extension, gate, init_norm, null_symbols, 0)
+    if not isinstance(heads, KroneckerEncoderConfig):
+        raise UserError(
+            "d_trunk must be used with a Kronecker encoder; got a dense one. Leave it out, or give num_heads, d_base "
+            "and d_extension."
+        )
+    return TrunkEncoderConfig(trunk=DenseEncoderConfig(d_sae=d_trunk, init_norm=init_norm), heads=heads)
 
 
 def _heads(d_sae: int, d_base: int, d_extension: int, null_symbols: bool) -> int:
