@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.command_line import Outcome
+from tests.interop.foreign_saes import sparsify
 
 from kronsae.core import checkpoint
 from kronsae.interop.saebench_job import JOB_FILE, OUTCOME_FILE
@@ -69,19 +70,23 @@ def test_all_saes_of_a_run_are_given_with_what_is_known_of_them(
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == []  # the stand-in writes no results
 
 
-def test_a_single_sae_needs_model_and_hook(
+def test_a_single_sae_needs_model_and_hook_unless_its_files_state_them(
     finished_run: Run, tmp_path: Path, kronsae: Kronsae, jobs: list[dict[str, Any]]
 ) -> None:
-    folder = finished_run.sae_folder("kron")
-    done = kronsae("saebench", folder, "--evals", "meta_structure", "--out", tmp_path)
-    assert done.status == 2
-    assert "--model and --hook must be given for a single SAE" in done.err
-    model = finished_run.config.model.name
-    words = ("--evals", "meta_structure", "--model", model, "--hook", "layers.2", "--out", tmp_path)
-    done = kronsae("saebench", folder, *words)
-    assert done.status == 0, done.err
-    assert "0.25" in done.out
-    assert jobs[0]["saes"][0]["name"] == "kron"
+    folder, model = finished_run.sae_folder("kron"), finished_run.config.model.name
+    words = ("--evals", "meta_structure", "--out", tmp_path / "o")
+    sparsify(tmp_path / "theirs")
+    for given, missing in (((), "--model and --hook"), (("--model", model), "--hook")):
+        assert kronsae("saebench", tmp_path / "theirs", *words, *given).sentence == (
+            f"{missing} must be given for a single SAE whose files do not state it; got {tmp_path / 'theirs'}."
+        )
+    for place in ((), ("--model", model, "--hook", "layers.2")):
+        done = kronsae("saebench", folder, *words, *place)
+        assert done.status == 0, done.err
+        assert "0.25" in done.out
+    assert [job["saes"][0]["name"] for job in jobs] == ["kron"] * 2
+    assert [job["saes"][0]["hook"] for job in jobs] == ["blocks.2.hook_resid_post"] * 2
+    assert [job["location"] for job in jobs] == [model] * 2
 
 
 def test_without_any_result_it_fails(

@@ -30,6 +30,7 @@ from tests.interop.foreign_saes import dictionary_learning, gemma_scope, sparsif
 from tests.interop.mutations import MUTATIONS, mutated
 
 import kronsae as ks
+from kronsae.interop import saelens_layout
 from kronsae.interop.formats import FORMATS
 from kronsae.interop.formats.dictionary_learning import CLASSES
 from kronsae.support.errors import UserError
@@ -48,12 +49,30 @@ MAX_MESSAGE = 3000
 Write = Callable[[Path], Any]
 
 
-def _own(member: ks.MemberConfig) -> Write:
-    return lambda folder: ks.save(member.shape(16, "layers.2").build(), folder)
+def _own(member: ks.MemberConfig, dtype: torch.dtype = torch.float32) -> Write:
+    return lambda folder: ks.save(member.shape(16, "layers.2").build().to(dtype), folder)
 
 
 def _sae_lens(folder: Path, case: str) -> None:
     sae_lens_folders.write(folder, *sae_lens_folders.make(case))
+
+
+def _sae_lens_of_ours(folder: Path, architecture: str, d_out: int | None = None) -> None:
+    """Write an SAE with one of the architectures that kronsae adds to SAELens; without ``d_out``, in bfloat16."""
+    sizes: dict[str, Any] = {"d_in": 16, "d_sae": 40, "d_base": 2, "d_extension": 4, "gate": "mand", "k": 5}
+    roles: dict[str, Any] = {} if d_out is None else {"d_out": d_out, "skip": True}
+    sae = saelens_layout.kron_config(architecture, **sizes, **roles).build(seed=1)
+    dtype = "bfloat16" if d_out is None else "float32"
+    weights = saelens_layout.to_disk(sae.to(getattr(torch, dtype)).state_dict())
+    about = {"architecture": architecture, "metadata": sae_lens_folders.METADATA, "dtype": dtype}
+    sae_lens_folders.write(folder, sizes | roles | about, weights)
+
+
+def _sae_lens_before_6(folder: Path) -> None:
+    config, weights = sae_lens_folders.make("topk")
+    old = {"d_in": config["d_in"], "d_sae": config["d_sae"], "dtype": "torch.float32", "hook_point": "blocks.6"}
+    old |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 7}}
+    sae_lens_folders.write(folder, old, weights)
 
 
 SOURCES: dict[str, list[Write]] = {
@@ -63,8 +82,15 @@ SOURCES: dict[str, list[Write]] = {
         _own(ks.jumprelu(d_sae=40, k=5)),
         _own(ks.switch(d_sae=40, k=5, num_experts=4)),
         _own(ks.topk(d_sae=40, k=5, read="a", write="b", skip=True)),
+        _own(ks.kron(num_heads=10, d_base=2, d_extension=2, k=5, null_symbols=True), torch.bfloat16),
+        _own(ks.kron(num_heads=10, d_base=2, d_extension=2, k=5, pursuit_rounds=2), torch.float64),
     ],
-    "sae_lens": [partial(_sae_lens, case=case) for case in sae_lens_folders.SETTINGS],
+    "sae_lens": [
+        *(partial(_sae_lens, case=case) for case in sae_lens_folders.SETTINGS),
+        *(partial(_sae_lens_of_ours, architecture=name) for name in ("kronsae_topk", "kronsae_batchtopk")),
+        partial(_sae_lens_of_ours, architecture="kronsae_jumprelu_transcoder", d_out=10),
+        _sae_lens_before_6,
+    ],
     "gemma_scope": [gemma_scope],
     "sparsify": [sparsify, partial(sparsify, transcode=True, skip_connection=True)],
     "dictionary_learning": [partial(dictionary_learning, kind=kind) for kind in CLASSES],
@@ -158,7 +184,7 @@ def computed(folder: Path) -> list[torch.Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*names no weights_sha256")
         sae = ks.load(folder)
-    x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(5)).to(sae.W_dec.dtype)
     codes = sae.encode(x)
     return [codes.to_dense(), sae.decode(codes, x)]
 

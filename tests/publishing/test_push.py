@@ -101,6 +101,11 @@ def test_names_branch_licence_and_a_second_push(hub: Hub, finished_run: Run, kro
     assert same(ks.load(NAME, "kron", revision="v2"), finished_run.load("kron"))
 
 
+def test_a_name_that_is_given_twice_is_one_sae(finished_run: Run) -> None:
+    pushed = push_run(finished_run, NAME, ["kron", "kron"], dry_run=True)
+    assert list(pushed.files) == [file for file in FILES if "topk" not in file]
+
+
 def test_a_dry_run_asks_nobody(hub: Hub, finished_run: Run, kronsae: Kronsae) -> None:
     done = kronsae("push", finished_run.folder, NAME, "kron", "--dry-run")
     assert done.status == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -257,6 +258,15 @@ class TestRefused:
     def test_a_folder_in_use(self, imported: Run, foreign: Path, place: Place) -> None:
         assert refusal([foreign / "gated"], imported.folder, place).startswith("out must be a new or empty folder; ")
 
+    def test_a_full_disk(self, foreign: Path, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(path: Path, value: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("kronsae.runs.imported.write_json", full)
+        with pytest.raises(UserError, match=r"out must be a folder that can be written to; .*No space left"):
+            import_saes([foreign / "gated"], tmp_path / "new" / "run", place)
+        assert list((tmp_path / "new").iterdir()) == []
+
     def test_a_name_per_sae(self, foreign: Path, place: Place, tmp_path: Path) -> None:
         message = refusal([foreign / "gated"], tmp_path / "out", place, names=["a", "b"])
         assert message == "--name must be given once per SAE; got 2 names for 1 SAEs."
@@ -332,6 +342,17 @@ class TestASingleSAEInPlaceOfARun:
         other = kronsae("report", "foreign/run/layers.2", *at, "--hook", "layers.1", "-q")
         assert other.status == 0, other.err
         assert len(list(Path("runs/imported").iterdir())) == 2
+
+    def test_a_folder_that_holds_saes(self, place: Place, kronsae: Kronsae) -> None:
+        """A folder of a run of sparsify holds one here, and the folder above it several."""
+        at = ["--model", place.model, "--text", place.text, "--tokens", 50, "-q"]
+        shutil.rmtree("foreign/run/layers.3.mlp")
+        done = kronsae("eval", "foreign/run", *at, "--json")
+        assert done.status == 0, done.err
+        assert [row["name"] for row in done.json["saes"]] == ["run"]
+        assert kronsae("eval", "foreign", *at).sentence.startswith("foreign holds ")
+        Path("empty").mkdir()
+        assert kronsae("report", "empty", "--text", place.text).sentence.startswith("empty must hold an SAE; ")
 
     def test_what_is_missing_is_said(self, place: Place, kronsae: Kronsae, imported: Run) -> None:
         assert kronsae("eval", "foreign/gated").sentence == (

@@ -130,6 +130,12 @@ def test_a_damaged_sae(finished_run: Run, tmp_path: Path) -> None:
         ks.load(tmp_path, "topk")
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", ""])
+def test_a_device_that_is_not_there(device: str, finished_run: Run) -> None:
+    with pytest.raises(UserError, match=f"device must be one that this machine .* have; got '{device}'"):
+        ks.load(finished_run.folder, "topk", device=device)
+
+
 def test_a_revision_is_for_the_hub(finished_run: Run) -> None:
     with pytest.raises(UserError) as caught:
         ks.load(finished_run.folder, "kron", revision="main")

@@ -134,14 +134,24 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         # not mps: it has no float64, in which norms and explained variance are summed
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = check_device(name)
+    if device.type == "mps":
+        raise UserError("device must have float64, which mps lacks; got 'mps'. Give 'cpu'.")
+    return device
+
+
+def check_device(name: torch.device | str) -> torch.device:
+    """Return a device after allocating on it.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        if device.type == "mps":
-            raise UserError("device must have float64, which mps lacks; got 'mps'. Give 'cpu'.")
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device must be one that this machine and this build of torch have; got '{name}'. Give 'auto' or 'cpu'."
+            f"device must be one that this machine and this build of torch have; got '{name}'. Give 'cpu'."
         ) from error
     return device
 

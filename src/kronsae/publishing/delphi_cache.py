@@ -15,7 +15,7 @@ from kronsae.interop.exportable import Exported
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.loaded import LoadedRun
 from kronsae.support.errors import UserError
-from kronsae.support.files import check_new_folder
+from kronsae.support.files import check_new_folder, whole_or_nothing
 from kronsae.support.progress import Progress, progress_of_part
 
 EXAMPLE = 32
@@ -51,7 +51,7 @@ def export_delphi(
     check_count("tokens", tokens)
     check_count("splits", splits)
     loaded = LoadedRun(run)
-    chosen = list(names or run.names)
+    chosen = list(dict.fromkeys(names or run.names))
     for name in chosen:
         run.sae_folder(name)
         if len(loaded.places[name].read) > 1:
@@ -70,10 +70,11 @@ def export_delphi(
     if length % EXAMPLE:
         remarks.append(f"delphi's example_ctx_len must divide the windows' {length} tokens; its default is {EXAMPLE}.")
     folders = {}
-    for number, name in enumerate(chosen):
-        part = progress_of_part(progress, number, len(chosen))
-        folders[name], entries = _write(loaded, name, out / name / "latents", windows, splits, part)
-        remarks.append(f"{name}: {entries:,} activations.")
+    with whole_or_nothing(out):
+        for number, name in enumerate(chosen):
+            part = progress_of_part(progress, number, len(chosen))
+            folders[name], entries = _write(loaded, name, out / name / "latents", windows, splits, part)
+            remarks.append(f"{name}: {entries:,} activations.")
     call = f"LatentDataset({str(folders[chosen[0]])!r}, SamplerConfig(), ConstructorConfig())"
     return Exported(folders=folders, remarks=tuple(remarks), next_steps=(f"in delphi, {call}",))
 

@@ -11,7 +11,7 @@ from kronsae.core import checkpoint
 from kronsae.interop.exportable import Exportable, Exported, Target
 from kronsae.runs.folder import RunFolder
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import check_new_folder
+from kronsae.support.files import check_new_folder, whole_or_nothing
 
 TARGETS: dict[str, str] = {
     "saelens": "kronsae.interop.saelens_export",
@@ -45,15 +45,16 @@ def export_run(run: RunFolder, to: str, out: Path, names: Sequence[str] = ()) ->
         names: SAEs to export; none: all of the run.
 
     Raises:
-        UserError: there is no such target or SAE, the run is not finished, ``out`` is in use, or the format cannot
-            hold one of the SAEs exactly. Nothing has been written.
+        UserError: there is no such target or SAE, the run is not finished, ``out`` is in use or cannot be written, or
+            the format cannot hold one of the SAEs exactly. Nothing has been written.
     """
     target = target_module(to)
     run.require_finished()
-    saes = tuple(exportable(run, name) for name in names or run.names)
+    saes = tuple(exportable(run, name) for name in dict.fromkeys(names or run.names))
     check_new_folder(out)
     target.check(saes)
-    return target.export(saes, out)
+    with whole_or_nothing(out):
+        return target.export(saes, out)
 
 
 def exportable(run: RunFolder, name: str) -> Exportable:

@@ -89,7 +89,7 @@ def push_run(
             f"the run must be one that kronsae trained; {run.folder} holds imported SAEs ({', '.join(run.names)}), "
             "which are not uploaded. Give the folder of a training."
         )
-    chosen = tuple(names or run.names)
+    chosen = tuple(dict.fromkeys(names or run.names))
     with tempfile.TemporaryDirectory(prefix="kronsae-push-") as folder:
         card = _prepare(run, Path(folder), repository, chosen, license, formats)
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())

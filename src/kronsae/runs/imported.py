@@ -33,7 +33,7 @@ from kronsae.runs.parsing import with_options
 from kronsae.runs.run import Run, sae_metadata
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError, shown, shown_text
-from kronsae.support.files import check_new_folder, sha256, umask, write_json
+from kronsae.support.files import check_new_folder, refusals_of_writing, sha256, umask, write_json
 from kronsae.training.config import LoopConfig, MemberConfig
 
 IMPORTED = Path("runs/imported")
@@ -158,7 +158,7 @@ def import_saes(
 
     Raises:
         UserError: an SAE cannot be read, something is not stated, the widths are not those of the model's hooks, or
-            ``out`` is in use. Nothing was written.
+            ``out`` is in use or cannot be written. Nothing was written.
     """
     if names and len(names) != len(sources):
         raise UserError(f"--name must be given once per SAE; got {len(names)} names for {len(sources)} SAEs.")
@@ -172,7 +172,8 @@ def import_saes(
     given = any(option.startswith("context_length=") for option in options)
     config = _fitted(config, saes, language_model, context_is_given=given)
     next(iter(TextStream(config.text, held_out=True, held_out_share=config.held_out_share, repeat=False)))
-    _write(run.folder, config, saes)
+    with refusals_of_writing(run.folder):
+        _write(run.folder, config, saes)
     for one in saes:
         for remark in one.remarks:
             say(remark)
@@ -182,8 +183,9 @@ def import_saes(
 def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> Path:
     """Return the run folder to measure: the argument itself, or the run that an SAE is imported into.
 
-    An SAE (a folder, or on the Hub if something of ``place`` is given) is imported once, into a folder of `IMPORTED`
-    that is named after it, and a digest of its files, ``place`` and the version of kronsae; later calls use it again.
+    An SAE (its folder; with a text, also a folder that holds it; with anything of ``place``, a name on the Hub) is
+    imported once, into a folder of `IMPORTED` that is named after it, and a digest of its files, ``place`` and the
+    version of kronsae; later calls use it again.
 
     Raises:
         UserError: options are given for a run, or an SAE cannot be imported.
@@ -194,7 +196,7 @@ def run_or_sae(argument: Path, place: Place, *, say: Callable[[str], None]) -> P
             f"{', '.join(place.given)} must be left out for a run, whose run.json has them; got {argument}. They are "
             "for the folder of a single SAE."
         )
-    is_sae = not is_run and argument.is_dir() and is_sae_folder(argument)
+    is_sae = not is_run and argument.is_dir() and (is_sae_folder(argument) or place.text is not None)
     is_hub = not argument.exists() and bool(place.given) and hub_place(argument.as_posix()) is not None
     if not (is_sae or is_hub):
         return argument

@@ -9,6 +9,7 @@ import torch
 
 from kronsae.core import checkpoint
 from kronsae.core.sae import SAE
+from kronsae.data.model import check_device
 from kronsae.interop import formats
 from kronsae.interop.formats.foreign import Foreign
 from kronsae.runs.hub_download import download, hub_place
@@ -37,9 +38,10 @@ def load(
         device: device of the SAE.
 
     Raises:
-        UserError: there is no such SAE, its files are damaged or ask for what is not supported, or they cannot be
-            downloaded.
+        UserError: there is no such SAE or device, its files are damaged or ask for what is not supported, or they
+            cannot be downloaded.
     """
+    device = check_device(device)  # before anything is downloaded
     return read_sae(sae_folder(source, name, revision), device).sae
 
 

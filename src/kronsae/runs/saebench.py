@@ -13,11 +13,12 @@ from typing import Any
 from kronsae.core import checkpoint
 from kronsae.core.sae import SAE
 from kronsae.data.model import find_device, local_folder
+from kronsae.interop.hook_names import hub_name
 from kronsae.interop.saebench import SAEBenchConfig, SAEBenchSAE, transformer_lens_hook
 from kronsae.interop.saebench_job import JOB_FILE, KNOWN, OUTCOME_FILE, Job, JobSAE
 from kronsae.runs.hub_download import hub_place
 from kronsae.runs.imported import names_of
-from kronsae.runs.loading import load
+from kronsae.runs.loading import read_sae, sae_folder
 from kronsae.runs.run import open_run
 from kronsae.support.config import to_dict
 from kronsae.support.environment import Environment
@@ -58,7 +59,7 @@ def environment() -> Environment:
 
 
 def find_subjects(source: str, names: list[str], model: str | None, hook: str | None) -> Subjects:
-    """Return the SAEs of a run, or a single SAE with the model and hook that are given."""
+    """Return the SAEs of a run, or a single SAE with the model and hook that are given, or that its files state."""
     if not (Path(source) / "run.json").exists():
         if names:
             raise UserError(f"--sae must be used with a run; {source} is a single SAE. Leave it out.")
@@ -68,10 +69,14 @@ def find_subjects(source: str, names: list[str], model: str | None, hook: str | 
             raise UserError(
                 f"SAE_OR_RUN must be a run folder, an SAE folder or a Hub name (user/repo); there is no {source}.{hint}"
             )
+        found = read_sae(sae_folder(source))
+        model = hub_name(found.model) if model is None and found.model is not None else model
+        hook = found.hook_read if hook is None else hook
         if model is None or hook is None:
-            raise UserError(f"--model and --hook must be given for a single SAE; {source} does not tell them.")
+            missing = " and ".join(name for name, one in (("--model", model), ("--hook", hook)) if one is None)
+            raise UserError(f"{missing} must be given for a single SAE whose files do not state it; got {source}.")
         (name,) = names_of([source])
-        return Subjects({name: load(source)}, {name: hook}, model)
+        return Subjects({name: found.sae}, {name: hook}, model)
     run = open_run(Path(source))
     run.require_finished()
     chosen = names or run.names

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -41,6 +42,46 @@ def check_new_folder(folder: Path) -> None:
     check_folder_place(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"out must be a new or empty folder; {folder} holds files. Choose another one.")
+
+
+@contextmanager
+def refusals_of_writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says when ``folder`` cannot be written in the block into one sentence.
+
+    Raises:
+        UserError: it cannot be written, such as on a full disk. The block must have left nothing there.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"out must be a folder that can be written to; {folder} cannot be written ({error}), and nothing is left "
+            "there. Make room, or name another one."
+        ) from error
+
+
+@contextmanager
+def whole_or_nothing(folder: Path) -> Iterator[None]:
+    """Write ``folder``, a new or empty one (`check_new_folder`), in the block; if the block fails, it is as before.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    existed = folder.exists()
+    with refusals_of_writing(folder):
+        try:
+            yield
+        except BaseException:
+            for path in list(folder.iterdir()) if folder.is_dir() else ():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            if not existed and folder.is_dir():
+                folder.rmdir()
+            raise
 
 
 @contextmanager

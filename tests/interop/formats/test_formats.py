@@ -15,6 +15,7 @@ from tests.interop.foreign_saes import D_IN, D_SAE, K, dictionary_learning, spar
 from torch import Tensor
 
 from kronsae.interop import formats
+from kronsae.interop.formats import convert
 from kronsae.interop.formats.dictionary_learning import CLASSES
 from kronsae.interop.formats.foreign import Foreign
 from kronsae.support.errors import UserError
@@ -247,3 +248,11 @@ class TestDictionaryLearning:
 def test_a_folder_of_no_format(tmp_path: Path) -> None:
     assert formats.recognize(tmp_path) is None
     assert refusal(tmp_path).startswith("SAE must hold an SAE in a known format (")
+
+
+def test_all_weights_are_on_the_device_of_the_others() -> None:
+    """Also the thresholds of a ReLU, which no file holds; ``meta`` stands for an accelerator."""
+    with torch.device("meta"):
+        parts = torch.empty(D_SAE, D_IN), torch.empty(D_SAE), torch.empty(D_SAE, D_IN), torch.empty(D_IN)
+    sae = convert.dense_sae(*parts, convert.thresholds(D_SAE))
+    assert {tensor.device.type for tensor in sae.state_dict().values()} == {"meta"}

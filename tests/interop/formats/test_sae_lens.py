@@ -195,6 +195,12 @@ def test_our_architectures_are_read(architecture: str, gate: Any, tmp_path: Path
         formats.read(write(folder, config | {"d_base": 3}, saelens_layout.to_disk(sae.state_dict())))
 
 
+def test_sizes_of_our_architectures_whose_product_no_tensor_has(tmp_path: Path) -> None:
+    config = {"architecture": "kronsae_topk", "d_in": 10**9, "d_sae": 8 * 10**9, "k": 3, "metadata": METADATA}
+    with pytest.raises(UserError, match="the sizes of an SAE must fit into memory"):
+        formats.read(write(tmp_path / "sae", config, {"W_dec": torch.zeros(2, 2)}))
+
+
 def test_a_folder_of_ours_is_not_taken_for_one_of_sae_lens(tmp_path: Path) -> None:
     _, weights = make("standard")
     assert not sae_lens.recognizes(write(tmp_path / "a", {"format": 1, "sae": {"d_in": 3}}, weights))

@@ -79,7 +79,7 @@ def dense_sae(
         "decoder.b_dec": b_dec_O,
     }
     if isinstance(sparsifier, JumpReLUConfig):
-        lowest_F = torch.zeros(len(rows_FD)) if thresholds_F is None else thresholds_F.clamp_min(0)
+        lowest_F = rows_FD.new_zeros(len(rows_FD)) if thresholds_F is None else thresholds_F.clamp_min(0)
         weights["sparsifier.log_threshold"] = lowest_F.double().log()
     if W_skip_OD is not None:
         weights["skip.W_skip"] = W_skip_OD

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kronsae.core import checkpoint
 from kronsae.core.checks import check_count
 from kronsae.core.gates import GateName
 from kronsae.core.sae import SAE
@@ -250,6 +251,7 @@ def _kron(
         d_out=_size(path, config, "d_out", 768) if transcoder else None,
         skip=transcoder and value(config, "skip", bool, path, False),
     )
+    checkpoint.weight_elements(shape)  # refuses sizes whose product no tensor has
     with torch.device("meta"):
         sae = shape.build_empty()
     expected = {name: tuple(tensor.shape) for name, tensor in saelens_layout.to_disk(sae.state_dict()).items()}
