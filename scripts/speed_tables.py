@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md, docs/pursuit.md, docs/distributed.md and docs/harvesting.md from the benchmarks.
+"""Write the tables of docs/speed.md, gpu.md, pursuit.md, distributed.md and harvesting.md from the benchmarks.
 
 python scripts/speed_tables.py
 """
@@ -15,8 +15,8 @@ from kronsae.support.files import write_marked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE, PURSUIT_PAGE, DISTRIBUTED_PAGE, HARVESTING_PAGE = (
-    ROOT / "docs" / f"{name}.md" for name in ("speed", "pursuit", "distributed", "harvesting")
+PAGE, GPU_PAGE, PURSUIT_PAGE, DISTRIBUTED_PAGE, HARVESTING_PAGE = (
+    ROOT / "docs" / f"{name}.md" for name in ("speed", "gpu", "pursuit", "distributed", "harvesting")
 )
 
 Row = dict[str, str]
@@ -251,6 +251,33 @@ def distributed() -> str:
     return table(headings, cells) + sizes + about("distributed_step", first)
 
 
+def gpu_kernels() -> str:
+    """Return the table of what every GPU kernel uses, one row per launch and a column per target."""
+    rows = rows_of("gpu_kernels")
+    targets, dtypes = ([*dict.fromkeys(row[name] for row in rows)] for name in ("target", "dtype"))
+    by = {tuple(row[name] for name in ("kernel", "variant", "target", "dtype")): row for row in rows}
+    cells = []
+    for kernel, variant in dict.fromkeys((row["kernel"], row["variant"]) for row in rows):
+        own = [[by[kernel, variant, target, dtype] for dtype in dtypes] for target in targets]
+        used = [
+            f"{' / '.join(row['registers'] for row in of)}; {max(int(row['shared_bytes']) for row in of):,}"
+            for of in own
+        ]
+        first = own[0][0]
+        tile = f"{first['rows']} x {int(first['block']):,}, {first['num_warps']}"
+        cells.append([f"{kernel} ({variant})" if variant else kernel, f"{int(first['width']):,}", tile, *used])
+    spilled = [row for row in rows if int(row["spill_bytes"]) or int(row["local_bytes"])]
+    sentence = (
+        f"\n\nEach cell: registers per thread in {', '.join(dtypes)}; bytes of shared memory per program (largest). "
+        f"Tile and warps are those in {dtypes[0]}. {len(rows)} compiled kernels, {len(spilled)} with spills or local "
+        f"memory. Digest of the kernels' source: {rows[0]['source']}."
+    )
+    for row in spilled:
+        name = " ".join(row[key] for key in ("kernel", "variant", "target", "dtype"))
+        sentence += f" {name}: {row['spill_bytes']} bytes spilled, {row['local_bytes']} bytes of local memory."
+    return table(["kernel", "width", "tile, warps", *targets], cells) + sentence + about("gpu_kernels", rows[0])
+
+
 def processes() -> str:
     """Return a sentence on the repeatability over new processes."""
     [row] = rows_of("fresh_processes")
@@ -325,6 +352,7 @@ def main() -> None:
     """Replace the text between the markers of each table."""
     for name, make in TABLES.items():
         write_marked(PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
+    write_marked(GPU_PAGE, "<!-- results:gpu-kernels -->", "<!-- /results:gpu-kernels -->", gpu_kernels())
     if (RESULTS / "pursuit_step.csv").exists():
         mark = "results:pursuit-cost"
         write_marked(PURSUIT_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", variants("pursuit_step"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tests.kernels.helpers import same_values
 from torch import Tensor
 
 from kronsae import kernels
-from kronsae.kernels import Choice, reference
+from kronsae.kernels import Choice, autograd, dispatch, reference
 
 DTYPES = [torch.float32, torch.float64]
 SIZES = [(1, 1, 1, 1), (5, 3, 7, 13), (33, 9, 50, 17), (64, 32, 300, 96)]  # B, K, F, D
@@ -176,3 +178,25 @@ def test_the_suite_would_notice_a_wrong_gradient() -> None:
             gradients(lambda x: x * 1.0, inputs),
             (inputs["x"], gradients(lambda x: x * 1.001, inputs)[1]),
         )
+
+
+def test_the_backward_pass_runs_on_the_path_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in another thread, where autograd runs it for tensors on a GPU, and after the block has ended."""
+    seen: list[tuple[str, str | None]] = []
+
+    def watched(name: str, like: Tensor) -> Any:
+        seen.append((name, dispatch.forced()))
+        return dispatch.choose(name, like)
+
+    monkeypatch.setattr(autograd, "choose", watched)
+    values_BK, matrix_FD = torch.rand(4, 2, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    rows_BK = torch.randint(6, (4, 2))
+    with kernels.use("reference"):
+        out_BD = kernels.decode(values_BK, rows_BK, matrix_FD, torch.zeros(5))
+        kept_BK = kernels.linear_at(out_BD, matrix_FD, torch.zeros(6, requires_grad=True), rows_BK, values_BK.detach())
+    seen.clear()
+    thread = Thread(target=kept_BK.sum().backward)
+    thread.start()
+    thread.join()
+    assert {name for name, _ in seen} == {"weighted_rows", "sampled_products", "group_rows", "gradient_rows"}
+    assert {path for _, path in seen} == {"reference"}

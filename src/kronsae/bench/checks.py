@@ -13,26 +13,28 @@ from kronsae.kernels import collect_row_gradients, kronecker_topk, reference
 from kronsae.support.errors import UserError
 
 
-def check_operations(seed: int = 0) -> None:
-    """Check selection, values and every gradient of both encoders against the definition in float64.
+def check_operations(seed: int = 0, device: torch.device | str = "cpu") -> None:
+    """Check selection, values and every gradient of all encoders on a device against the definition in float64.
 
     Raises:
         UserError: one of them is wrong; do not report results then.
     """
     generator = torch.Generator().manual_seed(seed)
-    pre_BHP = torch.randn(64, 40, 12, generator=generator)
+    pre_BHP = torch.randn(64, 40, 12, generator=generator).to(device)
     got = kronecker_topk(pre_BHP, 4, 16).indices_BK.sort().values
     if not torch.equal(got, reference.kronecker_topk(pre_BHP, 4, 16).indices_BK.sort().values):
         raise UserError(_MESSAGE.format(what="kronecker_topk", where="its selection"))
     encoders = (
         KroneckerEncoderConfig(num_heads=12, d_base=2, d_extension=4, init_norm=1.0),
+        KroneckerEncoderConfig(num_heads=12, d_base=2, d_extension=4, init_norm=1.0, null_symbols=True),
         DenseEncoderConfig(d_sae=96, init_norm=1.0),
     )
     for encoder in encoders:
         for sparsifier in (TopKConfig(k=5), BatchTopKConfig(k=5), JumpReLUConfig(k=5)):
-            sae = SAEConfig(d_in=24, encoder=encoder, sparsifier=sparsifier).build(seed).double()
-            x_BD = torch.randn(32, 24, generator=generator, dtype=torch.float64)
-            _check_gradients(sae, x_BD, f"{encoder.kind} with {sparsifier.kind}")
+            sae = SAEConfig(d_in=24, encoder=encoder, sparsifier=sparsifier).build(seed).double().to(device)
+            x_BD = torch.randn(32, 24, generator=generator, dtype=torch.float64).to(device)
+            null = " and null symbols" if getattr(encoder, "null_symbols", False) else ""
+            _check_gradients(sae, x_BD, f"{encoder.kind} with {sparsifier.kind}{null}")
 
 
 _MESSAGE = "operations must be correct before they are timed; got a wrong {what} in {where}. Run pytest tests/kernels."

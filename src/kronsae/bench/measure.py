@@ -64,7 +64,7 @@ def interleaved_times(
     return times
 
 
-def make_batches(batch: int, d_in: int, seed: int) -> list[Tensor]:
-    """Return seeded batches of normal activations."""
+def make_batches(batch: int, d_in: int, seed: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Return seeded batches of normal activations, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, d_in, generator=generator) for _ in range(BATCHES)]
+    return [torch.randn(batch, d_in, generator=generator).to(device) for _ in range(BATCHES)]

@@ -22,6 +22,7 @@ from kronsae.training.config import MemberConfig, OptimizerConfig
 from kronsae.training.member import Member
 
 LR = 8e-4  # as in the paper
+Place = torch.device | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,8 @@ class Subject(Protocol):
 class EncoderProduct:
     """The product ``x W^T`` of the Kronecker encoder alone: a lower bound on the cost of every step."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.weight = torch.randn(shape.pre_latents, shape.d_in)
+    def __init__(self, shape: Shape, device: Place = "cpu") -> None:
+        self.weight = torch.randn(shape.pre_latents, shape.d_in, device=device)
 
     def step(self, x_BD: Float[Tensor, "B D"]) -> None:
         torch.mm(x_BD, self.weight.T)
@@ -74,7 +75,13 @@ class EncoderProduct:
 class OwnTrainer:
     """The step of `kronsae train` without clipping and normalisation, which the other libraries do not do."""
 
-    def __init__(self, shape: Shape, encoder: EncoderConfig, sparsifier: SparsifierConfig | None = None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        encoder: EncoderConfig,
+        sparsifier: SparsifierConfig | None = None,
+        device: Place = "cpu",
+    ) -> None:
         config = MemberConfig(
             name="bench",
             encoder=encoder,
@@ -82,7 +89,7 @@ class OwnTrainer:
             optimizer=OptimizerConfig(lr=LR, clip_norm=None),
             normalize_activations="none",
         )
-        self.member = Member(config, shape.d_in, "bench", steps=10_000)
+        self.member = Member(config, shape.d_in, "bench", steps=10_000, device=device)
 
     def step(self, x_BD: Float[Tensor, "B D"]) -> None:
         self.member.step(x_BD, 0, want_metrics=False)
@@ -94,14 +101,14 @@ def encoders(shape: Shape) -> dict[str, EncoderConfig]:
     return {"dense": DenseEncoderConfig(d_sae=shape.d_sae), "kron": heads}
 
 
-def kronsae(shape: Shape) -> Subject:
+def kronsae(shape: Shape, device: Place = "cpu") -> Subject:
     """Return KronSAE."""
-    return OwnTrainer(shape, encoders(shape)["kron"])
+    return OwnTrainer(shape, encoders(shape)["kron"], device=device)
 
 
-def topk(shape: Shape) -> Subject:
+def topk(shape: Shape, device: Place = "cpu") -> Subject:
     """Return this library's TopK SAE."""
-    return OwnTrainer(shape, encoders(shape)["dense"])
+    return OwnTrainer(shape, encoders(shape)["dense"], device=device)
 
 
 class PaperListing(nn.Module):
@@ -111,12 +118,12 @@ class PaperListing(nn.Module):
     scattered into a dense B x F tensor, followed by a dense product with W_dec. Autograd differentiates all of it.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, device: Place = "cpu") -> None:
         super().__init__()
         self.shape = shape
-        self.encoder = nn.Linear(shape.d_in, shape.pre_latents)
-        self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(shape.d_sae, shape.d_in), dim=1))
-        self.b_dec = nn.Parameter(torch.zeros(shape.d_in))
+        self.encoder = nn.Linear(shape.d_in, shape.pre_latents, device=device)
+        self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(shape.d_sae, shape.d_in, device=device), dim=1))
+        self.b_dec = nn.Parameter(torch.zeros(shape.d_in, device=device))
         nn.init.normal_(self.encoder.weight, std=(2 * shape.d_sae) ** -0.5)
         nn.init.zeros_(self.encoder.bias)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
@@ -141,11 +148,11 @@ class PaperListing(nn.Module):
 class Sparsify:
     """EleutherAI's `sparsify` (PyPI eai-sparsify): fused TopK encoder and its own sparse decoder."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, device: Place = "cpu") -> None:
         from sparsify import SparseCoder, SparseCoderConfig
 
         config = SparseCoderConfig(num_latents=shape.d_sae, k=shape.k)
-        self.coder: Any = SparseCoder(shape.d_in, config, device="cpu", dtype=torch.float32)
+        self.coder: Any = SparseCoder(shape.d_in, config, device=str(device), dtype=torch.float32)
         self.optimizer = torch.optim.AdamW(self.coder.parameters(), lr=LR, fused=True)
 
     def step(self, x_BD: Float[Tensor, "B D"]) -> None:
@@ -158,10 +165,11 @@ class Sparsify:
 class SAELens:
     """SAELens' TopK training SAE (PyPI sae-lens) with the loss of its trainer."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, device: Place = "cpu") -> None:
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
-        config = TopKTrainingSAEConfig(d_in=shape.d_in, d_sae=shape.d_sae, k=shape.k, dtype="float32", device="cpu")
+        sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae, "k": shape.k}
+        config = TopKTrainingSAEConfig(**sizes, dtype="float32", device=str(device))
         self.sae: Any = TopKTrainingSAE(config)
         self.optimizer = torch.optim.AdamW(self.sae.parameters(), lr=LR, fused=True)
 
@@ -183,7 +191,7 @@ class Entry:
     """A contestant's name in results, its constructor, and the package it needs (import name, name on PyPI)."""
 
     name: str
-    build: Callable[[Shape], Subject]
+    build: Callable[..., Subject]  # of a shape and, if it is not the CPU, a device
     package: tuple[str, str] | None = None
 
     def missing(self) -> str | None:

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from kronsae.bench import runs
+from kronsae.bench import checklist, compiled, runs
+from kronsae.bench.device import find_gpu
 from kronsae.bench.measure import Timing
 from kronsae.bench.subjects import Shape
-from kronsae.support.files import write_csv
+from kronsae.support.files import check_folder_place, write_csv
 from kronsae.support.provenance import provenance_columns
+from kronsae.support.terminal import print_json, say, what_now
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -181,6 +183,81 @@ def memory(
     }
     line = f"forward + backward add {result.extra_bytes / 2**20:.0f} MiB: {result.ratio:.2f} x all pre-latents"
     _report([row], {**row, **provenance_columns(seed)}, [line], seed, csv, as_json)
+
+
+@app.command("compile")
+def compile_kernels(
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90 or gfx942; repeatable. Default: all of them.")
+    ] = None,
+    seed: Seed = 0,
+    csv: Csv = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every GPU kernel ahead of time and list registers, spills and shared memory. Needs Triton, but no GPU.
+
+    The column ``source`` of the results is a digest of the kernels' source.
+    """
+    rows, source = [], compiled.source_digest()
+    for name in target or compiled.TARGETS:
+        for dtype in compiled.DTYPES:
+            rows += [{**vars(one), "source": source} for one in compiled.compile_all(name, dtype)]
+            say(f"{name}, {str(dtype).removeprefix('torch.')}: compiled")
+    lines = [
+        f"{row['target']:6s} {row['dtype']:8s} {row['kernel']:16s} {row['variant']:24s} {row['registers']:3d} registers"
+        f" {row['spill_bytes']:4d} bytes spilled {row['shared_bytes']:6d} bytes shared"
+        for row in rows
+    ]
+    _report(rows, {"kernels": rows, **provenance_columns(seed)}, lines, seed, csv, as_json)
+    what_now("on a machine with a GPU: kronsae bench gpu")
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder for the results, one CSV file per item.")] = Path("gpu-bench"),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Item to run; repeatable. Operations are always compared first. Default: all."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time for everything.")] = checklist.MINUTES,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print items and times, and do nothing.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Check and measure the kernels on a GPU, tune their block sizes, and compare a training step with its floor."""
+    items = checklist.select_items(only or [])
+    if dry_run:
+        planned = [{"item": item.name, "about": item.about, "seconds_at_most": item.seconds} for item in items]
+        total = sum(item.seconds for item in items)
+        lines = [f"{item.name:11s} {item.seconds:4d} s at most   {item.about}" for item in items]
+        lines.append(f"{'together':11s} {total:4d} s at most of {60 * minutes:.0f} s; results go to {out}")
+        typer.echo(json.dumps({"items": planned, "seconds": total}, indent=2) if as_json else "\n".join(lines))
+        what_now("on a machine with a GPU: kronsae bench gpu")
+        return
+    device = find_gpu()
+    check_folder_place(out)
+    table, sizes = checklist.block_table(), checklist.sizes_for(device.memory_bytes)
+    say(f"{device.name}: results go to {out}, block sizes to {table}")
+    outcomes = checklist.run_checklist(device, sizes, out, only or [], table, minutes, seed, _say_outcome)
+    results = {one.item: one.rows for one in outcomes}
+    if as_json:
+        print_json({"device": device.name, "results": results, **provenance_columns(seed)})
+    else:
+        for row in [*results.get("step", ()), *results.get("grid", ())]:
+            time = row["problem"] if row["median_ms"] is None else f"{row['median_ms']:.2f} ms"
+            floor = "" if row["ratio_to_floor"] is None else f"   {row['ratio_to_floor']:.2f} x floor"
+            typer.echo(f"F={row['d_sae']:7d} D={row['d_in']:5d} {row['subject']:16s} {time}{floor}")
+    what_now(f"look at {out}/step.csv")
+    if any(one.problems for one in outcomes):
+        raise typer.Exit(1)
+
+
+def _say_outcome(outcome: checklist.Outcome) -> None:
+    say(f"{outcome.item}: {len(outcome.rows)} rows in {outcome.seconds:.0f} s")
+    for problem in outcome.problems:
+        say(f"  failed: {problem}")
+    if outcome.left_out:
+        say(f"  no time was left for: {', '.join(outcome.left_out)}")
 
 
 def _sizes(shape: Shape) -> dict[str, int]:

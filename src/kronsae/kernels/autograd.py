@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any, cast
 
 import torch
@@ -129,6 +129,18 @@ def _weight_gradient(destination: Any, term: Term, height: int) -> Tensor | None
     return None
 
 
+def _sums_at(rows_N: Tensor, values_N: Tensor, height: int) -> Tensor:
+    """Return ``out[p] = sum of the values at row p``, with the same bits each time."""
+    out_P = values_N.new_zeros(height)
+    if values_N.is_cuda:  # there index_add_ adds in no fixed order, while accumulating by index sorts first
+        return out_P.index_put_((rows_N,), values_N, accumulate=True)
+    return out_P.index_add_(0, rows_N, values_N)
+
+
+# The backward pass of a GPU runs in a thread of autograd's own, which knows no `kronsae.kernels.use`. So both functions
+# run it in the context of their forward pass.
+
+
 class _LinearAt(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -141,11 +153,15 @@ class _LinearAt(torch.autograd.Function):
         destination: Any,
     ) -> Tensor:
         ctx.save_for_backward(x_BD, weight_PD, rows_BR)
-        ctx.destination = destination
+        ctx.destination, ctx.context = destination, copy_context()
         return values_BR.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_BR: Tensor) -> Any:
+        return ctx.context.copy().run(_LinearAt.gradients, ctx, grad_BR)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_BR: Tensor) -> Any:
         x_BD, weight_PD, rows_BR = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_BR = grad_BR.contiguous()
@@ -155,7 +171,7 @@ class _LinearAt(torch.autograd.Function):
             term = Term(grad_BR, rows_BR, x_BD)
             grad_weight = _weight_gradient(ctx.destination, term, len(weight_PD))
         if needs_bias:
-            grad_bias = grad_BR.new_zeros(len(weight_PD)).index_add_(0, rows_BR.flatten(), grad_BR.flatten())
+            grad_bias = _sums_at(rows_BR.flatten(), grad_BR.flatten(), len(weight_PD))
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -181,11 +197,15 @@ class _Decode(torch.autograd.Function):
         ctx: Any, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, destination: Any
     ) -> Tensor:
         ctx.save_for_backward(values_BK, indices_BK, W_dec_FD)
-        ctx.destination = destination
+        ctx.destination, ctx.context = destination, copy_context()
         return cast(Tensor, choose("weighted_rows", W_dec_FD)(values_BK, indices_BK, W_dec_FD, b_dec_D))
 
     @staticmethod
     def backward(ctx: Any, grad_BD: Tensor) -> Any:
+        return ctx.context.copy().run(_Decode.gradients, ctx, grad_BD)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_BD: Tensor) -> Any:
         values_BK, indices_BK, W_dec_FD = ctx.saved_tensors
         needs_values, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         grad_BD = grad_BD.contiguous()

@@ -3,12 +3,15 @@
 
 Sums run in float32 (float64 for float64 inputs) whatever the dtype of the inputs. There are no atomics: one program
 writes each output element and adds in a fixed order, so results repeat bit for bit. With ``TRITON_INTERPRET=1`` the
-kernels run on CPU tensors; the tests without a GPU use this. Block sizes are not tuned, because no GPU was available.
+kernels run on CPU tensors; the tests without a GPU use this, and compile every kernel (`kronsae.bench.compiled`). Block
+sizes come from `kronsae.kernels.blocks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kronsae.kernels import portable
+from kronsae.kernels.blocks import Blocks, blocks_for
 from kronsae.kernels.portable import (
     group_rows,
     head_maxima,
@@ -55,7 +59,38 @@ __all__ = [
     "weighted_rows",
 ]
 
-BLOCK_D = 256
+Launch = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], object]
+"""Receives a launch: kernel, grid, arguments, and the constants and options by name."""
+
+_receiver: ContextVar[Launch | None] = ContextVar("kronsae_launches", default=None)
+
+
+@contextmanager
+def launches_to(receive: Launch) -> Iterator[None]:
+    """Pass every launch inside the block to ``receive`` instead, to compile ahead of time; outputs are unset."""
+    token = _receiver.set(receive)
+    try:
+        yield
+    finally:
+        _receiver.reset(token)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch on the device of the first argument, which need not be the current one."""
+    receive = _receiver.get()
+    if receive is not None:
+        receive(kernel, grid, arguments, constants)
+    elif 0 in grid:
+        return
+    elif arguments[0].is_cuda:
+        with torch.cuda.device(arguments[0].device):
+            kernel[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+def _blocks(kernel: str, like: Tensor, width: int) -> Blocks:
+    return blocks_for(kernel, like.dtype, width, like.device)
 
 
 def _accumulator(dtype: torch.dtype) -> Any:
@@ -73,7 +108,7 @@ def _weighted_rows_kernel(
     total = tl.zeros((block,), acc_type)
     if has_bias:
         total += tl.load(bias + d, mask=inside, other=0).to(acc_type)
-    for r in range(entries):
+    for r in tl.range(0, entries, loop_unroll_factor=4):  # four rows in flight
         weight = tl.load(weights + token * entries + r).to(acc_type)
         row = tl.load(rows + token * entries + r)
         total += weight * tl.load(matrix + row * width + d, mask=inside, other=0).to(acc_type)
@@ -91,9 +126,12 @@ def weighted_rows(
     width = matrix_PD.shape[1]
     out_BD = torch.empty(tokens, width, dtype=matrix_PD.dtype, device=matrix_PD.device)
     matrix_PD = matrix_PD.contiguous()
-    _weighted_rows_kernel[(tokens, triton.cdiv(width, BLOCK_D))](
+    sizes = _blocks("weighted_rows", matrix_PD, width)
+    _launch(
+        _weighted_rows_kernel, (tokens, triton.cdiv(width, sizes.block)),
         weights_BR.contiguous(), rows_BR.contiguous(), matrix_PD, matrix_PD if bias_D is None else bias_D.contiguous(),
-        out_BD, entries, width, has_bias=bias_D is not None, block=BLOCK_D, acc_type=_accumulator(matrix_PD.dtype),
+        out_BD, entries, width, has_bias=bias_D is not None, block=sizes.block,
+        acc_type=_accumulator(matrix_PD.dtype), num_warps=sizes.num_warps,
     )  # fmt: skip
     return out_BD
 
@@ -105,15 +143,17 @@ def _sampled_products_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1) * block_r + tl.arange(0, block_r)
-    row = tl.load(rows + token * entries + r, mask=r < entries, other=0)
-    total = tl.zeros((block_r,), acc_type)
+    wanted = r < entries
+    row = tl.load(rows + token * entries + r, mask=wanted, other=0)
+    total = tl.zeros((block_r, block), acc_type)  # summed over its columns once, at the end
     for start in range(0, width, block):
         d = start + tl.arange(0, block)
         inside = d < width
         x_part = tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
-        tile = tl.load(matrix + row[:, None] * width + d[None, :], mask=inside[None, :], other=0).to(acc_type)
-        total += tl.sum(tile * x_part[None, :], axis=1)
-    tl.store(out + token * entries + r, total.to(out.dtype.element_ty), mask=r < entries)
+        there = wanted[:, None] & inside[None, :]
+        tile = tl.load(matrix + row[:, None] * width + d[None, :], mask=there, other=0).to(acc_type)
+        total += tile * x_part[None, :]
+    tl.store(out + token * entries + r, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=wanted)
 
 
 def sampled_products(
@@ -122,12 +162,25 @@ def sampled_products(
     """Return ``out[b, r] = x[b] . matrix[rows[b, r]]``."""
     tokens, entries = rows_BR.shape
     out_BR = torch.empty(tokens, entries, dtype=matrix_PD.dtype, device=matrix_PD.device)
-    block_r = 16
-    _sampled_products_kernel[(tokens, triton.cdiv(entries, block_r))](
+    sizes = _blocks("sampled_products", matrix_PD, matrix_PD.shape[1])
+    _launch(
+        _sampled_products_kernel, (tokens, triton.cdiv(entries, sizes.rows)),
         x_BD.contiguous(), matrix_PD.contiguous(), rows_BR.contiguous(), out_BR, entries, matrix_PD.shape[1],
-        block_r=block_r, block=BLOCK_D, acc_type=_accumulator(matrix_PD.dtype),
+        block_r=sizes.rows, block=sizes.block, acc_type=_accumulator(matrix_PD.dtype), num_warps=sizes.num_warps,
     )  # fmt: skip
     return out_BR
+
+
+@triton.jit
+def _row_sum(tokens, weights, x, first, count, d, width, block: tl.constexpr, acc_type: tl.constexpr):
+    """``sum over the row's entries (t, w) of w * x[t, d]``, in order of entries."""
+    inside = d < width
+    total = tl.zeros((block,), acc_type)
+    for n in tl.range(0, count, loop_unroll_factor=2):
+        token = tl.load(tokens + first + n)
+        weight = tl.load(weights + first + n).to(acc_type)
+        total += weight * tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
+    return total
 
 
 @triton.jit
@@ -136,15 +189,10 @@ def _gradient_rows_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * block + tl.arange(0, block)
-    inside = d < width
-    total = tl.zeros((block,), acc_type)
     first = tl.load(offsets + row)
-    count = tl.load(offsets + row + 1) - first
-    for n in range(count):
-        token = tl.load(tokens + first + n)
-        weight = tl.load(weights + first + n).to(acc_type)
-        total += weight * tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
-    tl.store(out + row * width + d, total.to(out.dtype.element_ty), mask=inside)
+    count = (tl.load(offsets + row + 1) - first).to(tl.int32)
+    total = _row_sum(tokens, weights, x, first, count, d, width, block, acc_type)
+    tl.store(out + row * width + d, total.to(out.dtype.element_ty), mask=d < width)
 
 
 def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
@@ -152,50 +200,78 @@ def gradient_rows(gradient: RowGradient) -> Float[Tensor, "P D"]:
     x_BD = gradient.x_BD.contiguous()
     width = x_BD.shape[1]
     out_PD = torch.empty(gradient.height, width, dtype=x_BD.dtype, device=x_BD.device)
-    _gradient_rows_kernel[(gradient.height, triton.cdiv(width, BLOCK_D))](
+    sizes = _blocks("gradient_rows", x_BD, width)
+    _launch(
+        _gradient_rows_kernel, (gradient.height, triton.cdiv(width, sizes.block)),
         gradient.offsets, gradient.tokens_N, gradient.weights_N, x_BD, out_PD, width,
-        block=BLOCK_D, acc_type=_accumulator(x_BD.dtype),
+        block=sizes.block, acc_type=_accumulator(x_BD.dtype), num_warps=sizes.num_warps,
     )  # fmt: skip
     return out_PD
 
 
+@triton.jit
+def _row_squares_kernel(
+    offsets, tokens, weights, x, out, width, block: tl.constexpr, acc_type: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(offsets + row)
+    count = (tl.load(offsets + row + 1) - first).to(tl.int32)
+    squares = tl.zeros((block,), acc_type)
+    for start in range(0, tl.where(count > 0, width, 0), block):
+        total = _row_sum(tokens, weights, x, first, count, start + tl.arange(0, block), width, block, acc_type)
+        squares += total * total
+    tl.store(out + row, tl.sum(squares, axis=0))
+
+
 def squared_norm(gradient: RowGradient) -> Float[Tensor, ""]:
-    """Return ``|G|^2`` in float64."""
-    return gradient_rows(gradient).square().sum(dtype=torch.float64)
+    """Return ``|G|^2`` in float64, from one sum per row; G is not written."""
+    x_BD = gradient.x_BD.contiguous()
+    dtype = torch.float64 if x_BD.dtype == torch.float64 else torch.float32
+    squares_P = torch.empty(gradient.height, dtype=dtype, device=x_BD.device)
+    sizes = _blocks("row_squares", x_BD, x_BD.shape[1])
+    _launch(
+        _row_squares_kernel, (gradient.height,),
+        gradient.offsets, gradient.tokens_N, gradient.weights_N, x_BD, squares_P, x_BD.shape[1],
+        block=sizes.block, acc_type=_accumulator(x_BD.dtype), num_warps=sizes.num_warps,
+    )  # fmt: skip
+    return squares_P.sum(dtype=torch.float64)
 
 
 @triton.jit
 def _head_bounds_kernel(
-    pre, best, heads, d_base, d_extension, block_h: tl.constexpr, block_w: tl.constexpr
+    pre, best, heads,
+    d_base: tl.constexpr, d_extension: tl.constexpr, block_h: tl.constexpr, block_w: tl.constexpr,
+    acc_type: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * block_h + tl.arange(0, block_h)
     column = tl.arange(0, block_w)
-    width = d_base + d_extension
+    width: tl.constexpr = d_base + d_extension
     tile = pre + (token * heads + head[:, None]) * width + column[None, :]
     inside = (head[:, None] < heads) & (column[None, :] < width)
-    values = tl.load(tile, mask=inside, other=0)
+    values = tl.load(tile, mask=inside, other=0).to(acc_type)
     is_base = column[None, :] < d_base
     base = tl.max(tl.where(is_base & (values > 0), values, 0), axis=1)
     extension = tl.max(tl.where((column[None, :] >= d_base) & (values > 0), values, 0), axis=1)
-    tl.store(best + token * heads + head, base * extension, mask=head < heads)
+    tl.store(best + token * heads + head, (base * extension).to(best.dtype.element_ty), mask=head < heads)
 
 
 @triton.jit
 def _expand_kernel(
-    pre, chosen, products, heads, expanded, d_base, d_extension, block: tl.constexpr
+    pre, chosen, products, heads, expanded,
+    d_base: tl.constexpr, d_extension: tl.constexpr, block: tl.constexpr, acc_type: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1).to(tl.int64)
-    head = tl.load(chosen + token * expanded + place)
-    cell = tl.arange(0, block)
-    cells = d_base * d_extension
-    inside = cell < cells
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    cells: tl.constexpr = d_base * d_extension
+    inside = at < expanded * cells
+    head = tl.load(chosen + token * expanded + at // cells, mask=inside, other=0)
+    cell = at % cells
     first = pre + (token * heads + head) * (d_base + d_extension)
-    base = tl.load(first + cell // d_extension, mask=inside, other=0)
-    extension = tl.load(first + d_base + cell % d_extension, mask=inside, other=0)
+    base = tl.load(first + cell // d_extension, mask=inside, other=0).to(acc_type)
+    extension = tl.load(first + d_base + cell % d_extension, mask=inside, other=0).to(acc_type)
     product = tl.where((base > 0) & (extension > 0), base * extension, 0)
-    tl.store(products + (token * expanded + place) * cells + cell, product, mask=inside)
+    tl.store(products + token * expanded * cells + at, product.to(products.dtype.element_ty), mask=inside)
 
 
 def kronecker_topk(pre_BHP: Float[Tensor, "B H P"], d_base: int, k: int) -> KroneckerSelection:
@@ -212,16 +288,20 @@ def _topk_chunk(pre_BHP: Tensor, d_base: int, k: int, expanded: int) -> Tensor:
     d_extension = width - d_base
     cells = d_base * d_extension
     best_BH = pre_BHP.new_empty(tokens, heads)
-    block_w = triton.next_power_of_2(width)
-    block_h = max(1, min(triton.next_power_of_2(heads), 2048 // block_w))
-    _head_bounds_kernel[(tokens, triton.cdiv(heads, block_h))](
-        pre_BHP, best_BH, heads, d_base, d_extension, block_h=block_h, block_w=block_w
-    )
+    sizes = _blocks("head_bounds", pre_BHP, width)
+    _launch(
+        _head_bounds_kernel, (tokens, triton.cdiv(heads, sizes.rows)),
+        pre_BHP, best_BH, heads, d_base=d_base, d_extension=d_extension, block_h=sizes.rows, block_w=sizes.block,
+        acc_type=_accumulator(pre_BHP.dtype), num_warps=sizes.num_warps,
+    )  # fmt: skip
     heads_BE = best_BH.topk(expanded, dim=1, sorted=False).indices
     products_BN = pre_BHP.new_empty(tokens, expanded * cells)
-    _expand_kernel[(tokens, expanded)](
-        pre_BHP, heads_BE, products_BN, heads, expanded, d_base, d_extension, block=triton.next_power_of_2(cells)
-    )
+    sizes = _blocks("expand", pre_BHP, expanded * cells)
+    _launch(
+        _expand_kernel, (tokens, triton.cdiv(expanded * cells, sizes.block)),
+        pre_BHP, heads_BE, products_BN, heads, expanded, d_base=d_base, d_extension=d_extension, block=sizes.block,
+        acc_type=_accumulator(pre_BHP.dtype), num_warps=sizes.num_warps,
+    )  # fmt: skip
     flat_BK = products_BN.topk(k, dim=1, sorted=False).indices
     latents_BK: Tensor = heads_BE.gather(1, flat_BK // cells) * cells + flat_BK % cells
     return latents_BK
@@ -245,38 +325,46 @@ def kronecker_linear_topk(
 @triton.jit
 def _adamw_kernel(
     weight, moment, second, offsets, tokens, weights, x, width, scalars,
-    unit_norm: tl.constexpr, only_touched: tl.constexpr, block: tl.constexpr, acc_type: tl.constexpr,
+    unit_norm: tl.constexpr, only_touched: tl.constexpr, whole: tl.constexpr,
+    block: tl.constexpr, acc_type: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, block)
-    inside = d < width
     first = tl.load(offsets + row)
-    count = tl.load(offsets + row + 1) - first
-    grad = tl.zeros((block,), acc_type)
-    for n in range(count):
-        token = tl.load(tokens + first + n)
-        entry = tl.load(weights + first + n).to(acc_type)
-        grad += entry * tl.load(x + token * width + d, mask=inside, other=0).to(acc_type)
-    decay, rest1 = tl.load(scalars + 1), tl.load(scalars + 2)
+    count = (tl.load(offsets + row + 1) - first).to(tl.int32)
+    scale, decay, rest1 = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     beta2, rest2 = tl.load(scalars + 3), tl.load(scalars + 4)
     step_size, root_scale, eps = tl.load(scalars + 5), tl.load(scalars + 6), tl.load(scalars + 7)
-    grad *= tl.load(scalars)
-    at = row * width + d
-    w = tl.load(weight + at, mask=inside, other=0).to(acc_type)
-    m = tl.load(moment + at, mask=inside, other=0).to(acc_type)
-    v = tl.load(second + at, mask=inside, other=0).to(acc_type)
-    m += rest1 * (grad - m)
-    v = beta2 * v + rest2 * grad * grad
-    w = w * decay - step_size * (m / (tl.sqrt(v) * root_scale + eps))
-    if unit_norm:
-        squared = tl.sum(w * w, axis=0)
-        w = tl.where(squared > 0, w / tl.sqrt(tl.where(squared > 0, squared, 1)), w)
-    written = inside
+    limit = width
     if only_touched:
-        written = d < tl.where(count > 0, width, 0)
-    tl.store(weight + at, w.to(weight.dtype.element_ty), mask=written)
-    tl.store(moment + at, m.to(moment.dtype.element_ty), mask=written)
-    tl.store(second + at, v.to(second.dtype.element_ty), mask=written)
+        limit = tl.where(count > 0, width, 0)
+    squares = tl.zeros((block,), acc_type)
+    for start in range(0, limit, block):
+        d = start + tl.arange(0, block)
+        inside = d < width
+        at = row * width + d
+        grad = _row_sum(tokens, weights, x, first, count, d, width, block, acc_type) * scale
+        m = tl.load(moment + at, mask=inside, other=0).to(acc_type)
+        m += rest1 * (grad - m)
+        tl.store(moment + at, m.to(moment.dtype.element_ty), mask=inside)
+        v = tl.load(second + at, mask=inside, other=0).to(acc_type)
+        v = beta2 * v + rest2 * grad * grad
+        tl.store(second + at, v.to(second.dtype.element_ty), mask=inside)
+        w = tl.load(weight + at, mask=inside, other=0).to(acc_type)
+        w = w * decay - step_size * (m / (tl.sqrt(v) * root_scale + eps))
+        if unit_norm and whole:
+            squared = tl.sum(w * w, axis=0)
+            w = tl.where(squared > 0, w / tl.sqrt(tl.where(squared > 0, squared, 1)), w)
+        tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
+        if unit_norm and not whole:
+            squares += w * w
+    if unit_norm and not whole:  # a second pass over the row, which is still in cache
+        squared = tl.sum(squares, axis=0)
+        norm = tl.sqrt(tl.where(squared > 0, squared, 1))
+        tl.debug_barrier()
+        for start in range(0, limit, block):
+            d = start + tl.arange(0, block)
+            w = tl.load(weight + row * width + d, mask=d < width, other=0).to(acc_type) / norm
+            tl.store(weight + row * width + d, w.to(weight.dtype.element_ty), mask=d < width)
 
 
 def adamw(
@@ -299,9 +387,11 @@ def adamw(
         dtype=torch.float64 if weight_PD.dtype == torch.float64 else torch.float32,
         device=weight_PD.device,
     )  # fmt: skip
-    _adamw_kernel[(height,)](
+    sizes = _blocks("adamw", weight_PD, width)
+    _launch(
+        _adamw_kernel, (height,),
         weight_PD, moment_PD, second_PD, gradient.offsets, gradient.tokens_N, gradient.weights_N,
         gradient.x_BD.contiguous(), width, scalars,
-        unit_norm=settings.unit_norm, only_touched=settings.only_touched,
-        block=triton.next_power_of_2(width), acc_type=_accumulator(weight_PD.dtype),
+        unit_norm=settings.unit_norm, only_touched=settings.only_touched, whole=sizes.block >= width,
+        block=sizes.block, acc_type=_accumulator(weight_PD.dtype), num_warps=sizes.num_warps,
     )  # fmt: skip

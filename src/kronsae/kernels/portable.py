@@ -30,14 +30,17 @@ from kronsae.kernels.selection import (
 
 CHUNK_ELEMENTS = 2**22  # largest temporary: 16 MB of fp32, about the size above which the CPU's caches stop helping
 PRODUCT_ELEMENTS = 2**24  # outputs of one product: 64 MB of fp32; a product of fewer than 64 tokens is inefficient
+CUDA_PRODUCT_ELEMENTS = 2**27  # 512 MB: each product reads the whole weight again, from the GPU's memory
 
 
 def product_chunks(
     x_BD: Float[Tensor, "B D"], weight_PD: Float[Tensor, "P D"], bias_P: Float[Tensor, " P"]
 ) -> Iterator[tuple[int, Float[Tensor, "C P"]]]:
     """Yield ``x W^T + b`` in chunks of tokens, each with the index of its first token."""
-    first = 0
-    for part_BD in x_BD.split(max(64, PRODUCT_ELEMENTS // len(weight_PD))):
+    first, tokens = 0, max(64, PRODUCT_ELEMENTS // len(weight_PD))
+    if x_BD.is_cuda:
+        tokens = max(128, CUDA_PRODUCT_ELEMENTS // len(weight_PD) // 128 * 128)  # whole tiles of its product
+    for part_BD in x_BD.split(tokens):
         yield first, torch.addmm(bias_P, part_BD, weight_PD.T)
         first += len(part_BD)
 

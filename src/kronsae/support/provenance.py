@@ -17,6 +17,7 @@ PACKAGES = (
     "scipy",
     "scikit-learn",
     "numba",
+    "triton",
     "transformers",
     "eai-sparsify",
     "sae-lens",
