@@ -45,7 +45,7 @@ START = "<!-- results:absorption -->"
 L0S = (16, 32, 64)
 FORMS = ("topk", "kron", "matryoshka")
 D_SAE = 2048
-LR = 8e-3  # between the two learning rates of studies/cells.json; the same for all SAEs
+LR = 8e-3  # the same for all SAEs
 KEYS = (
     "mean_absorption_fraction",
     "mean_full_absorption",

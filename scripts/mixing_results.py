@@ -150,7 +150,7 @@ def cells() -> list[str]:
         before = by_order["before"][name]
         difference = f"{statistics.mean(after) - statistics.mean(before):+.4f}"
         rows.append([name, *(mean_and_range(values, "{:.4f}") for values in (before, after)), difference])
-    return markdown_rows(["SAE of the study `cells`", "EV before", "EV after", "difference"], rows)
+    return markdown_rows(["SAE, 2,048 latents, k = 32", "EV before", "EV after", "difference"], rows)
 
 
 def explained_variance(path: Path) -> dict[str, list[float]]:
