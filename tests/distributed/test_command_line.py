@@ -22,6 +22,7 @@ from kronsae.runs.config import RunConfig
 from kronsae.runs.parsing import parse_sae
 from kronsae.runs.trainers import Together
 from kronsae.support.errors import UserError
+from kronsae.support.files import folder_lock
 
 KRON = ["--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4"]
 
@@ -113,6 +114,38 @@ def test_an_error_of_one_ends_all_and_is_told_once(fault: str, base: list[str], 
     else:
         assert told == ["Error: the lights must be on; they are off in process 1."]
     assert not any("Traceback" in err for _, _, err in found)
+
+
+def test_sigterm_of_one_ends_all_with_a_checkpoint(base: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    found = outcomes(2, tmp_path / "2", [*base, *KRON, "--out", str(out)], "terminated")
+    assert [status for status, _, _ in found] == [130, 130]
+    assert [line for _, _, err in found for line in err.splitlines() if line.startswith("stopped")] == [
+        f"stopped after 192 of 256 tokens; a checkpoint is saved in {out}. Run the same command again to resume."
+    ]
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-00000003"]
+
+
+def test_a_full_disk_of_one_ends_all_and_is_told_once(base: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    words = [*base, *KRON, "--out", str(out), "--set", "loop.checkpoint_every=2"]
+    found = outcomes(2, tmp_path / "2", words, "full")
+    assert [status for status, _, _ in found] == [2, 2]
+    (told,) = (err.splitlines()[-1] for _, _, err in found if "Error" in err)
+    assert told.startswith(
+        f"Error: the checkpoint in {out / 'checkpoint'} could not be written ('{out}/checkpoint/.part"
+    )
+    assert "No space left on device" in told
+    assert not any("Traceback" in err for _, _, err in found)
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-00000002"]
+
+
+def test_another_process_is_at_work_in_the_folder(base: list[str], tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "r"):
+        found = outcomes(2, tmp_path / "2", [*base, *KRON, "--out", str(tmp_path / "r")])
+    assert all(status in (1, 2) for status, _, _ in found)  # the one that is refused ends the other
+    (told,) = (err.splitlines()[-1] for _, _, err in found if "Error" in err)
+    assert told.startswith("Error: out must be a folder without another writer; another kronsae process is writing to ")
 
 
 def test_other_commands_run_alone(kronsae: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -59,11 +64,31 @@ _add_separate("plan", "Predict memory, speed, disk space, time and cost of a tra
 _add_separate("bench", "Measure the speed and memory of a training step, and compare it with other libraries.")
 
 
-def main() -> None:
-    """Run the command line; a `UserError` becomes an error message and exit status 2, without a traceback."""
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
     try:
-        check_command(sys.argv[1:])
-        run_app(app, "kronsae")
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    """Run the command line; a `UserError` becomes an error message and exit status 2, without a traceback.
+
+    SIGTERM ends a command as Ctrl-C does.
+    """
+    try:
+        with _sigterm_like_ctrl_c():
+            check_command(sys.argv[1:])
+            run_app(app, "kronsae")
     except UserError as error:
         if speaks():
             label = "Error: " if error.exit_status == UserError.exit_status else ""
