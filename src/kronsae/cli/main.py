@@ -61,6 +61,7 @@ def _add_separate(name: str, help: str) -> None:
 _add_separate("steer", "Generate text with a run's language model, without and with changed latents.")
 _add_separate("saebench", "Evaluate SAEs with SAEBench, in an environment of its own.")
 _add_separate("plan", "Predict memory, speed, disk space, time and cost of a training on given devices.")
+_add_separate("doctor", "Check this installation: kill tiny runs at random moments, damage their files.")
 _add_separate("bench", "Measure the speed and memory of a training step, and compare it with other libraries.")
 
 

@@ -145,6 +145,7 @@ def execute(
     wandb: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     team: Team | None = None,
+    keep_checkpoints: bool = False,
 ) -> Run:
     """Train or resume the run of a config; see `train`.
 
@@ -154,6 +155,7 @@ def execute(
         show_progress, tensorboard, wandb: as for `train`.
         say: takes each line for the user.
         team: the processes that train together and all call this (`kronsae.distributed`); None: this one alone.
+        keep_checkpoints: leave the last checkpoints, with the states of the optimisers, in the finished run's folder.
     """
     run = Run(Path(out))
     trainers = Alone() if team is None else Together(team)
@@ -172,6 +174,8 @@ def execute(
         else:
             logging = {"show_progress": show_progress, "tensorboard": tensorboard, "wandb": wandb}
             _train_run(run, config, trainers, logging, say)
+            if trainers.leads and not keep_checkpoints:
+                shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
     return run
 
 
@@ -292,7 +296,6 @@ def _finish(run: Run, members: Sequence[Member], progress: Progress, trainers: T
         | {"sae_tokens": tokens, "sae_seconds": seconds, "history": history}
         | ({"gate_exponents": exponents} if exponents else {}),
     )
-    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
 
 
 def _nothing_held_out(config: RunConfig) -> str:
