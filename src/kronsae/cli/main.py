@@ -16,7 +16,7 @@ from kronsae.cli import export, harvest, import_, lists, push, quickstart, repor
 from kronsae.cli.eval import app as eval_app
 from kronsae.cli.models import app as models_app
 from kronsae.cli.texts import app as texts_app
-from kronsae.distributed.launch import check_command, speaks
+from kronsae.distributed.launch import check_command, launched, speaks
 from kronsae.support.errors import UserError
 from kronsae.support.terminal import run_app
 
@@ -67,11 +67,17 @@ _add_separate("bench", "Measure the speed and memory of a training step, and com
 
 @contextmanager
 def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as Ctrl-C does.
+
+    Not under ``torchrun``, whose processes may wait for one that is gone, where Python handles no signal: there SIGTERM
+    ends a process at once, except in a training, which handles it itself.
+    """
+
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGTERM)
-    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+    if launched() or before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
         yield
         return
     signal.signal(signal.SIGTERM, stop)

@@ -19,6 +19,9 @@ from typing import Any
 
 from kronsae.support.errors import UserError
 
+GRACE_SECONDS = 5.0
+"""How long the others of a killed process may take to notice, before they get a SIGTERM as from ``torchrun``."""
+
 PATIENCE_SECONDS = 300.0
 """How long a process may take to end by itself; the tiny runs of a campaign take seconds."""
 
@@ -72,7 +75,7 @@ def run(
         log: file for stderr of all.
         ranks: number of processes; more than one have the environment that ``torchrun`` gives them.
         kill_after: seconds after which the victims get a SIGKILL; None: never.
-        victims: ranks that are killed. The others must end by themselves.
+        victims: ranks that are killed. The others must end by themselves, or at a SIGTERM.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -90,6 +93,10 @@ def run(
             processes[rank].kill()
             processes[rank].join()
     killed = any(processes[rank].exitcode == -signal.SIGKILL for rank in victims)
+    if killed and len(victims) < ranks:
+        _wait(processes, time.monotonic() + GRACE_SECONDS)
+        for process in processes:  # torchrun does so at once; one that waits for a dead one to join would not notice
+            process.terminate()
     _wait(processes, time.monotonic() + PATIENCE_SECONDS)
     hung = any(process.is_alive() for process in processes)
     for process in processes:
