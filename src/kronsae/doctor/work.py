@@ -25,7 +25,8 @@ from kronsae.sweeps.grid import SweepConfig
 from kronsae.sweeps.sweep import execute_sweep
 from kronsae.training.config import LoopConfig
 
-STEPS = 24
+LIVE_STEPS, CACHED_STEPS, SWEEP_STEPS = 48, 300, 90
+"""So many that a good part of the time is training."""
 BATCH_TOKENS = 128
 HARVEST_TOKENS = 2000
 SHARD_BYTES = 2**18
@@ -52,7 +53,7 @@ def config_of(text: Path, activations: Path | None = None) -> RunConfig:
             topk(d_sae=64, k=4, dead_after_tokens=500),
             kron(num_heads=16, d_base=2, d_extension=2, k=4, dead_after_tokens=500),
         ),
-        loop=LoopConfig(tokens=STEPS * BATCH_TOKENS, batch_tokens=BATCH_TOKENS, log_every=2, checkpoint_every=3),
+        loop=LoopConfig(tokens=LIVE_STEPS * BATCH_TOKENS, batch_tokens=BATCH_TOKENS, log_every=2, checkpoint_every=3),
         context_length=32,
         model_batch=4,
         window_pool_tokens=1024,
@@ -60,7 +61,14 @@ def config_of(text: Path, activations: Path | None = None) -> RunConfig:
         eval_tokens=200,
         held_out_share=0.2,
     )
-    return config if activations is None else with_activations(config, activations)
+    if activations is None:
+        return config
+    return with_activations(with_steps(config, CACHED_STEPS), activations)
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """Return a config with so many steps."""
+    return replace(config, loop=replace(config.loop, tokens=steps * BATCH_TOKENS))
 
 
 def train_live(text: Path, activations: Path, out: Path) -> None:
@@ -86,8 +94,7 @@ def sweep(text: Path, activations: Path, out: Path) -> None:
     """Train and evaluate a grid in two groups."""
     _alone()
     base = out.parent / f"{out.name}.json"
-    config = config_of(text)
-    write_json(base, to_dict(replace(config, loop=replace(config.loop, tokens=12 * BATCH_TOKENS))))
+    write_json(base, to_dict(with_steps(config_of(text), SWEEP_STEPS)))
     grid = SweepConfig(saes=("topk d_sae=64 k={2,4}",), config=str(base), seeds=(0, 1))
     execute_sweep(grid, out, show_progress=False)
 
