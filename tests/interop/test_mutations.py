@@ -116,7 +116,7 @@ def load(folder: Path) -> str:
 
 
 INFORMS = {
-    "kronsae": {"metadata", "weights_sha256", "kronsae_version", "architecture"},
+    "kronsae": {"metadata", "weights_sha256", "sha256", "kronsae_version", "architecture"},
     "dictionary_learning": {"buffer", "lm_name", "layer", "submodule_name", "steps", "seed"},
 }
 """Keys of the configs that change nothing of what an SAE computes."""
