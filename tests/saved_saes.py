@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kronsae.support.files import sha256
+from kronsae.support.sealed import write_sealed
 
 
 def replace_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -17,4 +18,4 @@ def replace_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     save_file(dict(weights), folder / "sae_weights.safetensors")
     path = folder / "cfg.json"
     config = json.loads(path.read_text()) | {"weights_sha256": sha256(folder / "sae_weights.safetensors")}
-    path.write_text(json.dumps(config))
+    write_sealed(path, config)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from kronsae.data.buffer import Activations
-from kronsae.data.manifest import MANIFEST, Manifest, sealed
+from kronsae.data.manifest import MANIFEST, Manifest
 from kronsae.data.store import write_activations
 from kronsae.data.stream import State
+from kronsae.support.sealed import sealed
 
 WIDTHS = {"a": 2, "b": 1}
 ROW_BYTES = 12

@@ -47,6 +47,8 @@ ARROWS: dict[str, set[str]] = {
     "publishing": {"core", "interop", "runs", "report", "data", "training", "eval"},
     # the paper's tables and figures, with one runner
     "reproduce": {"core", "data", "eval", "report", "runs", "sweeps", "measures", "bench"},
+    # checks of an installation: runs that are killed, files that are damaged
+    "doctor": {"core", "data", "training", "distributed", "runs", "sweeps"},
     "cli": {
         "data",
         "distributed",
@@ -60,6 +62,7 @@ ARROWS: dict[str, set[str]] = {
         "bench",
         "interop",
         "reproduce",
+        "doctor",
         "capacity",
     },
     "__main__": {"cli"},

@@ -27,6 +27,7 @@ STUDIES = (
     "interop_results",
     "saebench_results",
     "planning_results",
+    "crash_results",
 )
 
 

@@ -20,6 +20,7 @@ from kronsae.core.sparsifiers import TopKConfig
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
 from kronsae.support.files import sha256
+from kronsae.support.sealed import write_sealed
 
 
 def build(gate: GateName = "mand", num_heads: int = 3, seed: int = 0) -> SAE:
@@ -34,7 +35,7 @@ def saved(tmp_path: Path) -> Path:
 
 def edit(saved: Path, **changes: Any) -> None:
     path = saved / "cfg.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_sealed(path, json.loads(path.read_text()) | changes)
 
 
 def refusal(folder: Path) -> str:
@@ -48,7 +49,7 @@ def refusal(folder: Path) -> str:
 def test_a_saved_sae_is_two_files(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     config = json.loads((saved / "cfg.json").read_text())
-    assert list(config) == ["format", "kronsae_version", "architecture", "weights_sha256", "sae", "metadata"]
+    assert list(config) == ["format", "kronsae_version", "architecture", "weights_sha256", "sae", "metadata", "sha256"]
     assert config["weights_sha256"] == hashlib.sha256((saved / "sae_weights.safetensors").read_bytes()).hexdigest()
     assert config["metadata"] == {"hook": "layers.3"}
     assert config["architecture"] == "kronecker-topk"
@@ -70,6 +71,7 @@ def test_a_saved_sae_is_two_files(saved: Path) -> None:
         "skip": False,
         "pursuit": None,
     }
+    del config["sha256"]
     assert checkpoint.read_config(saved) == config
     with safe_open(saved / "sae_weights.safetensors", "pt") as weights:
         assert weights.get_slice("decoder.W_dec").get_shape() == [24, 6]
@@ -140,7 +142,7 @@ def test_a_flipped_bit_is_noticed(saved: Path) -> None:
 def test_a_folder_without_a_checksum_loads_with_a_note(saved: Path) -> None:
     path = saved / "cfg.json"
     config = json.loads(path.read_text())
-    del config["weights_sha256"]
+    del config["weights_sha256"], config["sha256"]
     path.write_text(json.dumps(config))
     with pytest.warns(UserWarning, match=r"cfg\.json names no weights_sha256, so sae_weights\.safetensors cannot be"):
         loaded = checkpoint.load(saved)
@@ -236,7 +238,7 @@ def kill(*_: Any, **__: Any) -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("point", ["save_file", "write_json"])
+@pytest.mark.parametrize("point", ["save_file", "write_sealed"])
 def test_killed_while_saving_for_the_first_time_leaves_no_sae(
     tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +248,7 @@ def test_killed_while_saving_for_the_first_time_leaves_no_sae(
     assert refusal(tmp_path / "sae") == "the saved SAE: SAE/cfg.json does not exist."
 
 
-@pytest.mark.parametrize("point", ["save_file", "write_json"])
+@pytest.mark.parametrize("point", ["save_file", "write_sealed"])
 def test_killed_while_saving_over_another_leaves_the_old_or_none_but_no_mixture(
     saved: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, TopKConfig
 from kronsae.kernels import PursuitRounds, reference
 from kronsae.support.errors import UserError
+from kronsae.support.sealed import write_sealed
 
 PLAIN = Pursuit(rounds=1, refit=0)
 SHAPES: dict[str, AnyEncoderConfig] = {
@@ -265,7 +266,7 @@ def test_folders_of_before_pursuit_load_as_before(tmp_path: Path) -> None:
     checkpoint.save(sae, tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert config["sae"].pop("pursuit") is None
-    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    write_sealed(tmp_path / "cfg.json", config)
     loaded = checkpoint.load(tmp_path)
     assert loaded.pursuit is None
     assert torch.equal(loaded.encode(inputs()).values, sae.encode(inputs()).values)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronsae.core.shares import sharing
-from kronsae.distributed.checkpoint import load_shards, save_shards
+from kronsae.distributed.checkpoint import agreed_checkpoint, load_shards, save_shards
 from kronsae.distributed.heads import DIVIDED, HeadSplit
 from kronsae.distributed.launch import team
 from kronsae.distributed.shares import TokenShares
@@ -32,7 +32,9 @@ def save_in_team(folder: Path) -> dict[str, Tensor]:
             with sharing(among):
                 member.step(x_BD[holder_B == processes.data.me], step, want_metrics=False)
         save_shards(processes, folder, [member], Progress(3, 48, 1.0, {"batch": 3}))
-        load_shards(processes, folder, [again])
+        saved = agreed_checkpoint(processes, folder, print)
+        assert saved is not None
+        load_shards(processes, saved, [again])
         state = member.state()
         state["seconds"] = again.state()["seconds"]  # each process has its own; one is kept
         for name, value in again.state().items():

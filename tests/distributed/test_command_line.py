@@ -22,12 +22,19 @@ from kronsae.runs.config import RunConfig
 from kronsae.runs.parsing import parse_sae
 from kronsae.runs.trainers import Together
 from kronsae.support.errors import UserError
+from kronsae.support.files import folder_lock
 
 KRON = ["--sae", "kron num_heads=8 d_base=2 d_extension=2 k=4"]
 
 
 def outcomes(processes: int, folder: Path, words: list[str], fault: str = "") -> list[tuple[object, str, str]]:
     return in_processes(processes, run_command, folder, words, folder, fault)
+
+
+def sentences(found: list[tuple[object, str, str]]) -> list[str]:
+    """Return what our processes said of an error; torch's own log, which a busy machine makes longer, is left out."""
+    lines = [line for _, _, err in found for line in err.splitlines()]
+    return [line for line in lines if line.startswith(("Error: ", "a process of the training ended"))]
 
 
 def test_one_process_speaks_and_writes(base: list[str], tmp_path: Path) -> None:
@@ -104,7 +111,7 @@ def test_revival_is_refused_where_heads_are_divided(config: RunConfig) -> None:
 def test_an_error_of_one_ends_all_and_is_told_once(fault: str, base: list[str], tmp_path: Path) -> None:
     words = [*base, *KRON, "--out", str(tmp_path / "r")]
     found = outcomes(3, tmp_path / "3", words, fault)
-    told = [err.splitlines()[-1] for _, _, err in found if "Error" in err or "ended" in err]
+    told = sentences(found)
     if fault == "killed":
         assert told == [
             "a process of the training ended without a message; the others cannot go on. Run the same command again to "
@@ -113,6 +120,38 @@ def test_an_error_of_one_ends_all_and_is_told_once(fault: str, base: list[str], 
     else:
         assert told == ["Error: the lights must be on; they are off in process 1."]
     assert not any("Traceback" in err for _, _, err in found)
+
+
+def test_sigterm_of_one_ends_all_with_a_checkpoint(base: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    found = outcomes(2, tmp_path / "2", [*base, *KRON, "--out", str(out)], "terminated")
+    assert [status for status, _, _ in found] == [130, 130]
+    assert [line for _, _, err in found for line in err.splitlines() if line.startswith("stopped")] == [
+        f"stopped after 192 of 256 tokens; a checkpoint is saved in {out}. Run the same command again to resume."
+    ]
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-00000003"]
+
+
+def test_a_full_disk_of_one_ends_all_and_is_told_once(base: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    words = [*base, *KRON, "--out", str(out), "--set", "loop.checkpoint_every=2"]
+    found = outcomes(2, tmp_path / "2", words, "full")
+    assert [status for status, _, _ in found] == [2, 2]
+    (told,) = sentences(found)
+    assert told.startswith(
+        f"Error: the checkpoint in {out / 'checkpoint'} could not be written ('{out}/checkpoint/.part"
+    )
+    assert "No space left on device" in told
+    assert not any("Traceback" in err for _, _, err in found)
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-00000002"]
+
+
+def test_another_process_is_at_work_in_the_folder(base: list[str], tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "r"):
+        found = outcomes(2, tmp_path / "2", [*base, *KRON, "--out", str(tmp_path / "r")])
+    assert all(status in (1, 2) for status, _, _ in found)  # the one that is refused ends the other
+    (told,) = sentences(found)
+    assert told.startswith("Error: out must be a folder without another writer; another kronsae process is writing to ")
 
 
 def test_other_commands_run_alone(kronsae: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from kronsae.interop.formats import FORMATS
 from kronsae.interop.formats.dictionary_learning import CLASSES
 from kronsae.support.errors import UserError
 from kronsae.support.files import sha256
+from kronsae.support.sealed import write_sealed
 
 MAX_CPU_SECONDS = 2.0
 MAX_SECONDS = 30
@@ -141,7 +142,7 @@ def load(folder: Path) -> str:
 
 
 INFORMS = {
-    "kronsae": {"metadata", "weights_sha256", "kronsae_version", "architecture"},
+    "kronsae": {"metadata", "weights_sha256", "sha256", "kronsae_version", "architecture"},
     "dictionary_learning": {"buffer", "lm_name", "layer", "submodule_name", "steps", "seed"},
 }
 """Keys of the configs that change nothing of what an SAE computes."""
@@ -190,11 +191,11 @@ def computed(folder: Path) -> list[torch.Tensor]:
 
 
 def repair_digest(folder: Path) -> None:
-    """Write the digest of the damaged weights into our config, as a hostile stranger would."""
+    """Write the digests of the damaged weights and config into our config, as a hostile stranger would."""
     try:
         config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         config["weights_sha256"] = sha256(folder / "sae_weights.safetensors")
-        (folder / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
+        write_sealed(folder / "cfg.json", config)
     except (OSError, ValueError, TypeError, RecursionError):
         pass
 

@@ -16,6 +16,7 @@ from kronsae.runs.architectures import switch
 from kronsae.runs.recipes import kron, topk
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
+from kronsae.support.sealed import write_sealed
 
 CONFIG = InteractionConfig(tokens=300, max_cells=20, least_active=2)
 
@@ -75,7 +76,7 @@ def test_a_run_without_heads_is_refused(run: Run) -> None:
     about = json.loads((run.folder / "run.json").read_text())
     del about["config"]["saes"][1]
     (run.folder / "run.json").unlink()
-    (run.folder / "run.json").write_text(json.dumps(about))
+    write_sealed(run.folder / "run.json", about)
     with pytest.raises(
         UserError, match=r"^interaction must be measured on an SAE with a Kronecker encoder.*has none \(topk\)"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from kronsae.publishing.public import origin_of, public_config
 from kronsae.runs.evaluation import evaluate_run
 from kronsae.runs.run import Run, open_run
 from kronsae.support.errors import UserError
+from kronsae.support.sealed import write_sealed
 from kronsae.training.config import MemberConfig
 
 
@@ -103,7 +105,7 @@ def test_hub_names_are_in_the_front_matter(finished_run: Run, tmp_path: Path) ->
         (finished_run.config.text.source, "a/t"),
     ):
         about = about.replace(f'"{old}"', f'"{new}"')
-    (tmp_path / "run" / "run.json").write_text(about)
+    write_sealed(tmp_path / "run" / "run.json", json.loads(about))
     said = front(model_card(open_run(tmp_path / "run"), "user/repo", ["kron"]))
     assert (said["base_model"], said["datasets"]) == ("EleutherAI/pythia-70m", ["a/t"])
 

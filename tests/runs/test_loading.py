@@ -15,6 +15,7 @@ import kronsae as ks
 from kronsae.core.sae import SAE
 from kronsae.runs.run import Run
 from kronsae.support.errors import UserError
+from kronsae.support.sealed import write_sealed
 
 
 def same(one: SAE, other: SAE) -> bool:
@@ -125,7 +126,7 @@ def test_a_damaged_sae(finished_run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is damaged: .*\. Save or download it again\.$"):
         ks.load(tmp_path, "kron")
     config = tmp_path / "saes" / "topk" / "cfg.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"format": 99}))
+    write_sealed(config, json.loads(config.read_text()) | {"format": 99})
     with pytest.raises(UserError, match=r"has format 99; this version reads format 1\."):
         ks.load(tmp_path, "topk")
 
@@ -155,7 +156,7 @@ def test_sizes_that_no_machine_has(finished_run: Run, tmp_path: Path) -> None:
         shutil.copytree(finished_run.folder / "saes" / part, folder)
         about = json.loads((folder / "cfg.json").read_text())
         about["sae"]["encoder"] |= sizes
-        (folder / "cfg.json").write_text(json.dumps(about))
+        write_sealed(folder / "cfg.json", about)
         with pytest.raises(UserError, match=r"does not fit cfg\.json \(|d_sae must be at most"):
             ks.load(folder)
 
@@ -164,7 +165,7 @@ def test_a_product_of_sizes_that_no_tensor_has(tmp_path: Path) -> None:
     ks.save(ks.topk(d_sae=8, k=2).shape(4).build(), tmp_path)
     about = json.loads((tmp_path / "cfg.json").read_text())
     about["sae"]["encoder"]["d_sae"] = about["sae"]["d_in"] = 10**12
-    (tmp_path / "cfg.json").write_text(json.dumps(about))
+    write_sealed(tmp_path / "cfg.json", about)
     with pytest.raises(UserError) as caught:
         ks.load(tmp_path)
     assert str(caught.value) == (

@@ -20,6 +20,7 @@ from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import make_plan, plan_run
 from kronsae.runs.run import Interrupted, Run
 from kronsae.support.errors import UserError
+from kronsae.support.sealed import write_sealed
 
 
 @pytest.mark.parametrize(
@@ -124,9 +125,9 @@ def test_an_unfinished_run_of_an_earlier_version_is_refused(
         interrupt_at(patch, 8, ctrl_c)
         with pytest.raises(Interrupted):
             go(config, tmp_path / "r")
-    (progress,) = (tmp_path / "r" / "checkpoint").glob("*/progress.json")
+    progress = tmp_path / "r" / "checkpoint" / "step-00000009" / "progress.json"
     old = {"upstream": {"upstream": {"epoch": 0, "document": 3}, "window": 2}, "rows": 7, "block": 1, "batch": 2}
-    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"stream": old}))
+    write_sealed(progress, json.loads(progress.read_text()) | {"stream": old})
     without_pool(tmp_path / "r")
     with pytest.raises(
         UserError, match=r"^state must have the keys .*; got upstream, rows, block, batch\. It was written by"
@@ -153,7 +154,7 @@ def without_pool(folder: Path) -> None:
     about = json.loads((folder / "run.json").read_text())
     if about["config"].pop("window_pool_tokens") is not None:
         about["config"]["window_pool_tokens"] = 1024  # of `tiny_config`, which is not the default
-    (folder / "run.json").write_text(json.dumps(about))
+    write_sealed(folder / "run.json", about)
 
 
 def test_the_default_pool_holds_many_forward_passes_of_any_length(config: RunConfig) -> None:

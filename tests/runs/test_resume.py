@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,9 +37,9 @@ class TestResume:
                 f"{tmp_path / 'r'}. Run the same command again to resume."
             )
             assert listing(tmp_path / "r" / "checkpoint") == [
-                f"step-{step + 1:08d}",
-                f"step-{step + 1:08d}/progress.json",
-                f"step-{step + 1:08d}/state.safetensors",
+                f"step-{number:08d}{file}"
+                for number in range(max(1, step), step + 2)
+                for file in ("", "/progress.json", "/state.safetensors")
             ]
         assert_same_run(finished_run, go(config, tmp_path / "r"))
         assert not (tmp_path / "r" / "checkpoint").exists()
@@ -103,7 +104,7 @@ class TestResume:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "write_json", fail_at("training.json"))
+            patch.setattr(run_module, "write_sealed", fail_at("training.json"))
             with pytest.raises(KeyboardInterrupt):
                 go(config, tmp_path / "r")
         with pytest.raises(
@@ -139,29 +140,91 @@ class TestResume:
         seconds = [row["seconds"] for row in go(config, tmp_path / "r").metrics()]
         assert seconds == sorted(seconds)
 
-    def test_a_damaged_checkpoint_is_reported(
-        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_the_checkpoint_before_a_damaged_one_gives_the_same_bits(
+        self, stopped: Path, finished_run: Run, config: RunConfig
     ) -> None:
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 6, ctrl_c)
-            with pytest.raises(Interrupted):
-                go(config, tmp_path / "r")
-        (path,) = (tmp_path / "r" / "checkpoint").glob("*/state.safetensors")
-        path.write_bytes(path.read_bytes()[:1000])
+        (older, newer) = sorted((stopped / "checkpoint").glob("*/state.safetensors"))
+        newer.write_bytes(newer.read_bytes()[:1000])
+        said: list[str] = []
+        resumed = go(config, stopped, say=said.append)
+        assert said[0].startswith(f"Warning: the checkpoint {newer} is damaged (it has 1,000 bytes instead of ")
+        assert said[0].endswith(f"The training continues from the one before it, {older.parent.name}.")
+        assert "Resuming after 320 of 1,280 tokens." in said
+        assert_same_run(finished_run, resumed)
+
+    def test_without_a_good_checkpoint_nothing_is_trained(self, stopped: Path, config: RunConfig) -> None:
+        for path in (stopped / "checkpoint").glob("*/state.safetensors"):
+            path.write_bytes(path.read_bytes()[:1000])
+        before = contents(stopped)
         with pytest.raises(
-            UserError, match=r"^the checkpoint .* is damaged .* Remove the run folder and start again.$"
+            UserError, match=r"^the checkpoint .*step-00000007.* is damaged .* Remove the run folder and start again.$"
         ):
+            go(config, stopped)
+        assert contents(stopped) == before
+
+    def test_a_damaged_config_is_named(self, stopped: Path, config: RunConfig) -> None:
+        path = stopped / "run.json"
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1', 1))
+        with pytest.raises(
+            UserError, match=rf"^the run folder: {path} is damaged: its content does not have the sha256 "
+        ):
+            go(config, stopped)
+        path.write_text(path.read_text().replace('"sha256"', '"rha256"'))
+        with pytest.raises(UserError, match=rf"^the run folder: {path} has unknown keys rha256; remove them\.$"):
+            go(config, stopped)
+
+    def test_damaged_metrics_are_named_and_need_not_end_the_run(
+        self, stopped: Path, finished_run: Run, config: RunConfig
+    ) -> None:
+        path = stopped / "metrics.jsonl"
+        whole = path.read_text()
+        path.write_text(whole.replace('"step": 3', '"step": 2', 1))
+        with pytest.raises(
+            UserError, match=rf"^'{path}' must be unchanged since it was written; it is damaged\. Resto"
+        ):
+            go(config, stopped)
+        path.unlink()
+        said: list[str] = []
+        resumed = go(config, stopped, say=said.append)
+        assert said[0] == f"Warning: {path} is missing; the metrics of the first 7 steps are lost."
+        assert [row["step"] for row in resumed.metrics()] == [
+            row["step"] for row in finished_run.metrics() if row["step"] > 7
+        ]
+
+    def test_damaged_files_of_a_finished_run_are_named(self, finished_run: Run, tmp_path: Path) -> None:
+        shutil.copytree(finished_run.folder, tmp_path / "r")
+        path = tmp_path / "r" / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"step": 3', '"step": 2', 1))
+        with pytest.raises(UserError, match=rf"^'{path}' must be unchanged since it was written; it is damaged"):
+            open_run(tmp_path / "r").metrics()
+        path = tmp_path / "r" / "training.json"
+        path.write_text(path.read_text().replace("1280", "1281", 1))
+        with pytest.raises(UserError, match=rf"^the training's summary: {path} is damaged: its content does not have"):
+            open_run(tmp_path / "r").sae_tokens("kron")
+
+
+@pytest.fixture
+def stopped(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was stopped after 7 steps, with checkpoints of 5 and 7."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6, ctrl_c)
+        with pytest.raises(Interrupted):
             go(config, tmp_path / "r")
+    return tmp_path / "r"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def fail_at(name: str) -> Callable[[Path, Any], None]:
-    """Return a ``write_json`` that stops before it writes the file with this name."""
-    from kronsae.support.files import write_json
+    """Return a ``write_sealed`` that stops before it writes the file with this name."""
+    from kronsae.support.sealed import write_sealed
 
     def write(path: Path, value: Any) -> None:
         if path.name == name:
             raise KeyboardInterrupt
-        write_json(path, value)
+        write_sealed(path, value)
 
     return write
 
@@ -192,11 +255,11 @@ _, status = os.wait()
 assert os.WTERMSIG(status) == signal.SIGKILL
 assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-00000005"]
 
-write_json = state.write_json
+write_sealed = state.write_sealed
 def killed_while_writing(path, value):
     if value["step"] == 15:
         os.kill(os.getpid(), signal.SIGKILL)
-    write_json(path, value)
-state.write_json = killed_while_writing
+    write_sealed(path, value)
+state.write_sealed = killed_while_writing
 execute(config, out, show_progress=False)
 """

@@ -184,8 +184,11 @@ class TestADivergence:
         config = SweepConfig(saes=self.SAES[:1], config=base)
         with monkeypatch.context() as patch:
             patch.setattr("kronsae.sweeps.sweep.shutil.rmtree", killed)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Interrupted) as caught:
                 go(config, tmp_path / "s")
+        assert str(caught.value) == (
+            f"stopped; the finished groups are kept in {tmp_path / 's'}. Run the same command again to resume."
+        )
         found = go(config, tmp_path / "s")
         assert [row["diverged"] is None for row in found.rows] == [True, False]
         assert [path.name for path in (tmp_path / "s" / "groups").iterdir()] == [found.rows[0]["group"]]

@@ -18,7 +18,7 @@ from kronsae.support.errors import UserError
 from kronsae.training.budget import member_steps
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Member
-from kronsae.training.state import load_members, load_progress
+from kronsae.training.state import load_members, newest_checkpoint
 from kronsae.training.trainer import fit
 
 D_IN, BATCH = 8, 16
@@ -147,10 +147,10 @@ def test_stopped_anywhere_and_carried_on(stop_after: int, tmp_path: Path) -> Non
     fit(whole, stream(), LOOP)
     answers = iter([False] * stop_after + [True])
     fit(group, stream(), LOOP, (), tmp_path, should_stop=lambda: next(answers))
-    progress = load_progress(tmp_path)
-    assert progress is not None
-    assert progress.step == stop_after
-    load_members(tmp_path, again)
-    fit(again, stream(stop_after), LOOP, (), tmp_path, progress)
+    saved = newest_checkpoint(tmp_path)
+    assert saved is not None
+    assert saved.progress.step == stop_after
+    load_members(saved, again)
+    fit(again, stream(stop_after), LOOP, (), tmp_path, saved.progress)
     for one, other in zip(whole, again, strict=True):
         assert_same(one, other)

@@ -16,7 +16,7 @@ from kronsae.runs.recipes import kron, topk
 from kronsae.support.errors import UserError
 from kronsae.training.config import LoopConfig
 from kronsae.training.member import Diverged, Member
-from kronsae.training.state import Progress, load_members, load_progress
+from kronsae.training.state import Progress, load_members, newest_checkpoint
 from kronsae.training.trainer import fit
 
 D_IN = 8
@@ -77,11 +77,11 @@ def test_checkpoints_come_every_so_often_and_sinks_are_safe_before(tmp_path: Pat
     class Watching(Memory):
         def flush(self) -> None:
             super().flush()
-            seen.append((self.rows[-1]["step"], [path.name for path in tmp_path.glob("step-*")]))
+            seen.append((self.rows[-1]["step"], sorted(path.name for path in tmp_path.glob("step-*"))))
 
     fit(members(5), stream(), loop(5, log_every=1, checkpoint_every=2), [Watching()], tmp_path)
-    assert seen == [(2, []), (4, ["step-00000002"]), (5, ["step-00000004"])]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    assert seen == [(2, []), (4, ["step-00000002"]), (5, ["step-00000002", "step-00000004"])]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
 
 
 def test_a_stop_saves_and_the_rest_gives_the_same_bits(tmp_path: Path) -> None:
@@ -92,12 +92,12 @@ def test_a_stop_saves_and_the_rest_gives_the_same_bits(tmp_path: Path) -> None:
     stopped = fit(group, stream(), loop(6), (), tmp_path, should_stop=lambda: next(answers))
     assert stopped.step == 2
     again = members(6)
-    progress = load_progress(tmp_path)
-    assert progress == stopped
-    assert progress is not None
-    assert progress.stream is not None
-    load_members(tmp_path, again)
-    assert fit(again, stream(progress.stream["batch"]), loop(6), (), tmp_path, progress).step == 6
+    saved = newest_checkpoint(tmp_path)
+    assert saved is not None
+    assert saved.progress == stopped
+    assert stopped.stream is not None
+    load_members(saved, again)
+    assert fit(again, stream(stopped.stream["batch"]), loop(6), (), tmp_path, stopped).step == 6
     for one, other in zip(whole, again, strict=True):
         for key, value in one.sae.state_dict().items():
             assert torch.equal(value, other.sae.state_dict()[key])
@@ -117,7 +117,9 @@ def test_a_stop_is_asked_once_per_step_so_that_none_ends_the_loop_unsaved(tmp_pa
         return asked == 3
 
     progress = fit(members(9), stream(), loop(9, checkpoint_every=100), (), tmp_path, should_stop=should_stop)
-    assert (progress.step, load_progress(tmp_path)) == (2, progress)
+    saved = newest_checkpoint(tmp_path)
+    assert saved is not None
+    assert (progress.step, saved.progress) == (2, progress)
 
 
 def test_a_stop_at_the_last_step_is_an_end(tmp_path: Path) -> None:

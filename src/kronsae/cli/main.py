@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -11,7 +16,7 @@ from kronsae.cli import export, harvest, import_, lists, push, quickstart, repor
 from kronsae.cli.eval import app as eval_app
 from kronsae.cli.models import app as models_app
 from kronsae.cli.texts import app as texts_app
-from kronsae.distributed.launch import check_command, speaks
+from kronsae.distributed.launch import check_command, launched, speaks
 from kronsae.support.errors import UserError
 from kronsae.support.terminal import run_app
 
@@ -56,14 +61,41 @@ def _add_separate(name: str, help: str) -> None:
 _add_separate("steer", "Generate text with a run's language model, without and with changed latents.")
 _add_separate("saebench", "Evaluate SAEs with SAEBench, in an environment of its own.")
 _add_separate("plan", "Predict memory, speed, disk space, time and cost of a training on given devices.")
+_add_separate("doctor", "Check this installation: kill tiny runs at random moments, damage their files.")
 _add_separate("bench", "Measure the speed and memory of a training step, and compare it with other libraries.")
 
 
-def main() -> None:
-    """Run the command line; a `UserError` becomes an error message and exit status 2, without a traceback."""
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as Ctrl-C does.
+
+    Not under ``torchrun``, whose processes may wait for one that is gone, where Python handles no signal: there SIGTERM
+    ends a process at once, except in a training, which handles it itself.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    if launched() or before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
     try:
-        check_command(sys.argv[1:])
-        run_app(app, "kronsae")
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    """Run the command line; a `UserError` becomes an error message and exit status 2, without a traceback.
+
+    SIGTERM ends a command as Ctrl-C does.
+    """
+    try:
+        with _sigterm_like_ctrl_c():
+            check_command(sys.argv[1:])
+            run_app(app, "kronsae")
     except UserError as error:
         if speaks():
             label = "Error: " if error.exit_status == UserError.exit_status else ""

@@ -1,7 +1,7 @@
 """Saving and loading an SAE as a folder of ``cfg.json`` and ``sae_weights.safetensors``; loading executes no code.
 
-``cfg.json`` holds the SHA-256 of the weights file, which `load` checks. Sizes are compared before anything is
-allocated: a config that claims 10^12 latents costs nothing.
+``cfg.json`` holds the SHA-256 of the weights file and one of itself, which `load` checks. Sizes are compared before
+anything is allocated: a config that claims 10^12 latents costs nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from kronsae.core.experts import SwitchEncoderConfig
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError, shown, shown_text
-from kronsae.support.files import atomic_path, file_bytes, read_json, sha256, write_json
+from kronsae.support.files import atomic_path, file_bytes, read_json, sha256
 from kronsae.support.resources import check_memory
+from kronsae.support.sealed import read_sealed, write_sealed
 from kronsae.support.tensors import FLOATS, read_headers, read_tensors
 
 T = TypeVar("T")
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 FORMAT = 1
+KEYS = frozenset({"format", "kronsae_version", "architecture", "weights_sha256", "sae", "metadata"})
 MAX_CONFIG_BYTES = 2**24
 MAX_HEADER_BYTES = 2**27
 """More than the header of a safetensors file may have (100 MB)."""
@@ -47,7 +49,7 @@ def save(sae: SAE, folder: Path | str, metadata: Mapping[str, Any] | None = None
         (folder / CONFIG_FILE).unlink(missing_ok=True)  # after an interruption here there is no SAE, not a mixed one
     about = {"format": FORMAT, "kronsae_version": version("kronsae"), "architecture": sae.config.architecture}
     about |= {"weights_sha256": digest}
-    write_json(folder / CONFIG_FILE, about | {"sae": to_dict(sae.config), "metadata": dict(metadata or {})})
+    write_sealed(folder / CONFIG_FILE, about | {"sae": to_dict(sae.config), "metadata": dict(metadata or {})})
     return folder
 
 
@@ -107,7 +109,7 @@ def read_shape(folder: Path) -> SAEConfig:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the contents of ``cfg.json``, after checking that kronsae wrote it."""
-    config = read_json(folder / CONFIG_FILE, "the saved SAE", max_bytes=MAX_CONFIG_BYTES)
+    config = read_sealed(folder / CONFIG_FILE, "the saved SAE", KEYS, max_bytes=MAX_CONFIG_BYTES)
     if not isinstance(config, dict) or "sae" not in config:
         raise UserError(f"{folder / CONFIG_FILE} is not a config written by kronsae: it has no 'sae' entry.")
     if config.get("format") != FORMAT:
@@ -115,8 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG_FILE} has format {shown(config.get('format'))}; this version reads format {FORMAT}. "
             f"It was written by kronsae {shown_text(config.get('kronsae_version'))}: install that version."
         )
-    known = {"format", "kronsae_version", "architecture", "weights_sha256", "sae", "metadata"}
-    if unknown := sorted(config.keys() - known):
+    if unknown := sorted(config.keys() - KEYS):
         raise UserError(f"{folder / CONFIG_FILE} has unknown keys {shown_text(', '.join(unknown))}; remove them.")
     return config
 

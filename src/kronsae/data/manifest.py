@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from kronsae.data.precision import PRECISIONS
 from kronsae.data.stream import State
 from kronsae.support.config import differences
 from kronsae.support.errors import UserError
+from kronsae.support.sealed import sealed, unsealed
 
 FORMAT = "kronsae-activations-2"
 FIRST_FORMAT = "kronsae-activations-1"
@@ -21,7 +21,6 @@ FIRST_FORMAT = "kronsae-activations-1"
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-DIGEST = "sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,29 +90,6 @@ class Progress:
         return sum(shard.tokens for shard in self.shards)
 
 
-def sealed(fields: Mapping[str, Any]) -> str:
-    """Return JSON with the SHA-256 of all other fields, so that `unsealed` notices any change of the file."""
-    digest = hashlib.sha256(_text(fields).encode()).hexdigest()
-    return _text({**fields, DIGEST: digest}) + "\n"
-
-
-def unsealed(content: bytes, where: str) -> dict[str, Any]:
-    """Return the fields of a `sealed` file; ``where`` names it in the message.
-
-    Raises:
-        UserError: a byte differs from what was written.
-    """
-    try:
-        fields = json.loads(content)
-        del fields[DIGEST]
-        unchanged = sealed(fields).encode() == content
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
-        raise damaged(where) from error
-    if not unchanged:
-        raise damaged(where)
-    return dict(fields)
-
-
 def damaged(where: str) -> UserError:
     """Return the error for a file that is not as it was written."""
     return UserError(
@@ -169,7 +145,7 @@ def _parsed(place: Place) -> Manifest:
             f"{MANIFEST} must have the format {FORMAT} or {FIRST_FORMAT}; got '{kind}' in '{where}'. Harvest again, or "
             "read it with the version that wrote it."
         )
-    fields = found if kind == FIRST_FORMAT else unsealed(content, where)
+    fields = found if kind == FIRST_FORMAT else _unsealed(content, where)
     try:
         manifest = Manifest(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
         is_valid = _is_valid(manifest)
@@ -203,7 +179,7 @@ def read_progress(place: Place, settings: Mapping[str, Any]) -> Manifest | Progr
     if MANIFEST in sizes:
         found = read_manifest(place)
     elif PROGRESS in sizes:
-        fields = unsealed(place.read(PROGRESS), place.name_of(PROGRESS))
+        fields = _unsealed(place.read(PROGRESS), place.name_of(PROGRESS))
         try:
             found = Progress(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
         except (TypeError, KeyError) as error:
@@ -234,5 +210,9 @@ def progress_text(progress: Progress) -> str:
     return sealed({**asdict(progress), "shards": [asdict(shard) for shard in progress.shards]})
 
 
-def _text(fields: Mapping[str, Any]) -> str:
-    return json.dumps(fields, indent=2, allow_nan=False)
+def _unsealed(content: bytes, where: str) -> dict[str, Any]:
+    """Return the fields of a sealed file; ``where`` names it in the message."""
+    fields = unsealed(content)
+    if fields is None:
+        raise damaged(where)
+    return fields

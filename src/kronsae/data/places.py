@@ -10,11 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from safetensors import SafetensorError
-
 from kronsae.support.cache import cache_root
 from kronsae.support.errors import UserError
-from kronsae.support.files import atomic_path, check_folder_place, folder_lock
+from kronsae.support.files import atomic_path, check_folder_place, folder_lock, writable
 from kronsae.support.resources import check_disk, format_bytes
 
 CACHE_VARIABLE = "KRONSAE_SHARD_CACHE_GB"
@@ -111,14 +109,8 @@ class LocalPlace:
         return (self._folder / file).read_bytes()
 
     def write(self, file: str, fill: Callable[[Path], object]) -> None:
-        try:
-            with atomic_path(self._folder / file) as temporary:
-                fill(temporary)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"'{self.name_of(file)}' must be writable; got {type(error).__name__} ({error}). Free space or correct "
-                "the folder's rights, and run the same command again to resume."
-            ) from error
+        with atomic_path(self._folder / file) as temporary:
+            fill(temporary)
 
     def remove(self, file: str) -> None:
         (self._folder / file).unlink(missing_ok=True)
@@ -172,7 +164,8 @@ class RemotePlace:
     def write(self, file: str, fill: Callable[[Path], object]) -> None:
         with tempfile.TemporaryDirectory(prefix="kronsae-") as folder:
             temporary = Path(folder) / file
-            fill(temporary)
+            with writable(temporary):
+                fill(temporary)
             try:
                 self._system.makedirs(self._path, exist_ok=True)
                 self._system.put_file(str(temporary), f"{self._path}/{file}")

@@ -8,7 +8,7 @@ the tensors were divided when they were written.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,40 +26,54 @@ from kronsae.distributed.team import Team
 from kronsae.support.errors import UserError
 from kronsae.training.member import Member
 from kronsae.training.state import (
+    Checkpoint,
+    NewCheckpoint,
     Progress,
+    checkpoint_folder,
     damaged_error,
     give_states,
     new_checkpoint,
     newest_checkpoint,
     partial_folder,
     state_of,
+    verified,
 )
 
 
 def save_shards(team: Team, folder: Path, members: Sequence[Member], progress: Progress) -> None:
     """Write a checkpoint, as `kronsae.training.state.save_state` does; all processes call this."""
-    with new_checkpoint(folder, progress) if team.leads else nullcontext(partial_folder(folder, progress)) as partial:
+    elsewhere = NewCheckpoint(partial_folder(folder, progress))
+    with new_checkpoint(folder, progress) if team.leads else nullcontext(elsewhere) as new:
         team.wait()  # until the folder exists
         tensors = {name: _placed(value, name, team) for name, value in state_of(members).items()}
         try:
-            save(tensors, storage_writer=ShardWriter(partial, team.rank))
+            save(tensors, storage_writer=ShardWriter(new, team.rank))
         except CheckpointException as error:
             raise UserError(f"the checkpoint in {folder} could not be written ({_reason(error)}).") from None
     team.wait()  # until process 0 has made it the newest
 
 
-def load_shards(team: Team | None, folder: Path, members: Sequence[Member]) -> None:
-    """Load the newest checkpoint, written by any number of processes, into the members.
+def agreed_checkpoint(team: Team, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest good checkpoint as process 0 finds it (`newest_checkpoint`), verified by every process."""
+    found = newest_checkpoint(folder, say) if team.leads else None
+    step = team.told(-1 if found is None else found.progress.step)
+    if found is None and step >= 0:
+        found = verified(checkpoint_folder(folder, step))
+    return found
+
+
+def load_shards(team: Team | None, checkpoint: Checkpoint, members: Sequence[Member]) -> None:
+    """Load a checkpoint, written by any number of processes, into the members.
 
     Args:
         team: the present processes; None: a single one, without process group.
-        folder: folder of checkpoints.
+        checkpoint: the checkpoint.
         members: the SAEs, as this process holds them.
 
     Raises:
-        UserError: it is damaged, or belongs to other SAEs.
+        UserError: it belongs to other SAEs.
     """
-    newest = newest_checkpoint(folder)
+    newest = checkpoint.folder
     parts = 1 if team is None else team.heads.size
     try:
         stored = ShardReader(newest).read_metadata().state_dict_metadata
@@ -69,7 +83,7 @@ def load_shards(team: Team | None, folder: Path, members: Sequence[Member]) -> N
             warnings.simplefilter("ignore")
             load(placed, storage_reader=ShardReader(newest))
     except (CheckpointException, *DAMAGES) as error:
-        raise damaged_error(newest, UserError(_reason(error))) from None
+        raise damaged_error(newest, _reason(error)) from None
     give_states(members, tensors, newest)
 
 

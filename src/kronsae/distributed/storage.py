@@ -1,14 +1,13 @@
 """Storage of `torch.distributed.checkpoint` in safetensors and JSON: nothing in it is executed when it is read.
 
 ``layout.json`` says for each tensor its dtype, its shape, and of which chunks it consists; for each chunk its place in
-the tensor, its file and its name there; and the SHA-256 of each file, and of all of this. Each process writes one file.
-A checkpoint of a single process, one safetensors file with whole tensors and no layout, is read too.
+the tensor, its file and its name there. Each process writes one file. A checkpoint of a single process, one safetensors
+file with whole tensors and no layout, is read too. Checksums of all files are in ``progress.json``, like those of a
+single process (`kronsae.training.state`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -31,11 +30,13 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from kronsae.support.errors import UserError
-from kronsae.support.files import atomic_path, read_json, sha256, write_json
+from kronsae.support.files import atomic_path, fingerprint, read_json, write_json
 from kronsae.support.tensors import read_headers
-from kronsae.training.state import LAYOUT, STATE
+from kronsae.training.state import LAYOUT, STATE, NewCheckpoint
 
-FORMAT = "kronsae-shards-1"
+FORMAT = "kronsae-shards-2"
+FIRST_FORMAT = "kronsae-shards-1"
+"""Format of earlier versions, with checksums in the layout, which are not compared any more."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}
 """Types of the tensors of a training's state, by their name in a safetensors file."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -44,13 +45,15 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class ShardWriter(StorageWriter):
     """Writes the chunks that a plan gives to this process into ``state-<rank>.safetensors``.
 
+    In process 0, size and SHA-256 of the files of all processes are entered into the checkpoint in the end.
+
     Args:
-        folder: the checkpoint.
+        new: the checkpoint.
         rank: rank of this process.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._path, self._folder = folder / f"state-{rank:05d}.safetensors", folder
+    def __init__(self, new: NewCheckpoint, rank: int) -> None:
+        self._new, self._path = new, new.folder / f"state-{rank:05d}.safetensors"
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Do nothing: a writer writes one checkpoint."""
@@ -77,9 +80,9 @@ class ShardWriter(StorageWriter):
         if chunks:
             with atomic_path(self._path) as temporary:
                 save_file(chunks, temporary)
-                digest = sha256(temporary)
+                written = fingerprint(temporary)
             for result in results:
-                result.storage_data["sha256"] = digest
+                result.storage_data["written"] = written
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -93,12 +96,14 @@ class ShardWriter(StorageWriter):
                 for chunk in about.chunks
             ]
             tensors[name] = {"dtype": NAMES[about.properties.dtype], "size": list(about.size), "chunks": chunks}
-        files = {where["file"]: where["sha256"] for where in written.values()}
-        for name in files:
-            if not (self._folder / name).exists():
-                raise UserError(f"out must be on a file system that all processes see; {name} is missing there")
-        layout = {"format": FORMAT, "tensors": tensors, "files": files}
-        write_json(self._folder / LAYOUT, layout | {"sha256": _digest(layout)})
+        for where in written.values():
+            if not (self._new.folder / where["file"]).exists():
+                raise UserError(
+                    f"out must be on a file system that all processes see; {where['file']} is missing there"
+                )
+            self._new.files[where["file"]] = where["written"]
+        write_json(self._new.folder / LAYOUT, {"format": FORMAT, "tensors": tensors})
+        self._new.files[LAYOUT] = fingerprint(self._new.folder / LAYOUT)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -109,10 +114,7 @@ class ShardReader(StorageReader):
     """Reads the chunks that a plan asks for.
 
     Args:
-        folder: the checkpoint.
-
-    Raises:
-        UserError: a file of the checkpoint is missing or not as it was written.
+        folder: the checkpoint, which was verified (`kronsae.training.state.verified`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,13 +174,8 @@ class ShardReader(StorageReader):
                 for name, about in headers.items()
             }
         layout = read_json(self._folder / LAYOUT, "the checkpoint")
-        if layout.pop("sha256") != _digest(layout):
-            raise UserError(f"{LAYOUT} must be as it was written; it is not.")
-        if layout["format"] != FORMAT:
+        if layout["format"] not in (FORMAT, FIRST_FORMAT):
             raise UserError(f"{LAYOUT} must have the format {FORMAT}; got {layout['format']!r}.")
-        for name, digest in layout["files"].items():
-            if Path(name).name != name or sha256(self._folder / name) != digest:
-                raise UserError(f"{name} must be as it was written; it is not.")
         tensors: Mapping[str, Any] = layout["tensors"]
         return tensors
 
@@ -189,10 +186,6 @@ DAMAGES = (SafetensorError, OSError, UserError, KeyError, TypeError, ValueError,
 
 def _whole(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return {"offsets": [0] * len(shape), "sizes": list(shape), "file": STATE, "key": name}
-
-
-def _digest(layout: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
 
 
 def _done(value: Any) -> Future[Any]:

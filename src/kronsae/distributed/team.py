@@ -113,6 +113,12 @@ class Team:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
+    def told(self, number: int) -> int:
+        """Return the number of process 0; those of the others do not matter."""
+        found = torch.tensor(number)
+        dist.broadcast(found, 0)
+        return int(found)
+
     def wait(self) -> None:
         """Return when all processes have called this."""
         self.agreed(False)

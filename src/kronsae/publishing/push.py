@@ -20,7 +20,8 @@ from kronsae.runs.folder import RunFolder
 from kronsae.runs.hub_download import is_repository
 from kronsae.runs.sae_choice import RUN_FOLDER
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import write_json, write_text
+from kronsae.support.files import write_text
+from kronsae.support.sealed import write_sealed
 
 CARD_FILE = "README.md"
 FORMATS = ("saelens",)
@@ -109,7 +110,7 @@ def _prepare(
         source, target = run.sae_folder(name), folder / RUN_FOLDER / name
         target.mkdir(parents=True)
         shutil.copyfile(source / checkpoint.WEIGHTS_FILE, target / checkpoint.WEIGHTS_FILE)
-        write_json(target / checkpoint.CONFIG_FILE, public_config(checkpoint.read_config(source)))
+        write_sealed(target / checkpoint.CONFIG_FILE, public_config(checkpoint.read_config(source)))
     for to in formats:
         module = target_module(to)
         saes = [_public(exportable(run, name)) for name in names]

@@ -153,8 +153,7 @@ def _measure(
         language_model_tokens=run.config.eval_ce_tokens,
         progress=progress,
     )
-    training = read_json(run.folder / "training.json", "the training's summary")
-    rows = [_row(run, name, sae, found[name], training) for name, sae in saes.items()]
+    rows = [_row(run, name, sae, found[name], run.training) for name, sae in saes.items()]
     say(f"Evaluated on {describe_tokens(rows[0]['evaluation_tokens'], wanted)}.")
     return found, rows
 
@@ -194,7 +193,7 @@ def write_report(run: RunFolder, *, say: Callable[[str], None] = lambda line: No
             f"{shlex.quote(str(run.folder))}"
         )
     data = report_data(
-        run=read_json(run.folder / "run.json", "the run folder"),
+        run=run.about,
         rows=evaluate_run(run, say=say),
         pursued=pursued_rows(run),
         metrics=run.metrics(),

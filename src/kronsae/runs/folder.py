@@ -18,8 +18,12 @@ from kronsae.runs.config import RunConfig
 from kronsae.runs.pipeline import Source
 from kronsae.support.config import from_dict
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import read_json
-from kronsae.training.sinks import read_metrics
+from kronsae.support.sealed import read_sealed
+from kronsae.training.sinks import check_history, read_metrics
+
+METRICS = "metrics.jsonl"
+RUN_KEYS = frozenset({"kronsae_version", "config", "imported"})
+TRAINING_KEYS = frozenset({"steps", "tokens", "seconds", "sae_tokens", "sae_seconds", "gate_exponents", "history"})
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,17 @@ class RunFolder:
     @cached_property
     def config(self) -> RunConfig:
         """Return the config of the run."""
-        return from_dict(RunConfig, self._about["config"], where=f"{self.folder / 'run.json'}: config")
+        return from_dict(RunConfig, self.about["config"], where=f"{self.folder / 'run.json'}: config")
 
     @property
-    def _about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
+        """Return the contents of ``run.json``: version, config, and for imported SAEs where they come from."""
         if not (self.folder / "run.json").exists():
             raise UserError(
                 f"{self.folder} must hold a run; it has no run.json. If a training was interrupted before its first "
                 "step, run the same `kronsae train` command again; for a sweep, give one of the folders in groups/."
             )
-        about = read_json(self.folder / "run.json", "the run folder")
+        about = read_sealed(self.folder / "run.json", "the run folder", RUN_KEYS)
         if not isinstance(about, dict) or "config" not in about:
             raise UserError(f"{self.folder / 'run.json'} must be written by kronsae; it has no 'config' entry.")
         return about
@@ -53,7 +58,7 @@ class RunFolder:
     @property
     def imported(self) -> dict[str, Any]:
         """Return where each SAE comes from if all were imported (`kronsae.runs.imported`); empty for a training."""
-        about = self._about.get("imported")
+        about = self.about.get("imported")
         return about if isinstance(about, dict) else {}
 
     @property
@@ -120,13 +125,27 @@ class RunFolder:
 
     def sae_tokens(self, name: str) -> int | None:
         """Return the tokens that an SAE of a finished run was trained on; None: imported, and not stated."""
-        training = read_json(self.folder / "training.json", "the run folder")
-        tokens: int | None = training.get("sae_tokens", {}).get(name, training["tokens"])
+        tokens: int | None = self.training.get("sae_tokens", {}).get(name, self.training["tokens"])
         return tokens
 
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """Return the summary of the training of a finished run."""
+        path = self.folder / "training.json"
+        found = read_sealed(path, "the training's summary", TRAINING_KEYS)
+        if not isinstance(found, dict) or "tokens" not in found:
+            raise UserError(f"{path} must be written by kronsae; it has no 'tokens' entry.")
+        return found
+
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of ``metrics.jsonl``."""
-        return read_metrics(self.folder / "metrics.jsonl")
+        """Return the rows of ``metrics.jsonl``.
+
+        Raises:
+            UserError: the run is finished, and they are not those that its training wrote.
+        """
+        if self.finished:
+            check_history(self.folder / METRICS, self.training.get("history"))
+        return read_metrics(self.folder / METRICS)
 
     def require_finished(self) -> None:
         """Raise a `UserError` if the training is not finished."""

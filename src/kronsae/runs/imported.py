@@ -33,7 +33,8 @@ from kronsae.runs.parsing import with_options
 from kronsae.runs.run import Run, sae_metadata
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError, shown, shown_text
-from kronsae.support.files import check_new_folder, refusals_of_writing, sha256, umask, write_json
+from kronsae.support.files import check_new_folder, refusals_of_writing, sha256, umask
+from kronsae.support.sealed import write_sealed
 from kronsae.training.config import LoopConfig, MemberConfig
 
 IMPORTED = Path("runs/imported")
@@ -367,13 +368,13 @@ def _write(folder: Path, config: RunConfig, saes: Sequence[Import]) -> None:
             checkpoint.save(one.foreign.sae, temporary / "saes" / one.name, about)
         imported = {one.name: one.about for one in saes}
         run = {"kronsae_version": version("kronsae"), "config": to_dict(config), "imported": imported}
-        write_json(temporary / "run.json", run)
+        write_sealed(temporary / "run.json", run)
         nothing = {"steps": 0, "tokens": None, "seconds": None}
         figures = {
             "sae_tokens": {one.name: one.tokens for one in saes},
             "sae_seconds": {one.name: None for one in saes},
         }
-        write_json(temporary / "training.json", nothing | figures)
+        write_sealed(temporary / "training.json", nothing | figures)
         temporary.chmod(0o777 & ~umask())
         if folder.is_dir():
             folder.rmdir()  # empty; Windows renames to no existing folder

@@ -37,6 +37,7 @@ def config_file(path: Path) -> RunConfig:
             f"--config must describe a training; {path} describes imported SAEs, whose training is not known. Give the "
             "run.json of a run that kronsae trained."
         )
+    # The checksum of a run.json is not compared: the file serves here as a start for changes.
     inner = data.get("config", data) if isinstance(data, dict) and "kronsae_version" in data else data
     return from_dict(RunConfig, inner, where=str(path))
 

@@ -23,7 +23,7 @@ from kronsae.data.model import ModelConfig, origin
 from kronsae.data.text import TextConfig, TextStream
 from kronsae.runs.config import RunConfig, own_hook
 from kronsae.runs.evaluation import Comparison, evaluate_run, write_report
-from kronsae.runs.folder import RunFolder
+from kronsae.runs.folder import METRICS, RunFolder
 from kronsae.runs.parsing import parse_sae
 from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import TIMED_FROM_STEPS, Plan, make_plan, with_times
@@ -31,12 +31,13 @@ from kronsae.runs.trainers import Alone, Together, Trainers
 from kronsae.support.config import differences, from_dict, to_dict
 from kronsae.support.errors import Interrupted as Interrupted
 from kronsae.support.errors import UserError, nearest
-from kronsae.support.files import check_folder_place, folder_lock, write_json
+from kronsae.support.files import check_folder_place, fingerprint, folder_lock
+from kronsae.support.sealed import write_sealed
 from kronsae.training.config import LoopConfig, MemberConfig
 from kronsae.training.display import DisplaySink
 from kronsae.training.member import Member
-from kronsae.training.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, require
-from kronsae.training.state import Progress, load_progress
+from kronsae.training.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, check_history, require
+from kronsae.training.state import Progress
 from kronsae.training.trainer import fit
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def execute(
     wandb: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     team: Team | None = None,
+    keep_checkpoints: bool = False,
 ) -> Run:
     """Train or resume the run of a config; see `train`.
 
@@ -153,6 +155,7 @@ def execute(
         show_progress, tensorboard, wandb: as for `train`.
         say: takes each line for the user.
         team: the processes that train together and all call this (`kronsae.distributed`); None: this one alone.
+        keep_checkpoints: leave the last checkpoints, with the states of the optimisers, in the finished run's folder.
     """
     run = Run(Path(out))
     trainers = Alone() if team is None else Together(team)
@@ -171,6 +174,8 @@ def execute(
         else:
             logging = {"show_progress": show_progress, "tensorboard": tensorboard, "wandb": wandb}
             _train_run(run, config, trainers, logging, say)
+            if trainers.leads and not keep_checkpoints:
+                shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
     return run
 
 
@@ -182,7 +187,13 @@ def _train_run(
     run: Run, config: RunConfig, trainers: Trainers, logging: dict[str, Any], say: Callable[[str], None]
 ) -> None:
     source = Source(config)
-    progress = load_progress(run.folder / "checkpoint") or Progress()
+    newest = trainers.newest(run.folder / "checkpoint", say)
+    progress = Progress() if newest is None else newest.progress
+    if trainers.leads and progress.history is not None:
+        metrics = run.folder / METRICS
+        check_history(metrics, progress.history)
+        if not metrics.exists():
+            say(f"Warning: {metrics} is missing; the metrics of the first {progress.step} steps are lost.")
     plan = make_plan(source, run.folder, progress.step)
     if progress.step < plan.steps:
         plan.check()
@@ -194,8 +205,8 @@ def _train_run(
         Member(member, source.widths, config.hook, steps[member.name], source.device, trainers.split)
         for member in config.saes
     ]
-    if progress.step:
-        trainers.load(run.folder / "checkpoint", members)
+    if newest is not None:
+        trainers.load(newest, members)
         say(f"Resuming after {progress.tokens:,} of {plan.tokens:,} tokens.")
     if progress.step == plan.steps:  # the process stopped after the last step and before saving the SAEs
         _finish(run, members, progress, trainers)
@@ -208,7 +219,7 @@ def _train_run(
     if trainers.leads:
         if problem := _nothing_held_out(config):
             say(f"Warning: `kronsae eval` will have no held-out text: {problem}")
-        write_json(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
+        write_sealed(run.folder / "run.json", {"kronsae_version": version("kronsae"), "config": to_dict(config)})
     with (
         _sinks(run, plan, progress, **logging, leads=trainers.leads) as sinks,
         _stop_on_interrupt() as interrupted,
@@ -216,7 +227,8 @@ def _train_run(
     ):
         batches, checkpoints = itertools.chain([first], stream), run.folder / "checkpoint"
         should_stop = partial(trainers.agreed, interrupted)
-        progress = fit(members, batches, config.loop, sinks, checkpoints, progress, should_stop, trainers.save)
+        save = partial(_save, trainers, sinks)
+        progress = fit(members, batches, config.loop, sinks, checkpoints, progress, should_stop, save)
     if progress.step < plan.steps:
         raise Interrupted(
             f"stopped after {progress.tokens:,} of {plan.tokens:,} tokens; a checkpoint is saved in {run.folder}. "
@@ -227,6 +239,14 @@ def _train_run(
         f"Trained on {progress.tokens:,} tokens in {progress.seconds:.0f} s: "
         f"{progress.tokens / progress.seconds:,.0f} tokens/s for {len(members)} SAE(s)."
     )
+
+
+def _save(
+    trainers: Trainers, sinks: Sequence[Sink], folder: Path, members: Sequence[Member], progress: Progress
+) -> None:
+    """Write a checkpoint that knows the metrics up to its step, which are in a file outside of it."""
+    written = [sink.written for sink in sinks if isinstance(sink, JsonlSink)]
+    trainers.save(folder, members, replace(progress, history=written[0] if written else None))
 
 
 def check_folder(run: Run, config: RunConfig) -> None:
@@ -269,13 +289,13 @@ def _finish(run: Run, members: Sequence[Member], progress: Progress, trainers: T
     seconds = {member.name: member.seconds for member in members}
     learned = {member.name: getattr(member.sae.encoder, "gate_exponent", None) for member in members}
     exponents = {name: exponent for name, exponent in learned.items() if exponent is not None}
-    write_json(
+    history = fingerprint(run.folder / METRICS) if (run.folder / METRICS).exists() else None
+    write_sealed(
         run.folder / "training.json",
         {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds}
-        | {"sae_tokens": tokens, "sae_seconds": seconds}
+        | {"sae_tokens": tokens, "sae_seconds": seconds, "history": history}
         | ({"gate_exponents": exponents} if exponents else {}),
     )
-    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
 
 
 def _nothing_held_out(config: RunConfig) -> str:
@@ -325,7 +345,7 @@ def _sinks(
     if not leads:
         yield []
         return
-    sinks: list[Sink] = [JsonlSink(run.folder / "metrics.jsonl", after_step=progress.step)]
+    sinks: list[Sink] = [JsonlSink(run.folder / METRICS, after_step=progress.step)]
     try:
         if tensorboard:
             sinks.append(TensorBoardSink(run.folder / "tensorboard", after_tokens=progress.tokens))

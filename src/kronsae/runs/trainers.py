@@ -17,7 +17,7 @@ from kronsae.runs.pipeline import Source
 from kronsae.support.errors import UserError
 from kronsae.training.member import Member
 from kronsae.training.split import Split, Undivided
-from kronsae.training.state import Progress, is_sharded, load_members, save_state
+from kronsae.training.state import LAYOUT, Checkpoint, Progress, load_members, newest_checkpoint, save_state
 
 if TYPE_CHECKING:
     from kronsae.distributed.shares import TokenShares
@@ -62,8 +62,12 @@ class Trainers(Protocol):
         """Write a checkpoint."""
         ...
 
-    def load(self, folder: Path, members: Sequence[Member]) -> None:
-        """Load the newest checkpoint, whoever wrote it."""
+    def newest(self, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+        """Return the newest checkpoint that is not damaged, the same one for all; ``say`` receives what is damaged."""
+        ...
+
+    def load(self, checkpoint: Checkpoint, members: Sequence[Member]) -> None:
+        """Load a checkpoint, whoever wrote it."""
         ...
 
 
@@ -89,8 +93,11 @@ class Alone:
     def save(self, folder: Path, members: Sequence[Member], progress: Progress) -> None:
         save_state(folder, members, progress)
 
-    def load(self, folder: Path, members: Sequence[Member]) -> None:
-        _load(None, folder, members)
+    def newest(self, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+        return newest_checkpoint(folder, say)
+
+    def load(self, checkpoint: Checkpoint, members: Sequence[Member]) -> None:
+        _load(None, checkpoint, members)
 
 
 class Together:
@@ -166,8 +173,13 @@ class Together:
 
         save_shards(self._team, folder, members, progress)
 
-    def load(self, folder: Path, members: Sequence[Member]) -> None:
-        _load(self._team, folder, members)
+    def newest(self, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+        from kronsae.distributed.checkpoint import agreed_checkpoint
+
+        return agreed_checkpoint(self._team, folder, say)
+
+    def load(self, checkpoint: Checkpoint, members: Sequence[Member]) -> None:
+        _load(self._team, checkpoint, members)
 
     @cached_property
     def among(self) -> TokenShares:
@@ -176,11 +188,11 @@ class Together:
         return TokenShares(self._team.data)
 
 
-def _load(team: Team | None, folder: Path, members: Sequence[Member]) -> None:
+def _load(team: Team | None, checkpoint: Checkpoint, members: Sequence[Member]) -> None:
     """Load a checkpoint; one of a single process into a single process without what several need."""
-    if team is None and not is_sharded(folder):
-        load_members(folder, members)
+    if team is None and not (checkpoint.folder / LAYOUT).exists():
+        load_members(checkpoint, members)
         return
     from kronsae.distributed.checkpoint import load_shards
 
-    load_shards(team, folder, members)
+    load_shards(team, checkpoint, members)

@@ -12,9 +12,11 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from kronsae.support.errors import UserError
 
@@ -86,19 +88,40 @@ def whole_or_nothing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is flushed to disk and replaces ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """Yield a temporary path beside ``path``; on success it is flushed to disk and replaces ``path``.
+
+    Raises:
+        UserError: the disk is full or cannot be written to; ``path`` is as before.
+    """
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o666 & ~umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writable(path: Path | str) -> Iterator[None]:
+    """Turn an error of the disk in the block, which writes ``path``, into one sentence: a full disk, missing rights.
+
+    Raises:
+        UserError: an error of the operating system, also as safetensors reports it.
+    """
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"'{path}' must be writable; got {type(error).__name__} ({error}). Free space or correct the folder's "
+            "rights, and run the same command again to resume."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,6 +163,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of a file, ``{"bytes", "sha256"}``."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def flush_folder(folder: Path) -> None:
+    """Write the names of a folder's files to disk, so that they outlast a power cut; not on Windows."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def file_bytes(path: Path, what: str) -> int:
     """Return the size of a regular file, or of what a link to one leads to.
 
@@ -169,14 +208,27 @@ def read_json(path: Path, what: str, *, max_bytes: int | None = None) -> Any:
         what: what it is.
         max_bytes: largest size that is read; None: any.
     """
+    return parse_json(read_bytes(path, what, max_bytes=max_bytes), path, what)
+
+
+def read_bytes(path: Path, what: str, *, max_bytes: int | None = None) -> bytes:
+    """Return the content of a file; see `read_json`."""
     size = file_bytes(path, what)
     if max_bytes is not None and size > max_bytes:
         raise UserError(f"{what}: {path} must have at most {max_bytes:,} bytes; it has {size:,}.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be read ({error}).") from None
+
+
+def parse_json(content: bytes, path: Path, what: str) -> Any:
+    """Return the JSON in the content of a file; see `read_json`."""
+    try:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what}: {path} cannot be read as JSON ({error}).") from None
 
 
@@ -195,7 +247,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # the file system has become read-only; a file without a lock does not matter
+            (folder / LOCK_FILE).unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
         for path in made:
@@ -207,7 +260,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def _lock(path: Path) -> int | None:
     """Return an open file with the lock; None if the system has no locks."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writable(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if sys.platform == "win32":
             return None
         import fcntl
@@ -218,6 +272,9 @@ def _lock(path: Path) -> int | None:
             continue
         except PermissionError:  # the lock file belongs to another user
             return None
+        except OSError as error:
+            with writable(path):
+                raise error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

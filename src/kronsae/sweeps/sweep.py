@@ -22,7 +22,7 @@ from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import TIMED_FROM_STEPS, MemberPlan, Plan, format_duration, make_plan, with_times
 from kronsae.runs.run import Run, execute
 from kronsae.support.config import from_dict, to_dict
-from kronsae.support.errors import UserError, nearest
+from kronsae.support.errors import Interrupted, UserError, nearest
 from kronsae.support.files import check_folder_place, folder_lock, read_json, write_json
 from kronsae.support.progress import progress_bar
 from kronsae.support.provenance import provenance
@@ -203,8 +203,13 @@ def execute_sweep(
     config = from_dict(SweepConfig, to_dict(config))
     wanted = sweep_points(config)
     _check_folder(folder)
-    with folder_lock(folder):
-        return _run_sweep(config, wanted, folder, group_size, show_progress, say)
+    try:
+        with folder_lock(folder):
+            return _run_sweep(config, wanted, folder, group_size, show_progress, say)
+    except KeyboardInterrupt:  # outside of a training, which ends with a checkpoint
+        raise Interrupted(
+            f"stopped; the finished groups are kept in {folder}. Run the same command again to resume."
+        ) from None
 
 
 def _run_sweep(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from kronsae.support.errors import UserError
-from kronsae.support.files import write_text
+from kronsae.support.files import writable, write_text
 
 AXES = ("step", "tokens", "seconds", "sae")
 WANDB_ID = "wandb-id.txt"
@@ -39,30 +41,70 @@ class JsonlSink:
 
     def __init__(self, path: Path, after_step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= after_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_text(path, text)
+        self._path, self._bytes, self._digest = path, len(text), hashlib.sha256(text.encode())  # JSON is ASCII
         self._file = path.open("a", encoding="utf-8")
 
+    @property
+    def written(self) -> dict[str, Any]:
+        """Return size and SHA-256 of all rows so far, as `kronsae.support.files.fingerprint` does for a file."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(row)) + "\n")
+        line = json.dumps(dict(row)) + "\n"
+        self._digest.update(line.encode())
+        self._bytes += len(line)
+        with writable(self._path):
+            self._file.write(line)
 
     def flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writable(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file; after an error of `write` or `flush`, what is not on disk is dropped."""
+        with suppress(OSError):
+            self._file.close()
+
+
+def check_history(path: Path, history: Mapping[str, Any] | None) -> None:
+    """Raise if the first rows of a file of metrics are not those that `JsonlSink.written` described.
+
+    Args:
+        path: the file; one that does not exist is not checked.
+        history: a result of `JsonlSink.written`; None: nothing is checked.
+    """
+    if history is None or not path.exists():
+        return
+    with path.open("rb") as file:
+        start = file.read(history["bytes"])
+    if hashlib.sha256(start).hexdigest() != history["sha256"]:
+        raise UserError(
+            f"'{path}' must be unchanged since it was written; it is damaged. Restore it from a copy, or remove it: "
+            "the run then goes on without the metrics of its first steps."
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of ``metrics.jsonl``; a last line truncated by a crash is left out."""
+    """Return the rows of ``metrics.jsonl``; a last line truncated by a crash is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except ValueError:
+            if number < len(lines):  # the last one has no end: it is empty, or was being written
+                raise UserError(
+                    f"'{path}' is damaged in line {number}. Restore it from a copy, or remove it."
+                ) from None
     return rows
 
 
