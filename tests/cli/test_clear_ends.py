@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up(
     assert last.startswith(f"Error: '{out}"), outcome.err
     assert last.endswith(
         f"{name}' must be writable; got OSError ([Errno 28] No space left on device). Free space or correct the "
-        "folder's rights, and run the same command again to resume."
+        "folder's rights, and run the same command again."
     )
     assert "Traceback" not in outcome.err
     resumed = kronsae(*commands[kind], "--out", out)

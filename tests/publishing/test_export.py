@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_nothing(
     if existed:
         out.mkdir()
     sentence = kronsae("export", finished_run.folder, "topk", "kron", "--to", "saelens", "--out", out).sentence
-    assert sentence.startswith(f"out must be a folder that can be written to; {out} cannot be written (")
+    assert sentence.startswith(f"'{out}' must be writable; got ")
     assert "No space left on device" in sentence
     assert list(tmp_path.iterdir()) == [out] * existed
     assert not existed or list(out.iterdir()) == []

@@ -262,8 +262,8 @@ class TestRefused:
         def full(path: Path, value: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("kronsae.runs.imported.write_json", full)
-        with pytest.raises(UserError, match=r"out must be a folder that can be written to; .*No space left"):
+        monkeypatch.setattr("kronsae.runs.imported.write_sealed", full)
+        with pytest.raises(UserError, match=r"must be writable; .*No space left"):
             import_saes([foreign / "gated"], tmp_path / "new" / "run", place)
         assert list((tmp_path / "new").iterdir()) == []
 

@@ -33,7 +33,7 @@ from kronsae.runs.parsing import with_options
 from kronsae.runs.run import Run, sae_metadata
 from kronsae.support.config import from_dict, to_dict
 from kronsae.support.errors import UserError, shown, shown_text
-from kronsae.support.files import check_new_folder, refusals_of_writing, sha256, umask
+from kronsae.support.files import check_new_folder, sha256, umask, writable
 from kronsae.support.sealed import write_sealed
 from kronsae.training.config import LoopConfig, MemberConfig
 
@@ -173,7 +173,7 @@ def import_saes(
     given = any(option.startswith("context_length=") for option in options)
     config = _fitted(config, saes, language_model, context_is_given=given)
     next(iter(TextStream(config.text, held_out=True, held_out_share=config.held_out_share, repeat=False)))
-    with refusals_of_writing(run.folder):
+    with writable(run.folder):
         _write(run.folder, config, saes)
     for one in saes:
         for remark in one.remarks:

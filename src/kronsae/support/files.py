@@ -47,24 +47,6 @@ def check_new_folder(folder: Path) -> None:
 
 
 @contextmanager
-def refusals_of_writing(folder: Path) -> Iterator[None]:
-    """Turn what the system says when ``folder`` cannot be written in the block into one sentence.
-
-    Raises:
-        UserError: it cannot be written, such as on a full disk. The block must have left nothing there.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"out must be a folder that can be written to; {folder} cannot be written ({error}), and nothing is left "
-            "there. Make room, or name another one."
-        ) from error
-
-
-@contextmanager
 def whole_or_nothing(folder: Path) -> Iterator[None]:
     """Write ``folder``, a new or empty one (`check_new_folder`), in the block; if the block fails, it is as before.
 
@@ -72,7 +54,7 @@ def whole_or_nothing(folder: Path) -> Iterator[None]:
         UserError: it cannot be written.
     """
     existed = folder.exists()
-    with refusals_of_writing(folder):
+    with writable(folder):
         try:
             yield
         except BaseException:
@@ -120,7 +102,7 @@ def writable(path: Path | str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"'{path}' must be writable; got {type(error).__name__} ({error}). Free space or correct the folder's "
-            "rights, and run the same command again to resume."
+            "rights, and run the same command again."
         ) from error
 
 
