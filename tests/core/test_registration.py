@@ -106,7 +106,9 @@ def test_it_is_trained_and_its_normalisation_folded() -> None:
 
 def test_unregistered_it_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint.save(shape().build(), tmp_path)
-    with pytest.raises(UserError, match=r"encoder.kind must be one of 'dense', 'kronecker', 'switch'; got 'half'"):
+    with pytest.raises(
+        UserError, match=r"encoder.kind must be one of 'dense', 'kronecker', 'trunk', 'switch'; got 'half'"
+    ):
         checkpoint.load(tmp_path)
 
 
@@ -158,7 +160,7 @@ class Taken(HalfConfig):
         (Thawed, "must be a frozen dataclass; Thawed is none"),
         (int, "must be a frozen dataclass; int is none"),
         (Bare, "Bare has no block, latents_per_token, build, multiply_adds"),
-        (Taken, "kind of Taken must be a text other than dense, kronecker, switch; got 'dense'"),
+        (Taken, "kind of Taken must be a text other than dense, kronecker, switch, trunk; got 'dense'"),
     ],
 )
 def test_what_is_no_encoders_config_is_refused(config: type, message: str) -> None:

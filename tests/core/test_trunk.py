@@ -141,7 +141,10 @@ def test_sizes_and_parameters() -> None:
         ({"d_sae": 64, "d_trunk": 64}, "d_trunk must be less than d_sae; got 64 with d_sae=64."),
         ({"d_sae": 64, "d_trunk": -8}, "d_trunk must be"),
         ({"num_heads": 4, "d_trunk": 12}, "d_trunk must be a multiple of the latents of a head, 8; got 12."),
-        ({"num_heads": 4, "d_sae": 64, "d_trunk": 8}, "d_sae must equal"),
+        (
+            {"num_heads": 4, "d_sae": 64, "d_trunk": 8},
+            r"d_sae must equal d_trunk \+ num_heads \* 8 latents of a head; got 64 with 8 \+",
+        ),
     ],
 )
 def test_bad_sizes_are_refused(words: dict[str, int], sentence: str) -> None:

@@ -112,7 +112,8 @@ def test_what_the_format_cannot_hold() -> None:
     )
     plain = filled(ks.jumprelu(d_sae=12, k=3))
     assert refusal(exportable(0, sae=plain)).startswith(
-        "circuit-tracer needs transcoders with d_out = d_in; 't0' is a dense-jumprelu with d_in=6 and d_out=6."
+        "circuit-tracer needs transcoders with d_out = d_in; 't0' is a dense-jumprelu SAE, which reconstructs what it "
+        "reads. Train"
     )
     for member in (ks.topk(d_sae=12, k=3, **HOOKS), ks.kron(num_heads=2, d_base=2, d_extension=3, k=3, **HOOKS)):
         said = refusal(exportable(0, sae=filled(member)))

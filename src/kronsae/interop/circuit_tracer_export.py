@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kronsae.core.encoders import DenseEncoder
-from kronsae.core.sae import SAE
+from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import JumpReLU
 from kronsae.interop.exportable import Exportable, Exported
 from kronsae.support.errors import UserError
@@ -118,12 +118,19 @@ def layer_of(one: Exportable) -> int:
     return int(read[1])
 
 
+def _what(config: SAEConfig) -> str:
+    """Return what an SAE is that is no transcoder of one width, in words."""
+    if config.autoencodes:
+        return f"a {config.architecture} SAE, which reconstructs what it reads"
+    return f"a {config.architecture} with d_in={config.d_in} and d_out={config.d_out}"
+
+
 def _check_architecture(one: Exportable) -> None:
     config = one.sae.config
     if config.role not in ("transcoder", "skip_transcoder") or config.d_in != config.d_out:
         raise UserError(
-            f"circuit-tracer needs transcoders with d_out = d_in; '{one.name}' is a {config.architecture} with "
-            f"d_in={config.d_in} and d_out={config.d_out}. Train with read=layers.N.mlp:input write=layers.N.mlp."
+            f"circuit-tracer needs transcoders with d_out = d_in; '{one.name}' is {_what(config)}. "
+            "Train with read=layers.N.mlp:input write=layers.N.mlp."
         )
     if config.encoder.kind != "dense" or config.sparsifier.kind != "jumprelu" or config.pursuit is not None:
         raise UserError(

@@ -70,6 +70,6 @@ Pythia-1.4B, 125M tokens for TopK and the same FLOPs for KronSAE, EV.""",
     rows=rows,
     table=table,
     judge=verdict,
-    limits="Where activations are harvested, the additional tokens of equal FLOPs repeat those that TopK is trained on. "
-    "Tens of thousands of latents learn little on few tokens: compare the dead shares.",
+    limits="Where activations are harvested, the additional tokens of equal FLOPs repeat those that TopK is trained "
+    "on. Tens of thousands of latents learn little on few tokens: compare the dead shares.",
 )

@@ -400,7 +400,13 @@ def _with_trunk(
     if d_sae is not None and d_sae <= d_trunk:
         raise UserError(f"d_trunk must be less than d_sae; got {d_trunk} with d_sae={d_sae}. Heads need latents too.")
     if d_base is not None and d_extension is not None:
-        check_trunk(d_trunk, cells_per_head(d_base, d_extension, null_symbols))
+        cells = cells_per_head(d_base, d_extension, null_symbols)
+        check_trunk(d_trunk, cells)
+        if d_sae is not None and num_heads is not None and d_sae != d_trunk + num_heads * cells:
+            raise UserError(
+                f"d_sae must equal d_trunk + num_heads * {cells} latents of a head; got {d_sae} with {d_trunk} + "
+                f"{num_heads} * {cells} = {d_trunk + num_heads * cells}. Leave d_sae out, or change one."
+            )
     of_heads = None if d_sae is None else d_sae - d_trunk
     heads = _encoder(of_heads, num_heads, d_base, d_extension, gate, init_norm, null_symbols, 0)
     if not isinstance(heads, KroneckerEncoderConfig):
