@@ -333,6 +333,19 @@ def wait() -> str:
     return table(headings, cells) + sizes + about("cache_wait", first)
 
 
+def cached() -> str:
+    """Return a sentence on the speed of a training on stored activations."""
+    [row] = rows_of("cached_training")
+    sentence = (
+        f"{row['model']}, {row['hook']}, {row['saes']} SAEs of {int(row['d_sae']):,} latents, k = {row['k']}, "
+        f"{int(row['tokens']):,} tokens, {row['rounds']} interleaved rounds: "
+        f"{float(row['model_tokens_per_second']):,.0f} tokens/s on the model and "
+        f"{float(row['stored_tokens_per_second']):,.0f} on stored activations (medians), {float(row['ratio']):.1f} "
+        f"times as fast (quartiles {float(row['low_ratio']):.1f} to {float(row['high_ratio']):.1f})."
+    )
+    return sentence + about("cached_training", row)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "grid": grid,
@@ -359,9 +372,8 @@ def main() -> None:
     if (RESULTS / "distributed_step.csv").exists():
         mark = "results:distributed-step"
         write_marked(DISTRIBUTED_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", distributed())
-    for name, make in {"precision": precision, "wait": wait}.items():
-        if (RESULTS / f"cache_{name}.csv").exists():
-            write_marked(HARVESTING_PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
+    for name, make in {"precision": precision, "wait": wait, "cached": cached}.items():
+        write_marked(HARVESTING_PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
 
 
 if __name__ == "__main__":
