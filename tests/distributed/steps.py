@@ -26,6 +26,8 @@ KRON = "kron num_heads=8 d_base=2 d_extension=4 k=3"
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "revived": (KRON, {"revive_every_tokens": 2 * BATCH}),
     "revived jumprelu": ("jumprelu d_sae=64 k=3", {"revive_every_tokens": 2 * BATCH}),
+    "trunk": (f"{KRON} d_trunk=16", {}),
+    "trunk batch_topk": ("batch_topk num_heads=6 d_base=2 d_extension=4 k=3 d_trunk=16", {}),
     "pursued": (f"{KRON} pursuit_rounds=2", {}),
     "unrolled": (f"{KRON} pursuit_rounds=2 pursuit_learning=unrolled", {}),
     "minimum": (f"{KRON} gate=minimum", {}),

@@ -79,6 +79,7 @@ def test_an_error_of_all_is_told_once(more: list[str], message: str, base: list[
     ("specification", "what"),
     [
         ("switch d_sae=64 k=4 num_experts=4", "a switch encoder"),
+        ("kron num_heads=8 d_base=2 d_extension=2 k=4 d_trunk=8", "a trunk encoder"),
         ("jumprelu d_sae=64 k=4", "the sparsifier 'jumprelu'"),
         (
             "kron num_heads=8 d_base=2 d_extension=2 k=4 gate=power_mean",
