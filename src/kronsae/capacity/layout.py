@@ -66,8 +66,8 @@ class Layout:
 def part_of(shape: SAEConfig, heads: int) -> SAEConfig | None:
     """Return the part of an SAE that one of ``heads`` devices holds; None if the SAE cannot be divided so.
 
-    Dense encoders are divided by latents and Kronecker encoders by heads. JumpReLU, experts, a
-    dense trunk and a gate with a parameter of its own are not divided, nor may a part have fewer than k latents.
+    Dense encoders are divided by latents and Kronecker encoders by heads. JumpReLU, experts, a dense trunk and a gate
+    with a parameter of its own are not divided, nor may a part have fewer than k latents.
     """
     if heads == 1:
         return shape

@@ -462,6 +462,13 @@ class KroneckerLatents:
         return Ranked(codes, torch.where(codes.active, u_BK * v_BK, 0.0))
 
 
+def choose_ranked(latents: Latents, requests: Sequence[Request]) -> tuple[Ranked, ...]:
+    """Return the codes of each request with ranks; latents that have none are ranked by value."""
+    if isinstance(latents, RankedLatents):
+        return latents.choose_ranked(*requests)
+    return tuple(Ranked(codes, codes.values.detach()) for codes in latents.choose(*requests))
+
+
 def first_by_rank(rank_BX: Float[Tensor, "B X"], indices_BX: Int[Tensor, "B X"]) -> Int[Tensor, "B X"]:
     """Return the columns of each token by falling rank; of equal ranks the smaller latent comes first."""
     by_index_BX = indices_BX.argsort(dim=1, stable=True)

@@ -22,8 +22,7 @@ from kronsae.core.encoders import (
     KroneckerEncoder,
     KroneckerEncoderConfig,
     Latents,
-    Ranked,
-    RankedLatents,
+    choose_ranked,
     first_by_rank,
     restricted,
 )
@@ -185,10 +184,7 @@ def _to_part(request: Request, first: int, size: int) -> Request | None:
 
 def _in_order(part: Latents, requests: Sequence[Request]) -> list[SparseCodes]:
     """Return the codes of a part, each token's in the order of the part."""
-    if isinstance(part, RankedLatents):
-        ranked = part.choose_ranked(*requests)
-    else:
-        ranked = tuple(Ranked(codes, codes.values.detach()) for codes in part.choose(*requests))
+    ranked = choose_ranked(part, requests)
     return [_columns(one.codes, first_by_rank(one.rank_BK, one.codes.indices)) for one in ranked]
 
 

@@ -9,7 +9,6 @@ the values of its own latents carry a gradient. Each decodes its own latents, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from kronsae.core.encoders import (
     KroneckerEncoderConfig,
     Latents,
     Ranked,
-    RankedLatents,
+    choose_ranked,
     first_by_rank,
     restricted,
 )
@@ -183,7 +182,7 @@ class MergedLatents:
 
     def choose(self, *requests: Request) -> tuple[SparseCodes, ...]:
         own = [self._restricted(request) for request in requests]
-        found = self._offers([request for request in own if request is not None])
+        found = choose_ranked(self.own, [request for request in own if request is not None])
         nothing, left = found[0].none(), iter(found)
         return tuple(
             self._merged(request, nothing if part is None else next(left))
@@ -199,11 +198,6 @@ class MergedLatents:
 
     def penalty(self) -> Float[Tensor, ""] | None:
         return self.own.penalty()
-
-    def _offers(self, requests: Sequence[Request]) -> tuple[Ranked, ...]:
-        if isinstance(self.own, RankedLatents):
-            return self.own.choose_ranked(*requests)
-        return tuple(Ranked(codes, codes.values.detach()) for codes in self.own.choose(*requests))
 
     def _restricted(self, request: Request) -> Request | None:
         """Return the request to the own latents; None if it is for none of them."""

@@ -182,9 +182,7 @@ def resized(encoder: AnyEncoderConfig, d_sae: int) -> AnyEncoderConfig:
         return replace(encoder, d_sae=units, init_norm=INIT_NORM)
     if isinstance(encoder, KroneckerEncoderConfig):
         return replace(encoder, num_heads=units, init_norm=INIT_NORM)
-    if isinstance(
-        encoder, TrunkEncoderConfig
-    ):  # the trunk keeps its share, in whole heads, and heads keep at least one
+    if isinstance(encoder, TrunkEncoderConfig):  # the trunk keeps its share, in units of a head
         own = min(units - 1, max(1, round(units * encoder.trunk.d_sae / encoder.d_sae)))
         trunk = replace(encoder.trunk, d_sae=own * encoder.block, init_norm=INIT_NORM)
         return replace(encoder, trunk=trunk, heads=replace(encoder.heads, num_heads=units - own, init_norm=INIT_NORM))
