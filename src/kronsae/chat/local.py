@@ -36,6 +36,7 @@ class LocalModel:
 
     Args:
         loaded: the model.
+        folder: folder of its files, whose state is part of the model's identity.
         max_answer_tokens: largest length of an answer; longer ones are cut off.
         seed: seed of random numbers that a model may draw in spite of greedy decoding.
 
@@ -43,7 +44,7 @@ class LocalModel:
         UserError: the model has no language model head; or, when asked, too few positions for the question.
     """
 
-    def __init__(self, loaded: Loaded, *, max_answer_tokens: int = 300, seed: int = 0) -> None:
+    def __init__(self, loaded: Loaded, *, folder: Path, max_answer_tokens: int = 300, seed: int = 0) -> None:
         if loaded.no_lm_head_reason:
             raise UserError(f"the model in {loaded.name} must answer questions, but cannot: {loaded.no_lm_head_reason}")
         if max_answer_tokens < 1:
@@ -51,8 +52,8 @@ class LocalModel:
         self._loaded, self._max_answer_tokens, self._seed = loaded, max_answer_tokens, seed
         self._identity = {
             "kind": "local",
-            "model": Path(loaded.name).name,
-            "files": fingerprint(Path(loaded.name)),
+            "model": Path(loaded.name).resolve().name,
+            "files": fingerprint(folder),
             "max_new_tokens": max_answer_tokens,
             "seed": seed,
         }

@@ -6,7 +6,6 @@ import asyncio
 import shlex
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -324,7 +323,11 @@ def autointerp(
         bool, typer.Option("--reasoning", help="For models that reject max_tokens and temperature.")
     ] = False,
     model_folder: Annotated[
-        Path | None, typer.Option(help="Folder of a local transformers model to use instead of an endpoint.")
+        str | None,
+        typer.Option(
+            help="Local model to use instead of an endpoint: a transformers folder, a GGUF file, or a name of `kronsae "
+            "models`, such as smollm2."
+        ),
     ] = None,
     model_dtype: Annotated[
         str, typer.Option(help="Precision of the local model: float32, bfloat16 or float16.")
@@ -423,11 +426,15 @@ def _endpoint_model(answer_tokens: int, timeout: float, reasoning: bool) -> Chat
     return EndpointModel(endpoint, key)
 
 
-def _local_model(folder: Path, dtype: str, device: str, answer_tokens: int, seed: int) -> ChatModel:
+def _local_model(name: str, dtype: str, device: str, answer_tokens: int, seed: int) -> ChatModel:
     from kronsae.chat.local import LocalModel
-    from kronsae.data.model import ModelConfig, load_model
+    from kronsae.data.model import ModelConfig, load_model, local_folder
 
-    if not folder.is_dir():
-        raise UserError(f"--model-folder must be the folder of a transformers model; there is no folder {folder}.")
-    loaded = load_model(ModelConfig(name=str(folder.resolve()), dtype=dtype, device=device))
-    return LocalModel(loaded, max_answer_tokens=answer_tokens, seed=seed)
+    folder = local_folder(name)
+    if folder is None or not folder.is_dir():
+        raise UserError(
+            "--model-folder must be the folder of a transformers model, a GGUF file, or a name that `kronsae models` "
+            f"lists; there is no such folder or name: {name}."
+        )
+    loaded = load_model(ModelConfig(name=name, dtype=dtype, device=device))
+    return LocalModel(loaded, folder=folder, max_answer_tokens=answer_tokens, seed=seed)
