@@ -6,12 +6,15 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.reproduce.test_runner import TINY
 
 from kronsae.measures import probing as measured
-from kronsae.reproduce import probing
+from kronsae.measures.absorption import AbsorptionSettings
+from kronsae.reproduce import probing, word_classes
+from kronsae.reproduce.claims import Holds
 from kronsae.reproduce.context import Context
 from kronsae.reproduce.runner import run_study
 from kronsae.support.errors import UserError
@@ -35,6 +38,24 @@ def english(path: Path) -> Path:
         rows.append({"text": lines, "source": f"movie_reviews/{number}", "label": ("neg", "pos")[number % 2]})
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     return path
+
+
+def test_absorption_by_parts_of_speech_is_that_of_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings and measurements are replaced: the study asks for the labels, and says what the gate needs."""
+    asked = []
+
+    def measured(context: Context, settings: AbsorptionSettings) -> list[dict[str, Any]]:
+        asked.append(settings)
+        about = {"k": 4, "classes": 5, "needed": 4, "accurate_classes": 5, "mean_absorption_fraction": 0.5}
+        return [{**about, "name": name, "seed": seed} for name in ("topk", "kron") for seed in (0, 1)]
+
+    monkeypatch.setattr(word_classes, "measured", measured)
+    scale = replace(TINY, text=str(english(tmp_path / "english.jsonl.gz")))
+    rows = word_classes.rows(Context(scale=scale, folder=tmp_path, seeds=(0, 1), quiet=True))
+    assert asked == [AbsorptionSettings(labels=tmp_path / "parts-of-speech.jsonl")]
+    found = word_classes.verdict(rows)
+    assert found.holds == Holds.NO
+    assert "by l0: 1.00. At least 4 of 5 classes need an accurate probe; 5 have one." in found.why
 
 
 def test_three_kinds_of_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
