@@ -28,6 +28,7 @@ STUDIES = (
     "saebench_results",
     "planning_results",
     "crash_results",
+    "autointerp_results",
 )
 
 

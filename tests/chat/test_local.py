@@ -15,9 +15,9 @@ from kronsae.support.errors import UserError
 QUESTION = Question(instructions="Be brief.", content="How are you?")
 
 
-def local(folder: Path, **settings: int) -> LocalModel:
+def local(folder: Path, *, max_answer_tokens: int = 8) -> LocalModel:
     loaded = load_model(ModelConfig(name=str(folder), device="cpu"))
-    return LocalModel(loaded, folder=folder, **{"max_answer_tokens": 8, **settings})
+    return LocalModel(loaded, folder=folder, max_answer_tokens=max_answer_tokens)
 
 
 def answer(model: LocalModel, question: Question = QUESTION) -> Answer:

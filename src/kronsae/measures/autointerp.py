@@ -264,9 +264,9 @@ async def _gather(
 def _count_questions(ask: Ask, questions: int, progress: Callable[[int, int], None] | None) -> Ask:
     done = 0
 
-    async def counted(instructions: str, content: str) -> str | None:
+    async def counted(instructions: str, content: str, schema: Mapping[str, Any] | None = None) -> str | None:
         nonlocal done
-        answer = await ask(instructions, content)
+        answer = await ask(instructions, content, schema)
         done += 1
         if progress is not None:
             progress(done, questions)
@@ -322,6 +322,14 @@ def autointerp(
     reasoning: Annotated[
         bool, typer.Option("--reasoning", help="For models that reject max_tokens and temperature.")
     ] = False,
+    structured: Annotated[
+        bool,
+        typer.Option(
+            "--structured",
+            help="Allow only answers of the requested form: the JSON schema is sent to the endpoint, or the local "
+            "model chooses among the tokens that fit.",
+        ),
+    ] = False,
     model_folder: Annotated[
         str | None,
         typer.Option(
@@ -365,9 +373,9 @@ def autointerp(
     )
     run = open_run(run_folder)
     model = (
-        _endpoint_model(answer_tokens, timeout, reasoning)
+        _endpoint_model(answer_tokens, timeout, reasoning, structured)
         if model_folder is None
-        else _local_model(model_folder, model_dtype, model_device, answer_tokens, seed)
+        else _local_model(model_folder, model_dtype, model_device, answer_tokens, seed, structured)
     )
     with progress_bar("autointerp", quiet=quiet) as progress:
         found = measure(
@@ -414,10 +422,11 @@ def as_table(result: AutointerpResult) -> Table:
     return table
 
 
-def _endpoint_model(answer_tokens: int, timeout: float, reasoning: bool) -> ChatModel:
+def _endpoint_model(answer_tokens: int, timeout: float, reasoning: bool, structured: bool) -> ChatModel:
     from kronsae.chat.endpoint import KEY, EndpointModel, endpoint_from_environment
 
     options: dict[str, Any] = {"limit_field": "max_completion_tokens", "temperature": None} if reasoning else {}
+    options["structured"] = structured
     endpoint, key = endpoint_from_environment(max_answer_tokens=answer_tokens, timeout_seconds=timeout, **options)
     say(f"Excerpts of the held-out text are sent to {endpoint.host} (model {visible(endpoint.model)}).")
     if endpoint.in_clear:
@@ -426,7 +435,7 @@ def _endpoint_model(answer_tokens: int, timeout: float, reasoning: bool) -> Chat
     return EndpointModel(endpoint, key)
 
 
-def _local_model(name: str, dtype: str, device: str, answer_tokens: int, seed: int) -> ChatModel:
+def _local_model(name: str, dtype: str, device: str, answer_tokens: int, seed: int, structured: bool) -> ChatModel:
     from kronsae.chat.local import LocalModel
     from kronsae.data.model import ModelConfig, load_model, local_folder
 
@@ -437,4 +446,4 @@ def _local_model(name: str, dtype: str, device: str, answer_tokens: int, seed: i
             f"lists; there is no such folder or name: {name}."
         )
     loaded = load_model(ModelConfig(name=name, dtype=dtype, device=device))
-    return LocalModel(loaded, folder=folder, max_answer_tokens=answer_tokens, seed=seed)
+    return LocalModel(loaded, folder=folder, max_answer_tokens=answer_tokens, seed=seed, structured=structured)
