@@ -44,7 +44,8 @@ def test_absorption_by_parts_of_speech_is_that_of_the_labels(tmp_path: Path, mon
     """Trainings and measurements are replaced: the study asks for the labels, and says what the gate needs."""
     asked = []
 
-    def measured(context: Context, settings: AbsorptionSettings) -> list[dict[str, Any]]:
+    def measured(context: Context, settings: AbsorptionSettings, l0s: tuple[int, ...]) -> list[dict[str, Any]]:
+        assert l0s == (4,)
         asked.append(settings)
         about = {"k": 4, "classes": 5, "needed": 4, "accurate_classes": 5, "mean_absorption_fraction": 0.5}
         return [{**about, "name": name, "seed": seed} for name in ("topk", "kron") for seed in (0, 1)]

@@ -26,12 +26,13 @@ def rows(context: Context) -> list[Row]:
             windows=context.scale.prompts if spells else None,
             min_classes=20 if spells else None,
         ),
+        context.scale.l0s_of_absorption,
     )
 
 
-def measured(context: Context, settings: AbsorptionSettings) -> list[Row]:
+def measured(context: Context, settings: AbsorptionSettings, l0s: Sequence[int]) -> list[Row]:
     """Train each form with each k, and measure the absorption of all; the examples are the same for all seeds."""
-    trained = context.train([specs(context, form, context.scale.l0s_of_absorption) for form in FORMS])
+    trained = context.train([specs(context, form, l0s) for form in FORMS])
     found: list[Row] = []
     for run, saes in context.runs(trained):
         with progress_bar("absorption", quiet=context.quiet) as progress:

@@ -14,8 +14,8 @@ from kronsae.reproduce.tables import judge
 
 
 def rows(context: Context) -> list[Row]:
-    """Measure absorption by parts of speech, on the SAEs of the study absorption."""
-    return measured(context, AbsorptionSettings(labels=labels(context, "parts-of-speech")))
+    """Measure absorption by parts of speech, at the scale's k."""
+    return measured(context, AbsorptionSettings(labels=labels(context, "parts-of-speech")), (context.scale.k,))
 
 
 def verdict(found: Sequence[Row]) -> Verdict:
