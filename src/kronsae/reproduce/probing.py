@@ -131,6 +131,7 @@ STUDY = Study(
     table=table,
     judge=verdict,
     limits="The paper has no such measurement. Labels: parts of speech (by token) and categories (by text) of the "
-    "Brown corpus, sentiment of movie reviews (by text); at the bundled scale, names in Python code. By text: means of "
-    "the activations over the first window of each text, as in SAEBench's sparse probing.",
+    "Brown corpus, sentiment of movie reviews (by text: a line has its review's, which many lines do not show); at the "
+    "bundled scale, names in Python code. By text: means of the activations over the first window of each text, as in "
+    "SAEBench's sparse probing. Where a probe on the activations is near chance, latents cannot differ by much.",
 )
