@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from study_parts import END, RESULTS, ROOT, markdown_rows
@@ -23,7 +23,7 @@ from kronsae.eval.autointerp import AutointerpConfig
 from kronsae.measures.autointerp import measure
 from kronsae.runs.run import open_run
 from kronsae.support.config import to_dict
-from kronsae.support.files import write_json, write_marked
+from kronsae.support.files import read_json, write_json, write_marked
 from kronsae.support.provenance import provenance
 from kronsae.support.terminal import say
 
@@ -33,6 +33,7 @@ START = "<!-- results:autointerp -->"
 JUDGE = "smollm2"
 CONFIG = AutointerpConfig(latents=6, tokens=20_000, tested=16, per_prompt=4)
 ANSWER_TOKENS = 100
+ANSWER_SAMPLE = "such as "  # the instructions of a judgement end with it and a sample
 FORMS = {"free": False, "structured": True}
 
 
@@ -43,11 +44,10 @@ def measured(folder: Path, saes: tuple[str, ...]) -> dict[str, Any]:
     assert files is not None
     found: dict[str, Any] = {}
     for form, structured in FORMS.items():
-        started = perf_counter()
         judge = LocalModel(loaded, folder=files, max_answer_tokens=ANSWER_TOKENS, structured=structured)
         result = measure(run, CONFIG, judge, saes=saes, say=say)
         assert result is not None
-        found[form] = {**to_dict(result), "seconds": perf_counter() - started}
+        found[form] = {**to_dict(result), "judgements": judgements(folder, judge.identity)}
     config = run.config
     return {
         "provenance": about,
@@ -56,6 +56,27 @@ def measured(folder: Path, saes: tuple[str, ...]) -> dict[str, Any]:
         "run": {"model": config.model.name, "hook": config.hook, "tokens": config.loop.tokens},
         "answers": found,
     }
+
+
+def judgements(folder: Path, identity: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of stored judgements of a judge, and of those that are the sample answer of their prompt."""
+    count = copies = 0
+    for path in (folder / "measures" / "answers").rglob("*.json"):
+        kept = read_json(path, "an answer")
+        asked = kept["question"]["instructions"]
+        if kept["model"] == dict(identity) and ANSWER_SAMPLE in asked:
+            count += 1
+            copies += kept["answer"]["text"] == asked.rpartition(ANSWER_SAMPLE)[2]
+    return {"count": count, "copies_of_the_sample": copies}
+
+
+def _copies(found: dict[str, int], form: str) -> list[str]:
+    if not found["count"]:
+        return []
+    return [
+        f"- {form} answers: {found['copies_of_the_sample']} of {found['count']} judgements are the sample answer that "
+        "the instructions show."
+    ]
 
 
 def markdown(kept: dict[str, Any]) -> str:
@@ -67,10 +88,10 @@ def markdown(kept: dict[str, Any]) -> str:
             dropped = f"{one['dropped']} of {prompts}" if prompts else "–"
             cells = [form, one["sae"], f"{one['unexplained']} of {len(one['latents'])}", dropped]
             lines.append([*cells, *(_mean(one[test]) for test in ("detection", "fuzzing"))])
+        pooled += _copies(result["judgements"], form)
         for test in ("detection", "fuzzing"):
             pooled += _against_chance(result, form, test)
     about, run, judge, config = (kept[key] for key in ("provenance", "run", "judge", "config"))
-    minutes = " and ".join(f"{result['seconds'] / 60:.0f}" for result in kept["answers"].values())
     return "\n".join(
         [
             *markdown_rows(["answers", "SAE", "unexplained", "prompts dropped", "detection", "fuzzing"], lines),
@@ -80,7 +101,7 @@ def markdown(kept: dict[str, Any]) -> str:
             f"Mean balanced accuracy ± standard deviation over latents (n); 0.5 is chance. Explained and judged by "
             f"{judge['name']} ({judge['file']}), {config['latents']} latents per SAE, {config['per_prompt']} examples "
             f"per prompt, up to {config['tested']} positive and as many negative examples per test; SAEs of "
-            f"{run['model']}, {run['hook']}, {run['tokens']:,} training tokens. {minutes} minutes on "
+            f"{run['model']}, {run['hook']}, {run['tokens']:,} training tokens. Measured on "
             f"{about['cores']} core(s) of {about['processor']}, commit {about['commit']} "
             f"([all figures](../results/{RESULT.name}), with all explanations; again by "
             f"`python scripts/autointerp_results.py RUN`).",
