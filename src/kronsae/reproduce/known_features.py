@@ -14,7 +14,6 @@ from kronsae.reproduce.study import Study
 from kronsae.reproduce.tables import Column, Comparison, judge, means, minus, of
 from kronsae.runs.parsing import parse_sae
 from kronsae.support.progress import progress_bar
-from kronsae.training.config import MemberConfig
 
 PURSUITS = {
     "": "",
@@ -51,33 +50,32 @@ def rows(context: Context) -> list[Row]:
 
     With the first seed, each is trained at all `RATES`; the rate with the largest EV is used for the other seeds.
     """
-    members = [
-        parse_sae(f"{spec}{words} name={name}{suffix}")
+    specs = {
+        name + suffix: f"{spec}{words} name={name}{suffix}"
         for suffix, words in PURSUITS.items()
         for name, spec in SAES.items()
-    ]
+    }
     first, *others = context.seeds
     found: list[Row] = []
     for source, config in sources().items():
         context.say(f"Features: {source}.")
-        tried = [row for lr in RATES for row in _measured(context, members, source, replace(config, lr=lr, seed=first))]
-        best = [
-            max(of(tried, name=member.name), key=lambda row: float(row["explained_variance"])) for member in members
+        tried = [
+            row
+            for lr in RATES
+            for row in _measured(context, list(specs.values()), source, replace(config, lr=lr, seed=first))
         ]
+        best = [max(of(tried, name=name), key=lambda row: float(row["explained_variance"])) for name in specs]
         found += best
         for lr in RATES:
-            names = {row["name"] for row in best if row["lr"] == lr}
-            chosen = [member for member in members if member.name in names]
+            chosen = [specs[row["name"]] for row in best if row["lr"] == lr]
             for seed in others if chosen else ():
                 found += _measured(context, chosen, source, replace(config, lr=lr, seed=seed))
     return found
 
 
-def _measured(
-    context: Context, members: Sequence[MemberConfig], source: str, config: SyntheticStudyConfig
-) -> list[Row]:
+def _measured(context: Context, specs: Sequence[str], source: str, config: SyntheticStudyConfig) -> list[Row]:
     with progress_bar(f"seed {config.seed}, lr {config.lr:g}", quiet=context.quiet) as progress:
-        result = measure(members, config, progress=progress)
+        result = measure([parse_sae(spec) for spec in specs], config, progress=progress)
     found: list[Row] = []
     for row in result["rows"]:
         about = {"name": row["sae"], "seed": row["seed"], "source": source, "d_sae": row["d_sae"], "lr": config.lr}
