@@ -269,7 +269,10 @@ class TestVerbs:
         monkeypatch.setitem(QUICKSTARTS, "bundled", lambda: finished_run.config)
         done = kronsae("quickstart", "--out", tmp_path / "q", "--tokens", 128, "--json", "--quiet")
         assert done.status == 0
-        assert [(row["name"], row["tokens"]) for row in done.json["saes"]] == [("topk", 128), ("kron", 128)]
+        names = ("topk", "topk + pursuit", "kron", "kron + pursuit")
+        assert [(row["name"], row["tokens"]) for row in done.json["saes"]] == [(name, 128) for name in names]
+        own, pursued = (done.json["saes"][n]["explained_variance"] for n in (0, 1))
+        assert own != pursued
         assert {"summary.json", "report.html", "run.json", "saes"} <= set(listing(tmp_path / "q"))
         summary = json.loads((tmp_path / "q" / "summary.json").read_text())["saes"]
         keys = (
