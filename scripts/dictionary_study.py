@@ -110,7 +110,7 @@ def _probing(run: Run) -> Measured:
     }
     first = next(iter(found["saes"].values()))
     shares = {concept["name"]: concept["share"] for concept in first["concepts"]}
-    return {"tokens": found["tokens"], "share": shares, "probe_accuracy": found["probe_accuracy"]}, short
+    return {"tokens": found["examples"], "share": shares, "probe_accuracy": found["probe_accuracy"]}, short
 
 
 def _latents(run: Run) -> Measured:

@@ -25,6 +25,8 @@ ANSWERS = (
     "correlation",
     "inheritance",
     "absorption",
+    "word-classes",
+    "probing",
     "budgets",
     "pursuit",
     "known-features",

@@ -18,9 +18,7 @@ from kronsae.sweeps.results import as_csv
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = (
     "corpus_study",
-    "toy_results",
     "synthetic_results",
-    "absorption_study",
     "steering_study",
     "mixing_results",
     "pursuit_ideas",
@@ -28,6 +26,7 @@ STUDIES = (
     "saebench_results",
     "planning_results",
     "crash_results",
+    "autointerp_results",
 )
 
 

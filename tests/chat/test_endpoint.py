@@ -46,6 +46,7 @@ def ask(
     folder: Path,
     contents: Sequence[str] = ("hello",),
     *,
+    schema: dict[str, Any] | None = None,
     key: str | None = KEY,
     bounds: Bounds | None = None,
     retry: RetrySettings = RETRY,
@@ -73,7 +74,7 @@ def ask(
             sleep=sleep,
         )
         try:
-            outcome.answers = list(await asyncio.gather(*(asker("Be brief.", content) for content in contents)))
+            outcome.answers = list(await asyncio.gather(*(asker("Be brief.", content, schema) for content in contents)))
         except UserError as error:
             outcome.error = error
         finally:
@@ -102,6 +103,18 @@ def test_a_good_answer(tmp_path: Path) -> None:
         "temperature": 0.0,
     }
     assert stub.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_structured_answers_send_the_schema_and_are_answers_of_their_own(tmp_path: Path) -> None:
+    schema = {"type": "array"}
+    with serving(first()) as stub:
+        ask(stub, tmp_path, schema=schema)
+        ask(stub, tmp_path)  # known: the schema follows from the messages
+        ask(stub, tmp_path, schema=schema, structured=True)
+        ask(stub, tmp_path / "other", structured=True)
+    sent = [request.get("response_format") for request in stub.requests]
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    assert sent == [None, form, None]
 
 
 def test_models_that_reason_get_other_settings(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from kronsae.support.errors import UserError
 QUESTION = Question(instructions="Be brief.", content="How are you?")
 
 
-def local(folder: Path, **settings: int) -> LocalModel:
+def local(folder: Path, *, max_answer_tokens: int = 8) -> LocalModel:
     loaded = load_model(ModelConfig(name=str(folder), device="cpu"))
-    return LocalModel(loaded, **{"max_answer_tokens": 8, **settings})
+    return LocalModel(loaded, folder=folder, max_answer_tokens=max_answer_tokens)
 
 
 def answer(model: LocalModel, question: Question = QUESTION) -> Answer:
@@ -35,8 +35,9 @@ def test_greedy_answers_are_the_same_and_leave_the_seed_alone(tiny_model_folder:
 
 
 def test_greedy_is_the_largest_logit_each_time(tiny_model_folder: Callable[[str], Path]) -> None:
-    loaded = load_model(ModelConfig(name=str(tiny_model_folder("gpt_neox")), device="cpu"))
-    found = answer(LocalModel(loaded, max_answer_tokens=4))
+    folder = tiny_model_folder("gpt_neox")
+    loaded = load_model(ModelConfig(name=str(folder), device="cpu"))
+    found = answer(LocalModel(loaded, folder=folder, max_answer_tokens=4))
     ids = loaded.tokenizer("Be brief.\n\nHow are you?\n\nAnswer: ", return_tensors="pt")["input_ids"]
     assert found.tokens_in == ids.shape[1]
     for _ in range(found.tokens_out):
@@ -46,7 +47,8 @@ def test_greedy_is_the_largest_logit_each_time(tiny_model_folder: Callable[[str]
 
 @pytest.mark.parametrize("system_role", [True, False])
 def test_a_chat_template_is_used(system_role: bool, tiny_model_folder: Callable[[str], Path]) -> None:
-    loaded = load_model(ModelConfig(name=str(tiny_model_folder("gpt2")), device="cpu"))
+    folder = tiny_model_folder("gpt2")
+    loaded = load_model(ModelConfig(name=str(folder), device="cpu"))
     refusal = "" if system_role else "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template = "{% for m in messages %}" + refusal + "({{ m.role }}){{ m.content }}{% endfor %}(assistant)"
     loaded.tokenizer.chat_template = template
@@ -64,7 +66,7 @@ def test_a_chat_template_is_used(system_role: bool, tiny_model_folder: Callable[
             return tokenize(text, **options)
 
     object.__setattr__(loaded, "tokenizer", Listening())
-    answer(LocalModel(loaded, max_answer_tokens=2))
+    answer(LocalModel(loaded, folder=folder, max_answer_tokens=2))
     expected = "(system)Be brief.(user)How are you?" if system_role else "(user)Be brief.\n\nHow are you?"
     assert asked == [f"{expected}(assistant)"]
 

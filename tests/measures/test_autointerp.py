@@ -259,7 +259,11 @@ def test_one_sae_and_chosen_latents(run: Run) -> None:
     ("options", "message"),
     [
         ([], "KRONSAE_CHAT_URL and KRONSAE_CHAT_MODEL must be set in the environment"),
-        (["--model-folder", "nowhere"], "there is no folder nowhere"),
+        (
+            ["--model-folder", "nowhere"],
+            "`kronsae models` lists; there is no such folder or name: nowhere.",
+        ),
+        (["--model-folder", "./nowhere"], "there is no folder './nowhere'"),
         (["--max-cost", "1"], "max_cost needs price_in and price_out"),
         (["--attempts", "0"], "attempts must be at least 1; got 0"),
     ],
@@ -291,6 +295,13 @@ def test_a_local_model_needs_no_endpoint(run: Run, tiny_model_folder: Callable[[
     outcome = invoke(run, "--model-folder", str(tiny_model_folder("llama")))
     assert isinstance(outcome.exception, UserError)
     assert "takes 64 tokens, but a question needs" in str(outcome.exception)
+
+
+def test_a_local_model_can_be_given_by_its_name(run: Run) -> None:
+    """The bundled model is found by its name and loaded, but 512 positions are too few for a question."""
+    outcome = invoke(run, "--model-folder", "bundled")
+    assert isinstance(outcome.exception, UserError)
+    assert "the model in bundled takes 512 tokens, but a question needs" in str(outcome.exception)
 
 
 def test_a_wrong_key_ends_it_in_a_sentence(run: Run) -> None:

@@ -56,8 +56,26 @@ def test_the_verb_the_kept_result_and_the_section(finished_run: Run, labels: Pat
     assert "F1, best pair" in shown.stdout
 
 
+def test_labels_of_whole_texts(finished_run: Run, tmp_path: Path) -> None:
+    rows = [{"text": f"the lazy {('fox', 'dog')[i % 2]} jumps {i}", "label": ("a", "b")[i % 2]} for i in range(400)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ["eval", "probing", str(finished_run.folder), "--labels", str(path), "--per", "text", "--json"]
+    outcome = CliRunner().invoke(app, command, catch_exceptions=False)
+    result = json.loads(outcome.stdout)
+    assert (result["per"], result["concepts"]) == ("text", ["a", "b"])
+    assert sum(result["examples"].values()) == 400
+    assert "400 texts with" in outcome.stderr
+    assert result["probe_accuracy"]["a"] > 0.9
+    [section] = sections({"probing": kept_results(finished_run.folder)[0]["probing"]}, finished_run.names)
+    assert "training texts" in section.notes[0]
+    assert "held-out texts, each with the means over its tokens" in section.notes[0]
+
+
 def test_other_text_than_pythons_library_needs_labels(finished_run: Run) -> None:
     with pytest.raises(UserError, match="labels must be given if the run's text is not Python's library; got none"):
         measure(finished_run, ProbingSettings())
     with pytest.raises(UserError, match="windows must be a whole number above 0"):
         ProbingSettings(windows=0)
+    with pytest.raises(UserError, match="per must be 'token' or 'text'; got 'word'"):
+        ProbingSettings(per="word")  # type: ignore[arg-type]

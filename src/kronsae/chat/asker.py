@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 from kronsae.chat.limits import Bounds, Budget, RateLimiter, Usage
 from kronsae.chat.memory import AnswerMemory
@@ -60,7 +61,9 @@ class AskReport:
 
 
 class Asker:
-    """Callable that takes instructions and content and returns the text of the answer, or None without an answer.
+    """Callable that takes instructions, content and the answer's schema and returns the text of the answer.
+
+    It returns None without an answer.
 
     Retries use tenacity and not the client library, because each attempt must respect rate limits and budget, and
     because unreadable answers are retried too. The client's own retries are off.
@@ -105,8 +108,8 @@ class Asker:
         """Requests sent and tokens used so far."""
         return self._budget.spent
 
-    async def __call__(self, instructions: str, content: str) -> str | None:
-        question = Question(instructions=instructions, content=content)
+    async def __call__(self, instructions: str, content: str, schema: Mapping[str, Any] | None = None) -> str | None:
+        question = Question(instructions=instructions, content=content, schema=schema)
         known = self._memory.find(self._model.identity, question)
         if known is not None:
             self.report.remembered += 1
@@ -228,8 +231,8 @@ class Estimator:
         self._model, self._memory, self._placeholder = model, memory, placeholder
         self._usage, self._remembered = Usage(), 0
 
-    async def __call__(self, instructions: str, content: str) -> str | None:
-        question = Question(instructions=instructions, content=content)
+    async def __call__(self, instructions: str, content: str, schema: Mapping[str, Any] | None = None) -> str | None:
+        question = Question(instructions=instructions, content=content, schema=schema)
         known = self._memory.find(self._model.identity, question)
         if known is not None:
             self._remembered += 1

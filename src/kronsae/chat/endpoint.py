@@ -42,6 +42,8 @@ class Endpoint:
         temperature: 0 is greedy; None: the endpoint's default.
         limit_field: field that sends ``max_answer_tokens``. OpenAI's newer reasoning models require
             ``max_completion_tokens`` (and no temperature).
+        structured: send the answer's JSON schema as ``response_format``, which servers such as vLLM and llama.cpp
+            enforce.
     """
 
     base_url: str
@@ -50,6 +52,7 @@ class Endpoint:
     timeout_seconds: float = 60.0
     temperature: float | None = 0.0
     limit_field: str = "max_tokens"
+    structured: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -144,6 +147,7 @@ class EndpointModel:
             "model": endpoint.model,
             endpoint.limit_field: endpoint.max_answer_tokens,
             "temperature": endpoint.temperature,
+            **({"structured": True} if endpoint.structured else {}),
         }
 
     @property
@@ -182,7 +186,14 @@ class EndpointModel:
             "messages": messages,
             endpoint.limit_field: endpoint.max_answer_tokens,
             **temperature,
+            **self._form(question),
         }
+
+    def _form(self, question: Question) -> dict[str, Any]:
+        if not self._endpoint.structured or question.schema is None:
+            return {}
+        schema = {"name": "answer", "strict": True, "schema": dict(question.schema)}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
     def _read(self, completion: Any, question: Question) -> Answer:
         """Return the text of the first choice; the client does not check the types of what it read."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from kronsae.chat.question import Answer, Question
+from kronsae.chat.structured import structured_answer
 from kronsae.support.errors import UserError
 
 
@@ -36,25 +37,37 @@ class LocalModel:
 
     Args:
         loaded: the model.
+        folder: folder of its files, whose state is part of the model's identity.
         max_answer_tokens: largest length of an answer; longer ones are cut off.
         seed: seed of random numbers that a model may draw in spite of greedy decoding.
+        structured: answer in the form of the question's schema only, see `kronsae.chat.structured`.
 
     Raises:
         UserError: the model has no language model head; or, when asked, too few positions for the question.
     """
 
-    def __init__(self, loaded: Loaded, *, max_answer_tokens: int = 300, seed: int = 0) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        folder: Path,
+        max_answer_tokens: int = 300,
+        seed: int = 0,
+        structured: bool = False,
+    ) -> None:
         if loaded.no_lm_head_reason:
             raise UserError(f"the model in {loaded.name} must answer questions, but cannot: {loaded.no_lm_head_reason}")
         if max_answer_tokens < 1:
             raise UserError(f"max_answer_tokens must be at least 1; got {max_answer_tokens!r}.")
         self._loaded, self._max_answer_tokens, self._seed = loaded, max_answer_tokens, seed
+        self._structured = structured
         self._identity = {
             "kind": "local",
-            "model": Path(loaded.name).name,
-            "files": fingerprint(Path(loaded.name)),
+            "model": Path(loaded.name).resolve().name,
+            "files": fingerprint(folder),
             "max_new_tokens": max_answer_tokens,
             "seed": seed,
+            **({"structured": True} if structured else {}),
         }
 
     @property
@@ -79,6 +92,11 @@ class LocalModel:
         devices = [self._loaded.device] if self._loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(self._seed)
+            if self._structured and question.schema is not None:
+                text, tokens_out = structured_answer(
+                    self._loaded.model, self._loaded.tokenizer, ids_ST, question.schema, self._max_answer_tokens
+                )
+                return Answer(text=text, tokens_in=length, tokens_out=tokens_out)
             output_ST = self._loaded.model.generate(
                 ids_ST,
                 attention_mask=torch.ones_like(ids_ST),

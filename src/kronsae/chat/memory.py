@@ -30,7 +30,7 @@ class AnswerMemory:
     @staticmethod
     def key(identity: Mapping[str, Any], question: Question) -> str:
         """Return 64 hex digits: the hash of model, settings and prompt as canonical JSON."""
-        whole = {"model": dict(identity), "question": asdict(question)}
+        whole = {"model": dict(identity), "question": _messages(question)}
         return hashlib.sha256(json.dumps(whole, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
     def find(self, identity: Mapping[str, Any], question: Question) -> Answer | None:
@@ -50,8 +50,13 @@ class AnswerMemory:
 
     def keep(self, identity: Mapping[str, Any], question: Question, answer: Answer) -> None:
         """Write the answer together with its question."""
-        value = {"model": dict(identity), "question": asdict(question), "answer": asdict(answer)}
+        value = {"model": dict(identity), "question": _messages(question), "answer": asdict(answer)}
         write_json(self._path(self.key(identity, question)), value)
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"
+
+
+def _messages(question: Question) -> dict[str, str]:
+    """Return the messages, which also determine the answer's form."""
+    return {"instructions": question.instructions, "content": question.content}

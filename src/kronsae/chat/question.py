@@ -14,10 +14,15 @@ TEMPLATE_TOKENS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question: ``instructions`` is the system message, ``content`` the user message."""
+    """A question: ``instructions`` is the system message, ``content`` the user message.
+
+    ``schema`` is the JSON schema of the answer that the instructions ask for. Only a model with structured answers uses
+    it.
+    """
 
     instructions: str
     content: str
+    schema: Mapping[str, Any] | None = None
 
     @property
     def estimated_tokens(self) -> int:

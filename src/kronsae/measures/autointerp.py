@@ -6,7 +6,6 @@ import asyncio
 import shlex
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -265,9 +264,9 @@ async def _gather(
 def _count_questions(ask: Ask, questions: int, progress: Callable[[int, int], None] | None) -> Ask:
     done = 0
 
-    async def counted(instructions: str, content: str) -> str | None:
+    async def counted(instructions: str, content: str, schema: Mapping[str, Any] | None = None) -> str | None:
         nonlocal done
-        answer = await ask(instructions, content)
+        answer = await ask(instructions, content, schema)
         done += 1
         if progress is not None:
             progress(done, questions)
@@ -323,8 +322,20 @@ def autointerp(
     reasoning: Annotated[
         bool, typer.Option("--reasoning", help="For models that reject max_tokens and temperature.")
     ] = False,
+    structured: Annotated[
+        bool,
+        typer.Option(
+            "--structured",
+            help="Allow only answers of the requested form: the JSON schema is sent to the endpoint, or the local "
+            "model chooses among the tokens that fit.",
+        ),
+    ] = False,
     model_folder: Annotated[
-        Path | None, typer.Option(help="Folder of a local transformers model to use instead of an endpoint.")
+        str | None,
+        typer.Option(
+            help="Local model to use instead of an endpoint: a transformers folder, a GGUF file, or a name of `kronsae "
+            "models`, such as smollm2."
+        ),
     ] = None,
     model_dtype: Annotated[
         str, typer.Option(help="Precision of the local model: float32, bfloat16 or float16.")
@@ -362,9 +373,9 @@ def autointerp(
     )
     run = open_run(run_folder)
     model = (
-        _endpoint_model(answer_tokens, timeout, reasoning)
+        _endpoint_model(answer_tokens, timeout, reasoning, structured)
         if model_folder is None
-        else _local_model(model_folder, model_dtype, model_device, answer_tokens, seed)
+        else _local_model(model_folder, model_dtype, model_device, answer_tokens, seed, structured)
     )
     with progress_bar("autointerp", quiet=quiet) as progress:
         found = measure(
@@ -411,10 +422,11 @@ def as_table(result: AutointerpResult) -> Table:
     return table
 
 
-def _endpoint_model(answer_tokens: int, timeout: float, reasoning: bool) -> ChatModel:
+def _endpoint_model(answer_tokens: int, timeout: float, reasoning: bool, structured: bool) -> ChatModel:
     from kronsae.chat.endpoint import KEY, EndpointModel, endpoint_from_environment
 
     options: dict[str, Any] = {"limit_field": "max_completion_tokens", "temperature": None} if reasoning else {}
+    options["structured"] = structured
     endpoint, key = endpoint_from_environment(max_answer_tokens=answer_tokens, timeout_seconds=timeout, **options)
     say(f"Excerpts of the held-out text are sent to {endpoint.host} (model {visible(endpoint.model)}).")
     if endpoint.in_clear:
@@ -423,11 +435,15 @@ def _endpoint_model(answer_tokens: int, timeout: float, reasoning: bool) -> Chat
     return EndpointModel(endpoint, key)
 
 
-def _local_model(folder: Path, dtype: str, device: str, answer_tokens: int, seed: int) -> ChatModel:
+def _local_model(name: str, dtype: str, device: str, answer_tokens: int, seed: int, structured: bool) -> ChatModel:
     from kronsae.chat.local import LocalModel
-    from kronsae.data.model import ModelConfig, load_model
+    from kronsae.data.model import ModelConfig, load_model, local_folder
 
-    if not folder.is_dir():
-        raise UserError(f"--model-folder must be the folder of a transformers model; there is no folder {folder}.")
-    loaded = load_model(ModelConfig(name=str(folder.resolve()), dtype=dtype, device=device))
-    return LocalModel(loaded, max_answer_tokens=answer_tokens, seed=seed)
+    folder = local_folder(name)
+    if folder is None or not folder.is_dir():
+        raise UserError(
+            "--model-folder must be the folder of a transformers model, a GGUF file, or a name that `kronsae models` "
+            f"lists; there is no such folder or name: {name}."
+        )
+    loaded = load_model(ModelConfig(name=name, dtype=dtype, device=device))
+    return LocalModel(loaded, folder=folder, max_answer_tokens=answer_tokens, seed=seed, structured=structured)

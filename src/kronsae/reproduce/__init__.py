@@ -17,6 +17,7 @@ STUDIES: tuple[str, ...] = (
     "budgets",
     "sparsity",
     "absorption",
+    "word_classes",
     "toy",
     "correlation",
     "inheritance",

@@ -17,15 +17,22 @@ KEYS = ("mean_absorption_fraction", "mean_full_absorption", "mean_num_split_late
 
 
 def rows(context: Context) -> list[Row]:
-    """Train each form with each k, and measure the absorption of all; the examples are the same for all seeds."""
-    scale = context.scale
-    spells = scale.model != "bundled"
-    settings = AbsorptionSettings(
-        task="first-letter" if spells else "roles",
-        windows=scale.prompts if spells else None,
-        min_classes=20 if spells else None,
+    """Measure absorption by first letters, or by the roles of names where the model cannot spell."""
+    spells = context.scale.model != "bundled"
+    return measured(
+        context,
+        AbsorptionSettings(
+            task="first-letter" if spells else "roles",
+            windows=context.scale.prompts if spells else None,
+            min_classes=20 if spells else None,
+        ),
+        context.scale.l0s_of_absorption,
     )
-    trained = context.train([specs(context, form, scale.l0s_of_absorption) for form in FORMS])
+
+
+def measured(context: Context, settings: AbsorptionSettings, l0s: Sequence[int]) -> list[Row]:
+    """Train each form with each k, and measure the absorption of all; the examples are the same for all seeds."""
+    trained = context.train([specs(context, form, l0s) for form in FORMS])
     found: list[Row] = []
     for run, saes in context.runs(trained):
         with progress_bar("absorption", quiet=context.quiet) as progress:
@@ -34,6 +41,7 @@ def rows(context: Context) -> list[Row]:
         for name, row in saes.items():
             figures = {key: result["saes"][name][key] for key in KEYS}
             about = {"task": result["task"], "accurate_classes": accurate, "examples": result["examples"]["scored_on"]}
+            about |= {"classes": len(result["classes"]), "needed": result["needed"]}
             found.append({**row, "name": row["name"].partition("-")[0], **figures, **about})
     return found
 
@@ -60,6 +68,12 @@ def table(found: Sequence[Row]) -> list[str]:
 
 def verdict(found: Sequence[Row]) -> Verdict:
     """Compare KronSAE's mean absorption fraction with TopK's: lower, and by the paper's factor."""
+    comparisons, ratios = compared(found)
+    return judge(comparisons, f" {ratios} (the paper: 0.55 to 0.75).")
+
+
+def compared(found: Sequence[Row]) -> tuple[list[Comparison], str]:
+    """Return TopK's mean absorption fraction minus KronSAE's by l0, and the ratios of the means in words."""
     key = "mean_absorption_fraction"
     comparisons, ratios = [], []
     for k in sorted({int(row["k"]) for row in found}):
@@ -69,9 +83,7 @@ def verdict(found: Sequence[Row]) -> Verdict:
         )
         own, other = (sum(float(row[key]) for row in side) for side in (kron, topk))
         ratios.append(f"{own / other:.2f}" if other else "–")
-    return judge(
-        comparisons, f" Ratio of the means, KronSAE to TopK, by l0: {', '.join(ratios)} (the paper: 0.55 to 0.75)."
-    )
+    return comparisons, f"Ratio of the means, KronSAE to TopK, by l0: {', '.join(ratios)}"
 
 
 STUDY = Study(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kronsae.reproduce.claims import Row, Verdict
 from kronsae.reproduce.context import Context
+from kronsae.reproduce.decoder_map import draw_map
 from kronsae.reproduce.heads import KEYS, SHAPES, measured_heads, pairs
 from kronsae.reproduce.study import Study
 from kronsae.reproduce.tables import Column, Comparison, judge, means, of
@@ -46,5 +47,6 @@ STUDY = Study(
     rows=rows,
     table=table,
     judge=verdict,
-    limits="Cosines of pairs of decoder rows take the place of the paper's UMAP, which shows no figure.",
+    draw=draw_map,
+    limits="The verdict is on cosines of pairs of decoder rows, because the paper's map shows no figure.",
 )

@@ -8,7 +8,7 @@ from kronsae.eval.token_rule import TokenRuleConfig
 from kronsae.measures import probing, token_rule
 from kronsae.reproduce.claims import Row, Verdict
 from kronsae.reproduce.context import Context
-from kronsae.reproduce.probing import labels
+from kronsae.reproduce.probing import WINDOWS, labels
 from kronsae.reproduce.study import Study
 from kronsae.reproduce.tables import RECONSTRUCTION, SPLICED, Column, Comparison, judge, means, minus, of
 from kronsae.support.progress import progress_bar
@@ -21,7 +21,7 @@ def rows(context: Context) -> list[Row]:
     """Train TopK and KronSAE, plain and with pursuit; measure concepts and token rules of all."""
     words = {"": "", "-pursuit": " pursuit_rounds=2 pursuit_candidates=2"}
     specs = [f"{context.sae(form)}{more} name={form}{suffix}" for suffix, more in words.items() for form in FORMS]
-    settings = probing.ProbingSettings(labels=labels(context), windows=120)
+    settings = probing.ProbingSettings(labels=labels(context, "parts-of-speech"), windows=WINDOWS)
     rules = TokenRuleConfig(tokens=context.scale.eval_tokens, min_active_tokens=50)
     found: list[Row] = []
     for run, saes in context.runs(context.train(specs)):
@@ -61,5 +61,5 @@ STUDY = Study(
     rows=rows,
     table=table,
     judge=verdict,
-    limits="Concepts as in the study probing, token rules as in token-rule; one learning rate for all.",
+    limits="Concepts: parts of speech as in probing. Token rules as in token-rule. One learning rate for all.",
 )

@@ -52,6 +52,7 @@ class Result:
             "",
             *study.table(kept["rows"]),
             "",
+            *([f"![{study.title}]({study.name}.png)", "", kept["picture"], ""] if kept.get("picture") else []),
             f"Mean over {len(seeds)} seed(s), range in brackets. {_chance(len(seeds))}{study.limits}",
             "",
             "## How",
@@ -77,7 +78,8 @@ def run_study(name: str, context: Context, results: Path) -> Result:
     Args:
         name: name of the study.
         context: scale, seeds and the folder of the trained SAEs.
-        results: folder for ``NAME.json``, ``NAME.csv``, ``NAME.md`` and ``README.md``.
+        results: folder for ``NAME.json``, ``NAME.csv``, ``NAME.md``, ``README.md``, and ``NAME.png`` of a study that
+            draws.
 
     Raises:
         UserError: there is no such study, or it cannot be run with this text or model.
@@ -96,6 +98,11 @@ def run_study(name: str, context: Context, results: Path) -> Result:
         kept = settings | {"study": name, "provenance": about, "text_sha256": text, "seconds": perf_counter() - started}
         kept = json.loads(json.dumps(kept | {"rows": rows}))
         write_json(path, kept)
+    if wanted.draw is not None and not kept.get("picture"):  # it may need a package that a first run lacked
+        caption = wanted.draw(context, kept["rows"], results / f"{name}.png")
+        if caption is not None:
+            kept["picture"] = caption
+            write_json(path, kept)
     found = Result(wanted, kept)
     write_files(found, results)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kronsae.reproduce.claims import Row, Verdict
 from kronsae.reproduce.context import Context
@@ -22,6 +23,7 @@ class Study:
         rows: trains and measures; returns one row per SAE and seed.
         table: the rows as lines of Markdown: means over seeds with ranges.
         judge: compares the rows with the claim.
+        draw: draws a picture to a path and returns its caption, or None where it cannot be drawn.
         limits: what the study leaves out or does differently, as sentences.
     """
 
@@ -32,5 +34,6 @@ class Study:
     rows: Callable[[Context], list[Row]]
     table: Callable[[Sequence[Row]], list[str]]
     judge: Callable[[Sequence[Row]], Verdict]
+    draw: Callable[[Context, Sequence[Row], Path], str | None] | None = None
     paper: str = ""
     limits: str = ""

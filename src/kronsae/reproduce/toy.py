@@ -11,7 +11,7 @@ from kronsae.report.sections.toy import TOPK
 from kronsae.reproduce.claims import Row, Verdict
 from kronsae.reproduce.context import Context
 from kronsae.reproduce.study import Study
-from kronsae.reproduce.tables import Column, Comparison, by, judge, means
+from kronsae.reproduce.tables import Column, Comparison, by, judge, markdown_rows, means
 from kronsae.support.progress import progress_bar
 
 FIGURES = ("rv", "rv_by_direction", "rv_permuted", "effective_rank", "rank_difference", "mean_correlation")
@@ -40,6 +40,8 @@ def table(found: Sequence[Row]) -> list[str]:
         Column("untrained", "untrained_rv", "{:.2f}"),
         Column("RV, matched by direction", "trained_rv_by_direction", "{:.2f}"),
         Column("untrained, by direction", "untrained_rv_by_direction", "{:.2f}"),
+        Column("another's truth", "mismatched_rv", "{:.2f}"),
+        Column("another's truth, by direction", "mismatched_rv_by_direction", "{:.2f}"),
         Column("RV of random matching", "trained_rv_permuted", "{:.2f}"),
         Column("effective rank", "trained_effective_rank", "{:.1f}"),
         Column("EV", "explained_variance", "{:.3f}"),
@@ -53,7 +55,18 @@ def table(found: Sequence[Row]) -> list[str]:
             *means(averaged, [Column("dictionary", "name", "{}")], columns),
             "",
         ]
-    return lines[:-1]
+    return [*lines, "RV, matched by structure, by covariance:", "", *_by_setup(found)]
+
+
+def _by_setup(found: Sequence[Row]) -> list[str]:
+    """Return one line per covariance, with a column for each dictionary."""
+    names = list(dict.fromkeys(str(row["name"]) for row in found))
+    column = Column("", "trained_rv", "{:.2f}")
+    lines = [
+        [setup, *(column.cell([row for row in rows if row["name"] == name]) for name in names)]
+        for (setup,), rows in by(found, "setup").items()
+    ]
+    return markdown_rows(["covariance", *names], lines)
 
 
 def _means_by_seed(found: Sequence[Row], independent: bool) -> list[Row]:
@@ -112,5 +125,6 @@ STUDY = Study(
     rows=rows,
     table=table,
     judge=verdict,
-    limits="The same at every scale. The paper has no untrained control. The matchings: docs/measurements/toy.md.",
+    limits="The same at every scale. The paper has no controls: untrained SAEs, and the RV with the truth of the next "
+    "covariance, on which the SAE was not trained. The matchings: docs/measurements/toy.md.",
 )

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from kronsae.eval.autointerp.interpret import (
     score,
     summarise,
 )
+from kronsae.eval.autointerp.prompts import EXPLANATION, judgements
 from kronsae.eval.display import TokenText
 from kronsae.eval.firings import Firings, FlatText
 from kronsae.support.errors import UserError
@@ -176,7 +178,8 @@ def test_score_by_hand() -> None:
 def interpreted(
     answer: Callable[[str, str], str | None], examples: LatentExamples | None = None
 ) -> LatentInterpretation:
-    async def ask(instructions: str, content: str) -> str | None:
+    async def ask(instructions: str, content: str, schema: Mapping[str, Any] | None = None) -> str | None:
+        assert schema in (EXPLANATION, judgements(len(json.loads(content)["excerpts"])))
         return answer(instructions, content)
 
     return asyncio.run(interpret_latent(drawn() if examples is None else examples, ask, CONFIG))

@@ -110,6 +110,58 @@ def test_tokens_have_the_concepts_of_the_spans_they_overlap() -> None:
     assert not any("jumps" in token or "over" in token for token in kept[0])
 
 
+def test_texts_are_scored_by_the_means_over_their_tokens() -> None:
+    """Texts of 1 to 5 tokens whose means are the activations of the other tests: every figure must be the same."""
+    text, activations = text_and_activations()
+    x_SD = torch.cat([x for _, x in activations])
+    tokens_S = [1 + number % 5 for number in range(N)]
+    windows, x_TD = [], []
+    for number in range(0, N, 150):
+        sizes = torch.tensor(tokens_S[number : number + 150])
+        keep_ST = torch.arange(5) < sizes[:, None]
+        windows.append(Windows(torch.zeros(150, 5, dtype=torch.int32), keep_ST, keep_ST, number))
+        # token t of a text has the share w_t of its sum: 1 for one token, else 0.5, 1.5, 1, ...
+        weights = torch.where(sizes[:, None] > 1, torch.tensor([0.5, 1.5, 1.0, 1.0, 1.0]), 1.0)[keep_ST]
+        x_TD.append(weights[:, None] * x_SD[number : number + 150].repeat_interleave(sizes, 0))
+    texts = ConceptText(
+        concepts=text.concepts,
+        windows=tuple(windows),
+        labels_NL=text.labels_NL,
+        held_out_N=text.held_out_N,
+        per="text",
+    )
+    sae = dictionary(knows=True)
+    with torch.no_grad():
+        sae.encoder.bias.zero_()  # then codes are linear in the share, and means of codes are codes of means
+    by_text, accuracy = probing({"knows": sae}, texts, zip(windows, x_TD, strict=True), CONFIG)
+    by_token, expected = probing({"knows": sae}, text, activations, CONFIG)
+    assert accuracy == expected
+    assert texts.digest() != text.digest()
+    for one, other in zip(by_text["knows"].concepts, by_token["knows"].concepts, strict=True):
+        assert (one.latent, one.f1, one.accuracy_by_k) == (other.latent, other.f1, other.accuracy_by_k)
+        assert one.threshold == pytest.approx(other.threshold, rel=1e-5)
+    assert by_text["knows"].perturbation == by_token["knows"].perturbation
+
+
+def test_a_text_has_its_labels_and_ends_with_its_first_window() -> None:
+    long, short = "the quick brown fox jumps over the lazy dog " * 3, "the quick fox"
+    passages = [
+        Passage(text=text, spans=(Span(start=0, end=len(text), label=label),), held_out=number % 2 == 0)
+        for number in range(8)
+        for text, label in ((long, "long"), (short, "short"))
+    ]
+    late = Passage(text=long, spans=(Span(start=len(long) - 4, end=len(long), label="short"),), held_out=True)
+    found = concept_text([*passages, late], TOKENIZER, frame=([5], []), context_length=9, at_least=3, per="text")
+    assert (found.per, found.concepts) == ("text", ("long", "short"))
+    rows = torch.cat([windows.keep_ST.sum(1) for windows in found.windows])
+    assert len(rows) == len(found.labels_NL) == len(found.held_out_N) == 17
+    whole = len(TOKENIZER(short, add_special_tokens=False)["input_ids"])
+    assert sorted(rows.tolist()) == [whole] * 8 + [8] * 9
+    assert found.labels_NL.sum(0).tolist() == [8, 8]  # the last passage has its label behind the first window
+    with pytest.raises(UserError, match="a concept needs 10 texts with it and 10 without it"):
+        concept_text(passages, TOKENIZER, frame=([], []), context_length=9, at_least=10, per="text")
+
+
 def test_text_without_enough_of_any_concept_is_refused() -> None:
     passages = [
         Passage(text="the quick fox", spans=(Span(start=0, end=3, label="x"),), held_out=i % 2 == 0) for i in (0, 1)

@@ -49,7 +49,8 @@ def probing_page(**saes: tuple[float, ...]) -> tuple[str, ...]:
     names = [f"c{i}" for i in range(len(SAME))]
     result = {
         "task": "t",
-        "tokens": {"learnt_from": 1, "scored_on": 1},
+        "per": "token",
+        "examples": {"learnt_from": 1, "scored_on": 1},
         "concepts": names,
         "bars": [0.5],
         "probe_accuracy": dict.fromkeys(names, 0.9),

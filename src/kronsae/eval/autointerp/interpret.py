@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,10 +14,12 @@ from kronsae.core.checks import check_count, check_seed
 from kronsae.eval.autointerp.examples import Example, LatentExamples
 from kronsae.eval.autointerp.prompts import (
     DETECT,
+    EXPLANATION,
     FUZZ,
     Highlighted,
     explain_prompt,
     judge_prompt,
+    judgements,
     read_explanation,
     read_judgements,
 )
@@ -29,9 +31,11 @@ PLACEHOLDER = json.dumps({"explanation": "x" * 240})
 
 
 class Ask(Protocol):
-    """Callable that answers a prompt; returns None if there is no answer."""
+    """Callable that answers a prompt, whose answer has a JSON schema; returns None if there is no answer."""
 
-    async def __call__(self, instructions: str, content: str) -> str | None: ...
+    async def __call__(
+        self, instructions: str, content: str, schema: Mapping[str, Any] | None = None
+    ) -> str | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,8 @@ async def interpret_latent(examples: LatentExamples, ask: Ask, config: Autointer
     found = LatentInterpretation(latent=examples.latent, active_tokens=examples.active_tokens)
     if not examples.explained:
         return replace(found, problem="never active in the text")
-    answer = await ask(*explain_prompt([(example.tokens, example.active) for example in examples.explained]))
+    prompt = explain_prompt([(example.tokens, example.active) for example in examples.explained])
+    answer = await ask(*prompt, EXPLANATION)
     explanation = None if answer is None else read_explanation(answer)
     if explanation is None:
         problem = "no answer from the language model" if answer is None else "an answer that cannot be read"
@@ -219,7 +224,8 @@ def summarise(sae: str, latents: Sequence[LatentInterpretation], *, living: int,
 async def _judged(instructions: str, explanation: str, trials: list[Trial], ask: Ask, per_prompt: int) -> Score:
     batches = [trials[start : start + per_prompt] for start in range(0, len(trials), per_prompt)]
     prompts = [judge_prompt(instructions, explanation, [trial.example for trial in batch]) for batch in batches]
-    answers = await asyncio.gather(*(ask(*prompt) for prompt in prompts))
+    forms = [judgements(len(batch)) for batch in batches]
+    answers = await asyncio.gather(*(ask(*prompt, form) for prompt, form in zip(prompts, forms, strict=True)))
     return score(batches, answers)
 
 

@@ -49,6 +49,20 @@ FUZZ = _JUDGE.replace(
     "highlighted tokens are those on which the unit is active: 1 for yes, 0 for no.",
 )
 
+EXPLANATION: dict[str, Any] = {
+    "type": "object",
+    "properties": {"explanation": {"type": "string"}},
+    "required": ["explanation"],
+    "additionalProperties": False,
+}
+"""JSON schema of the answer to `EXPLAIN`."""
+
+
+def judgements(n: int) -> dict[str, Any]:
+    """Return the JSON schema of the answer to `DETECT` and `FUZZ` with ``n`` excerpts."""
+    return {"type": "array", "items": {"type": "integer", "enum": [0, 1]}, "minItems": n, "maxItems": n}
+
+
 Highlighted = tuple[tuple[str, ...], tuple[bool, ...]]
 """Tokens, and which of them are highlighted."""
 

@@ -21,6 +21,7 @@ from kronsae.eval.hooked import Windows
 from kronsae.eval.probing.entries import Entries, Thresholds, best_thresholds, mean_difference, scores
 from kronsae.eval.probing.pairs import Pair, best_pair, recall_by_size
 from kronsae.eval.probing.perturbation import Perturbation, balanced_samples, important_latents, perturbations
+from kronsae.eval.probing.pooling import mean_activations, mean_codes
 from kronsae.eval.probing.text import ConceptText
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
@@ -34,8 +35,8 @@ class ProbingConfig:
         ks: sizes of the k-sparse probes.
         ablated: numbers of latents of a concept that targeted perturbation ablates.
         bars: F1 thresholds; a concept is recalled if its best latent exceeds the threshold.
-        sample: number of training tokens with each concept, and of tokens without it, for the probes; half as many are
-            used for scoring.
+        sample: number of training examples with each concept, and of examples without it, for the probes; half as many
+            are used for scoring.
         draws: number of random subsets of the dictionary per size.
         probe: training of the probes on activations.
         seed: seed of the samples, subsets and probes.
@@ -59,18 +60,18 @@ class ProbingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptProbing:
-    """Results for one concept in one SAE, on the held-out tokens.
+    """Results for one concept in one SAE, on the held-out examples: tokens, or texts with their mean activations.
 
     Args:
         name: name of the concept.
-        share: share of the held-out tokens that have the concept. (A latent that is always active has F1
+        share: share of the held-out examples that have the concept. (A latent that is always active has F1
             ``2 share / (1 + share)``.)
-        latent, threshold: latent and threshold with the best F1 on the training tokens; the latent detects the concept
-            at activations of at least ``threshold``; None if no latent is active on a token with the concept.
+        latent, threshold: latent and threshold with the best F1 on the training examples; the latent detects the
+            concept at activations of at least ``threshold``; None if no latent is active on an example with it.
         f1: F1 of that latent.
         pair: the best AND or OR of two latents.
         accuracy_by_k: accuracy of logistic regressions on the k latents with the largest difference in mean activation,
-            on equal numbers of tokens with and without the concept: chance is 0.5.
+            on equal numbers of examples with and without the concept: chance is 0.5.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Probing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Baseline:
-    """Data shared by all SAEs: the sampled tokens, and probes on their activations times ``factor``."""
+    """Data shared by all SAEs: the sampled examples, and probes on their activations times ``factor``."""
 
     train: list[Tensor]
     held_out: list[Tensor]
@@ -136,12 +137,16 @@ def probing(
 ) -> tuple[dict[str, Probing], dict[str, float]]:
     """Probe several SAEs on the same tokens, which are read once.
 
-    Memory: the codes of all tokens, ``N * K * 12`` bytes per SAE; the activations of the sampled tokens; counts of
-    size latents x concepts.
+    Per text, activations and codes are replaced by their means over the tokens of each text. Everything else is as for
+    tokens; ablated latents too, because the mean of ``x - f_i W_dec_i`` is the mean of x minus that of f_i times
+    W_dec_i.
+
+    Memory: the codes of all examples, ``N * K * 12`` bytes per SAE, where K of a text is the number of latents active
+    on any of its tokens; the activations of the sampled examples; counts of size latents x concepts.
 
     Args:
         saes: SAEs by name.
-        text: the tokens and their concepts.
+        text: the examples and their concepts.
         activations: activations of the text's windows, in order.
         config: settings.
         say: called with a message when an SAE is done.
@@ -157,11 +162,14 @@ def probing(
     wanted_N[torch.cat([*samples, *scored])] = True
     parts: dict[str, list[SparseCodes]] = {name: [] for name in saes}
     kept_x, start = [], 0
-    for _, x_ND in activations:
+    for windows, x_TD in activations:
+        tokens_S = windows.keep_ST.sum(1).tolist()
+        x_ND = x_TD if text.per == "token" else mean_activations(x_TD, tokens_S)
         kept_x.append(x_ND[wanted_N[start : start + len(x_ND)].to(x_ND.device)].cpu())
         start += len(x_ND)
         for name, sae in saes.items():
-            parts[name].append(encode_rows(sae, x_ND))
+            codes = encode_rows(sae, x_TD)
+            parts[name].append(codes if text.per == "token" else mean_codes(codes, tokens_S))
     baseline = _baseline(text, torch.cat(kept_x), wanted_N, samples, scored, config)
     found = {}
     for name, sae in saes.items():
@@ -175,7 +183,7 @@ def _baseline(
 ) -> _Baseline:
     row_of_N = wanted_N.cumsum(0) - 1
     learnt = torch.unique(torch.cat(train))
-    factor = 1 / root_mean_square(x[row_of_N[learnt]])  # held-out tokens must not influence training
+    factor = 1 / root_mean_square(x[row_of_N[learnt]])  # held-out examples must not influence training
     x = x * factor
     scored = torch.unique(torch.cat(held_out))
     probe = train_probe(x[row_of_N[learnt]], text.labels_NL[learnt], config.probe, config.seed)
@@ -197,14 +205,14 @@ def _baseline(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Detectors:
-    """One SAE's latents as detectors of the concepts, fitted on the training tokens and scored on the held-out ones.
+    """One SAE's latents as detectors of the concepts, fitted on the training examples and scored on the held-out ones.
 
     Args:
-        codes: codes of all tokens, in the probes' units.
+        codes: codes of all examples, in the probes' units.
         entries, labels: activations and concepts by split (key: held out or not).
-        best: best threshold of each latent for each concept, and its F1, on the training tokens.
-        held_out_f1_FL: F1 at these thresholds on the held-out tokens.
-        difference_FL: mean activation with the concept minus that without, on the training tokens.
+        best: best threshold of each latent for each concept, and its F1, on the training examples.
+        held_out_f1_FL: F1 at these thresholds on the held-out examples.
+        difference_FL: mean activation with the concept minus that without, on the training examples.
     """
 
     codes: SparseCodes

@@ -11,7 +11,7 @@ from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.ranking import ranking_sentence
 from kronsae.report.section import Section, series_of
 
-REVISION = 2
+REVISION = 3
 """Revision of the stored result; see `kronsae.report.measurements`."""
 
 
@@ -20,7 +20,7 @@ def table(result: Mapping[str, Any], names: Sequence[str] = ()) -> Table:
     first = next(iter(result["saes"].values()))
     headings = [
         ("latents", "d_sae"),
-        ("F1, best latent", "best latent of each concept, held-out tokens; mean over concepts"),
+        ("F1, best latent", "best latent of each concept, held-out text; mean over concepts"),
         ("F1, best pair", "AND or OR of two latents; mean over concepts"),
     ]
     headings += [(f"accuracy, k = {k}", "probe on k latents; chance is 0.5") for k in first["mean_accuracy_by_k"]]
@@ -63,7 +63,8 @@ def section(kept: Mapping[str, Any], names: Sequence[str]) -> Section:
         ),
         notes=(
             f"Task '{visible(str(result['task']))}': {len(result['concepts'])} concepts, "
-            f"{result['tokens']['learnt_from']:,} training tokens, {result['tokens']['scored_on']:,} held-out tokens. "
+            f"{result['examples']['learnt_from']:,} training {result['per']}s, {result['examples']['scored_on']:,} "
+            f"held-out {result['per']}s{'' if result['per'] == 'token' else ', each with the means over its tokens'}. "
             f"A probe on the activations themselves has accuracy {accuracy:.3f}.",
         ),
     )
@@ -85,7 +86,10 @@ def _recall(result: Mapping[str, Any]) -> Table:
 def _concepts(result: Mapping[str, Any]) -> Table:
     """Build the table of the best latent's F1 for each concept, by SAE."""
     saes = {name: {one["name"]: one for one in found["concepts"]} for name, found in result["saes"].items()}
-    headings = [("share", "share of held-out tokens"), ("probe", "accuracy of a probe on the activations themselves")]
+    headings = [
+        ("share", f"share of held-out {result['per']}s"),
+        ("probe", "accuracy of a probe on the activations themselves"),
+    ]
     headings += [(visible(name), "F1 of the best latent") for name in saes]
     rows = []
     for concept in result["concepts"]:
