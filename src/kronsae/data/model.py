@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from kronsae.data import gguf
 from kronsae.data.hub import check_model, looks_like_path
 from kronsae.data.named_models import NAMED, fetch
+from kronsae.data.passes import PassSize
 from kronsae.data.pretrained import load_pretrained
 from kronsae.support.cache import is_whole
 from kronsae.support.errors import UserError, nearest
@@ -77,6 +79,11 @@ class LanguageModel:
     def has_lm_head(self) -> bool:
         """Whether the model's output has ``logits`` for the next token."""
         return not self.no_lm_head_reason
+
+    @cached_property
+    def pass_size(self) -> PassSize:
+        """How many windows it reads at once."""
+        return PassSize.on(self.device)
 
     def check_context_length(self, context_length: int) -> None:
         """Raise a UserError if the model cannot take so many tokens at once."""
