@@ -6,7 +6,8 @@ each, with the same seeds and batches, and evaluated on the same held-out activa
 
     python benchmarks/cache_precision.py [--tokens 65536] [--out benchmarks/results/cache_precision.csv]
     python benchmarks/cache_precision.py --model smollm2 --text english.jsonl.gz --hook layers.15 --d-sae 4096 --k 32
-        --lr 0.006 --seeds 3 --context-length 128 --model-batch 8 --out benchmarks/results/cache_precision_smollm2.csv
+        --lr 0.006 --seeds 3 --dtypes int8 --context-length 128 --model-batch 8
+        --out benchmarks/results/cache_precision_smollm2.csv
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="peak learning rate of the SAEs")
     parser.add_argument("--context-length", type=int, default=256)
     parser.add_argument("--model-batch", type=int, default=32)
+    parser.add_argument("--dtypes", default=",".join(PRECISIONS), help="after float32, with which they are compared")
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    dtypes = ["float32", *(dtype for dtype in arguments.dtypes.split(",") if dtype != "float32")]
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -73,14 +76,13 @@ def main() -> None:
                 progress=progress,
             )
         exact = read_manifest(place / "float32")
-        for dtype in PRECISIONS:
-            if dtype != "float32":
-                make = partial(HarvestedRows, place / "float32", repeat=False)
-                about = {"d_in": exact.d_in, "tokens": exact.tokens, "metadata": exact.metadata}
-                write_activations(make, place / dtype, dtype=dtype, **about)
+        for dtype in dtypes[1:]:
+            make = partial(HarvestedRows, place / "float32", repeat=False)
+            about = {"d_in": exact.d_in, "tokens": exact.tokens, "metadata": exact.metadata}
+            write_activations(make, place / dtype, dtype=dtype, **about)
         x_BD = None
         base: dict[tuple[str, int], float] = {}
-        for dtype in PRECISIONS:
+        for dtype in dtypes:
             manifest = read_manifest(place / dtype)
             lost = sum(shard.tokens * (shard.lost_variance or {}).get(arguments.hook, 0.0) for shard in manifest.shards)
             for seed in range(arguments.seeds):

@@ -112,6 +112,7 @@ def load_model(config: ModelConfig) -> LanguageModel:
     model.config.use_cache = False  # a harvest never goes on from a cached past
     _own_weights(model)
     model.requires_grad_(False).eval().to(device)
+    _warn_of_slow_dtype(config.dtype, device)
     return LanguageModel(
         name=config.name,
         model=model,
@@ -120,6 +121,17 @@ def load_model(config: ModelConfig) -> LanguageModel:
         no_lm_head_reason=loaded.no_lm_head_reason,
         max_positions=_max_positions(model),
     )
+
+
+def _warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
+    """Say so if bfloat16 is emulated, as on every x86 processor whose best instructions are AVX2."""
+    if dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        from kronsae.support.terminal import say
+
+        say(
+            "The model runs in bfloat16 on a CPU that has no instructions for it, which takes several times as long "
+            "as float32 (docs/harvesting.md)."
+        )
 
 
 def _own_weights(model: nn.Module) -> None:
