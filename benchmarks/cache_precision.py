@@ -2,11 +2,12 @@
 
 Activations of a model are harvested in float32 and rewritten in the other precisions. The same SAEs are trained on
 each, with the same seeds and batches, and evaluated on the same held-out activations of the model, in float32.
-``lost_variance`` is the share of the variance of the stored activations that rounding took.
+``lost_variance`` is the share of the variance of the stored activations that rounding took. float16 changes them so
+little that its differences show how far two trainings part that differ in their last bits.
 
     python benchmarks/cache_precision.py [--tokens 65536] [--out benchmarks/results/cache_precision.csv]
     python benchmarks/cache_precision.py --model smollm2 --text english.jsonl.gz --hook layers.15 --d-sae 4096 --k 32
-        --lr 0.006 --seeds 3 --dtypes int8 --context-length 128 --model-batch 8
+        --lr 0.002 --seeds 3 --dtypes float16,int8 --context-length 128 --model-batch 8
         --out benchmarks/results/cache_precision_smollm2.csv
 """
 
@@ -17,7 +18,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from kronsae.core.metrics import explained_variance
+from kronsae.core.metrics import explained_variance, explained_variance_per_token
 from kronsae.data.manifest import read_manifest
 from kronsae.data.precision import PRECISIONS, token_bytes
 from kronsae.data.store import write_activations
@@ -90,9 +91,12 @@ def main() -> None:
                 run = execute(config, place / f"{dtype}-{seed}", show_progress=False)
                 x_BD = run.activations(HELD_OUT_TOKENS) if x_BD is None else x_BD
                 for sae in run.names:
-                    ev = float(explained_variance(x_BD, run.load(sae)(x_BD)))
+                    x_hat_BD = run.load(sae)(x_BD)
+                    ev = float(explained_variance(x_BD, x_hat_BD))
                     base.setdefault((sae, seed), ev)
                     row: dict[str, object] = {"dtype": dtype, "sae": sae, "explained_variance": round(ev, 6)}
+                    per_token = float(explained_variance_per_token(x_BD, x_hat_BD))
+                    row |= {"explained_variance_per_token": round(per_token, 6), "lr": arguments.lr}
                     row |= {"difference": round(ev - base[sae, seed], 6), "lost_variance": lost / manifest.tokens}
                     row |= {"bytes_per_token": token_bytes(manifest.d_in, dtype), "hook": arguments.hook}
                     row |= {"model": arguments.model, "text": Path(arguments.text).name}
