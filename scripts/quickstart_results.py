@@ -17,11 +17,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from kronsae.report.comparison import beside
 from kronsae.support.files import write_json, write_marked
 from kronsae.support.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 END = "<!-- /results -->"
+EVALUATIONS = ("evaluation.json", "evaluation-pursuit.json")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def run_once(seed: int, model: str, text: str | None) -> dict[str, Any]:
             "peak_memory_gb": usage.ru_maxrss / 2**20,
             "training_tokens_per_second": training["tokens"] / training["seconds"],
             "report_bytes": (out / "report.html").stat().st_size,
-            "saes": json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["saes"],
+            "saes": beside(*(json.loads((out / name).read_text(encoding="utf-8"))["saes"] for name in EVALUATIONS)),
         }
 
 

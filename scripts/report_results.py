@@ -28,6 +28,8 @@ ANSWERS = (
     "word-classes",
     "probing",
     "budgets",
+    "shapes",
+    "occupancy",
     "pursuit",
     "known-features",
 )

@@ -286,8 +286,13 @@ def processes() -> str:
 
 
 def precision() -> str:
-    """Return the table of explained variance by precision of the stored activations."""
-    rows = rows_of("cache_precision")
+    """Return the tables of explained variance by precision of the stored activations."""
+    return "\n\n".join(precision_table(name) for name in ("cache_precision", "cache_precision_smollm2"))
+
+
+def precision_table(name: str) -> str:
+    """Return the table of a file of `benchmarks/cache_precision.py`."""
+    rows = rows_of(name)
     first = rows[0]
     saes = list(dict.fromkeys(row["sae"] for row in rows))
     cells = []
@@ -301,12 +306,63 @@ def precision() -> str:
             cell.append(f"{mean:.4f}" if dtype == "float32" else f"{mean:.4f} ({changes})")
         cells.append(cell)
     headings = ["dtype", "bytes per token", "lost variance"]
+    model = "the bundled model" if first.get("model", "bundled") == "bundled" else first["model"]
     sizes = (
-        f"\n\nExplained variance, mean of the seeds (and difference to float32 of each seed). {first['hook']} of the "
-        f"bundled model, D = {first['d_in']}, F = {first['d_sae']}, k = {first['k']}, {int(first['tokens']):,} tokens, "
-        f"{first['epochs']} epochs."
+        f"\n\nExplained variance, mean of the seeds (and difference to float32 of each seed). {first['hook']} of "
+        f"{model}, D = {first['d_in']}, F = {int(first['d_sae']):,}, k = {first['k']}, "
+        f"{int(first['tokens']):,} tokens, {first['epochs']} epochs."
     )
-    return table([*headings, *(f"EV of {sae}" for sae in saes)], cells) + sizes + about("cache_precision", first)
+    return table([*headings, *(f"EV of {sae}" for sae in saes)], cells) + sizes + about(name, first)
+
+
+def passes() -> str:
+    """Return the table of the language model's pass, as a ratio to the whole batch at once."""
+    files = {name: rows_of(f"model_pass_{name}") for name in ("smollm2", "bundled")}
+    cells, paid = [], []
+    for name, rows in files.items():
+        own = {row["variant"]: row for row in rows if row["first_seconds"]}
+        for row in rows:
+            ratio = f"{float(row['ratio']):.2f} ({float(row['low_ratio']):.2f} to {float(row['high_ratio']):.2f})"
+            place = f"{row['windows']} x {row['context_length']}, {100 * float(row['padding']):.0f}%"
+            cells.append([name, place, row["variant"], f"{float(row['tokens_per_second']):,.0f}", ratio])
+        compiled = own["divided, torch.compile"]
+        gain = 1 - float(own["divided"]["ratio"]) / float(compiled["ratio"])
+        seconds = float(compiled["first_seconds"])
+        paid.append(f"{seconds:.0f} s for {name}, as much as {seconds / gain / 60:.0f} minutes of passes save")
+    headings = ["model", "windows x tokens, not kept", "variant", "tokens/s"]
+    first = files["smollm2"][0]
+    sizes = (
+        f"\n\n{first['hook']} of smollm2 and {files['bundled'][0]['hook']} of the bundled model. Tokens per second of "
+        f"one core's processor time; {first['rounds']} and {files['bundled'][0]['rounds']} interleaved rounds, each "
+        f"with another batch of real text. `torch.compile` took {'; '.join(paid)}; other work slowed it."
+    )
+    sources = "".join(about(f"model_pass_{name}", rows[0]) for name, rows in files.items())
+    return table([*headings, "relative to whole batch, median (quartiles)"], cells) + sizes + sources
+
+
+def memory_of_reading() -> str:
+    """Return the table of trainings on a folder that is larger than their memory."""
+    rows = rows_of("cache_memory")
+    cells = [
+        [
+            row["order"],
+            f"{int(row['folder_mb']):,}",
+            f"{int(row['limit_mb']):,}",
+            f"{int(row['before_anonymous_mb']):,}",
+            f"{int(row['peak_anonymous_mb']):,}",
+            f"{int(row['tokens_per_second']):,}",
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    refused = "was refused" if all(row["folder_refused"] == "True" for row in rows) else "was not refused"
+    sizes = (
+        f"\n\n{first['hooks']} SAEs, one per hook, D = {first['d_in']}, F = {first['d_sae']}, k = {first['k']}, "
+        f"{int(first['batch']):,} tokens per step, {int(first['tokens']):,} tokens, each once. An array of the "
+        f"folder's size {refused} in each process."
+    )
+    headings = ["order", "folder, MB", "limit, MB", "before the training, MB", "peak, MB", "tokens/s"]
+    return table(headings, cells) + sizes + about("cache_memory", first)
 
 
 def wait() -> str:
@@ -372,7 +428,8 @@ def main() -> None:
     if (RESULTS / "distributed_step.csv").exists():
         mark = "results:distributed-step"
         write_marked(DISTRIBUTED_PAGE, f"<!-- {mark} -->", f"<!-- /{mark} -->", distributed())
-    for name, make in {"precision": precision, "wait": wait, "cached": cached}.items():
+    harvesting = {"precision": precision, "wait": wait, "cached": cached, "pass": passes, "memory": memory_of_reading}
+    for name, make in harvesting.items():
         write_marked(HARVESTING_PAGE, f"<!-- results:{name} -->", f"<!-- /results:{name} -->", make())
 
 

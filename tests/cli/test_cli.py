@@ -17,6 +17,7 @@ import pytest
 from tests.command_line import KRON, Kronsae, Outcome, without
 from tests.tiny_runs import assert_same_run, listing, tiny_config
 
+from kronsae import __version__
 from kronsae.cli import main as cli
 from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
@@ -73,6 +74,10 @@ class TestHelp:
         assert shown.status == 0
         assert [option for option in options.split() if option not in re.findall(r"--[a-z-]+", shown.out)] == []
         assert f"kronsae {verb}" in shown.out
+
+    def test_the_version(self, kronsae: Kronsae) -> None:
+        shown = kronsae("--version")
+        assert (shown.status, shown.out.strip()) == (0, __version__)
 
     def test_without_a_verb_the_help_is_shown(self, kronsae: Kronsae) -> None:
         shown = kronsae()
@@ -264,7 +269,10 @@ class TestVerbs:
         monkeypatch.setitem(QUICKSTARTS, "bundled", lambda: finished_run.config)
         done = kronsae("quickstart", "--out", tmp_path / "q", "--tokens", 128, "--json", "--quiet")
         assert done.status == 0
-        assert [(row["name"], row["tokens"]) for row in done.json["saes"]] == [("topk", 128), ("kron", 128)]
+        names = ("topk", "topk + pursuit", "kron", "kron + pursuit")
+        assert [(row["name"], row["tokens"]) for row in done.json["saes"]] == [(name, 128) for name in names]
+        own, pursued = (done.json["saes"][n]["explained_variance"] for n in (0, 1))
+        assert own != pursued
         assert {"summary.json", "report.html", "run.json", "saes"} <= set(listing(tmp_path / "q"))
         summary = json.loads((tmp_path / "q" / "summary.json").read_text())["saes"]
         keys = (
@@ -275,6 +283,12 @@ class TestVerbs:
         again = kronsae("quickstart", "--out", tmp_path / "q", "--tokens", 128, "--json", "--quiet")
         assert "is already finished; nothing is trained or logged." in again.err
         assert again.json == done.json
+
+    def test_architectures_name_the_options_of_encoders_and_codes(self, kronsae: Kronsae) -> None:
+        shown = kronsae("architectures").out
+        for option in ("null_symbols=true", "d_trunk=256", "pursuit_rounds=2"):
+            assert option in shown
+            parse_sae(f"kron num_heads=64 d_base=2 d_extension=4 k=8 {option}")
 
     def test_recipes(self, kronsae: Kronsae) -> None:
         assert {"quickstart", "tiny"} <= kronsae("recipes", "--json").json.keys()

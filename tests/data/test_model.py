@@ -466,3 +466,20 @@ def test_tokens_beyond_the_embeddings_are_an_error(tiny_model_folder: FolderOf) 
     batch.input_ids_ST[1, 2] = VOCABULARY
     with pytest.raises(UserError, match=r"token 320 is beyond the 320 embeddings of '.*'"):
         forward(language_model, batch)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_bfloat16_without_instructions_for_it_is_said_to_be_slow(
+    capability: str,
+    tiny_model_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for dtype in ("float32", "bfloat16"):
+        load_model(ModelConfig(name=str(tiny_model_folder("gpt2")), device="cpu", dtype=dtype))
+    expected = (
+        "The model runs in bfloat16 on a CPU that has no instructions for it, which takes several times as long as "
+        "float32 (docs/harvesting.md).\n"
+    )
+    assert capsys.readouterr().err == (expected if capability == "AVX2" else "")

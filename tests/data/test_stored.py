@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -258,6 +260,30 @@ def test_few_mappings_are_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         if maps.exists():
             assert maps.read_text(encoding="utf-8").count(str(folder)) <= 2
     assert found == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts mappings in /proc")
+@pytest.mark.parametrize("allowed", [2, 0])
+def test_mappings_make_room_where_the_address_space_is_limited(
+    allowed: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [numbers(values) for values, _ in StoredActivations(folder, batch_size=10, repeat=False)]
+    real, refused = mmap.mmap, []
+
+    def limited(*arguments: Any, **options: Any) -> mmap.mmap:
+        if Path("/proc/self/maps").read_text(encoding="utf-8").count(str(folder)) >= allowed:
+            refused.append(arguments)
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", limited)
+    stream = StoredActivations(folder, batch_size=10, repeat=False)
+    if allowed:
+        assert [numbers(values) for values, _ in stream] == expected
+        assert refused
+    else:
+        with pytest.raises(UserError, match=r"must be mapped into memory.*activations-0000.*`ulimit -v`"):
+            list(stream)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory that count allocations are Linux's")

@@ -101,7 +101,7 @@ def test_refused(member: MemberConfig, reason: str) -> None:
         sparsify_export.check((exportable(member),))
     assert str(error.value) == (
         f"the export to sparsify must be of TopK SAEs and transcoders with a dense encoder; {reason}. "
-        "Export the others by name."
+        "Give the names of those that are, or another format."
     )
 
 

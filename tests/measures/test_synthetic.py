@@ -53,6 +53,14 @@ def test_every_form_stays_what_it_is_at_another_size(member: MemberConfig) -> No
     found.shape(8).build()
 
 
+def test_there_can_be_several_latents_per_feature() -> None:
+    result = measure(MEMBERS, replace(TINY, seeds=1, latents_per_feature=3))
+    features = result["about"][0]["features"]
+    assert [row["d_sae"] for row in result["rows"]] == [3 * features, 3 * features // 8 * 8]
+    with pytest.raises(UserError, match=r"latents_per_feature must be a whole number above 0; got 0\."):
+        replace(TINY, latents_per_feature=0)
+
+
 def test_the_gate_stays_and_a_size_that_does_not_divide_loses_latents() -> None:
     found = at(kron(num_heads=4, d_base=3, d_extension=5, k=2, gate="minimum"), 64)
     assert isinstance(found.encoder, KroneckerEncoderConfig)

@@ -176,6 +176,8 @@ class TestResume:
             with_activations(config, tmp_path / "acts")
         with pytest.raises(UserError, match=r"holds another one \(seed: 0 -> 1\)\. Give another folder, or remove it"):
             harvest(**asked | {"seed": 1})
+        for left in (".tmpd8Al4x", ".activations-00003.safetensors.a_b1c2d3"):  # of safetensors and of ours, killed
+            (tmp_path / "acts" / left).touch()
         said: list[str] = []
         harvest(**asked, say=said.append)
         assert said[1] == "Resuming after 300 of 600 tokens."

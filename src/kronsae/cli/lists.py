@@ -7,6 +7,10 @@ from typing import Any
 
 from kronsae.support.terminal import Json, print_json, what_now
 
+OPTIONS = """\
+Further options of --sae. Of Kronecker encoders: null_symbols=true (a base or an extension may be absent), d_trunk=256
+(latents with rows of their own). Of SAEs with sparsifier topk: pursuit_rounds=2 (codes are pursued)."""
+
 
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes for `kronsae train --recipe`."""
@@ -32,6 +36,7 @@ def list_architectures(as_json: Json = False) -> None:
         for row in rows:
             parts = ", ".join(f"{part} {row[part]}" for part in ("role", "encoder", "sparsifier", "loss", "experts"))
             print(f"{row['name']}: {parts}\n    {row['train']}")
+        print(OPTIONS)
     what_now("one of these commands, then `kronsae eval` on its run folder")
 
 

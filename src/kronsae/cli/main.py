@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +29,22 @@ app = typer.Typer(
     help="Train, evaluate and inspect sparse autoencoders with Kronecker-factorised encoders. "
     "Start with `kronsae quickstart`.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(version("kronsae"))
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 app.command()(quickstart.quickstart)
 app.command()(train.train)

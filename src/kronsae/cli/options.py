@@ -65,11 +65,14 @@ def evaluate_pursuit_with_progress(run: Run, spec: str, tokens: int | None, quie
         return evaluate_pursuit(run, pursuit, tokens=tokens, say=say, progress=progress)
 
 
-def evaluate_and_report(run: Run, as_json: bool, quiet: bool) -> None:
-    """Evaluate a run, write its report and print its table."""
+def evaluate_and_report(run: Run, as_json: bool, quiet: bool, pursuit: str | None = None) -> None:
+    """Evaluate a run, also with a pursuit if one is given, write its report and print its table."""
     from kronsae.runs.evaluation import write_report
 
-    rows = evaluate_with_progress(run, None, quiet)
+    if pursuit is None:
+        rows = evaluate_with_progress(run, None, quiet)
+    else:
+        rows = evaluate_pursuit_with_progress(run, pursuit, None, quiet)
     path = write_report(run)
     show_rows(rows, as_json)
     say(f"Report: {path}")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kronsae.data.buffer import Activations
 from kronsae.data.model import HookPoint, LanguageModel, resolve_hook, tap
+from kronsae.data.passes import Part, PassSize, is_out_of_memory
+from kronsae.data.prefetch import Prefetched
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.tokens import TokenBatch, Tokens
 from kronsae.support.errors import UserError
@@ -49,8 +51,9 @@ def forward(language_model: LanguageModel, batch: Tokens) -> Any:
 def hidden_states(language_model: LanguageModel, hooks: Hooks, batch: Tokens) -> dict[str, Float[Tensor, "S T D"]]:
     """Return a batch's activations by hook, in the model's dtype and on its device.
 
-    They are read in one forward pass, which stops at the last hook: no later layer and no head is run. If a module is
-    called more than once, its first call is read. Padding and special tokens are included.
+    They are read in as many forward passes as `kronsae.data.passes.PassSize` says, each of which stops at the last
+    hook: no later layer and no head is run. If a module is called more than once, its first call is read. Special
+    tokens are included; at padding, the values mean nothing.
 
     Raises:
         UserError: If a hook names no module, or a module that does not give one vector per token.
@@ -63,12 +66,48 @@ def read_points(
     language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
 ) -> dict[str, Float[Tensor, "S T D"]]:
     """Return the same as `hidden_states` for hooks that are already resolved, by the keys of ``points``."""
+    whole: dict[str, Tensor] = {}
+    size = language_model.pass_size
+    waiting = size.parts(batch)
+    while waiting:
+        part = waiting.pop(0)
+        found = _read_part(language_model, points, part)
+        if found is None:
+            size.halve(part, language_model.device)
+            _tell(size, part)
+            waiting = size.parts(batch, sorted(row for left in (part, *waiting) for row in left.rows))
+        elif part.input_ids_ST.shape == batch.input_ids_ST.shape:
+            return found
+        else:
+            for name, hidden_STD in found.items():
+                if name not in whole:
+                    whole[name] = hidden_STD.new_zeros((*batch.input_ids_ST.shape, hidden_STD.shape[-1]))
+                whole[name][part.rows, : hidden_STD.shape[1]] = hidden_STD
+    return whole
+
+
+def _read_part(language_model: LanguageModel, points: Mapping[str, HookPoint], part: Part) -> dict[str, Tensor] | None:
+    """Return the hidden states at the points, from one pass; None if memory does not suffice."""
     try:
-        with _reading(points, batch, to_the_end=False) as found:
-            forward(language_model, batch)
+        with _reading(points, part, to_the_end=False) as found:
+            forward(language_model, part)
     except _AllReadError:
         return {name: found[name] for name in points}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
     raise _never_ran(points, found)
+
+
+def _tell(size: PassSize, part: Part) -> None:
+    from kronsae.support.terminal import say
+
+    windows, columns = part.input_ids_ST.shape
+    say(
+        f"The model's pass over {windows} windows of {columns} tokens ran out of memory; it goes on with at most "
+        f"{size.most_tokens:,} tokens at once."
+    )
 
 
 def read_points_and_output(
@@ -157,7 +196,10 @@ class ActivationStream:
         self._state = state
 
     def __iter__(self) -> Iterator[tuple[Activations, State]]:
-        for number, (batch, state) in enumerate(self._make_tokens(state=self._state)):
+        batches = self._make_tokens(state=self._state)
+        if reads_ahead(self._language_model.device):
+            batches = Prefetched(batches)
+        for number, (batch, state) in enumerate(batches):
             yield self.compute(batch, number), state
 
     def compute(self, batch: TokenBatch, number: int) -> Activations:
@@ -168,6 +210,14 @@ class ActivationStream:
         for hook, rows_ND in values.items():
             check_finite(rows_ND, hook, batch, number)
         return values
+
+
+def reads_ahead(device: torch.device) -> bool:
+    """Return whether a thread tokenises the next windows during a pass.
+
+    A CPU that runs the model has no time to spare, and its passes take much longer than tokenising.
+    """
+    return device.type != "cpu"
 
 
 def check_finite(rows_ND: Float[Tensor, "N D"], hook: str, batch: TokenBatch, number: int) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from kronsae.data import gguf
 from kronsae.data.hub import check_model, looks_like_path
 from kronsae.data.named_models import NAMED, fetch
+from kronsae.data.passes import PassSize
 from kronsae.data.pretrained import load_pretrained
 from kronsae.support.cache import is_whole
 from kronsae.support.errors import UserError, nearest
@@ -78,6 +80,11 @@ class LanguageModel:
         """Whether the model's output has ``logits`` for the next token."""
         return not self.no_lm_head_reason
 
+    @cached_property
+    def pass_size(self) -> PassSize:
+        """How many windows it reads at once."""
+        return PassSize.on(self.device)
+
     def check_context_length(self, context_length: int) -> None:
         """Raise a UserError if the model cannot take so many tokens at once."""
         if self.max_positions is not None and context_length > self.max_positions:
@@ -105,6 +112,7 @@ def load_model(config: ModelConfig) -> LanguageModel:
     model.config.use_cache = False  # a harvest never goes on from a cached past
     _own_weights(model)
     model.requires_grad_(False).eval().to(device)
+    _warn_of_slow_dtype(config.dtype, device)
     return LanguageModel(
         name=config.name,
         model=model,
@@ -113,6 +121,17 @@ def load_model(config: ModelConfig) -> LanguageModel:
         no_lm_head_reason=loaded.no_lm_head_reason,
         max_positions=_max_positions(model),
     )
+
+
+def _warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
+    """Say so if bfloat16 is emulated, as on every x86 processor whose best instructions are AVX2."""
+    if dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        from kronsae.support.terminal import say
+
+        say(
+            "The model runs in bfloat16 on a CPU that has no instructions for it, which takes several times as long "
+            "as float32 (docs/harvesting.md)."
+        )
 
 
 def _own_weights(model: nn.Module) -> None:

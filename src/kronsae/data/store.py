@@ -12,6 +12,7 @@ is complete. `kronsae.data.stored` reads a folder.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ SHARD_BYTES = 2**27
 """Size of a shard over all hooks, 128 MB: a harvest holds one in memory, and loses at most one if it is killed."""
 
 SHARD_PREFIX = "activations-"
+
+_SAFETENSORS_UNFINISHED = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+"""Name of the file that safetensors writes before it renames it; a SIGKILL leaves it behind."""
 
 
 def write_activations(
@@ -222,5 +226,5 @@ def _remove_others(place: Place, keep: list[str]) -> None:
     """Remove files of a killed harvest: unfinished ones, and a shard that is not in its progress."""
     for name in place.sizes():
         ours = name.startswith((SHARD_PREFIX, f".{SHARD_PREFIX}", f".{PROGRESS}.", f".{MANIFEST}.", PROGRESS))
-        if ours and name not in keep:
+        if (ours or _SAFETENSORS_UNFINISHED.fullmatch(name)) and name not in keep:
             place.remove(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -214,8 +215,20 @@ class _Shards:
             return self._open[number]
         while len(self._open) >= self._mapped:
             self._open.popitem(last=False)  # unmapped with its last array
-        self._open[number] = self._map(self.manifest.shards[number])
-        return self._open[number]
+        while True:
+            try:
+                self._open[number] = self._map(self.manifest.shards[number])
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                if not self._open:
+                    raise UserError(
+                        f"the shards of {self.place} must be mapped into memory; the system refuses it for "
+                        f"{self.manifest.shards[number].file}. Raise the limit of address space (`ulimit -v`)."
+                    ) from error
+                self._open.popitem(last=False)
+            else:
+                return self._open[number]
 
     def widened(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
         """Return the activations by hook, float32, of copied rows."""

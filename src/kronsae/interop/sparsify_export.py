@@ -31,7 +31,7 @@ def check(saes: tuple[Exportable, ...]) -> None:
         if reason := _reason(one.sae.config):
             raise UserError(
                 f"the export to sparsify must be of TopK SAEs and transcoders with a dense encoder; {one.name} "
-                f"{reason}. Export the others by name."
+                f"{reason}. Give the names of those that are, or another format."
             )
 
 

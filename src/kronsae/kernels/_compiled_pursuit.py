@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from kronsae.kernels._compiled_rows import _add_rows
-from kronsae.kernels._compiled_selection import PLAIN, SUMS
+from kronsae.kernels._compiled_selection import PLAIN, SUMS, _cut
 
 
 @njit(**SUMS)
@@ -39,34 +39,17 @@ def _products(x_D, matrix_FD, rows, size, out):
         n += 1
 
 
-@njit(**SUMS)
-def _count_above(scores, left, score):
-    """How many scores are larger; counted in their own type, which is vectorised at its full width."""
-    one, zero = scores.dtype.type(1), scores.dtype.type(0)
-    count = zero
-    for c in range(left):
-        count += one if scores[c] > score else zero
-    return count
-
-
 @njit(**PLAIN)
 def _mark_best(scores, latents, left, size, marks):
-    """Mark the ``size`` best positive scores, of equal ones the smaller latents.
-
-    Each is compared with all, which has no branch to mispredict: faster than a heap for a few hundred.
-    """
-    total = 0
+    """Mark the ``size`` best positive scores, of equal ones the smaller latents."""
+    positive = 0
     for c in range(left):
-        marks[c] = scores[c] > 0 and _count_above(scores, left, scores[c]) < size
-        total += marks[c]
-    if total <= size:
-        return
-    for c in range(left):  # equal scores share the last places
-        if marks[c]:
-            better = 0
-            for other in range(left):
-                better += scores[other] > scores[c] or (scores[other] == scores[c] and latents[other] < latents[c])
-            marks[c] = better < size
+        marks[c] = scores[c] > 0
+        positive += marks[c]
+    if positive > size:
+        low, last = _cut(scores, latents, left, size, scores.dtype.type(0))
+        for c in range(left):
+            marks[c] = scores[c] > low or (scores[c] == low and latents[c] <= last)
 
 
 @njit(**PLAIN)
@@ -108,14 +91,15 @@ def pursue(
             known, kept = count, 0
             for c in range(left):
                 latent, place = left_latents[c], left_places[c]
-                value = scores[c] if r == 0 else first_share * scores[c] * inverse_norm_F[latent]
-                rows[count], columns[count] = latent, column + count - known
-                values[count], removed[count] = value, -value
-                places[count] = place
+                rows[count], places[count], values[count] = latent, place, scores[c]
                 left_latents[kept], left_places[kept] = latent, place
                 count += marks[c]
                 kept += not marks[c]
             left = kept
+            for n in range(known, count):
+                if r > 0:
+                    values[n] = first_share * values[n] * inverse_norm_F[rows[n]]
+                columns[n], removed[n] = column + n - known, -values[n]
             column += sizes_R[r]
             if r + 1 < rounds or refit > 0:
                 _add_rows(removed, rows, known, count, matrix_FD, residual_D)

@@ -26,6 +26,8 @@ from numba import njit
 PLAIN: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
 SUMS: dict[str, Any] = PLAIN | {"fastmath": {"contract", "reassoc", "nsz"}}
 MAXIMA: dict[str, Any] = PLAIN | {"fastmath": {"contract", "nsz"}}
+LAST = 2**62
+"""Above every index."""
 
 
 @njit(**PLAIN)
@@ -109,14 +111,13 @@ def _lower_bound(best, k):
 
 
 @njit(**PLAIN)
-def _keep_best(values, indices, size, k, low):
-    """Keep the k largest of ``size`` values of at least ``low`` and above 0, in their order; return how many are kept.
+def _cut(values, indices, size, k, low):
+    """Return where ``size > k`` values are cut to the k largest: the least value kept, and up to which index of equals.
 
-    Of equal values the smaller indices are kept. Bisection: at least k values reach ``low``, fewer reach ``high``. It
-    ends where exactly k reach ``low``, or where no number lies between the two.
+    At least k values are at least ``low`` and above 0. Of equal values the smaller indices are kept. Bisection: at
+    least k values reach ``low``, fewer reach ``high``. It ends where exactly k reach ``low``, or where no number lies
+    between the two.
     """
-    if size <= k:
-        return size
     infinite = values.dtype.type(math.inf)
     high = _largest_below(values, size, infinite)
     if _count_from(values, size, infinite) >= k:
@@ -134,25 +135,35 @@ def _keep_best(values, indices, size, k, low):
         else:
             low = middle
             if count == k:
-                break
+                return low, LAST
     left = k  # places for values equal to ``low``
     equal = 0
     for n in range(size):
         left -= values[n] > low
         equal += values[n] == low
-    last = -1  # the largest index kept of these
-    if equal > left:
-        for _ in range(left):
-            next_index = -1
-            for n in range(size):
-                if values[n] == low and indices[n] > last and (next_index < 0 or indices[n] < next_index):
-                    next_index = indices[n]
-            last = next_index
+    if equal <= left:
+        return low, LAST
+    last = -1
+    for _ in range(left):
+        next_index = -1
+        for n in range(size):
+            if values[n] == low and indices[n] > last and (next_index < 0 or indices[n] < next_index):
+                next_index = indices[n]
+        last = next_index
+    return low, last
+
+
+@njit(**PLAIN)
+def _keep_best(values, indices, size, k, low):
+    """Keep the k largest of ``size`` values, in their order; return how many are kept. `_cut` has the rules."""
+    if size <= k:
+        return size
+    low, last = _cut(values, indices, size, k, low)
     kept = 0
     for n in range(size):
         value, index = values[n], indices[n]
         values[kept], indices[kept] = value, index
-        kept += value > low or (value == low and (equal <= left or index <= last))
+        kept += value > low or (value == low and index <= last)
     return kept
 
 
@@ -208,9 +219,12 @@ def _largest_row(pre_P, bias_P, start, stop):
     return found
 
 
-@njit(**PLAIN)
+@njit(**PLAIN, forceinline=True)
 def _list_head(pre_P, bias_P, head, d_base, d_extension, null, least, values, indices, size):
-    """Append every positive key of one head that is at least ``least``; return the new size."""
+    """Append every positive key of one head that is at least ``least``; return the new size.
+
+    Every key is written, and the size grows only for those that stay: without null symbols, no branch to mispredict.
+    """
     row = head * (d_base + d_extension)
     first_extension = row + d_base
     latent = head * ((d_base + null) * (d_extension + null) - null)
@@ -222,14 +236,11 @@ def _list_head(pre_P, bias_P, head, d_base, d_extension, null, least, values, in
         rival = _largest_row(pre_P, bias_P, first_extension, first_extension + d_extension)
         largest_extension = max(zero, pre_P[rival] + bias_P[rival])
     for i in range(d_base):
-        base = pre_P[row + i] + bias_P[row + i]
-        if base <= 0:
-            latent += d_extension + null
-            continue
+        base = max(zero, pre_P[row + i] + bias_P[row + i])  # a base that is not positive makes no product positive
         for j in range(d_extension):
             product = base * (pre_P[first_extension + j] + bias_P[first_extension + j])
             values[size], indices[size] = product, latent
-            size += product > 0 and product >= least
+            size += (product > zero) & (product >= least)
             latent += 1
         if null:
             gap = base - largest_extension
@@ -245,16 +256,32 @@ def _list_head(pre_P, bias_P, head, d_base, d_extension, null, least, values, in
 
 
 @njit(**PLAIN)
+def _reaching_heads(best_H, least, heads):
+    """List the heads whose largest key is positive and at least ``least``; return how many. It has no branch."""
+    size = 0
+    for head in range(len(best_H)):
+        heads[size] = head
+        size += (best_H[head] > 0) & (best_H[head] >= least)
+    return size
+
+
+@njit(**PLAIN, forceinline=True)
+def _divided(number, by):
+    """Compute ``number // by`` of numbers that are not negative, without the instructions for signs."""
+    return np.int64(np.uint64(number) // np.uint64(by))
+
+
+@njit(**PLAIN, forceinline=True)
 def _parents(pre_P, bias_P, latent, d_base, d_extension, null):
     """Return the rows of both parents and which of them is absent (0 neither, 1 the extension, 2 the base).
 
     The row of an absent one is that of its head's largest.
     """
     cells = (d_base + null) * (d_extension + null) - null
-    head = latent // cells
+    head = _divided(latent, cells)
     cell = latent - head * cells
     row = head * (d_base + d_extension)
-    i = cell // (d_extension + null)
+    i = _divided(cell, d_extension + null)
     base, extension, absent = row + i, row + d_base + cell - i * (d_extension + null), 0
     if null and extension == row + d_base + d_extension:
         extension, absent = _largest_row(pre_P, bias_P, row + d_base, row + d_base + d_extension), 1
@@ -297,13 +324,13 @@ def kronecker_topk(
     cells = best_BH.shape[1] * ((d_base + null) * (d_extension + null) - null)
     values = np.empty(cells + 1, pre_BP.dtype)  # one more than there are: written, never kept
     indices = np.empty(max(k, cells + 1), np.int64)
+    heads = np.empty(best_BH.shape[1] + 1, np.int64)  # here too
     for b in range(start, stop):
         pre_P, best_H = pre_BP[b], best_BH[b]
         least = _lower_bound(best_H, k)
         size = 0
-        for head in range(len(best_H)):
-            if best_H[head] >= least and best_H[head] > 0:
-                size = _list_head(pre_P, bias_P, head, d_base, d_extension, null, least, values, indices, size)
+        for n in range(_reaching_heads(best_H, least, heads)):
+            size = _list_head(pre_P, bias_P, heads[n], d_base, d_extension, null, least, values, indices, size)
         size = _keep_best(values, indices, size, k, least)
         latent = 0
         while size < k:

@@ -2,7 +2,8 @@
 
 The features of a language model are unknown, so the run's own SAEs cannot be compared with them. Instead, new SAEs with
 the same architectures (encoder, head shape, gate, sparsifier, loss) are trained on synthetic activations with known
-features. They have as many latents as there are true features, k equal to the true l0, and the same training.
+features. They have as many latents as there are true features, or a multiple of it, k equal to the true l0, and the
+same training.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class SyntheticStudyConfig:
         batch: tokens per step.
         lr: peak learning rate.
         held_out_tokens: tokens to measure on, rounded up to whole batches.
+        latents_per_feature: latents of each SAE, as a multiple of the number of true features.
     """
 
     source: Literal["own", "sae_lens"] = "own"
@@ -67,11 +69,12 @@ class SyntheticStudyConfig:
     batch: int = 512
     lr: float = 4e-3
     held_out_tokens: int = 16_384
+    latents_per_feature: int = 1
 
     def __post_init__(self) -> None:
         if self.source not in ("own", "sae_lens"):
             raise UserError(f"source must be 'own' or 'sae_lens'; got {self.source!r}.")
-        for name in ("seeds", "steps", "batch", "held_out_tokens"):
+        for name in ("seeds", "steps", "batch", "held_out_tokens", "latents_per_feature"):
             check_count(name, getattr(self, name))
         check_positive("lr", self.lr)
         check_seed(self.seed)
@@ -95,10 +98,8 @@ def measure(
     for number, seed in enumerate(range(config.seed, config.seed + config.seeds)):
         features = config.features(seed)
         l0 = mean_l0(features)
-        fitted = [
-            fit_to(member, d_sae=len(features.directions_GD), k=max(1, round(l0)), seed=seed, config=config)
-            for member in members
-        ]
+        d_sae = config.latents_per_feature * len(features.directions_GD)
+        fitted = [fit_to(member, d_sae=d_sae, k=max(1, round(l0)), seed=seed, config=config) for member in members]
         d_in = features.directions_GD.shape[1]
         truth.append({"seed": seed, "features": len(features.directions_GD), "d_in": d_in, "l0": l0})
         saes = train_on(
@@ -226,6 +227,9 @@ def command(
     source: Annotated[str, typer.Option(help="Known features: 'own', or 'sae_lens' for its SynthSAEBench.")] = "own",
     seeds: Annotated[int, typer.Option(help="Repetitions.")] = SyntheticStudyConfig.seeds,
     steps: Annotated[int, typer.Option(help="Training steps of each SAE.")] = SyntheticStudyConfig.steps,
+    latents_per_feature: Annotated[
+        int, typer.Option(help="Latents of each SAE, as a multiple of the number of true features.")
+    ] = SyntheticStudyConfig.latents_per_feature,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -236,7 +240,9 @@ def command(
     """
     from kronsae.support.progress import progress_bar
 
-    config = SyntheticStudyConfig(source=_source(source), seeds=seeds, steps=steps, seed=seed)
+    config = SyntheticStudyConfig(
+        source=_source(source), seeds=seeds, steps=steps, seed=seed, latents_per_feature=latents_per_feature
+    )
     run = open_run(run_folder)
     settings = to_dict(config)
     result = known_result(run.folder, NAME, settings)

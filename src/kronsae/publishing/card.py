@@ -208,7 +208,7 @@ def _in_saelens(first: Subject, repository: str, with_saelens: bool) -> str:
             "With SAELens: this repository holds no folders in its format; `kronsae export RUN --to saelens` writes "
             "them, and `kronsae push --with saelens` uploads them."
         )
-    return f"""With [SAELens](https://github.com/jbloomAus/SAELens):
+    return f"""With [SAELens](https://github.com/decoderesearch/SAELens):
 
 ```python
 {registered}from sae_lens import SAE

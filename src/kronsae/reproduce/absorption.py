@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kronsae.measures.absorption import AbsorptionSettings, measure
 from kronsae.reproduce.claims import Row, Verdict
@@ -10,6 +11,7 @@ from kronsae.reproduce.context import Context
 from kronsae.reproduce.sparsity import specs
 from kronsae.reproduce.study import Study
 from kronsae.reproduce.tables import Column, Comparison, judge, means, minus, of
+from kronsae.runs.run import Run
 from kronsae.support.progress import progress_bar
 
 FORMS = ("topk", "kron", "matryoshka")
@@ -18,16 +20,23 @@ KEYS = ("mean_absorption_fraction", "mean_full_absorption", "mean_num_split_late
 
 def rows(context: Context) -> list[Row]:
     """Measure absorption by first letters, or by the roles of names where the model cannot spell."""
+    return measured(context, settings(context), context.scale.l0s_of_absorption)
+
+
+def settings(context: Context) -> AbsorptionSettings:
+    """Return the task of the scale's model."""
     spells = context.scale.model != "bundled"
-    return measured(
-        context,
-        AbsorptionSettings(
-            task="first-letter" if spells else "roles",
-            windows=context.scale.prompts if spells else None,
-            min_classes=20 if spells else None,
-        ),
-        context.scale.l0s_of_absorption,
+    return AbsorptionSettings(
+        task="first-letter" if spells else "roles",
+        windows=context.scale.prompts if spells else None,
+        min_classes=20 if spells else None,
     )
+
+
+def absorption_of(run: Run, settings: AbsorptionSettings, context: Context) -> dict[str, Any]:
+    """Measure absorption of a run; the examples are read once for all runs of the context."""
+    with progress_bar("absorption", quiet=context.quiet) as progress:
+        return measure(run, settings, cache=context.folder / "examples", say=context.say, progress=progress)
 
 
 def measured(context: Context, settings: AbsorptionSettings, l0s: Sequence[int]) -> list[Row]:
@@ -35,8 +44,7 @@ def measured(context: Context, settings: AbsorptionSettings, l0s: Sequence[int])
     trained = context.train([specs(context, form, l0s) for form in FORMS])
     found: list[Row] = []
     for run, saes in context.runs(trained):
-        with progress_bar("absorption", quiet=context.quiet) as progress:
-            result = measure(run, settings, cache=context.folder / "examples", say=context.say, progress=progress)
+        result = absorption_of(run, settings, context)
         accurate = sum(f1 > result["min_f1"] for f1 in result["probe_f1"].values())
         for name, row in saes.items():
             figures = {key: result["saes"][name][key] for key in KEYS}

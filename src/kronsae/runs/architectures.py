@@ -162,8 +162,17 @@ def kron(
         d_trunk: latents with rows of their own, besides those of the heads; 0: none, as in the paper.
         **options: see `TrainingOptions`.
     """
-    encoder = _encoder(d_sae, num_heads, d_base, d_extension, gate, init_norm, null_symbols, d_trunk)
-    return _member("kron", encoder, TopKConfig(k=k), options)
+    shape: EncoderShape = {
+        "d_sae": d_sae,
+        "num_heads": num_heads,
+        "d_base": d_base,
+        "d_extension": d_extension,
+        "gate": gate,
+        "init_norm": init_norm,
+        "null_symbols": null_symbols,
+        "d_trunk": d_trunk,
+    }
+    return _member("kron", _encoder_of(shape), TopKConfig(k=k), options)
 
 
 def batch_topk(*, k: int, **options: Unpack[EncoderOptions]) -> MemberConfig:
@@ -327,31 +336,12 @@ def _hooks(given: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
 
 
 def _encoder_of(shape: EncoderShape) -> EncoderConfig | TrunkEncoderConfig:
-    return _encoder(
-        shape.get("d_sae"),
-        shape.get("num_heads"),
-        shape.get("d_base"),
-        shape.get("d_extension"),
-        shape.get("gate", "mand"),
-        shape.get("init_norm"),
-        shape.get("null_symbols", False),
-        shape.get("d_trunk", 0),
-    )
-
-
-def _encoder(
-    d_sae: int | None,
-    num_heads: int | None,
-    d_base: int | None,
-    d_extension: int | None,
-    gate: GateName,
-    init_norm: float | None,
-    null_symbols: bool,
-    d_trunk: int,
-) -> EncoderConfig | TrunkEncoderConfig:
     """Return the encoder config of this shape: Kronecker if any size of heads is given, otherwise dense."""
-    if d_trunk:
-        return _with_trunk(d_trunk, d_sae, num_heads, d_base, d_extension, gate, init_norm, null_symbols)
+    if shape.get("d_trunk", 0):
+        return _with_trunk(shape)
+    d_sae, init_norm = shape.get("d_sae"), shape.get("init_norm")
+    num_heads, d_base, d_extension = shape.get("num_heads"), shape.get("d_base"), shape.get("d_extension")
+    gate, null_symbols = shape.get("gate", "mand"), shape.get("null_symbols", False)
     heads = (num_heads, d_base, d_extension)
     if all(value is None for value in heads):
         if d_sae is None:
@@ -385,36 +375,29 @@ def _encoder(
     )
 
 
-def _with_trunk(
-    d_trunk: int,
-    d_sae: int | None,
-    num_heads: int | None,
-    d_base: int | None,
-    d_extension: int | None,
-    gate: GateName,
-    init_norm: float | None,
-    null_symbols: bool,
-) -> TrunkEncoderConfig:
+def _with_trunk(shape: EncoderShape) -> TrunkEncoderConfig:
     """Return the config of heads with a dense trunk of ``d_trunk`` of the ``d_sae`` latents."""
+    d_trunk, d_sae, num_heads = shape["d_trunk"], shape.get("d_sae"), shape.get("num_heads")
+    d_base, d_extension = shape.get("d_base"), shape.get("d_extension")
     check_count("d_trunk", d_trunk)
     if d_sae is not None and d_sae <= d_trunk:
         raise UserError(f"d_trunk must be less than d_sae; got {d_trunk} with d_sae={d_sae}. Heads need latents too.")
     if d_base is not None and d_extension is not None:
-        cells = cells_per_head(d_base, d_extension, null_symbols)
+        cells = cells_per_head(d_base, d_extension, shape.get("null_symbols", False))
         check_trunk(d_trunk, cells)
         if d_sae is not None and num_heads is not None and d_sae != d_trunk + num_heads * cells:
             raise UserError(
                 f"d_sae must equal d_trunk + num_heads * {cells} latents of a head; got {d_sae} with {d_trunk} + "
                 f"{num_heads} * {cells} = {d_trunk + num_heads * cells}. Leave d_sae out, or change one."
             )
-    of_heads = None if d_sae is None else d_sae - d_trunk
-    heads = _encoder(of_heads, num_heads, d_base, d_extension, gate, init_norm, null_symbols, 0)
+    heads = _encoder_of({**shape, "d_sae": None if d_sae is None else d_sae - d_trunk, "d_trunk": 0})
     if not isinstance(heads, KroneckerEncoderConfig):
         raise UserError(
             "d_trunk must be used with a Kronecker encoder; got a dense one. Leave it out, or give num_heads, d_base "
             "and d_extension."
         )
-    return TrunkEncoderConfig(trunk=DenseEncoderConfig(d_sae=d_trunk, init_norm=init_norm), heads=heads)
+    trunk = DenseEncoderConfig(d_sae=d_trunk, init_norm=shape.get("init_norm"))
+    return TrunkEncoderConfig(trunk=trunk, heads=heads)
 
 
 def _heads(d_sae: int, d_base: int, d_extension: int, null_symbols: bool) -> int:
