@@ -67,6 +67,7 @@ def test_three_kinds_of_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     scale = replace(TINY, text=str(english(tmp_path / "english.jsonl.gz")), context_length=64)
     context = Context(scale=scale, folder=tmp_path / "work", seeds=(0, 1), quiet=True)
     found = run_study("probing", context, tmp_path / "results")
+    assert found.kept["scale"]["text"] == "english.jsonl.gz"  # not the place where it lies
     rows = found.kept["rows"]
     kinds = ("parts-of-speech", "categories", "sentiment")
     expected = [(kind, form, seed) for kind in kinds for seed in (0, 1) for form in ("topk", "kron", "matryoshka")]

@@ -85,7 +85,9 @@ def run_study(name: str, context: Context, results: Path) -> Result:
         UserError: there is no such study, or it cannot be run with this text or model.
     """
     wanted = study(name)
-    settings = {"revision": REVISION, "scale": to_dict(context.scale), "seeds": list(context.seeds)}
+    text = _digest(context.scale.text)
+    scale = to_dict(context.scale) | ({} if text is None else {"text": Path(context.scale.text).name})
+    settings = {"revision": REVISION, "scale": scale, "seeds": list(context.seeds), "text_sha256": text}
     path = results / f"{name}.json"
     if path.exists() and all((kept := read_json(path, "the result")).get(key) == settings[key] for key in settings):
         context.say(f"Already measured with these settings: {path}.")
@@ -94,8 +96,7 @@ def run_study(name: str, context: Context, results: Path) -> Result:
         rows = wanted.rows(context)
         if not rows:
             raise UserError(f"the study '{name}' must have results; every training diverged. Lower the learning rate.")
-        text = _digest(context.scale.text)
-        kept = settings | {"study": name, "provenance": about, "text_sha256": text, "seconds": perf_counter() - started}
+        kept = settings | {"study": name, "provenance": about, "seconds": perf_counter() - started}
         kept = json.loads(json.dumps(kept | {"rows": rows}))
         write_json(path, kept)
     if wanted.draw is not None and not kept.get("picture"):  # it may need a package that a first run lacked
