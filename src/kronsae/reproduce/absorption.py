@@ -10,7 +10,7 @@ from kronsae.reproduce.claims import Row, Verdict
 from kronsae.reproduce.context import Context
 from kronsae.reproduce.sparsity import specs
 from kronsae.reproduce.study import Study
-from kronsae.reproduce.tables import Column, Comparison, judge, means, minus, of
+from kronsae.reproduce.tables import EV, Column, Comparison, judge, means, minus, of
 from kronsae.runs.run import Run
 from kronsae.support.progress import progress_bar
 
@@ -63,7 +63,7 @@ def table(found: Sequence[Row]) -> list[str]:
         Column("full absorption", "mean_full_absorption", "{:.3f}"),
         Column("split latents", "mean_num_split_latents", "{:.2f}"),
         Column("F1 of the best latent", "mean_f1", "{:.3f}"),
-        Column("EV", "explained_variance"),
+        EV,
         Column("dead", "dead_share", "{:.1%}"),
     ]
     first = found[0]

@@ -11,6 +11,7 @@ from kronsae.data.model import ModelConfig
 from kronsae.data.text import TextConfig
 from kronsae.reproduce.claims import Row
 from kronsae.reproduce.scales import Scale
+from kronsae.reproduce.tables import EXPLAINED
 from kronsae.runs.harvest import harvest
 from kronsae.runs.run import Run
 from kronsae.support.config import to_dict
@@ -24,7 +25,16 @@ RATE = ".lr"
 TRAINED, ACTIVATIONS, BASE = "trained", "activations", "base.json"
 FIGURES = (
     *("name", "seed", "architecture", "gate", "num_heads", "d_base", "d_extension", "k", "lr", "d_sae"),
-    *("parameters", "encoder_parameters", "tokens", "training_flops", "explained_variance", "l0", "dead_share"),
+    *(
+        "parameters",
+        "encoder_parameters",
+        "tokens",
+        "training_flops",
+        "explained_variance",
+        "explained_variance_per_token",
+        "l0",
+        "dead_share",
+    ),
     *("ce_recovered", "kl_recovered", "seconds", "evaluation_tokens", "commit", "group", "name_in_group", "diverged"),
 )
 """Columns of a sweep's rows that a study keeps."""
@@ -100,7 +110,7 @@ class Context:
         """Train SAEs, each at the learning rate that is best for it; return the rows of `train`.
 
         With the first seed, each SAE is trained at every rate of the scale; the rate with the largest explained
-        variance is used for the other seeds.
+        variance (`EXPLAINED`) is used for the other seeds.
 
         Args:
             saes: by name, a function from the multiple of the scale's learning rate to the specification.
@@ -112,7 +122,7 @@ class Context:
         best = {}
         for name in saes:
             own = [row for row in tried if row["name"].rpartition(RATE)[0] == name]
-            best[name] = max(own, key=lambda row: float(row["explained_variance"]))
+            best[name] = max(own, key=lambda row: float(row[EXPLAINED]))
         chosen = [
             f"{saes[name](float(row['name'].rpartition(RATE)[2]))} name={row['name']}" for name, row in best.items()
         ]

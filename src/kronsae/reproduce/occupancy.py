@@ -11,7 +11,7 @@ from kronsae.reproduce import shapes, sparsity
 from kronsae.reproduce.claims import Row, Verdict
 from kronsae.reproduce.context import Context
 from kronsae.reproduce.study import Study
-from kronsae.reproduce.tables import EV, Column, Comparison, judge, means, of
+from kronsae.reproduce.tables import EV, EXPLAINED, Column, Comparison, judge, means, of
 
 LEAST = 1e-3
 """Excess residuals below this, which are not clear of the spread over seeds, are fitted as this value."""
@@ -24,13 +24,13 @@ def rows(context: Context) -> list[Row]:
     grid = "{" + ",".join(map(str, ks)) + "}"
     kron = [f"{context.sae('kron', d_base=m, d_extension=n, k=grid)} name=kron-{m}x{n}" for m, n in shapes.SHAPES]
     found = context.train([sparsity.specs(context, "topk", ks), *kron])
-    topk = {(row["k"], row["seed"]): float(row["explained_variance"]) for row in found if row["num_heads"] is None}
+    topk = {(row["k"], row["seed"]): float(row[EXPLAINED]) for row in found if row["num_heads"] is None}
     return [
         {
             **row,
             "occupancy": row["k"] / row["num_heads"],
             "topk_explained_variance": topk[row["k"], row["seed"]],
-            "excess": (1 - row["explained_variance"]) / (1 - topk[row["k"], row["seed"]]) - 1,
+            "excess": (1 - row[EXPLAINED]) / (1 - topk[row["k"], row["seed"]]) - 1,
         }
         for row in found
         if row["num_heads"] is not None

@@ -9,13 +9,24 @@ from kronsae.core.pursuit import Pursuit
 from kronsae.reproduce.claims import Row, Verdict
 from kronsae.reproduce.context import Context
 from kronsae.reproduce.study import Study
-from kronsae.reproduce.tables import ENCODER, RECONSTRUCTION, SPLICED, Column, Comparison, judge, means, minus, of
+from kronsae.reproduce.tables import (
+    ENCODER,
+    EXPLAINED,
+    RECONSTRUCTION,
+    SPLICED,
+    Column,
+    Comparison,
+    judge,
+    means,
+    minus,
+    of,
+)
 from kronsae.runs.evaluation import evaluate_pursuit
 from kronsae.support.progress import progress_bar
 
 SHAPES: dict[str, tuple[int, int] | None] = {"topk": None, "kron-2x4": (2, 4), "kron-4x4": (4, 4)}
 PLAIN, ENCODED, TRAINED = "plain", "plain-encoded-with-pursuit", "trained-with-pursuit"
-KEYS = ("explained_variance", "l0", "dead_share", "ce_recovered", "kl_recovered")
+KEYS = ("explained_variance", EXPLAINED, "l0", "dead_share", "ce_recovered", "kl_recovered")
 PURSUIT = Pursuit()
 
 

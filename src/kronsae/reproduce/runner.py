@@ -12,7 +12,7 @@ from typing import Any
 from kronsae.reproduce import STUDIES, study
 from kronsae.reproduce.context import Context
 from kronsae.reproduce.study import Study
-from kronsae.reproduce.tables import markdown_rows
+from kronsae.reproduce.tables import EXPLAINED, markdown_rows
 from kronsae.runs.planning import format_duration
 from kronsae.support.config import to_dict
 from kronsae.support.errors import UserError
@@ -53,7 +53,7 @@ class Result:
             *study.table(kept["rows"]),
             "",
             *([f"![{study.title}]({study.name}.png)", "", kept["picture"], ""] if kept.get("picture") else []),
-            f"Mean over {len(seeds)} seed(s), range in brackets. {_chance(len(seeds))}{study.limits}",
+            f"Mean over {len(seeds)} seed(s), range in brackets. {_chance(len(seeds))}{_explained(kept)}{study.limits}",
             "",
             "## How",
             "",
@@ -61,7 +61,7 @@ class Result:
             f"{scale['tokens']:,} training tokens of {_source(kept)}, {scale['eval_tokens']:,} held-out tokens. "
             f"{format_duration(kept['seconds'])} on {about['cores']} core(s) of {about['processor']}, torch "
             f"{about['versions']['torch']}, commit {about['commit']}, {about['date']} ([result]({study.name}.json), "
-            f"[rows]({study.name}.csv)).",
+            f"[rows]({study.name}.csv)).{_trained_at(kept)}",
             "",
             "<!-- /results -->",
             "",
@@ -164,10 +164,25 @@ def index(found: Sequence[Result]) -> str:
     )
 
 
+def _explained(kept: Mapping[str, Any]) -> str:
+    if not any(EXPLAINED in row for row in kept["rows"]):
+        return ""
+    return (
+        "EV is the mean over tokens of 1 - |x - x_hat|^2 / |x - mean|^2, as in the paper's listing. Of all tokens "
+        "together, it is the ratio of the sums, which few tokens of very large norm decide. "
+    )
+
+
+def _trained_at(kept: Mapping[str, Any]) -> str:
+    """Name the commits of the rows, if the SAEs were trained at others than the study."""
+    commits = {str(row["commit"]) for row in kept["rows"] if row.get("commit")} - {kept["provenance"]["commit"]}
+    return f" SAEs were trained at {', '.join(sorted(commits))}." if commits else ""
+
+
 def _chance(seeds: int) -> str:
     if seeds < 2:
         return "One seed decides nothing. "
-    return f"Without a true difference, all {seeds} seeds agree with a probability of 1/{2 ** (seeds - 1)}. "
+    return f"Without a true difference, a comparison agrees in all {seeds} seeds with a probability of 1/{2**seeds}. "
 
 
 def _digest(text: str) -> str | None:
