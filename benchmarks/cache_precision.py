@@ -95,7 +95,7 @@ def main() -> None:
                     ev = float(explained_variance(x_BD, x_hat_BD))
                     base.setdefault((sae, seed), ev)
                     row: dict[str, object] = {"dtype": dtype, "sae": sae, "explained_variance": round(ev, 6)}
-                    per_token = float(explained_variance_per_token(x_BD, x_hat_BD, x_BD.mean(0)))
+                    per_token = float(explained_variance_per_token(x_BD, x_hat_BD, x_BD.mean(0)).mean())
                     row |= {"explained_variance_per_token": round(per_token, 6), "lr": arguments.lr}
                     row |= {"difference": round(ev - base[sae, seed], 6), "lost_variance": lost / manifest.tokens}
                     row |= {"bytes_per_token": token_bytes(manifest.d_in, dtype), "hook": arguments.hook}
