@@ -7,7 +7,7 @@ little that its differences show how far two trainings part that differ in their
 
     python benchmarks/cache_precision.py [--tokens 65536] [--out benchmarks/results/cache_precision.csv]
     python benchmarks/cache_precision.py --model smollm2 --text english.jsonl.gz --hook layers.15 --d-sae 4096 --k 32
-        --lr 0.002 --seeds 3 --dtypes float16,int8 --context-length 128 --model-batch 8
+        --lr 0.002 --tokens 32768 --seeds 3 --dtypes float16,int8 --context-length 128 --model-batch 8
         --out benchmarks/results/cache_precision_smollm2.csv
 """
 

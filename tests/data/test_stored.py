@@ -276,7 +276,7 @@ def test_mappings_make_room_where_the_address_space_is_limited(
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(stored.mmap, "mmap", limited)
+    monkeypatch.setattr(mmap, "mmap", limited)
     stream = StoredActivations(folder, batch_size=10, repeat=False)
     if allowed:
         assert [numbers(values) for values, _ in stream] == expected
