@@ -7,7 +7,7 @@ little that its differences show how far two trainings part that differ in their
 
     python benchmarks/cache_precision.py [--tokens 65536] [--out benchmarks/results/cache_precision.csv]
     python benchmarks/cache_precision.py --model smollm2 --text english.jsonl.gz --hook layers.15 --d-sae 4096 --k 32
-        --lr 0.002 --seeds 3 --dtypes float16,int8 --context-length 128 --model-batch 8
+        --lr 0.002 --tokens 32768 --seeds 3 --dtypes float16,int8 --context-length 128 --model-batch 8
         --out benchmarks/results/cache_precision_smollm2.csv
 """
 
@@ -95,7 +95,7 @@ def main() -> None:
                     ev = float(explained_variance(x_BD, x_hat_BD))
                     base.setdefault((sae, seed), ev)
                     row: dict[str, object] = {"dtype": dtype, "sae": sae, "explained_variance": round(ev, 6)}
-                    per_token = float(explained_variance_per_token(x_BD, x_hat_BD))
+                    per_token = float(explained_variance_per_token(x_BD, x_hat_BD, x_BD.mean(0)).mean())
                     row |= {"explained_variance_per_token": round(per_token, 6), "lr": arguments.lr}
                     row |= {"difference": round(ev - base[sae, seed], 6), "lost_variance": lost / manifest.tokens}
                     row |= {"bytes_per_token": token_bytes(manifest.d_in, dtype), "hook": arguments.hook}

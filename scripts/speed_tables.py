@@ -287,7 +287,8 @@ def processes() -> str:
 
 def precision() -> str:
     """Return the tables of explained variance by precision of the stored activations."""
-    return "\n\n".join(precision_table(name) for name in ("cache_precision", "cache_precision_smollm2"))
+    names = ("cache_precision", "cache_precision_smollm2", "cache_precision_smollm2_lr006")
+    return "\n\n".join(precision_table(name) for name in names)
 
 
 def precision_table(name: str) -> str:
@@ -306,11 +307,12 @@ def precision_table(name: str) -> str:
             cell.append(f"{mean:.4f}" if dtype == "float32" else f"{mean:.4f} ({changes})")
         cells.append(cell)
     headings = ["dtype", "bytes per token", "lost variance"]
+    rate = first.get("lr", "")
     model = "the bundled model" if first.get("model", "bundled") == "bundled" else first["model"]
     sizes = (
         f"\n\nExplained variance, mean of the seeds (and difference to float32 of each seed). {first['hook']} of "
         f"{model}, D = {first['d_in']}, F = {int(first['d_sae']):,}, k = {first['k']}, "
-        f"{int(first['tokens']):,} tokens, {first['epochs']} epochs."
+        f"{int(first['tokens']):,} tokens, {first['epochs']} epochs{f', learning rate {rate}' if rate else ''}."
     )
     return table([*headings, *(f"EV of {sae}" for sae in saes)], cells) + sizes + about(name, first)
 
