@@ -50,6 +50,7 @@ def test_every_sae_has_its_best_rate_and_the_verdict_its_comparisons(
     assert {row["f1_independent"] for row in found} == {0.4}
     judged = known_features.verdict(found)
     assert judged.holds == Holds.PARTLY
-    assert judged.why.startswith("4 of 16 comparisons agree in every seed.")  # MCC of two SAEs in two settings
+    # MCC of two SAEs in two settings
+    assert judged.why.startswith("4 of 16 comparisons agree in every seed, 0 disagree in every seed.")
     assert "MCC of kron-2x4-pursuit-4 minus plain TopK's, no conjunctions: +0.100;" in judged.why
     assert "with conjunctions" not in judged.why

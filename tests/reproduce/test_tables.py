@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from kronsae.reproduce.claims import Holds
-from kronsae.reproduce.tables import Column, Comparison, judge, mean_and_range, means, minus, of
+from kronsae.reproduce.tables import EXPLAINED, Column, Comparison, judge, mean_and_range, means, minus, of
 
 
 def row(name: str, seed: int, ev: float | None) -> dict[str, Any]:
-    return {"name": name, "seed": seed, "explained_variance": ev}
+    return {"name": name, "seed": seed, "explained_variance": ev, EXPLAINED: ev}
 
 
 ROWS = [row("a", 0, 0.5), row("b", 0, 0.4), row("b", 1, 0.6), row("a", 1, 0.9)]
@@ -54,6 +54,8 @@ def test_a_claim_holds_if_every_seed_agrees(differences: list[list[float]], abov
     verdict = judge([Comparison("a minus b", values, above=above) for values in differences])
     assert verdict.holds == holds
     assert "a minus b: " in verdict.why
+    disagreeing = sum(max(values) < above for values in differences)
+    assert f", {disagreeing} disagree in every seed. a minus b" in verdict.why
 
 
 def test_a_sentence_says_where_seeds_disagree() -> None:

@@ -77,7 +77,20 @@ def table(found: Sequence[Row]) -> list[str]:
 def verdict(found: Sequence[Row]) -> Verdict:
     """Compare KronSAE's mean absorption fraction with TopK's: lower, and by the paper's factor."""
     comparisons, ratios = compared(found)
-    return judge(comparisons, f" {ratios} (the paper: 0.55 to 0.75).")
+    least, most = (f"{bound(float(row['mean_f1']) for row in found):.2f}" for bound in (min, max))
+    control = [
+        Comparison(
+            f"TopK's absorption fraction minus Matryoshka's at l0 {k}",
+            minus(of(found, name="topk", k=k), of(found, name="matryoshka", k=k), "mean_absorption_fraction"),
+            "{:+.3f}",
+        )
+        for k in sorted({int(row["k"]) for row in found})
+    ]
+    return judge(
+        comparisons,
+        f" {ratios} (the paper: 0.55 to 0.75). The F1 of the best latent of a class is {least} to {most}: where it is "
+        f"low, hardly a latent stands for a class, and little is there to be absorbed. {'; '.join(map(str, control))}.",
+    )
 
 
 def compared(found: Sequence[Row]) -> tuple[list[Comparison], str]:

@@ -43,7 +43,7 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def verdict(found: Sequence[Row]) -> Verdict:
-    """Compare the best KronSAE with TopK at equal FLOPs, which is the paper's claim, and report equal tokens."""
+    """Compare each KronSAE with TopK at equal FLOPs, which is the paper's claim, and report equal tokens."""
     at_flops: list[Comparison] = []
     at_tokens: list[Comparison] = []
     for d_sae in dict.fromkeys(row["d_sae"] for row in found):
@@ -70,6 +70,6 @@ Pythia-1.4B, 125M tokens for TopK and the same FLOPs for KronSAE, EV.""",
     rows=rows,
     table=table,
     judge=verdict,
-    limits="Where activations are harvested, the additional tokens of equal FLOPs repeat those that TopK is trained "
-    "on. Tens of thousands of latents learn little on few tokens: compare the dead shares.",
+    limits="The activations are twice the scale's tokens; more tokens than that repeat. Tens of thousands of latents "
+    "learn little on few tokens: compare the dead shares.",
 )

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kronsae.data.manifest import read_manifest
 from kronsae.data.model import ModelConfig
+from kronsae.data.places import open_place
 from kronsae.data.text import TextConfig
 from kronsae.reproduce.claims import Row
 from kronsae.reproduce.scales import Scale
@@ -15,6 +17,7 @@ from kronsae.reproduce.tables import EXPLAINED
 from kronsae.runs.harvest import harvest
 from kronsae.runs.run import Run
 from kronsae.support.config import to_dict
+from kronsae.support.errors import UserError
 from kronsae.support.files import write_json
 from kronsae.support.progress import progress_bar
 from kronsae.sweeps.grid import SweepConfig
@@ -22,6 +25,8 @@ from kronsae.sweeps.sweep import execute_sweep
 
 RATE = ".lr"
 """Between the name of an SAE and its multiple of the learning rate, while the best one is sought."""
+HARVESTED = 2
+"""How many times the scale's tokens are harvested."""
 TRAINED, ACTIVATIONS, BASE = "trained", "activations", "base.json"
 FIGURES = (
     *("name", "seed", "architecture", "gate", "num_heads", "d_base", "d_extension", "k", "lr", "d_sae"),
@@ -141,22 +146,34 @@ class Context:
             yield Run(self.folder / TRAINED / "groups" / group), saes
 
     def activations(self) -> Path:
-        """Return the folder of harvested activations of all layers; harvest them the first time."""
+        """Return the folder of harvested activations of all layers; harvest them the first time.
+
+        They are twice the scale's tokens: SAEs of equal FLOPs train longer, and batches are drawn from all of them.
+
+        Raises:
+            UserError: the folder holds another number of tokens.
+        """
         folder, scale = self.folder / ACTIVATIONS, self.scale
+        tokens = HARVESTED * scale.tokens
         if not (folder / "manifest.json").exists():
-            self.say(f"Harvesting {scale.tokens:,} tokens at {', '.join(scale.layers)} of {scale.model}.")
+            self.say(f"Harvesting {tokens:,} tokens at {', '.join(scale.layers)} of {scale.model}.")
             with progress_bar("harvesting", quiet=self.quiet) as progress:
                 harvest(
                     model=ModelConfig(name=scale.model, dtype=scale.model_dtype),
                     text=TextConfig(source=scale.text, subset=scale.subset),
                     hook=[scale.hook, *(layer for layer in scale.layers if layer != scale.hook)],
-                    tokens=scale.tokens,
+                    tokens=tokens,
                     out=folder,
                     dtype="bfloat16",
                     context_length=scale.context_length,
                     model_batch=scale.model_batch,
                     progress=progress,
                 )
+        if (held := read_manifest(open_place(folder)).tokens) != tokens:
+            raise UserError(
+                f"'{folder}' must hold {tokens:,} tokens for this scale; it holds {held:,}. Remove it, or give another "
+                "--out."
+            )
         return folder
 
     def _base(self, hook: str) -> Path:

@@ -127,6 +127,7 @@ STUDY = Study(
     rows=rows,
     table=table,
     judge=verdict,
+    synthetic=True,
     limits="The same at every scale: 512 features in 96 dimensions, see docs/measurements/synthetic.md. "
     "'-pursuit' has 2 rounds among 2k candidates, '-pursuit-4' 4 rounds among 4k; such an SAE is scored by its "
     "pursued codes. F1 is the mean over latents: where there are several per feature, few of them can be a feature's "

@@ -20,7 +20,7 @@ from kronsae.support.progress import progress_bar
 
 KINDS: dict[LabelName, Per] = {"parts-of-speech": "token", "categories": "text", "sentiment": "text"}
 """Labels of English text, and whether tokens or whole texts have them."""
-PYTHON = "names in Python code"
+PYTHON = "syntax of Python code"
 WINDOWS = 120
 """Training windows of the labels that tokens have; the parts of speech of a few thousand tokens are enough."""
 
@@ -132,6 +132,6 @@ STUDY = Study(
     judge=verdict,
     limits="The paper has no such measurement. Labels: parts of speech (by token) and categories (by text) of the "
     "Brown corpus, sentiment of movie reviews (by text: a line has its review's, which many lines do not show); at the "
-    "bundled scale, names in Python code. By text: means of the activations over the first window of each text, as in "
-    "SAEBench's sparse probing. Where a probe on the activations is near chance, latents cannot differ by much.",
+    "bundled scale, the syntax of Python code. By text: means of the activations over the first window of each text, "
+    "as in SAEBench's sparse probing. Where a probe on the activations is near chance, latents cannot differ by much.",
 )

@@ -57,8 +57,7 @@ class Result:
             "",
             "## How",
             "",
-            f"`kronsae reproduce {study.name} --scale {scale['name']}`: {scale['model']}, {scale['layers'][1]}, "
-            f"{scale['tokens']:,} training tokens of {_source(kept)}, {scale['eval_tokens']:,} held-out tokens. "
+            f"`kronsae reproduce {study.name} --scale {scale['name']}`{_material(study, kept)}. "
             f"{format_duration(kept['seconds'])} on {about['cores']} core(s) of {about['processor']}, torch "
             f"{about['versions']['torch']}, commit {about['commit']}, {about['date']} ([result]({study.name}.json), "
             f"[rows]({study.name}.csv)).{_trained_at(kept)}",
@@ -170,6 +169,16 @@ def _explained(kept: Mapping[str, Any]) -> str:
     return (
         "EV is the mean over tokens of 1 - |x - x_hat|^2 / |x - mean|^2, as in the paper's listing. Of all tokens "
         "together, it is the ratio of the sums, which few tokens of very large norm decide. "
+    )
+
+
+def _material(study: Study, kept: Mapping[str, Any]) -> str:
+    if study.synthetic:
+        return ""
+    scale = kept["scale"]
+    return (
+        f": {scale['model']}, {scale['layers'][1]}, {scale['tokens']:,} training tokens of {_source(kept)}, "
+        f"{scale['eval_tokens']:,} held-out tokens"
     )
 
 

@@ -64,6 +64,7 @@ STUDY = Study(
     rows=rows,
     table=table,
     judge=verdict,
+    synthetic=True,
     limits="M = 4, N = 8, k = 50, batches of 256 tokens. Both use the library's own kernels, which select and decode "
     "sparsely; the paper times a dense listing. Absolute times depend on the machine: read the ratio.",
 )

@@ -24,6 +24,7 @@ class Study:
         table: the rows as lines of Markdown: means over seeds with ranges.
         judge: compares the rows with the claim.
         draw: draws a picture to a path and returns its caption, or None where it cannot be drawn.
+        synthetic: whether it is measured on synthetic data, and not on the scale's model.
         limits: what the study leaves out or does differently, as sentences.
     """
 
@@ -36,4 +37,5 @@ class Study:
     judge: Callable[[Sequence[Row]], Verdict]
     draw: Callable[[Context, Sequence[Row], Path], str | None] | None = None
     paper: str = ""
+    synthetic: bool = False
     limits: str = ""

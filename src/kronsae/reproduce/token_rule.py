@@ -50,11 +50,12 @@ def verdict(found: Sequence[Row]) -> Verdict:
 STUDY = Study(
     name="token-rule",
     title="Latents and the tokens around them",
-    of="the interpretability scores of figure 7",
-    claim="KronSAE's latents are easier to interpret than TopK's.",
+    of="in place of the interpretability scores of figure 7",
+    claim="Nearby tokens predict KronSAE's latents better than TopK's: they are easier to describe.",
     rows=rows,
     table=table,
     judge=verdict,
-    limits="The paper scores explanations by a large language model. Here a logistic regression on the nearby tokens "
-    "takes its place. It detects latents that respond to tokens, not those with a meaning beyond them.",
+    limits="The paper scores explanations by a large language model, which was not repeated. Here logistic regression "
+    "on the nearby tokens takes its place. It detects latents that respond to tokens, not those with a meaning beyond "
+    "them.",
 )

@@ -125,6 +125,7 @@ STUDY = Study(
     rows=rows,
     table=table,
     judge=verdict,
+    synthetic=True,
     limits="The same at every scale. The paper has no controls: untrained SAEs, and the RV with the truth of the next "
     "covariance, on which the SAE was not trained. The matchings: docs/measurements/toy.md.",
 )
