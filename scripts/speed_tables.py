@@ -287,8 +287,7 @@ def processes() -> str:
 
 def precision() -> str:
     """Return the tables of explained variance by precision of the stored activations."""
-    names = ("cache_precision", "cache_precision_smollm2", "cache_precision_smollm2_lr006")
-    return "\n\n".join(precision_table(name) for name in names)
+    return "\n\n".join(precision_table(name) for name in ("cache_precision", "cache_precision_smollm2"))
 
 
 def precision_table(name: str) -> str:
@@ -296,15 +295,19 @@ def precision_table(name: str) -> str:
     rows = rows_of(name)
     first = rows[0]
     saes = list(dict.fromkeys(row["sae"] for row in rows))
+    figures = {"explained_variance_per_token": "EV", "explained_variance": "EV of all tokens together"}
+    figures = {key: words for key, words in figures.items() if key in first}
+    base = {(row["sae"], row["seed"]): row for row in rows if row["dtype"] == "float32"}
     cells = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         own = [row for row in rows if row["dtype"] == dtype]
         cell = [dtype, own[0]["bytes_per_token"], f"{float(own[0]['lost_variance']):.1e}"]
-        for sae in saes:
-            values = [(float(row["explained_variance"]), float(row["difference"])) for row in own if row["sae"] == sae]
-            mean = sum(value for value, _ in values) / len(values)
-            changes = " ".join(f"{change:+.5f}" for _, change in values)
-            cell.append(f"{mean:.4f}" if dtype == "float32" else f"{mean:.4f} ({changes})")
+        for key in figures:
+            for sae in saes:
+                values = [float(row[key]) for row in own if row["sae"] == sae]
+                changes = [float(row[key]) - float(base[sae, row["seed"]][key]) for row in own if row["sae"] == sae]
+                mean = f"{sum(values) / len(values):.4f}"
+                cell.append(mean if dtype == "float32" else f"{mean} ({' '.join(f'{one:+.5f}' for one in changes)})")
         cells.append(cell)
     headings = ["dtype", "bytes per token", "lost variance"]
     rate = first.get("lr", "")
@@ -314,7 +317,8 @@ def precision_table(name: str) -> str:
         f"{model}, D = {first['d_in']}, F = {int(first['d_sae']):,}, k = {first['k']}, "
         f"{int(first['tokens']):,} tokens, {first['epochs']} epochs{f', learning rate {rate}' if rate else ''}."
     )
-    return table([*headings, *(f"EV of {sae}" for sae in saes)], cells) + sizes + about(name, first)
+    columns = [f"{words}, {sae}" for words in figures.values() for sae in saes]
+    return table([*headings, *columns], cells) + sizes + about(name, first)
 
 
 def passes() -> str:
