@@ -247,6 +247,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "training_flops": ("FLOPs", "{:.2e}"),
     "tokens": ("tokens", "{:,}"),
     "explained_variance": ("EV", "{:.4f}"),
+    "explained_variance_per_token": ("EV per token", "{:.4f}"),
     "l0": ("l0", "{:.1f}"),
     "dead_share": ("dead", "{:.1%}"),
     "ce_recovered": ("CE recovered", "{:.4f}"),
