@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -55,8 +57,10 @@ def passes(language_model: LanguageModel, memory_tokens: float = float("inf")) -
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     handle = language_model.model.register_forward_pre_hook(see, with_kwargs=True)
-    yield shapes
-    handle.remove()
+    try:
+        yield shapes
+    finally:
+        handle.remove()
 
 
 def divisions(items: list[int]) -> Iterator[list[list[int]]]:
@@ -200,6 +204,15 @@ def test_a_single_window_that_does_not_fit_is_an_error(tiny_model_folder: Folder
         "context_length must be so small that the model can read one window; the memory of cpu does not suffice for "
         "one of 24 tokens. Give a smaller context_length, or dtype=bfloat16."
     )
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_half_of_an_odd_number_of_windows_is_rounded_up(tiny_model_folder: FolderOf) -> None:
+    language_model = load(tiny_model_folder("llama"), (None, 10**6))
+    with passes(language_model, memory_tokens=50) as shapes:
+        hidden_states(language_model, 2, next(iter(tokens(language_model, windows=3)()))[0])
+    assert shapes[:2] == [(3, 24), (2, 24)]
+    assert language_model.pass_size.most_tokens == 48
 
 
 def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(tiny_model_folder: FolderOf) -> None:
@@ -221,6 +234,47 @@ def test_what_is_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory that count allocations are Linux's")
+def test_lack_of_memory_is_known_wherever_it_shows(tmp_path: Path) -> None:
+    """Under each limit that allows less than GELU takes, which PyTorch leaves to oneDNN, or all that it takes."""
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ends = done.stdout.splitlines()
+    assert "computed" in ends
+    assert "refused: True" in ends
+    assert not [end for end in ends if end.startswith("refused: False")]
+
+
+# Each limit has a process of its own. Where even less is left than an exception takes, a process is killed.
+LIMITED = """
+import os, resource
+import torch
+from kronsae.data.passes import is_out_of_memory
+torch.set_num_threads(1)
+
+def try_with(more):
+    x = torch.ones(100_000)
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    limit = 1024 * (int(status["VmData"].split()[0]) + more)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    try:
+        torch.nn.functional.gelu(x)
+        end = "computed"
+    except (RuntimeError, MemoryError) as error:
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        end = f"refused: {is_out_of_memory(error)} {'' if is_out_of_memory(error) else error}".strip()
+    print(end, flush=True)
+
+for more in (*range(0, 900, 60), 64_000):
+    if not (child := os.fork()):
+        try_with(more)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
 
 
 def test_reading_ahead_changes_nothing(tiny_model_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -72,8 +73,8 @@ def read_points(
     while waiting:
         part = waiting.pop(0)
         found = _read_part(language_model, points, part)
-        if found is None:
-            size.halve(part, language_model.device)
+        if isinstance(found, BaseException):
+            size.halve(part, language_model.device, found)
             _tell(size, part)
             waiting = size.parts(batch, sorted(row for left in (part, *waiting) for row in left.rows))
         elif part.input_ids_ST.shape == batch.input_ids_ST.shape:
@@ -86,8 +87,10 @@ def read_points(
     return whole
 
 
-def _read_part(language_model: LanguageModel, points: Mapping[str, HookPoint], part: Part) -> dict[str, Tensor] | None:
-    """Return the hidden states at the points, from one pass; None if memory does not suffice."""
+def _read_part(
+    language_model: LanguageModel, points: Mapping[str, HookPoint], part: Part
+) -> dict[str, Tensor] | BaseException:
+    """Return the hidden states at the points, from one pass; the error if memory does not suffice."""
     try:
         with _reading(points, part, to_the_end=False) as found:
             forward(language_model, part)
@@ -96,7 +99,8 @@ def _read_part(language_model: LanguageModel, points: Mapping[str, HookPoint], p
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return None
+        clear_frames(error.__traceback__)  # frees the tensors of the pass
+        return error
     raise _never_ran(points, found)
 
 

@@ -26,8 +26,19 @@ weights. 17 to 42 were measured on two models."""
 OTHER_FIXED_TOKENS = 1024
 """The same on another device. Not measured: launching the kernels takes a few milliseconds, whatever the windows."""
 
-MEMORY_WORDS = ("can't allocate memory", "not enough memory")
-"""In the RuntimeError that PyTorch raises where the system refuses memory."""
+MEMORY_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a primitive",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""In the RuntimeError that PyTorch raises if memory is refused: to itself, to oneDNN, to C++, or to CUDA's libraries.
+
+oneDNN gives no reason. The error that is raised in the end has the original one as its cause.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,19 +91,19 @@ class PassSize:
         chosen = [[rows[index] for index in group] for group in groups]
         return [_part(batch, mine, max(lengths[row] for row in mine)) for mine in chosen]
 
-    def halve(self, part: Part, device: torch.device) -> None:
-        """Go on with half as many windows at once as there are in a part, for which memory did not suffice.
+    def halve(self, part: Part, device: torch.device, error: BaseException) -> None:
+        """Go on with half as many windows at once (rounded up) as a part has, for which memory did not suffice.
 
         Raises:
-            UserError: If that is a single window.
+            UserError: If that is a single window; its cause is ``error``, with which the pass ended.
         """
         windows, columns = part.input_ids_ST.shape
         if windows == 1:
             raise UserError(
                 f"context_length must be so small that the model can read one window; the memory of {device} does not "
                 f"suffice for one of {columns} tokens. Give a smaller context_length, or dtype=bfloat16."
-            )
-        self.most_tokens = windows // 2 * columns
+            ) from error
+        self.most_tokens = (windows + 1) // 2 * columns
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
