@@ -15,7 +15,7 @@ import torch
 from tests.tiny_models import CAUSAL_KINDS, KINDS, TEXT, WIDTH
 
 from kronsae.data import harvest
-from kronsae.data.harvest import ActivationStream, hidden_states
+from kronsae.data.harvest import ActivationStream, hidden_states, kept_rows
 from kronsae.data.model import LanguageModel, ModelConfig, load_model
 from kronsae.data.passes import PassSize, is_out_of_memory, window_groups, window_lengths
 from kronsae.data.prefetch import Prefetched
@@ -142,6 +142,9 @@ def test_parts_give_what_the_whole_batch_gives(kind: str, tiny_model_folder: Fol
     for hook in hooks:
         assert found[hook].shape == (*batch.input_ids_ST.shape, WIDTH)
         torch.testing.assert_close(found[hook][batch.keep_ST], expected[hook][batch.keep_ST], rtol=1e-5, atol=1e-6)
+    for language_model, hidden in ((whole, expected), (divided, found)):
+        for hook, rows_ND in kept_rows(language_model, hooks, batch).items():
+            assert torch.equal(rows_ND, hidden[hook][batch.keep_ST])
 
 
 @pytest.mark.parametrize("kind", CAUSAL_KINDS[:2])
@@ -213,6 +216,39 @@ def test_half_of_an_odd_number_of_windows_is_rounded_up(tiny_model_folder: Folde
         hidden_states(language_model, 2, next(iter(tokens(language_model, windows=3)()))[0])
     assert shapes[:2] == [(3, 24), (2, 24)]
     assert language_model.pass_size.most_tokens == 48
+
+
+@pytest.mark.parametrize("hooks", [[2], [1, 2]])
+@pytest.mark.parametrize("function", ["new_zeros", "new_empty", "float"])
+def test_activations_of_a_batch_that_do_not_fit_are_an_error(
+    function: str, hooks: list[int], tiny_model_folder: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model = load(tiny_model_folder("llama"), (60, 4))
+    batch = first_batch(language_model)
+    read = hidden_states if function == "new_zeros" else kept_rows
+    read(language_model, hooks, batch)
+
+    real = harvest._read_part
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+
+    def read_part(*arguments: Any) -> Any:
+        found = real(*arguments)
+        monkeypatch.setattr(torch.Tensor, function, refuse)
+        return found
+
+    monkeypatch.setattr(harvest, "_read_part", read_part)
+    with passes(language_model) as shapes, pytest.raises(UserError) as caught:
+        read(language_model, hooks, batch)
+    monkeypatch.undo()
+    assert str(caught.value) == (
+        "model_batch must be so small that the activations of one batch fit into memory; that of cpu does not suffice "
+        f"for 8 windows of 24 tokens at {len(hooks)} hook(s). Give a smaller model_batch, or fewer hooks."
+    )
+    assert "1 TB" in str(caught.value.__cause__)
+    assert len(shapes) == 1
+    assert language_model.pass_size.most_tokens == 60
 
 
 def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(tiny_model_folder: FolderOf) -> None:

@@ -68,6 +68,49 @@ def read_points(
 ) -> dict[str, Float[Tensor, "S T D"]]:
     """Return the same as `hidden_states` for hooks that are already resolved, by the keys of ``points``."""
     whole: dict[str, Tensor] = {}
+    with _room(batch, points, language_model):
+        for part, found in _parts_read(language_model, points, batch):
+            if part.input_ids_ST.shape == batch.input_ids_ST.shape:
+                return found
+            for name, hidden_STD in found.items():
+                if name not in whole:
+                    whole[name] = hidden_STD.new_zeros((*batch.input_ids_ST.shape, hidden_STD.shape[-1]))
+                whole[name][part.rows, : hidden_STD.shape[1]] = hidden_STD
+    return whole
+
+
+def kept_rows(language_model: LanguageModel, hooks: Hooks, batch: Tokens) -> dict[str, Float[Tensor, "N D"]]:
+    """Return the kept tokens' activations by hook, in float32, in the order of the tokens.
+
+    They are those of `hidden_states`; of each pass, only they are kept.
+
+    Raises:
+        UserError: As of `hidden_states`, or if the memory does not suffice for the rows of all hooks.
+    """
+    points = {name: resolve_hook(language_model.model, hook) for name, hook in _named(hooks).items()}
+    device = language_model.device
+    place_ST = batch.keep_ST.flatten().cumsum(0).view(batch.keep_ST.shape) - 1
+    count = int(batch.keep_ST.sum())
+    rows: dict[str, Tensor] = {}
+    with _room(batch, points, language_model):
+        for part, found in _parts_read(language_model, points, batch):
+            places_N = place_ST[part.rows, : part.keep_ST.shape[1]][part.keep_ST].to(device)
+            keep_ST = part.keep_ST.to(device)
+            for name in points:
+                kept_ND = found.pop(name)[keep_ST].float()
+                if len(kept_ND) == count:
+                    rows[name] = kept_ND
+                    continue
+                if name not in rows:
+                    rows[name] = kept_ND.new_empty((count, kept_ND.shape[1]))
+                rows[name][places_N] = kept_ND
+    return rows
+
+
+def _parts_read(
+    language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
+) -> Iterator[tuple[Part, dict[str, Tensor]]]:
+    """Yield the parts of a batch with their hidden states, until each window is read."""
     size = language_model.pass_size
     waiting = size.parts(batch)
     while waiting:
@@ -77,14 +120,24 @@ def read_points(
             size.halve(part, language_model.device, found)
             _tell(size, part)
             waiting = size.parts(batch, sorted(row for left in (part, *waiting) for row in left.rows))
-        elif part.input_ids_ST.shape == batch.input_ids_ST.shape:
-            return found
         else:
-            for name, hidden_STD in found.items():
-                if name not in whole:
-                    whole[name] = hidden_STD.new_zeros((*batch.input_ids_ST.shape, hidden_STD.shape[-1]))
-                whole[name][part.rows, : hidden_STD.shape[1]] = hidden_STD
-    return whole
+            yield part, found
+
+
+@contextmanager
+def _room(batch: Tokens, points: Mapping[str, HookPoint], language_model: LanguageModel) -> Iterator[None]:
+    """Turn lack of memory for the activations of a whole batch into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        windows, columns = batch.input_ids_ST.shape
+        raise UserError(
+            f"model_batch must be so small that the activations of one batch fit into memory; that of "
+            f"{language_model.device} does not suffice for {windows} windows of {columns} tokens at {len(points)} "
+            "hook(s). Give a smaller model_batch, or fewer hooks."
+        ) from error
 
 
 def _read_part(
@@ -208,9 +261,7 @@ class ActivationStream:
 
     def compute(self, batch: TokenBatch, number: int) -> Activations:
         """Return the activations of one batch of tokens, the item ``number`` of the stream."""
-        hidden = hidden_states(self._language_model, self._hooks, batch)
-        keep_ST = batch.keep_ST.to(self._language_model.device)
-        values = {hook: hidden_STD[keep_ST].float() for hook, hidden_STD in hidden.items()}
+        values = kept_rows(self._language_model, self._hooks, batch)
         for hook, rows_ND in values.items():
             check_finite(rows_ND, hook, batch, number)
         return values
