@@ -78,6 +78,11 @@ class PassSize:
             return cls(max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads()), CPU_FIXED_TOKENS)
         return cls(None, OTHER_FIXED_TOKENS)
 
+    def tokens(self, windows: int, columns: int) -> int:
+        """Return the most tokens of a pass over windows of at most so many tokens."""
+        whole = windows * columns
+        return whole if self.most_tokens is None else min(whole, max(self.most_tokens, columns))
+
     def parts(self, batch: Tokens, rows: Sequence[int] | None = None) -> list[Part]:
         """Return the windows of a batch in parts, each for one pass.
 
