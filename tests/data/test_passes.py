@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import CAUSAL_KINDS, KINDS, TEXT, WIDTH
+from tests.tiny_models import CAUSAL_KINDS, KINDS, TEXT, WIDTH, make_model, make_tokenizer
 
 from kronsae.data import harvest
 from kronsae.data.harvest import ActivationStream, hidden_states, kept_rows
 from kronsae.data.model import LanguageModel, ModelConfig, load_model
-from kronsae.data.passes import PassSize, is_out_of_memory, window_groups, window_lengths
+from kronsae.data.passes import PassSize, depends_on_longest, is_out_of_memory, window_groups, window_lengths
 from kronsae.data.prefetch import Prefetched
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
@@ -145,6 +146,38 @@ def test_parts_give_what_the_whole_batch_gives(kind: str, tiny_model_folder: Fol
     for language_model, hidden in ((whole, expected), (divided, found)):
         for hook, rows_ND in kept_rows(language_model, hooks, batch).items():
             assert torch.equal(rows_ND, hidden[hook][batch.keep_ST])
+
+
+def test_windows_keep_the_columns_on_which_their_rotation_depends(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 12}
+    rope |= {"factor": 64 / 12, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    model = make_model("llama")
+    model.config.rope_parameters = rope
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= 50  # attention depends on positions
+    model.save_pretrained(tmp_path)
+    make_tokenizer("llama").save_pretrained(tmp_path)
+    whole, divided = (load(tmp_path, size) for size in ((None, 10**6), (60, 0)))
+    assert divided.pass_size.all_columns
+    batch = first_batch(whole)
+    assert min(window_lengths(batch)) < 12 < batch.input_ids_ST.shape[1]
+    expected = hidden_states(whole, 1, batch)["1"]
+    with passes(divided) as several:
+        found = hidden_states(divided, 1, batch)["1"]
+    assert several == [(2, 24)] * 4
+    torch.testing.assert_close(found[batch.keep_ST], expected[batch.keep_ST], rtol=1e-5, atol=1e-6)
+    divided.pass_size.all_columns = False
+    other = hidden_states(divided, 1, batch)["1"]
+    assert not torch.allclose(other[batch.keep_ST], expected[batch.keep_ST], rtol=1e-3, atol=1e-4)
+
+
+def test_which_rotations_depend_on_the_longest_window() -> None:
+    for rope in ({"rope_type": "dynamic"}, {"type": "longrope"}, {"full": {"rope_type": "dynamic"}, "other": {}}):
+        assert depends_on_longest(SimpleNamespace(rope_parameters=rope))
+        assert depends_on_longest(SimpleNamespace(rope_scaling=rope))
+    for config in (SimpleNamespace(), SimpleNamespace(rope_scaling=None), make_model("llama").config):
+        assert not depends_on_longest(config)
 
 
 @pytest.mark.parametrize("kind", CAUSAL_KINDS[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ weights. 17 to 42 were measured on two models."""
 OTHER_FIXED_TOKENS = 1024
 """The same on another device. Not measured: launching the kernels takes a few milliseconds, whatever the windows."""
 
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+"""Types of rotary embeddings whose frequencies depend on the number of columns of a pass."""
+
 MEMORY_WORDS = (
     "can't allocate memory",
     "not enough memory",
@@ -43,7 +47,7 @@ oneDNN gives no reason. The error that is raised in the end has the original one
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some windows of a batch, without the columns in which all of them are padding.
+    """Some windows of a batch, without the columns in which all of them are padding (`PassSize`).
 
     Args:
         rows: Their rows in the batch, ascending.
@@ -65,18 +69,22 @@ class PassSize:
     Args:
         most_tokens: Most tokens of a pass, with padding, unless one window alone has more; None: any number.
         fixed_tokens: Time of a pass that does not depend on its windows, in tokens.
+        all_columns: Whether every part keeps all columns of its batch, for a model whose activations of a window
+            depend on the longest of its pass.
     """
 
-    def __init__(self, most_tokens: int | None, fixed_tokens: int) -> None:
+    def __init__(self, most_tokens: int | None, fixed_tokens: int, *, all_columns: bool = False) -> None:
         self.most_tokens = most_tokens
         self.fixed_tokens = fixed_tokens
+        self.all_columns = all_columns
 
     @classmethod
-    def on(cls, device: torch.device) -> PassSize:
+    def on(cls, device: torch.device, *, all_columns: bool = False) -> PassSize:
         """Return the size for a device, and on a CPU for PyTorch's number of threads."""
         if device.type == "cpu":
-            return cls(max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads()), CPU_FIXED_TOKENS)
-        return cls(None, OTHER_FIXED_TOKENS)
+            most = max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads())
+            return cls(most, CPU_FIXED_TOKENS, all_columns=all_columns)
+        return cls(None, OTHER_FIXED_TOKENS, all_columns=all_columns)
 
     def tokens(self, windows: int, columns: int) -> int:
         """Return the most tokens of a pass over windows of at most so many tokens."""
@@ -90,7 +98,8 @@ class PassSize:
             batch: The windows.
             rows: Rows of the windows that are meant, ascending; None: all.
         """
-        lengths = window_lengths(batch)
+        windows, columns = batch.input_ids_ST.shape
+        lengths = [columns] * windows if self.all_columns else window_lengths(batch)
         rows = range(len(lengths)) if rows is None else rows
         groups = window_groups([lengths[row] for row in rows], self.most_tokens, self.fixed_tokens)
         chosen = [[rows[index] for index in group] for group in groups]
@@ -111,6 +120,13 @@ class PassSize:
         self.most_tokens = (windows + 1) // 2 * columns
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def depends_on_longest(config: Any) -> bool:
+    """Return whether the rotary embeddings of a Hugging Face model change with the longest window of a pass."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(of_layer for of_layer in rope.values() if isinstance(of_layer, dict))]
+    return any(kind.get("rope_type", kind.get("type")) in ROPE_BY_LENGTH for kind in kinds)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
