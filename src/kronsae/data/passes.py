@@ -15,14 +15,14 @@ from kronsae.data.tokens import Tokens
 from kronsae.support.errors import UserError
 
 CPU_TOKENS = 1024
-"""Most tokens of a pass on a CPU: with more, activations leave its caches (docs/harvesting.md has the measurement)."""
+"""Most tokens of a pass on a CPU; docs/harvesting.md compares it with a whole batch."""
 
 CPU_TOKENS_PER_THREAD = 512
-"""Tokens below which a thread has too little work."""
+"""The same per thread, so that each has enough work. Not measured."""
 
 CPU_FIXED_TOKENS = 32
 """Time of a pass that does not depend on its windows, on a CPU: as much as so many tokens take; mostly reading the
-weights. 17 to 42 were measured on two models."""
+weights. An estimate, with which docs/harvesting.md was measured."""
 
 OTHER_FIXED_TOKENS = 1024
 """The same on another device. Not measured: launching the kernels takes a few milliseconds, whatever the windows."""

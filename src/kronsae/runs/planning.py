@@ -383,10 +383,10 @@ def _member_plan(
 
 def _reading_bytes(source: Source) -> ReadingBytes:
     config, language_model = source.config, source.language_model
-    weights = language_model.model.get_input_embeddings().weight
+    embeddings: Any = language_model.model.get_input_embeddings()
     pass_tokens = language_model.pass_size.tokens(config.model_batch, config.context_length)
     batch_tokens = config.model_batch * config.context_length
-    return ReadingBytes.of(batch_tokens, pass_tokens, weights.shape[1], weights.element_size())
+    return ReadingBytes.of(batch_tokens, pass_tokens, embeddings.weight.shape[1], embeddings.weight.element_size())
 
 
 def _available_bytes(device: torch.device) -> int | None:
