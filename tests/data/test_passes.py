@@ -16,8 +16,8 @@ import torch
 from tests.tiny_models import CAUSAL_KINDS, KINDS, TEXT, WIDTH, make_model, make_tokenizer
 
 from kronsae.data import harvest
-from kronsae.data.harvest import ActivationStream, hidden_states, kept_rows
-from kronsae.data.model import LanguageModel, ModelConfig, load_model
+from kronsae.data.harvest import ActivationStream, hidden_states, kept_rows, read_points_and_output
+from kronsae.data.model import LanguageModel, ModelConfig, load_model, resolve_hook
 from kronsae.data.passes import PassSize, depends_on_longest, is_out_of_memory, window_groups, window_lengths
 from kronsae.data.prefetch import Prefetched
 from kronsae.data.stream import MakeStream, State
@@ -282,6 +282,14 @@ def test_activations_of_a_batch_that_do_not_fit_are_an_error(
     assert "1 TB" in str(caught.value.__cause__)
     assert len(shapes) == 1
     assert language_model.pass_size.most_tokens == 60
+
+
+def test_an_undivided_pass_that_does_not_fit_is_an_error(tiny_model_folder: FolderOf) -> None:
+    language_model = load(tiny_model_folder("llama"), (60, 4))
+    points = {"2": resolve_hook(language_model.model, 2)}
+    batch = first_batch(language_model)
+    with passes(language_model, memory_tokens=100), pytest.raises(UserError, match=r"^model_batch must be so small"):
+        read_points_and_output(language_model, points, batch)
 
 
 def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(tiny_model_folder: FolderOf) -> None:

@@ -126,7 +126,7 @@ def _parts_read(
 
 @contextmanager
 def _room(batch: Tokens, points: Mapping[str, HookPoint], language_model: LanguageModel) -> Iterator[None]:
-    """Turn lack of memory for the activations of a whole batch into a UserError."""
+    """Turn lack of memory for a whole batch into a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -170,8 +170,8 @@ def _tell(size: PassSize, part: Part) -> None:
 def read_points_and_output(
     language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
 ) -> tuple[dict[str, Float[Tensor, "S T D"]], Any]:
-    """Return the same as `read_points`, and the model's unchanged output; the forward pass is complete."""
-    with _reading(points, batch, to_the_end=True) as found:
+    """Return the same as `read_points`, and the model's unchanged output; one complete forward pass of all windows."""
+    with _room(batch, points, language_model), _reading(points, batch, to_the_end=True) as found:
         output = forward(language_model, batch)
     if len(found) < len(points):
         raise _never_ran(points, found)
