@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +34,15 @@ def table(headings: list[str], cells: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
-def about(name: str, row: Row) -> str:
-    """Return a sentence with the machine, versions and commit of a result."""
+def about(name: str, rows: Sequence[Row]) -> str:
+    """Return a sentence with the machine, versions and commit of a result; where rows differ, with those of all."""
+    machine, threads, python, versions, commit, seed, date = (
+        ", ".join(dict.fromkeys(row[key] for row in rows))
+        for key in ("machine", "threads", "python", "versions", "commit", "seed", "date")
+    )
     return (
-        f"\n\n{row['machine']}, {row['threads']} threads; Python {row['python']}, {row['versions']}; commit "
-        f"{row['commit']}, seed {row['seed']}, {row['date']} ([CSV](../benchmarks/results/{name}.csv))."
+        f"\n\n{machine}, {threads} threads; Python {python}, {versions}; commit {commit}, seed {seed}, {date} "
+        f"([CSV](../benchmarks/results/{name}.csv))."
     )
 
 
@@ -60,7 +64,7 @@ def step() -> str:
         f"{first['d_extension']}), k = {first['k']}, {int(first['batch']):,} tokens, "
         f"{first['rounds']} interleaved rounds."
     )
-    return table(["", "ms, median (quartiles)", "relative to kronsae"], cells) + f"\n\n{sizes}" + about("step", first)
+    return table(["", "ms, median (quartiles)", "relative to kronsae"], cells) + f"\n\n{sizes}" + about("step", rows)
 
 
 def grid() -> str:
@@ -74,7 +78,7 @@ def grid() -> str:
         ratio = float(dense["median_ms"]) / float(own["median_ms"])
         cells.append([f"{int(d_sae):,}", d_in, *(milliseconds(row) for row in (product, own, dense)), f"{ratio:.2f}"])
     headings = ["F", "D", "encoder product", "KronSAE", "TopK", "TopK / KronSAE"]
-    return table(headings, cells) + about("grid", rows[0])
+    return table(headings, cells) + about("grid", rows)
 
 
 def scaling() -> str:
@@ -93,7 +97,7 @@ def scaling() -> str:
         for row in rows
     ]
     headings = ["F", "M x N", "step, ms", "relative to F = 2^15", "tokens/s", "peak memory, GiB"]
-    return table(headings, cells) + about("scaling", rows[0])
+    return table(headings, cells) + about("scaling", rows)
 
 
 def memory() -> str:
@@ -109,7 +113,7 @@ def memory() -> str:
         ]
     ]
     headings = ["F", "B", "forward + backward, MiB", "all pre-latents, MiB", "ratio"]
-    return table(headings, cells) + about("memory", row)
+    return table(headings, cells) + about("memory", [row])
 
 
 def quickstart() -> str:
@@ -144,7 +148,7 @@ def screening() -> str:
         for row in rows
     ]
     headings = ["activations", "remaining heads per token", "exact", "float32 product, ms", "int8 product, ms"]
-    return table([*headings, "float32 product of the remaining heads, ms"], cells) + about("int8_screening", rows[0])
+    return table([*headings, "float32 product of the remaining heads, ms"], cells) + about("int8_screening", rows)
 
 
 def sparsifiers() -> str:
@@ -174,7 +178,7 @@ def sparsifiers() -> str:
         "l0",
         "stored entries per token",
     ]
-    return table(headings, cells) + about("sparsifiers", rows[0])
+    return table(headings, cells) + about("sparsifiers", rows)
 
 
 def tried() -> str:
@@ -183,7 +187,7 @@ def tried() -> str:
     return table(
         ["question", "choice", "ms, median (quartiles)"],
         [[row["question"], row["contestant"], milliseconds(row)] for row in rows],
-    ) + about("tried", rows[0])
+    ) + about("tried", rows)
 
 
 def group() -> str:
@@ -197,7 +201,7 @@ def group() -> str:
         ]
         for row in rows
     ]
-    return table(["part", "median (quartiles)", "unit"], cells) + about("group_cost", rows[0])
+    return table(["part", "median (quartiles)", "unit"], cells) + about("group_cost", rows)
 
 
 def variants(name: str) -> str:
@@ -220,7 +224,7 @@ def variants(name: str) -> str:
         f"\n\nk = {first['k']}, {int(first['batch']):,} tokens, {first['rounds']} interleaved rounds, random inputs."
     )
     headings = ["F", "D", "", "ms, median (quartiles)", "ratio, median (quartiles)", "relative to"]
-    return table(headings, cells) + sizes + about(name, first)
+    return table(headings, cells) + sizes + about(name, rows)
 
 
 def distributed() -> str:
@@ -248,7 +252,7 @@ def distributed() -> str:
     )
     headings = ["", "", "one process, ms", "two processes, ms", "efficiency, median (range)"]
     headings += ["work, median (range)", "sent, MB", "formula, MB"]
-    return table(headings, cells) + sizes + about("distributed_step", first)
+    return table(headings, cells) + sizes + about("distributed_step", rows)
 
 
 def gpu_kernels() -> str:
@@ -275,14 +279,14 @@ def gpu_kernels() -> str:
     for row in spilled:
         name = " ".join(row[key] for key in ("kernel", "variant", "target", "dtype"))
         sentence += f" {name}: {row['spill_bytes']} bytes spilled, {row['local_bytes']} bytes of local memory."
-    return table(["kernel", "width", "tile, warps", *targets], cells) + sentence + about("gpu_kernels", rows[0])
+    return table(["kernel", "width", "tile, warps", *targets], cells) + sentence + about("gpu_kernels", rows)
 
 
 def processes() -> str:
     """Return a sentence on the repeatability over new processes."""
     [row] = rows_of("fresh_processes")
     sentence = f"{row['processes']} new processes computed {row['different_results']} distinct result(s)."
-    return sentence + about("fresh_processes", row)
+    return sentence + about("fresh_processes", [row])
 
 
 def precision() -> str:
@@ -318,7 +322,7 @@ def precision_table(name: str) -> str:
         f"{int(first['tokens']):,} tokens, {first['epochs']} epochs{f', learning rate {rate}' if rate else ''}."
     )
     columns = [f"{words}, {sae}" for words in figures.values() for sae in saes]
-    return table([*headings, *columns], cells) + sizes + about(name, first)
+    return table([*headings, *columns], cells) + sizes + about(name, rows)
 
 
 def passes() -> str:
@@ -332,9 +336,7 @@ def passes() -> str:
             place = f"{row['windows']} x {row['context_length']}, {100 * float(row['padding']):.0f}%"
             cells.append([name, place, row["variant"], f"{float(row['tokens_per_second']):,.0f}", ratio])
         compiled = own["divided, torch.compile"]
-        gain = 1 - float(own["divided"]["ratio"]) / float(compiled["ratio"])
-        seconds = float(compiled["first_seconds"])
-        paid.append(f"{seconds:.0f} s for {name}, as much as {seconds / gain / 60:.0f} minutes of passes save")
+        paid.append(f"{float(compiled['first_seconds']):.0f} s for {name}, {worth(own['divided'], compiled)}")
     headings = ["model", "windows x tokens, not kept", "variant", "tokens/s"]
     first = files["smollm2"][0]
     sizes = (
@@ -342,8 +344,16 @@ def passes() -> str:
         f"one core's processor time; {first['rounds']} and {files['bundled'][0]['rounds']} interleaved rounds, each "
         f"with another batch of real text. `torch.compile` took {'; '.join(paid)}; other work slowed it."
     )
-    sources = "".join(about(f"model_pass_{name}", rows[0]) for name, rows in files.items())
+    sources = "".join(about(f"model_pass_{name}", rows) for name, rows in files.items())
     return table([*headings, "relative to whole batch, median (quartiles)"], cells) + sizes + sources
+
+
+def worth(usual: Row, compiled: Row) -> str:
+    """Return how many minutes of passes of a compiled model save the time in which it was compiled."""
+    gain = 1 - float(usual["ratio"]) / float(compiled["ratio"])
+    if gain <= 0:
+        return "which no pass saves"
+    return f"as much as {float(compiled['first_seconds']) / gain / 60:.0f} minutes of passes save"
 
 
 def memory_of_reading() -> str:
@@ -368,7 +378,7 @@ def memory_of_reading() -> str:
         f"folder's size {refused} in each process."
     )
     headings = ["order", "folder, MB", "limit, MB", "before the training, MB", "peak, MB", "tokens/s"]
-    return table(headings, cells) + sizes + about("cache_memory", first)
+    return table(headings, cells) + sizes + about("cache_memory", rows)
 
 
 def wait() -> str:
@@ -392,7 +402,7 @@ def wait() -> str:
         "memory; from a disk, a read takes longer."
     )
     headings = ["dtype", "order", "waiting, median (quartiles)", "step, ms", "reading a batch alone, ms"]
-    return table(headings, cells) + sizes + about("cache_wait", first)
+    return table(headings, cells) + sizes + about("cache_wait", rows)
 
 
 def cached() -> str:
@@ -405,7 +415,7 @@ def cached() -> str:
         f"{float(row['stored_tokens_per_second']):,.0f} on stored activations (medians), {float(row['ratio']):.1f} "
         f"times as fast (quartiles {float(row['low_ratio']):.1f} to {float(row['high_ratio']):.1f})."
     )
-    return sentence + about("cached_training", row)
+    return sentence + about("cached_training", [row])
 
 
 TABLES: dict[str, Callable[[], str]] = {

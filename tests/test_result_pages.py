@@ -150,3 +150,11 @@ def test_the_research_log_is_its_result_file() -> None:
     log = module.LOG.read_text(encoding="utf-8")
     for mark, make in (("rates", module._rates), ("sizes", module._sizes), ("ideas", module._ideas)):
         assert f"<!-- results:{mark} -->\n" + "\n".join(make(rows)) + f"\n<!-- /results:{mark} -->" in log
+
+
+def test_what_a_compiled_pass_is_worth() -> None:
+    tables = script("speed_tables")
+    usual, compiled = {"ratio": "1.0"}, {"ratio": "1.25", "first_seconds": "60"}
+    assert tables.worth(usual, compiled) == "as much as 5 minutes of passes save"
+    for ratio in ("1.0", "0.9"):
+        assert tables.worth(usual, compiled | {"ratio": ratio}) == "which no pass saves"

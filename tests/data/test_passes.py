@@ -2,20 +2,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import CAUSAL_KINDS, KINDS, TEXT, WIDTH
+from tests.tiny_models import CAUSAL_KINDS, KINDS, TEXT, WIDTH, make_model, make_tokenizer
 
 from kronsae.data import harvest
-from kronsae.data.harvest import ActivationStream, hidden_states
-from kronsae.data.model import LanguageModel, ModelConfig, load_model
-from kronsae.data.passes import PassSize, is_out_of_memory, window_groups, window_lengths
+from kronsae.data.harvest import ActivationStream, hidden_states, kept_rows, read_points_and_output
+from kronsae.data.model import LanguageModel, ModelConfig, load_model, resolve_hook
+from kronsae.data.passes import PassSize, depends_on_longest, is_out_of_memory, window_groups, window_lengths
 from kronsae.data.prefetch import Prefetched
 from kronsae.data.stream import MakeStream, State
 from kronsae.data.text import TextStream
@@ -55,8 +58,10 @@ def passes(language_model: LanguageModel, memory_tokens: float = float("inf")) -
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     handle = language_model.model.register_forward_pre_hook(see, with_kwargs=True)
-    yield shapes
-    handle.remove()
+    try:
+        yield shapes
+    finally:
+        handle.remove()
 
 
 def divisions(items: list[int]) -> Iterator[list[list[int]]]:
@@ -138,6 +143,41 @@ def test_parts_give_what_the_whole_batch_gives(kind: str, tiny_model_folder: Fol
     for hook in hooks:
         assert found[hook].shape == (*batch.input_ids_ST.shape, WIDTH)
         torch.testing.assert_close(found[hook][batch.keep_ST], expected[hook][batch.keep_ST], rtol=1e-5, atol=1e-6)
+    for language_model, hidden in ((whole, expected), (divided, found)):
+        for hook, rows_ND in kept_rows(language_model, hooks, batch).items():
+            assert torch.equal(rows_ND, hidden[hook][batch.keep_ST])
+
+
+def test_windows_keep_the_columns_on_which_their_rotation_depends(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 12}
+    rope |= {"factor": 64 / 12, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    model = make_model("llama")
+    model.config.rope_parameters = rope
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= 50  # attention depends on positions
+    model.save_pretrained(tmp_path)
+    make_tokenizer("llama").save_pretrained(tmp_path)
+    whole, divided = (load(tmp_path, size) for size in ((None, 10**6), (60, 0)))
+    assert divided.pass_size.all_columns
+    batch = first_batch(whole)
+    assert min(window_lengths(batch)) < 12 < batch.input_ids_ST.shape[1]
+    expected = hidden_states(whole, 1, batch)["1"]
+    with passes(divided) as several:
+        found = hidden_states(divided, 1, batch)["1"]
+    assert several == [(2, 24)] * 4
+    torch.testing.assert_close(found[batch.keep_ST], expected[batch.keep_ST], rtol=1e-5, atol=1e-6)
+    divided.pass_size.all_columns = False
+    other = hidden_states(divided, 1, batch)["1"]
+    assert not torch.allclose(other[batch.keep_ST], expected[batch.keep_ST], rtol=1e-3, atol=1e-4)
+
+
+def test_which_rotations_depend_on_the_longest_window() -> None:
+    for rope in ({"rope_type": "dynamic"}, {"type": "longrope"}, {"full": {"rope_type": "dynamic"}, "other": {}}):
+        assert depends_on_longest(SimpleNamespace(rope_parameters=rope))
+        assert depends_on_longest(SimpleNamespace(rope_scaling=rope))
+    for config in (SimpleNamespace(), SimpleNamespace(rope_scaling=None), make_model("llama").config):
+        assert not depends_on_longest(config)
 
 
 @pytest.mark.parametrize("kind", CAUSAL_KINDS[:2])
@@ -200,6 +240,56 @@ def test_a_single_window_that_does_not_fit_is_an_error(tiny_model_folder: Folder
         "context_length must be so small that the model can read one window; the memory of cpu does not suffice for "
         "one of 24 tokens. Give a smaller context_length, or dtype=bfloat16."
     )
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_half_of_an_odd_number_of_windows_is_rounded_up(tiny_model_folder: FolderOf) -> None:
+    language_model = load(tiny_model_folder("llama"), (None, 10**6))
+    with passes(language_model, memory_tokens=50) as shapes:
+        hidden_states(language_model, 2, next(iter(tokens(language_model, windows=3)()))[0])
+    assert shapes[:2] == [(3, 24), (2, 24)]
+    assert language_model.pass_size.most_tokens == 48
+
+
+@pytest.mark.parametrize("hooks", [[2], [1, 2]])
+@pytest.mark.parametrize("function", ["new_zeros", "new_empty", "float"])
+def test_activations_of_a_batch_that_do_not_fit_are_an_error(
+    function: str, hooks: list[int], tiny_model_folder: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model = load(tiny_model_folder("llama"), (60, 4))
+    batch = first_batch(language_model)
+    read = hidden_states if function == "new_zeros" else kept_rows
+    read(language_model, hooks, batch)
+
+    real = harvest._read_part
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+
+    def read_part(*arguments: Any) -> Any:
+        found = real(*arguments)
+        monkeypatch.setattr(torch.Tensor, function, refuse)
+        return found
+
+    monkeypatch.setattr(harvest, "_read_part", read_part)
+    with passes(language_model) as shapes, pytest.raises(UserError) as caught:
+        read(language_model, hooks, batch)
+    monkeypatch.undo()
+    assert str(caught.value) == (
+        "model_batch must be so small that the activations of one batch fit into memory; that of cpu does not suffice "
+        f"for 8 windows of 24 tokens at {len(hooks)} hook(s). Give a smaller model_batch, or fewer hooks."
+    )
+    assert "1 TB" in str(caught.value.__cause__)
+    assert len(shapes) == 1
+    assert language_model.pass_size.most_tokens == 60
+
+
+def test_an_undivided_pass_that_does_not_fit_is_an_error(tiny_model_folder: FolderOf) -> None:
+    language_model = load(tiny_model_folder("llama"), (60, 4))
+    points = {"2": resolve_hook(language_model.model, 2)}
+    batch = first_batch(language_model)
+    with passes(language_model, memory_tokens=100), pytest.raises(UserError, match=r"^model_batch must be so small"):
+        read_points_and_output(language_model, points, batch)
 
 
 def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(tiny_model_folder: FolderOf) -> None:
@@ -221,6 +311,47 @@ def test_what_is_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory that count allocations are Linux's")
+def test_lack_of_memory_is_known_wherever_it_shows(tmp_path: Path) -> None:
+    """Under each limit that allows less than GELU takes, which PyTorch leaves to oneDNN, or all that it takes."""
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ends = done.stdout.splitlines()
+    assert "computed" in ends
+    assert "refused: True" in ends
+    assert not [end for end in ends if end.startswith("refused: False")]
+
+
+# Each limit has a process of its own. Where even less is left than an exception takes, a process is killed.
+LIMITED = """
+import os, resource
+import torch
+from kronsae.data.passes import is_out_of_memory
+torch.set_num_threads(1)
+
+def try_with(more):
+    x = torch.ones(100_000)
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    limit = 1024 * (int(status["VmData"].split()[0]) + more)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    try:
+        torch.nn.functional.gelu(x)
+        end = "computed"
+    except (RuntimeError, MemoryError) as error:
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        end = f"refused: {is_out_of_memory(error)} {'' if is_out_of_memory(error) else error}".strip()
+    print(end, flush=True)
+
+for more in (*range(0, 900, 60), 64_000):
+    if not (child := os.fork()):
+        try_with(more)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
 
 
 def test_reading_ahead_changes_nothing(tiny_model_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:

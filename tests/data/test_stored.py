@@ -249,38 +249,58 @@ def test_a_shard_is_checked_when_it_is_opened(folder: Path, monkeypatch: pytest.
     assert found == list(range(60))
 
 
-def test_few_mappings_are_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [numbers(values) for values, _ in StoredActivations(folder, batch_size=10, repeat=False)]
-    stream = StoredActivations(folder, batch_size=10, repeat=False)
-    stream._shards._mapped = 2
-    found = []
-    maps = Path("/proc/self/maps")
-    for values, _ in stream:
-        found.append(numbers(values))
-        if maps.exists():
-            assert maps.read_text(encoding="utf-8").count(str(folder)) <= 2
-    assert found == expected
+MAKES: list[Callable[..., StoredActivations | HarvestedRows]] = [
+    partial(StoredActivations, batch_size=10, repeat=False),
+    partial(HarvestedRows, repeat=False),
+]
+
+
+def mappings_of(folder: Path) -> int:
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count(str(folder))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts mappings in /proc")
-@pytest.mark.parametrize("allowed", [2, 0])
-def test_mappings_make_room_where_the_address_space_is_limited(
-    allowed: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize("allowed", [1, 2, 3])
+def test_few_mappings_are_enough(
+    allowed: int, make: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [numbers(values) for values, _ in StoredActivations(folder, batch_size=10, repeat=False)]
+    expected = [numbers(values) for values, _ in make(folder)]
+    stream = make(folder)
+    stream._shards._most = allowed
+    real, before = mmap.mmap, []
+
+    def counted(*arguments: Any, **options: Any) -> mmap.mmap:
+        before.append(mappings_of(folder))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", counted)
+    assert [numbers(values) for values, _ in stream] == expected
+    assert max(before) == min(allowed, 3) - 1
+    assert mappings_of(folder) == allowed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts mappings in /proc")
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize("allowed", [2, 1, 0])
+def test_mappings_make_room_where_the_address_space_is_limited(
+    allowed: int, make: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [numbers(values) for values, _ in make(folder)]
     real, refused = mmap.mmap, []
 
     def limited(*arguments: Any, **options: Any) -> mmap.mmap:
-        if Path("/proc/self/maps").read_text(encoding="utf-8").count(str(folder)) >= allowed:
+        if mappings_of(folder) >= allowed:
             refused.append(arguments)
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return real(*arguments, **options)
 
     monkeypatch.setattr(mmap, "mmap", limited)
-    stream = StoredActivations(folder, batch_size=10, repeat=False)
+    stream = make(folder)
+    stream._shards._most = 4
     if allowed:
         assert [numbers(values) for values, _ in stream] == expected
-        assert refused
+        assert len(refused) == 1  # what was refused once is not tried again
     else:
         with pytest.raises(UserError, match=r"must be mapped into memory.*activations-0000.*`ulimit -v`"):
             list(stream)
@@ -298,9 +318,25 @@ def test_a_folder_larger_than_the_memory_is_read(tmp_path: Path) -> None:
     assert done.stdout.split() == ["refused", "32768", "32768"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its own size from /proc")
+def test_mappings_leave_address_space_to_others(tmp_path: Path) -> None:
+    """64 MB are mapped and 96 MB allocated in 160 MB of address space, of which a thread's stack takes 8 MB."""
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED_ADDRESSES, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "acts")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # an arena of a thread reserves 64 MB
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["128", "batches"]
+
+
 # RLIMIT_DATA counts what a process allocates, as malloc and private mappings do, and not files mapped for reading. The
 # stack of the thread that reads ahead counts whole, with 8 MB.
-LIMITED = """
+WRITE = """
 import resource, sys
 from itertools import islice
 import torch
@@ -315,6 +351,11 @@ def make(*, state=None):
         yield {"a": torch.full((512, WIDTH), float(item))}, {"item": item + 1}
 
 write_activations(make, sys.argv[1], d_in={"a": WIDTH}, tokens=TOKENS, shard_bytes=2 * MB)
+"""
+
+LIMITED = (
+    WRITE
+    + """
 next(iter(StoredActivations(sys.argv[1], batch_size=256)))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 used = 1024 * int(status["VmData"].split()[0])
@@ -327,3 +368,18 @@ except (RuntimeError, MemoryError):
 for stream in (StoredActivations(sys.argv[1], batch_size=256, repeat=False), HarvestedRows(sys.argv[1], repeat=False)):
     print(sum(len(values["a"]) for values, _ in stream))
 """
+)
+
+LIMITED_ADDRESSES = (
+    WRITE
+    + """
+next(iter(StoredActivations(sys.argv[1], batch_size=256)))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 160 * MB, used + 160 * MB))
+batches = 0
+for values, _ in StoredActivations(sys.argv[1], batch_size=256, repeat=False):
+    torch.empty(96 * MB, dtype=torch.uint8)
+    batches += 1
+print(batches, "batches")
+"""
+)

@@ -77,6 +77,14 @@ def test_topk_and_topk_among(path: str, shape: tuple[int, ...], dtype: torch.dty
     check(pre_BHP, d_base, part, among_C, k)
 
 
+@pytest.mark.parametrize("block_bytes", [1, 3 * 13 * 12 * 4])
+def test_selections_in_several_blocks(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one token, and of three, which do not divide the 17 tokens."""
+    cpu = pytest.importorskip("kronsae.kernels.cpu")
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", block_bytes)
+    test_topk_and_topk_among("cpu", SHAPES[2], torch.float32, 0.0)
+
+
 def test_thousands_of_random_cases(path: str) -> None:
     generator = torch.Generator().manual_seed(5)
     tried = 0

@@ -88,6 +88,18 @@ def test_product_and_selections_in_one(path: str, tokens: int, dtype: torch.dtyp
         same_values(found, wanted)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_selections_in_several_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one token, and of three, which do not divide the 17 and 70 tokens."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", rows * 13 * 12 * 4)
+    test_topk("cpu", SHAPES[2], torch.float32, 0.0)
+    test_topk_among("cpu", SHAPES[2], 0.0)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", rows * 11 * 7 * 4)
+    test_product_and_selections_in_one("cpu", 70, torch.float32)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1)  # less than a token
+    test_topk("cpu", SHAPES[2], torch.float64, 0.0)
+
+
 @pytest.mark.parametrize("width", [1, 7, 1023, 1025, 5000])
 def test_dense_topk(path: str, width: int) -> None:
     x_BD, weight_PD, bias_P = torch.randn(13, 6), torch.randn(width, 6), torch.randn(width)

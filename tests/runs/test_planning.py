@@ -17,7 +17,7 @@ from kronsae.core.flops import training_flops
 from kronsae.runs import planning
 from kronsae.runs.architectures import kron
 from kronsae.runs.config import RunConfig
-from kronsae.runs.memory import largest_k_aux, sae_bytes
+from kronsae.runs.memory import ReadingBytes, largest_k_aux, sae_bytes
 from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import Plan, format_duration, make_plan, plan_run
 from kronsae.runs.run import Run, execute, open_run
@@ -55,6 +55,18 @@ def test_the_figures_are_the_sums(config: RunConfig, tmp_path: Path) -> None:
     assert plan.disk_bytes == 28 * (topk.parameters + kron.parameters) + 16 * 64
     assert plan.seconds is None
     assert not (tmp_path / "r").exists()
+
+
+def test_the_memory_of_reading_a_batch_by_hand(config: RunConfig, tmp_path: Path) -> None:
+    """Hooks of 2 widths: a pass has 16 vectors and the hooks' per token, the batch the hooks' in float32."""
+    assert ReadingBytes.of(100, 30, 6, 2).total(6 + 24) == 2 * 30 * (16 * 6 + 30) + 4 * 100 * 30
+    source = Source(config)
+    windows, columns = config.model_batch, config.context_length
+    for most, pass_tokens in ((None, windows * columns), (2 * columns, 2 * columns), (1, columns)):
+        source.language_model.pass_size.most_tokens = most
+        assert source.language_model.pass_size.tokens(windows, columns) == pass_tokens
+        work = 4 * pass_tokens * 17 * WIDTH + 4 * windows * columns * WIDTH
+        assert make_plan(source, tmp_path / "r").model_work_bytes == work
 
 
 def test_gradients_take_memory_where_the_optimiser_needs_them_whole(config: RunConfig, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from kronsae.capacity.work import Sent, Work, pass_work, seconds_of, step_work
 from kronsae.core.checks import check_count
 from kronsae.data.model import DTYPES
 from kronsae.runs.config import RunConfig
-from kronsae.runs.memory import pass_work_bytes
+from kronsae.runs.memory import ReadingBytes
 from kronsae.runs.pipeline import Source
 from kronsae.runs.planning import Plan, format_duration, plan_of
 from kronsae.support.errors import UserError
@@ -282,7 +282,8 @@ def single_plan(config: RunConfig, given: GivenShape | None = None) -> tuple[Pla
                 "reads; leave them out."
             )
         widths: Mapping[str, int] = Source(config).widths
-        return plan_of(config, widths, language_model_bytes=0, model_work_bytes=0, dense_gradients=False), None
+        nothing = ReadingBytes()
+        return plan_of(config, widths, language_model_bytes=0, reading_bytes=nothing, dense_gradients=False), None
     model = find_model(config.model, given)
     model.layers_run(config.hooks)
     tokens = config.model_batch * config.context_length
@@ -290,7 +291,7 @@ def single_plan(config: RunConfig, given: GivenShape | None = None) -> tuple[Pla
         config,
         hook_widths(model, config.hooks, given.d_in),
         language_model_bytes=model.weights_bytes,
-        model_work_bytes=pass_work_bytes(tokens, model.d_in, model.element_bytes),
+        reading_bytes=ReadingBytes.of(tokens, tokens, model.d_in, model.element_bytes),
         dense_gradients=False,
     )
     return plan, model

@@ -192,7 +192,7 @@ def _of_folder(config: ModelConfig, folder: Path) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocabulary": vocabulary,
         "tied": model.get_output_embeddings() is None or bool(model.config.tie_word_embeddings),
-        "weights_bytes": model_bytes(model, 1)[0],
+        "weights_bytes": model_bytes(model),
     }
 
 

@@ -33,7 +33,7 @@ def harvest(
     column: Annotated[str, typer.Option(help="Name of the text column in files with columns.")] = "text",
     dtype: Annotated[str, typer.Option(help="Precision on disk: float32, bfloat16, float16 or int8.")] = "float32",
     context_length: Annotated[int, typer.Option(help="Length of a sequence of the model in tokens.")] = 256,
-    model_batch: Annotated[int, typer.Option(help="Sequences per forward pass of the model.")] = 32,
+    model_batch: Annotated[int, typer.Option(help="Windows of a batch, read in one or several passes.")] = 32,
     held_out_share: Annotated[float, typer.Option(help="Share of documents held out for evaluation.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the order of the windows, as of a training.")] = 0,
     window_pool_tokens: Annotated[

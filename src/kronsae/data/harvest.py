@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -67,18 +68,10 @@ def read_points(
 ) -> dict[str, Float[Tensor, "S T D"]]:
     """Return the same as `hidden_states` for hooks that are already resolved, by the keys of ``points``."""
     whole: dict[str, Tensor] = {}
-    size = language_model.pass_size
-    waiting = size.parts(batch)
-    while waiting:
-        part = waiting.pop(0)
-        found = _read_part(language_model, points, part)
-        if found is None:
-            size.halve(part, language_model.device)
-            _tell(size, part)
-            waiting = size.parts(batch, sorted(row for left in (part, *waiting) for row in left.rows))
-        elif part.input_ids_ST.shape == batch.input_ids_ST.shape:
-            return found
-        else:
+    with _room(batch, points, language_model):
+        for part, found in _parts_read(language_model, points, batch):
+            if part.input_ids_ST.shape == batch.input_ids_ST.shape:
+                return found
             for name, hidden_STD in found.items():
                 if name not in whole:
                     whole[name] = hidden_STD.new_zeros((*batch.input_ids_ST.shape, hidden_STD.shape[-1]))
@@ -86,8 +79,71 @@ def read_points(
     return whole
 
 
-def _read_part(language_model: LanguageModel, points: Mapping[str, HookPoint], part: Part) -> dict[str, Tensor] | None:
-    """Return the hidden states at the points, from one pass; None if memory does not suffice."""
+def kept_rows(language_model: LanguageModel, hooks: Hooks, batch: Tokens) -> dict[str, Float[Tensor, "N D"]]:
+    """Return the kept tokens' activations by hook, in float32, in the order of the tokens.
+
+    They are those of `hidden_states`; of each pass, only they are kept.
+
+    Raises:
+        UserError: As of `hidden_states`, or if the memory does not suffice for the rows of all hooks.
+    """
+    points = {name: resolve_hook(language_model.model, hook) for name, hook in _named(hooks).items()}
+    device = language_model.device
+    place_ST = batch.keep_ST.flatten().cumsum(0).view(batch.keep_ST.shape) - 1
+    count = int(batch.keep_ST.sum())
+    rows: dict[str, Tensor] = {}
+    with _room(batch, points, language_model):
+        for part, found in _parts_read(language_model, points, batch):
+            places_N = place_ST[part.rows, : part.keep_ST.shape[1]][part.keep_ST].to(device)
+            keep_ST = part.keep_ST.to(device)
+            for name in points:
+                kept_ND = found.pop(name)[keep_ST].float()
+                if len(kept_ND) == count:
+                    rows[name] = kept_ND
+                    continue
+                if name not in rows:
+                    rows[name] = kept_ND.new_empty((count, kept_ND.shape[1]))
+                rows[name][places_N] = kept_ND
+    return rows
+
+
+def _parts_read(
+    language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
+) -> Iterator[tuple[Part, dict[str, Tensor]]]:
+    """Yield the parts of a batch with their hidden states, until each window is read."""
+    size = language_model.pass_size
+    waiting = size.parts(batch)
+    while waiting:
+        part = waiting.pop(0)
+        found = _read_part(language_model, points, part)
+        if isinstance(found, BaseException):
+            size.halve(part, language_model.device, found)
+            _tell(size, part)
+            waiting = size.parts(batch, sorted(row for left in (part, *waiting) for row in left.rows))
+        else:
+            yield part, found
+
+
+@contextmanager
+def _room(batch: Tokens, points: Mapping[str, HookPoint], language_model: LanguageModel) -> Iterator[None]:
+    """Turn lack of memory for a whole batch into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        windows, columns = batch.input_ids_ST.shape
+        raise UserError(
+            f"model_batch must be so small that the activations of one batch fit into memory; that of "
+            f"{language_model.device} does not suffice for {windows} windows of {columns} tokens at {len(points)} "
+            "hook(s). Give a smaller model_batch, or fewer hooks."
+        ) from error
+
+
+def _read_part(
+    language_model: LanguageModel, points: Mapping[str, HookPoint], part: Part
+) -> dict[str, Tensor] | BaseException:
+    """Return the hidden states at the points, from one pass; the error if memory does not suffice."""
     try:
         with _reading(points, part, to_the_end=False) as found:
             forward(language_model, part)
@@ -96,7 +152,8 @@ def _read_part(language_model: LanguageModel, points: Mapping[str, HookPoint], p
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return None
+        clear_frames(error.__traceback__)  # frees the tensors of the pass
+        return error
     raise _never_ran(points, found)
 
 
@@ -113,8 +170,8 @@ def _tell(size: PassSize, part: Part) -> None:
 def read_points_and_output(
     language_model: LanguageModel, points: Mapping[str, HookPoint], batch: Tokens
 ) -> tuple[dict[str, Float[Tensor, "S T D"]], Any]:
-    """Return the same as `read_points`, and the model's unchanged output; the forward pass is complete."""
-    with _reading(points, batch, to_the_end=True) as found:
+    """Return the same as `read_points`, and the model's unchanged output; one complete forward pass of all windows."""
+    with _room(batch, points, language_model), _reading(points, batch, to_the_end=True) as found:
         output = forward(language_model, batch)
     if len(found) < len(points):
         raise _never_ran(points, found)
@@ -204,9 +261,7 @@ class ActivationStream:
 
     def compute(self, batch: TokenBatch, number: int) -> Activations:
         """Return the activations of one batch of tokens, the item ``number`` of the stream."""
-        hidden = hidden_states(self._language_model, self._hooks, batch)
-        keep_ST = batch.keep_ST.to(self._language_model.device)
-        values = {hook: hidden_STD[keep_ST].float() for hook, hidden_STD in hidden.items()}
+        values = kept_rows(self._language_model, self._hooks, batch)
         for hook, rows_ND in values.items():
             check_finite(rows_ND, hook, batch, number)
         return values

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kronsae.data import gguf
 from kronsae.data.hub import check_model, looks_like_path
 from kronsae.data.named_models import NAMED, fetch
-from kronsae.data.passes import PassSize
+from kronsae.data.passes import PassSize, depends_on_longest
 from kronsae.data.pretrained import load_pretrained
 from kronsae.support.cache import is_whole
 from kronsae.support.errors import UserError, nearest
@@ -83,7 +83,7 @@ class LanguageModel:
     @cached_property
     def pass_size(self) -> PassSize:
         """How many windows it reads at once."""
-        return PassSize.on(self.device)
+        return PassSize.on(self.device, all_columns=depends_on_longest(getattr(self.model, "config", None)))
 
     def check_context_length(self, context_length: int) -> None:
         """Raise a UserError if the model cannot take so many tokens at once."""

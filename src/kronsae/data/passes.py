@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,25 +15,39 @@ from kronsae.data.tokens import Tokens
 from kronsae.support.errors import UserError
 
 CPU_TOKENS = 1024
-"""Most tokens of a pass on a CPU: with more, activations leave its caches (docs/harvesting.md has the measurement)."""
+"""Most tokens of a pass on a CPU; docs/harvesting.md compares it with a whole batch."""
 
 CPU_TOKENS_PER_THREAD = 512
-"""Tokens below which a thread has too little work."""
+"""The same per thread, so that each has enough work. Not measured."""
 
 CPU_FIXED_TOKENS = 32
 """Time of a pass that does not depend on its windows, on a CPU: as much as so many tokens take; mostly reading the
-weights. 17 to 42 were measured on two models."""
+weights. An estimate, with which docs/harvesting.md was measured."""
 
 OTHER_FIXED_TOKENS = 1024
 """The same on another device. Not measured: launching the kernels takes a few milliseconds, whatever the windows."""
 
-MEMORY_WORDS = ("can't allocate memory", "not enough memory")
-"""In the RuntimeError that PyTorch raises where the system refuses memory."""
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+"""Types of rotary embeddings whose frequencies depend on the number of columns of a pass."""
+
+MEMORY_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a primitive",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""In the RuntimeError that PyTorch raises if memory is refused: to itself, to oneDNN, to C++, or to CUDA's libraries.
+
+oneDNN gives no reason. The error that is raised in the end has the original one as its cause.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some windows of a batch, without the columns in which all of them are padding.
+    """Some windows of a batch, without the columns in which all of them are padding (`PassSize`).
 
     Args:
         rows: Their rows in the batch, ascending.
@@ -54,18 +69,27 @@ class PassSize:
     Args:
         most_tokens: Most tokens of a pass, with padding, unless one window alone has more; None: any number.
         fixed_tokens: Time of a pass that does not depend on its windows, in tokens.
+        all_columns: Whether every part keeps all columns of its batch, for a model whose activations of a window
+            depend on the longest of its pass.
     """
 
-    def __init__(self, most_tokens: int | None, fixed_tokens: int) -> None:
+    def __init__(self, most_tokens: int | None, fixed_tokens: int, *, all_columns: bool = False) -> None:
         self.most_tokens = most_tokens
         self.fixed_tokens = fixed_tokens
+        self.all_columns = all_columns
 
     @classmethod
-    def on(cls, device: torch.device) -> PassSize:
+    def on(cls, device: torch.device, *, all_columns: bool = False) -> PassSize:
         """Return the size for a device, and on a CPU for PyTorch's number of threads."""
         if device.type == "cpu":
-            return cls(max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads()), CPU_FIXED_TOKENS)
-        return cls(None, OTHER_FIXED_TOKENS)
+            most = max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads())
+            return cls(most, CPU_FIXED_TOKENS, all_columns=all_columns)
+        return cls(None, OTHER_FIXED_TOKENS, all_columns=all_columns)
+
+    def tokens(self, windows: int, columns: int) -> int:
+        """Return the most tokens of a pass over windows of at most so many tokens."""
+        whole = windows * columns
+        return whole if self.most_tokens is None else min(whole, max(self.most_tokens, columns))
 
     def parts(self, batch: Tokens, rows: Sequence[int] | None = None) -> list[Part]:
         """Return the windows of a batch in parts, each for one pass.
@@ -74,27 +98,35 @@ class PassSize:
             batch: The windows.
             rows: Rows of the windows that are meant, ascending; None: all.
         """
-        lengths = window_lengths(batch)
+        windows, columns = batch.input_ids_ST.shape
+        lengths = [columns] * windows if self.all_columns else window_lengths(batch)
         rows = range(len(lengths)) if rows is None else rows
         groups = window_groups([lengths[row] for row in rows], self.most_tokens, self.fixed_tokens)
         chosen = [[rows[index] for index in group] for group in groups]
         return [_part(batch, mine, max(lengths[row] for row in mine)) for mine in chosen]
 
-    def halve(self, part: Part, device: torch.device) -> None:
-        """Go on with half as many windows at once as there are in a part, for which memory did not suffice.
+    def halve(self, part: Part, device: torch.device, error: BaseException) -> None:
+        """Go on with half as many windows at once (rounded up) as a part has, for which memory did not suffice.
 
         Raises:
-            UserError: If that is a single window.
+            UserError: If that is a single window; its cause is ``error``, with which the pass ended.
         """
         windows, columns = part.input_ids_ST.shape
         if windows == 1:
             raise UserError(
                 f"context_length must be so small that the model can read one window; the memory of {device} does not "
                 f"suffice for one of {columns} tokens. Give a smaller context_length, or dtype=bfloat16."
-            )
-        self.most_tokens = windows // 2 * columns
+            ) from error
+        self.most_tokens = (windows + 1) // 2 * columns
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def depends_on_longest(config: Any) -> bool:
+    """Return whether the rotary embeddings of a Hugging Face model change with the longest window of a pass."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(of_layer for of_layer in rope.values() if isinstance(of_layer, dict))]
+    return any(kind.get("rope_type", kind.get("type")) in ROPE_BY_LENGTH for kind in kinds)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

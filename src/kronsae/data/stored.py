@@ -21,17 +21,22 @@ from torch import Tensor
 from kronsae.data.buffer import Activations, EpochRows
 from kronsae.data.manifest import Manifest, Shard, damaged, read_manifest
 from kronsae.data.places import Place, check_cache, open_place
-from kronsae.data.precision import layout, widen
+from kronsae.data.precision import layout, token_bytes, widen
 from kronsae.data.prefetch import Prefetched
 from kronsae.data.stream import State, check_state
 from kronsae.support.errors import UserError, nearest
 from kronsae.support.files import sha256
+from kronsae.support.resources import free_address_bytes
 
 CHECKING_THREADS = 8
 """Shards whose SHA-256 is computed in parallel; more threads do not read faster."""
 
 MAPPED_SHARDS = 64
 """Shards that are memory-mapped at a time; the system limits a process to 65,530 mappings."""
+
+MAPPED_SHARE = 4
+"""Where the address space is limited, shards take at most one part in so many of what is free at the first mapping; one
+shard is mapped in any case."""
 
 READ_ROWS = 4096
 """Rows of an item of `HarvestedRows`."""
@@ -105,17 +110,12 @@ class StoredActivations:
         order = np.argsort(rows)
         ascending = rows[order]
         borders = np.searchsorted(ascending, ends)
-        found: Arrays = {}
+        found = self._shards.empty(len(rows))
         start = 0
         for number, stop in enumerate(borders):
-            if stop == start:
-                continue
-            shard = self._shards.open(number)
-            within = ascending[start:stop] - (ends[number] - self.manifest.shards[number].tokens)
-            for name, array in shard.items():
-                if name not in found:
-                    found[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
-                np.take(array, within, axis=0, out=found[name][start:stop], mode="clip")  # clip: without a copy
+            if stop > start:
+                within = ascending[start:stop] - (ends[number] - self.manifest.shards[number].tokens)
+                self._shards.take(number, within, {name: array[start:stop] for name, array in found.items()})
             start = stop
         place_of = torch.from_numpy(np.argsort(order))
         return {hook: values[place_of] for hook, values in self._shards.widened(found).items()}
@@ -163,8 +163,9 @@ class HarvestedRows:
             for number, shard in enumerate(self.manifest.shards):
                 for start in range(max(0, first - begin), shard.tokens, READ_ROWS):
                     stop = min(start + READ_ROWS, shard.tokens)
-                    arrays = self._shards.open(number)
-                    rows = self._shards.widened({name: np.array(array[start:stop]) for name, array in arrays.items()})
+                    copied = self._shards.empty(stop - start)
+                    self._shards.take(number, np.arange(start, stop), copied)
+                    rows = self._shards.widened(copied)
                     yield (
                         {hook: values.to(self._device) for hook, values in rows.items()},
                         {"epoch": epoch, "row": begin + stop},
@@ -182,7 +183,7 @@ class _Shards:
         folder: Folder or URL.
         hooks: Hooks to read; None: all.
         mmap_advice: Advice for the mappings. Without MADV_RANDOM, the system reads 128 KB around every row.
-        mapped: Shards mapped at a time.
+        mapped: Most shards mapped at a time; fewer where the address space is limited.
     """
 
     def __init__(
@@ -200,7 +201,8 @@ class _Shards:
                 )
         self._layout = layout({hook: widths[hook] for hook in self._hooks}, self.manifest.dtype)
         self._advice = getattr(mmap, mmap_advice, None)
-        self._mapped = mapped
+        self._most = mapped
+        self._mapped: int | None = None
         self._open: OrderedDict[int, Arrays] = OrderedDict()
 
     def check_all(self) -> None:
@@ -208,14 +210,28 @@ class _Shards:
         with ThreadPoolExecutor(min(CHECKING_THREADS, os.cpu_count() or 1)) as threads:
             list(threads.map(self._checked, self.manifest.shards))
 
-    def open(self, number: int) -> Arrays:
-        """Return the tensors of a shard by name, as arrays on the mapped file, which was checked."""
+    def empty(self, rows: int) -> Arrays:
+        """Return arrays for the stored tensors of so many rows, by name."""
+        return {name: np.empty((rows, *shape), RAW[kind]) for name, (shape, kind) in self._layout.items()}
+
+    def take(self, number: int, rows: npt.NDArray[np.int64], out: Arrays) -> None:
+        """Copy rows of a shard, which is mapped if it is not, and checked before that.
+
+        The arrays on the mapped file do not leave this method: one that is kept elsewhere would keep its mapping.
+        """
+        for name, array in self._opened(number).items():
+            np.take(array, rows, axis=0, out=out[name], mode="clip")  # clip: without a copy
+
+    def _opened(self, number: int) -> Arrays:
+        """Return the tensors of a shard by name, as arrays on the mapped file."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        while len(self._open) >= self._mapped:
-            self._open.popitem(last=False)  # unmapped with its last array
+        if self._mapped is None:
+            self._mapped = self._room_for()
         while True:
+            while len(self._open) >= self._mapped:
+                self._open.popitem(last=False)  # unmapped with its last array
             try:
                 self._open[number] = self._map(self.manifest.shards[number])
             except OSError as error:
@@ -226,9 +242,18 @@ class _Shards:
                         f"the shards of {self.place} must be mapped into memory; the system refuses it for "
                         f"{self.manifest.shards[number].file}. Raise the limit of address space (`ulimit -v`)."
                     ) from error
-                self._open.popitem(last=False)
+                self._mapped = max(1, len(self._open) // 2)  # for good: other allocations need address space too
             else:
                 return self._open[number]
+
+    def _room_for(self) -> int:
+        """Return how many shards may be mapped at a time."""
+        free = free_address_bytes()
+        if free is None:
+            return self._most
+        row_bytes = token_bytes(self.manifest.d_in, self.manifest.dtype)
+        largest = max(shard.tokens for shard in self.manifest.shards) * row_bytes
+        return max(1, min(self._most, free // MAPPED_SHARE // largest))
 
     def widened(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
         """Return the activations by hook, float32, of copied rows."""

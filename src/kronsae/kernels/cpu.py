@@ -34,7 +34,7 @@ from kronsae.support.tensors import ALIGNMENT_BYTES
 
 Array = np.ndarray[Any, Any]
 BLOCK_BYTES = 2**18
-"""Pre-latents that are selected from at a time, 256 KB: they stay in the second-level cache."""
+"""Pre-latents that are selected from at a time, 256 KB: less than a second-level cache has."""
 
 _workspaces = threading.local()
 
@@ -148,7 +148,7 @@ def _select(
     """Make selections from pre-latents, a block of tokens at a time.
 
     A selection reads few pre-latents of a token, all over its row. They are read from the second-level cache, where
-    the head maxima of the block, which read all of them, have just left them: three times as fast.
+    the head maxima of the block, which read all of them, have just left them.
     """
     d_extension = len(bias_P) // heads - d_base
     best_BH: Array = np.empty((len(pre_BP), heads), pre_BP.dtype)

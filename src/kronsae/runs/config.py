@@ -30,9 +30,9 @@ class RunConfig:
             every epoch; or ``"harvested"``, the order of the harvest, through the shuffle buffer, which gives the
             batches of a run on the model with the same seed.
         context_length: T, length of a sequence of the model in tokens.
-        model_batch: S, sequences per forward pass of the model.
+        model_batch: S, windows of a batch, which the model reads in one or several passes.
         window_pool_tokens: tokens in the pool in which windows are shuffled before the model, 4 bytes each; None:
-            2**20, or 16 forward passes if these are more; 0: read the windows in the order of the text.
+            2**20, or 16 of these batches if they are more; 0: read the windows in the order of the text.
         buffer_tokens: tokens whose activations are shuffled together; memory is ``buffer_tokens * 4`` bytes times the
             sum of the widths of all `hooks`. A run that reads harvested `activations` in random order has neither
             pool nor buffer.
@@ -105,7 +105,7 @@ def own_hook(saes: Sequence[MemberConfig]) -> str | None:
 
 
 def pool_tokens(window_pool_tokens: int | None, model_batch: int, context_length: int) -> int:
-    """Return the tokens in the pool of windows, of which None means 2**20, or 16 forward passes if these are more."""
+    """Return the tokens in the pool of windows, of which None means 2**20, or 16 of these batches if they are more."""
     if window_pool_tokens is None:
         return max(2**20, 16 * model_batch * context_length)
     return window_pool_tokens

@@ -64,7 +64,7 @@ def harvest(
         dtype: precision on disk: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"int8"`` with a scale per token and
             hook.
         context_length: T, length of a sequence of the model in tokens.
-        model_batch: S, sequences per forward pass of the model.
+        model_batch: S, windows of a batch, which the model reads in one or several passes.
         window_pool_tokens: tokens in the pool in which windows are shuffled before the model, as in `RunConfig`.
         held_out_share: share of documents held out for evaluation.
         seed: seed of the order of the windows.

@@ -100,17 +100,30 @@ def largest_k_aux(member: MemberConfig, shape: SAEConfig) -> int:
     return max(1, shape.d_out // 2) if member.aux_k.k_aux is None else member.aux_k.k_aux
 
 
-def model_bytes(model: Any, tokens: int) -> tuple[int, int]:
-    """Return the size of a model's parameters and buffers, and an estimate of the memory of a pass on ``tokens``.
+def model_bytes(model: Any) -> int:
+    """Return the size of a model's parameters and buffers; it may be on PyTorch's meta device, without values."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
-    The model may be on PyTorch's meta device, without values.
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingBytes:
+    """Memory in which the activations of a batch of windows are read, beside the model's weights, in bytes.
+
+    Args:
+        model: `MODEL_WORK` vectors of the model's width per token of a pass.
+        per_value: for each value of an activation, over all hooks: one per token of a pass in the model's dtype, and
+            one per token of the batch in float32.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    width = model.get_input_embeddings().weight.shape[1]
-    return weights, pass_work_bytes(tokens, width, tensors[0].element_size())
 
+    model: int = 0
+    per_value: int = 0
 
-def pass_work_bytes(tokens: int, width: int, element_bytes: int) -> int:
-    """Return an estimate of the memory of one forward pass: `MODEL_WORK` vectors per token."""
-    return MODEL_WORK * tokens * width * element_bytes
+    @classmethod
+    def of(cls, batch_tokens: int, pass_tokens: int, width: int, element_bytes: int) -> ReadingBytes:
+        """Return the estimate for a batch of so many tokens, of which the model reads at most so many in a pass."""
+        vectors = element_bytes * pass_tokens
+        return cls(model=MODEL_WORK * width * vectors, per_value=vectors + 4 * batch_tokens)
+
+    def total(self, values: int) -> int:
+        """Return the memory for hooks whose widths have this sum."""
+        return self.model + self.per_value * values

@@ -20,7 +20,7 @@ from kronsae.data.harvest import ActivationStream
 from kronsae.data.prefetch import DEPTH
 from kronsae.kernels.dispatch import DENSE_GRADIENTS, path_of
 from kronsae.runs.config import RunConfig
-from kronsae.runs.memory import largest_k_aux, model_bytes, sae_bytes
+from kronsae.runs.memory import ReadingBytes, largest_k_aux, model_bytes, sae_bytes
 from kronsae.runs.pipeline import Source
 from kronsae.support.errors import UserError
 from kronsae.support.resources import available_memory_bytes, format_bytes, free_disk_bytes, size_bytes
@@ -76,7 +76,7 @@ class Plan:
         steps_done: steps that an interrupted run has already done.
         members: the SAEs, each with its own number of steps; the longest determines the length of the run.
         language_model_bytes: size of the model's weights, which are already loaded; 0 for harvested activations.
-        model_work_bytes: estimated additional memory of one forward pass.
+        reading_bytes: estimated additional memory in which a batch of windows is read.
         memory_available_bytes: available memory of the device, including the model's weights; None: unknown.
         disk_free_bytes: free disk space, including the space of the run's own checkpoints; None: unknown.
         batch_seconds: measured time to compute or read one batch of activations; None if it was not measured.
@@ -92,7 +92,7 @@ class Plan:
     steps_done: int
     members: tuple[MemberPlan, ...]
     language_model_bytes: int
-    model_work_bytes: int
+    reading_bytes: ReadingBytes
     memory_available_bytes: int | None
     disk_free_bytes: int | None
     batch_seconds: float | None = None
@@ -120,6 +120,11 @@ class Plan:
     def d_in(self) -> int:
         """Return the sum of the widths of all hooks: the number of values stored per token."""
         return sum(self.widths.values())
+
+    @property
+    def model_work_bytes(self) -> int:
+        """Return the estimated additional memory in which a batch of windows is read at all hooks."""
+        return self.reading_bytes.total(self.d_in)
 
     @property
     def buffer_bytes(self) -> int:
@@ -203,7 +208,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values, including derived ones, as JSON values."""
-        names = ("hook", "d_in", "steps", "tokens", "buffer_bytes", "memory_bytes", "disk_bytes", "seconds")
+        sizes = ("buffer_bytes", "model_work_bytes", "memory_bytes", "disk_bytes")
+        names = ("hook", "d_in", "steps", "tokens", *sizes, "seconds")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
     @property
@@ -267,13 +273,13 @@ def plan_run(config: RunConfig, folder: Path, *, timed: bool = True) -> Plan:
 def make_plan(source: Source, folder: Path, steps_done: int = 0) -> Plan:
     """Return the plan, without times, of the run that reads ``source`` and writes to ``folder``."""
     live = source.config.activations is None
-    weights, work = _language_model_bytes(source) if live else (0, 0)
+    weights = model_bytes(source.language_model.model) if live else 0
     available = _available_bytes(source.device)
     plan = plan_of(
         source.config,
         source.widths,
         language_model_bytes=weights,
-        model_work_bytes=work,
+        reading_bytes=_reading_bytes(source) if live else ReadingBytes(),
         dense_gradients=path_of("adamw", source.device, torch.float32) in DENSE_GRADIENTS,
     )
     return replace(
@@ -290,7 +296,7 @@ def plan_of(
     widths: Mapping[str, int],
     *,
     language_model_bytes: int,
-    model_work_bytes: int,
+    reading_bytes: ReadingBytes,
     dense_gradients: bool,
 ) -> Plan:
     """Return the plan, without times, of a run on a machine of which nothing is known. Nothing is loaded.
@@ -298,7 +304,7 @@ def plan_of(
     Args:
         config: config of the run.
         widths: width of the activations of each hook that SAEs read or write.
-        language_model_bytes, model_work_bytes: as for `Plan`.
+        language_model_bytes, reading_bytes: as for `Plan`.
         dense_gradients: as for `sae_bytes`.
     """
     shapes = {member.name: member.shape(widths, config.hook) for member in config.saes}
@@ -317,7 +323,7 @@ def plan_of(
             for member in config.saes
         ),
         language_model_bytes=language_model_bytes,
-        model_work_bytes=model_work_bytes,
+        reading_bytes=reading_bytes,
         memory_available_bytes=None,
         disk_free_bytes=None,
         ahead_bytes=0 if live else (DEPTH + 1) * config.loop.batch_tokens * sum(widths.values()) * 4,
@@ -375,10 +381,12 @@ def _member_plan(
     )
 
 
-def _language_model_bytes(source: Source) -> tuple[int, int]:
-    """Return the size of the model's weights, and an estimate of the memory of one forward pass."""
-    tokens = source.config.model_batch * source.config.context_length
-    return model_bytes(source.language_model.model, tokens)
+def _reading_bytes(source: Source) -> ReadingBytes:
+    config, language_model = source.config, source.language_model
+    embeddings: Any = language_model.model.get_input_embeddings()
+    pass_tokens = language_model.pass_size.tokens(config.model_batch, config.context_length)
+    batch_tokens = config.model_batch * config.context_length
+    return ReadingBytes.of(batch_tokens, pass_tokens, embeddings.weight.shape[1], embeddings.weight.element_size())
 
 
 def _available_bytes(device: torch.device) -> int | None:

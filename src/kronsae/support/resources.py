@@ -21,6 +21,20 @@ def available_memory_bytes() -> int | None:
     return min((value for value in found if value is not None), default=None)
 
 
+def free_address_bytes() -> int | None:
+    """Return how much of its limit of address space (`ulimit -v`) the process has left; None without a limit."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not pages.exists():
+        return None
+    used = int(pages.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    return max(0, limit - used)
+
+
 def free_disk_bytes(folder: Path) -> int:
     """Return the free disk space at ``folder``, which need not exist yet."""
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
