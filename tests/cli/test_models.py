@@ -138,5 +138,6 @@ class TestQuickstart:
         words = ["quickstart", "--model", "smollm2", "--text", text_file, "--tokens", 128, "--json", "--quiet"]
         done = kronsae(*words)
         assert done.status == 0
-        assert [row["name"] for row in done.json["saes"]] == ["topk", "kron"]
+        names = ["topk", "topk + pursuit", "kron", "kron + pursuit"]
+        assert [row["name"] for row in done.json["saes"]] == names
         assert (tmp_path / "runs" / "quickstart-smollm2" / "report.html").is_file()
