@@ -7,7 +7,7 @@ which the system drops when it needs memory. An array of the folder's size is re
 allocated memory (``RssAnon`` of ``/proc/self/status``, every 10 ms) and its speed; the time is that of the whole
 training, in which also the digests of all files are compared. Linux only.
 
-    python benchmarks/cache_memory.py --place /tmp/acts [--tokens 524288] [--limit-mb 1024]
+    python benchmarks/cache_memory.py --place FOLDER [--tokens 524288] [--limit-mb 1024]
         [--out benchmarks/results/cache_memory.csv]
 """
 
