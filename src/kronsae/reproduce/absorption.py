@@ -15,7 +15,8 @@ from kronsae.runs.run import Run
 from kronsae.support.progress import progress_bar
 
 FORMS = ("topk", "kron", "matryoshka")
-KEYS = ("mean_absorption_fraction", "mean_full_absorption", "mean_num_split_latents", "mean_f1")
+FRACTION = "mean_absorption_fraction"
+KEYS = (FRACTION, "mean_full_absorption", "mean_num_split_latents", "mean_f1")
 
 
 def rows(context: Context) -> list[Row]:
@@ -59,7 +60,7 @@ def table(found: Sequence[Row]) -> list[str]:
     order = {form: number for number, form in enumerate(FORMS)}
     ordered = sorted(found, key=lambda row: (int(row["k"]), order[row["name"]]))
     columns = [
-        Column("absorption fraction", "mean_absorption_fraction", "{:.3f}"),
+        Column("absorption fraction", FRACTION, "{:.3f}"),
         Column("full absorption", "mean_full_absorption", "{:.3f}"),
         Column("split latents", "mean_num_split_latents", "{:.2f}"),
         Column("F1 of the best latent", "mean_f1", "{:.3f}"),
@@ -78,14 +79,7 @@ def verdict(found: Sequence[Row]) -> Verdict:
     """Compare KronSAE's mean absorption fraction with TopK's: lower, and by the paper's factor."""
     comparisons, ratios = compared(found)
     least, most = (f"{bound(float(row['mean_f1']) for row in found):.2f}" for bound in (min, max))
-    control = [
-        Comparison(
-            f"TopK's absorption fraction minus Matryoshka's at l0 {k}",
-            minus(of(found, name="topk", k=k), of(found, name="matryoshka", k=k), "mean_absorption_fraction"),
-            "{:+.3f}",
-        )
-        for k in sorted({int(row["k"]) for row in found})
-    ]
+    control = below_topk(found, "matryoshka", "Matryoshka's")
     return judge(
         comparisons,
         f" {ratios} (the paper: 0.55 to 0.75). The F1 of the best latent of a class is {least} to {most}: where it is "
@@ -95,16 +89,27 @@ def verdict(found: Sequence[Row]) -> Verdict:
 
 def compared(found: Sequence[Row]) -> tuple[list[Comparison], str]:
     """Return TopK's mean absorption fraction minus KronSAE's by l0, and the ratios of the means in words."""
-    key = "mean_absorption_fraction"
-    comparisons, ratios = [], []
-    for k in sorted({int(row["k"]) for row in found}):
-        topk, kron = (of(found, name=name, k=k) for name in ("topk", "kron"))
-        comparisons.append(
-            Comparison(f"TopK's absorption fraction minus KronSAE's at l0 {k}", minus(topk, kron, key), "{:+.3f}")
-        )
-        own, other = (sum(float(row[key]) for row in side) for side in (kron, topk))
+    ratios = []
+    for k in _l0s(found):
+        own, other = (sum(float(row[FRACTION]) for row in of(found, name=name, k=k)) for name in ("kron", "topk"))
         ratios.append(f"{own / other:.2f}" if other else "–")
-    return comparisons, f"Ratio of the means, KronSAE to TopK, by l0: {', '.join(ratios)}"
+    return below_topk(found, "kron", "KronSAE's"), f"Ratio of the means, KronSAE to TopK, by l0: {', '.join(ratios)}"
+
+
+def below_topk(found: Sequence[Row], form: str, words: str) -> list[Comparison]:
+    """Return TopK's mean absorption fraction minus another form's, by l0."""
+    return [
+        Comparison(
+            f"TopK's absorption fraction minus {words} at l0 {k}",
+            minus(of(found, name="topk", k=k), of(found, name=form, k=k), FRACTION),
+            "{:+.3f}",
+        )
+        for k in _l0s(found)
+    ]
+
+
+def _l0s(found: Sequence[Row]) -> list[int]:
+    return sorted({int(row["k"]) for row in found})
 
 
 STUDY = Study(

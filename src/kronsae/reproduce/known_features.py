@@ -12,14 +12,11 @@ from kronsae.reproduce.claims import Row, Verdict
 from kronsae.reproduce.context import Context
 from kronsae.reproduce.study import Study
 from kronsae.reproduce.tables import Column, Comparison, judge, means, minus, of
+from kronsae.reproduce.variants import WORDS
 from kronsae.runs.parsing import parse_sae
 from kronsae.support.progress import progress_bar
 
-PURSUITS = {
-    "": "",
-    "-pursuit": " pursuit_rounds=2 pursuit_candidates=2",
-    "-pursuit-4": " pursuit_rounds=4 pursuit_candidates=4",
-}
+PURSUITS = WORDS | {"-pursuit-4": " pursuit_rounds=4 pursuit_candidates=4"}
 SAES = {
     "topk": "topk d_sae=512 k=8",
     "kron-2x4": "kron d_sae=512 d_base=2 d_extension=4 k=8",

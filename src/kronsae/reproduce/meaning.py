@@ -12,6 +12,7 @@ from kronsae.reproduce.context import Context
 from kronsae.reproduce.probing import WINDOWS, labels
 from kronsae.reproduce.study import Study
 from kronsae.reproduce.tables import RECONSTRUCTION, SPLICED, Column, Comparison, judge, means, minus, of
+from kronsae.reproduce.variants import WORDS
 from kronsae.support.progress import progress_bar
 
 FORMS = ("topk", "kron")
@@ -25,8 +26,7 @@ BETTER_BELOW = ("mean_absorption_fraction",)
 
 def rows(context: Context) -> list[Row]:
     """Train TopK and KronSAE, plain and with pursuit; measure concepts, token rules and absorption of all."""
-    words = {"": "", "-pursuit": " pursuit_rounds=2 pursuit_candidates=2"}
-    specs = [f"{context.sae(form)}{more} name={form}{suffix}" for suffix, more in words.items() for form in FORMS]
+    specs = [f"{context.sae(form)}{more} name={form}{suffix}" for suffix, more in WORDS.items() for form in FORMS]
     settings = probing.ProbingSettings(labels=labels(context, "parts-of-speech"), windows=WINDOWS)
     rules = TokenRuleConfig(tokens=context.scale.eval_tokens, min_active_tokens=50)
     found: list[Row] = []
