@@ -67,9 +67,8 @@ def test_against_all_latents(encoder: AnyEncoderConfig, path: str, pursuit: Purs
     z_BF = sae.encoder(x_BD).materialize().relu()
     best = z_BF.sort(dim=1, stable=True, descending=True)
     proposed = pursuit.proposed(5)
-    rounds = PursuitRounds(pursuit.sizes(5), pursuit.refit, pursuit.step, pursuit.start)
     codes = best.values[:, :proposed], best.indices[:, :proposed]
-    want = reference.pursue(x_BD - sae.b_dec, sae.W_dec, *codes, rounds)
+    want = reference.pursue(x_BD - sae.b_dec, sae.W_dec, *codes, pursuit.planned(5))
     dense_want = torch.zeros_like(z_BF).scatter_add_(1, want.latents_BK, want.values_BK)
     with kernels.use(path):
         got = sae.encode(x_BD, pursuit)
@@ -119,6 +118,8 @@ def test_refitting_lowers_the_error() -> None:
 
 
 def test_rounds_share_k() -> None:
+    assert Pursuit().planned(5) == PursuitRounds((3, 2), (1, 2), 0.7)
+    assert Pursuit(rounds=3, refit=0).planned(3).steps == (0, 0, 0)
     assert Pursuit(rounds=2).sizes(32) == (16, 16)
     assert Pursuit(rounds=3).sizes(32) == (11, 11, 10)
     assert Pursuit(rounds=5).sizes(8) == (2, 2, 2, 1, 1)
@@ -128,11 +129,12 @@ def test_rounds_share_k() -> None:
 
 def test_the_rows_it_reads_are_counted() -> None:
     assert Pursuit(rounds=1, refit=0).multiply_adds(32, 256) == 0
-    assert Pursuit(rounds=1, refit=1).multiply_adds(32, 256) == (32 + 32) * 256  # subtract 32, products with 32
+    # 32 subtracted; products with 32, and what the step does
+    assert Pursuit(rounds=1, refit=1).multiply_adds(32, 256) == (32 + 64) * 256
     # 16 subtracted; 48 candidates left
     assert Pursuit(rounds=2, refit=0).multiply_adds(32, 256) == (16 + 48) * 256
-    # 16, twice 16 and 16 again; 48; 16, then 32 and 32, and 32
-    assert Pursuit(rounds=2, refit=2).multiply_adds(32, 256) == (16 + 64 + 48 + 16 + 96) * 256
+    # 16, a step of 16; 48; 16, then two steps of 32
+    assert Pursuit(rounds=2, refit=2).multiply_adds(32, 256) == (16 + 32 + 48 + 16 + 128) * 256
     shape = SAEConfig(d_in=256, encoder=dense(4096), sparsifier=TopKConfig(k=32))
     pursued = replace(shape, pursuit=Pursuit())
     assert forward_multiply_adds(pursued) - forward_multiply_adds(shape) == 240 * 256
@@ -141,7 +143,7 @@ def test_the_rows_it_reads_are_counted() -> None:
 def test_gradients_of_values() -> None:
     """Against finite differences, with what is chosen and the rows' norms held fixed: they are not differentiated."""
     sae, x_BD = build(kron(4, 2, 3), k=4), inputs(3)
-    rounds = PursuitRounds((2, 2), 2, 0.5, 0.7)
+    rounds = PursuitRounds((2, 2), (1, 2), 0.7)
     with torch.no_grad():
         candidates = sae.encoder(x_BD).choose(kernels.Choice(8))[0]
         found = kernels.pursue(x_BD - sae.b_dec, sae.W_dec, candidates.values, candidates.indices, rounds)
@@ -278,7 +280,7 @@ def test_folders_of_before_pursuit_load_as_before(tmp_path: Path) -> None:
         ({"rounds": 0}, "pursuit.rounds must be a whole number above 0; got 0."),
         ({"candidates": 0}, "pursuit.candidates must be a whole number above 0; got 0."),
         ({"refit": -1}, "pursuit.refit must be a whole number from 0; got -1."),
-        ({"step": 0.0}, "pursuit.step must be above 0 and at most 1; got 0.0."),
+        ({"start": 0.0}, "pursuit.start must be above 0 and at most 1; got 0.0."),
         ({"start": 1.5}, "pursuit.start must be above 0 and at most 1; got 1.5."),
     ],
 )

@@ -15,11 +15,12 @@ from kronsae.kernels import Pursued, PursuitRounds, reference
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 SIZES = [(1, 1, 1, 1), (5, 3, 7, 3), (9, 17, 33, 8), (12, 40, 61, 24), (3, 9, 100, 70)]  # B, D, F, C
 ROUNDS = [
-    PursuitRounds((1,), 0, 0.5, 0.7),
-    PursuitRounds((2,), 3, 0.5, 0.7),
-    PursuitRounds((2, 1), 0, 1.0, 1.0),
-    PursuitRounds((4, 4), 2, 0.5, 0.7),
-    PursuitRounds((3, 3, 2), 1, 0.25, 0.5),
+    PursuitRounds((1,), (0,), 0.7),
+    PursuitRounds((2,), (3,), 0.7),
+    PursuitRounds((2, 1), (0, 0), 1.0),
+    PursuitRounds((4, 4), (1, 2), 0.7),
+    PursuitRounds((4, 4), (0, 4), 0.7),
+    PursuitRounds((3, 3, 2), (1, 1, 1), 0.5),
 ]
 
 
@@ -53,14 +54,14 @@ def test_against_the_definition(path: str, size: tuple[int, ...], rounds: Pursui
 
 @given(
     st.integers(1, 6), st.integers(4, 24), st.integers(1, 60), st.integers(1, 30),
-    st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 2), st.integers(0, 2**31),
+    st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 2**31),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_many_random_cases(
     tokens: int, width: int, height: int, candidates: int, sizes: list[int], refit: int, seed: int
 ) -> None:
     inputs = case((tokens, width, height, min(candidates, height)), seed=seed)
-    rounds = PursuitRounds(tuple(sizes), refit, 0.5, 0.7)
+    rounds = PursuitRounds(tuple(sizes), (min(refit, 1),) * (len(sizes) - 1) + (refit,), 0.7)
     want = reference.pursue(*inputs, rounds)
     for path in ("cpu", "portable"):
         if available(path) is None:
@@ -70,7 +71,7 @@ def test_many_random_cases(
 def test_float32_is_float64_rounded(path: str) -> None:
     """Selections may differ where two candidates are equal to rounding: in 40 tokens of well-spread scores none is."""
     target_BD, matrix_FD, values_BC, latents_BC = case((40, 32, 90, 16), torch.float32, seed=3)
-    rounds = PursuitRounds((4, 4), 2, 0.5, 0.7)
+    rounds = PursuitRounds((4, 4), (1, 2), 0.7)
     want = reference.pursue(target_BD.double(), matrix_FD.double(), values_BC.double(), latents_BC, rounds)
     got = operation(path, "pursue")(target_BD, matrix_FD, values_BC, latents_BC, rounds)
     assert torch.equal(got.places_BK, want.places_BK)
@@ -84,42 +85,76 @@ def test_ties_go_to_the_smaller_latent(path: str) -> None:
     target_BD[0, 0], target_BD[0, 3] = 2, 1
     latents_BC = torch.tensor([[15, 2, 14, 1, 12, 0, 13, 3]])
     values_BC = torch.tensor([[0.5, 1, 0.5, 1, 0.5, 1, 0.5, 1]], dtype=torch.float64)
-    got = operation(path, "pursue")(target_BD, matrix_FD, values_BC, latents_BC, PursuitRounds((2, 2), 0, 0.5, 0.7))
+    got = operation(path, "pursue")(target_BD, matrix_FD, values_BC, latents_BC, PursuitRounds((2, 2), (0, 0), 0.7))
     assert got.latents_BK.tolist() == [[1, 0, 12, 13]]
     assert got.places_BK.tolist() == [[3, 5, 4, 6]]
     assert got.values_BK.tolist() == [[1.0, 1.0, 0.7, 0.7]]
 
 
 def test_a_case_by_hand(path: str) -> None:
-    """Two rows at right angles, of norm 1 and 2: one step of size 1 is the solution, whatever the encoder said."""
+    """Two rows at right angles, of norm 1 and 2, both as much too small: one step is the solution."""
     matrix_FD = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.6, 0.8]], dtype=torch.float64)
     target_BD = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     codes = torch.tensor([[1.0, 1.0]], dtype=torch.float64), torch.tensor([[0, 1]])
-    got = operation(path, "pursue")(target_BD, matrix_FD, *codes, PursuitRounds((2,), 1, 1.0, 0.7))
+    got = operation(path, "pursue")(target_BD, matrix_FD, *codes, PursuitRounds((2,), (1,), 0.7))
     assert got.values_BK.tolist() == [[3.0, 2.0]]
     # one at a time: latent 1's value 1.5 leaves (3, 1), of which latent 0 explains 3 and starts at half of that
     codes = torch.tensor([[1.0, 1.5]], dtype=torch.float64), torch.tensor([[0, 1]])
-    got = operation(path, "pursue")(target_BD, matrix_FD, *codes, PursuitRounds((1, 1), 0, 1.0, 0.5))
+    got = operation(path, "pursue")(target_BD, matrix_FD, *codes, PursuitRounds((1, 1), (0, 0), 0.5))
     assert got.latents_BK.tolist() == [[1, 0]]
     assert got.values_BK.tolist() == [[1.5, 1.5]]
+
+
+def test_as_many_steps_as_rows_are_the_best_values(path: str) -> None:
+    """Conjugate gradients end after as many steps as there are values, if none meets its bound."""
+    generator = torch.Generator().manual_seed(1)
+    matrix_FD = torch.randn(6, 12, generator=generator, dtype=torch.float64)
+    best_BC = torch.rand(20, 6, generator=generator, dtype=torch.float64) + 0.5
+    latents_BC = torch.arange(6).expand(20, 6).contiguous()
+    started_BC = best_BC * (1 + 0.1 * torch.randn(20, 6, generator=generator, dtype=torch.float64)).clamp(0.8, 1.2)
+    errors = []
+    for steps in range(7):
+        rounds = PursuitRounds((6,), (steps,), 0.7)
+        got = operation(path, "pursue")(best_BC @ matrix_FD, matrix_FD, started_BC, latents_BC, rounds)
+        errors.append(float(((got.values_BK - best_BC) @ matrix_FD).square().sum()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[6] < 1e-20 * errors[0] < 1e-4 * errors[1]
+
+
+@pytest.mark.parametrize("alike", [0.0, 3.0])
+def test_no_step_raises_the_error_of_any_token(path: str, alike: float) -> None:
+    """Also where rows are so much alike that steps of one size would diverge, and values meet their bound."""
+    target_BD, matrix_FD, values_BC, latents_BC = case((200, 6, 20, 8), seed=2)
+    matrix_FD += alike * matrix_FD[0]
+    before_B = torch.full((200,), torch.inf, dtype=torch.float64)
+    bounded = 0
+    for steps in range(6):
+        found = operation(path, "pursue")(
+            target_BD, matrix_FD, values_BC, latents_BC, PursuitRounds((8,), (steps,), 0.7)
+        )
+        explained_BD = (found.values_BK.unsqueeze(2) * matrix_FD[found.latents_BK]).sum(1)
+        error_B = (target_BD - explained_BD).square().sum(1)
+        assert (error_B <= before_B + 1e-9).all(), steps
+        before_B, bounded = error_B, int(((found.values_BK == 0) & (found.places_BK >= 0)).sum())
+    assert bounded > 50
 
 
 def test_few_or_no_candidates(path: str) -> None:
     target_BD, matrix_FD, values_BC, latents_BC = case((3, 5, 12, 4))
     values_BC[0], values_BC[1, 1:] = 0, 0
     values_BC[1, 0] = 1
-    got = operation(path, "pursue")(target_BD, matrix_FD, values_BC, latents_BC, PursuitRounds((3, 3), 1, 0.5, 0.7))
+    got = operation(path, "pursue")(target_BD, matrix_FD, values_BC, latents_BC, PursuitRounds((3, 3), (1, 1), 0.7))
     assert got.values_BK[0].tolist() == [0.0] * 6
     assert got.places_BK[0].tolist() == [-1] * 6
     assert (got.places_BK[1] >= 0).sum() == 1
     empty = (target_BD[:0], matrix_FD, values_BC[:0], latents_BC[:0])
-    assert operation(path, "pursue")(*empty, PursuitRounds((3, 3), 1, 0.5, 0.7)).values_BK.shape == (0, 6)
+    assert operation(path, "pursue")(*empty, PursuitRounds((3, 3), (1, 1), 0.7)).values_BK.shape == (0, 6)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_token_that_is_not_finite_is_seen_and_alone(path: str, bad: float) -> None:
     target_BD, matrix_FD, values_BC, latents_BC = case((3, 5, 12, 4))
-    rounds = PursuitRounds((2, 1), 1, 0.5, 0.7)
+    rounds = PursuitRounds((2, 1), (1, 1), 0.7)
     want = operation(path, "pursue")(target_BD, matrix_FD, values_BC, latents_BC, rounds)
     values_BC[1, 2] = bad
     got = operation(path, "pursue")(target_BD, matrix_FD, values_BC, latents_BC, rounds)
@@ -129,7 +164,7 @@ def test_a_token_that_is_not_finite_is_seen_and_alone(path: str, bad: float) -> 
 
 
 def test_memory_is_written_before_it_is_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, rounds = case((9, 17, 33, 8)), PursuitRounds((3, 3), 2, 0.5, 0.7)
+    inputs, rounds = case((9, 17, 33, 8)), PursuitRounds((3, 3), (1, 2), 0.7)
     want = reference.pursue(*inputs, rounds)
     plain = torch.empty
 
@@ -143,6 +178,6 @@ def test_memory_is_written_before_it_is_read(path: str, monkeypatch: pytest.Monk
 
 def test_the_suite_would_notice_a_wrong_share() -> None:
     inputs = case(SIZES[2])
-    right, wrong = (reference.pursue(*inputs, PursuitRounds((4, 4), 0, 0.5, start)) for start in (0.7, 0.71))
+    right, wrong = (reference.pursue(*inputs, PursuitRounds((4, 4), (0, 0), start)) for start in (0.7, 0.71))
     with pytest.raises(AssertionError):
         same(wrong, right, factor=50)

@@ -38,7 +38,7 @@ def test_rows_side_by_side_and_the_plain_file_as_it_was(finished_run: Run, tmp_p
         assert pursued["evaluation_tokens"] == own["evaluation_tokens"]
         assert pursued["training_flops"] == own["training_flops"]  # it was trained without
     kept = json.loads((run.folder / "evaluation-pursuit.json").read_text())
-    assert kept["pursuit"] == {"rounds": 2, "candidates": 2, "refit": 2, "step": 0.5, "start": 0.7}
+    assert kept["pursuit"] == {"rounds": 2, "candidates": 2, "refit": 2, "start": 0.7}
     again = CliRunner().invoke(app, [*words, "--json"])
     assert "Already evaluated with this pursuit" in again.stderr
     assert json.loads(again.stdout)["saes"] == rows
@@ -65,9 +65,7 @@ def test_saes_without_a_fixed_k_are_named_and_left_out_and_the_report_shows_both
 
 
 def test_the_words_of_a_pursuit() -> None:
-    assert parse_pursuit("rounds=4 candidates=3 refit=0 step=0.25 start=1") == Pursuit(
-        rounds=4, candidates=3, refit=0, step=0.25, start=1.0
-    )
+    assert parse_pursuit("rounds=4 candidates=3 refit=0 start=1") == Pursuit(rounds=4, candidates=3, refit=0, start=1.0)
     for spec, text in (
         ("rounds", "--pursuit takes name=value pairs, such as 'rounds=2 candidates=2'; got 'rounds'."),
         ("rounds=1 rounds=2", "--pursuit must say each thing once; 'rounds' is there twice in 'rounds=1 rounds=2'."),

@@ -19,7 +19,7 @@ from kronsae.kernels import AdamW, PursuitRounds, RowGradient, reference
 from kronsae.kernels.dispatch import choose
 from kronsae.kernels.rows import Term
 
-PURSUIT = PursuitRounds((4, 4), refit=2, step=0.5, start=0.7)
+PURSUIT = PursuitRounds((4, 4), (1, 2), start=0.7)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest difference allowed, relative to the largest value of the definition; sums are in another order."""
 SIZES = ((5, 3, 7, 13), (33, 9, 50, 300), (64, 32, 300, 2304))

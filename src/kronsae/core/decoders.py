@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kronsae import kernels
 from kronsae.core.codes import SparseCodes
-from kronsae.kernels import Pursued, PursuitRounds
+from kronsae.kernels import Pursued, PursuitRounds, Rows
 from kronsae.support.tensors import aligned
 
 
@@ -36,6 +36,17 @@ class Decoder(nn.Module):
     def inverse_norms(self, latents_BR: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
         """Return ``1 / |d_f|`` for R latents of each token, a constant."""
         return kernels.inverse_norms(self.W_dec.detach())[latents_BR]
+
+    def rows(self, codes: SparseCodes) -> Rows:
+        """Return the rows of the latents in ``codes``, as `kronsae.kernels.pursue_by` takes them; differentiable."""
+
+        def products(x_BO: Tensor) -> Tensor:
+            return self.products(x_BO, codes.indices)
+
+        def combine(z_BR: Tensor) -> Tensor:
+            return self.combine(SparseCodes(z_BR, codes.indices, codes.d_sae))
+
+        return Rows(products, combine)
 
     def pursue(self, target_BO: Float[Tensor, "B O"], candidates: SparseCodes, rounds: PursuitRounds) -> Pursued:
         """Return the pursuit of a target, less the bias, among the candidates; it has no gradient."""

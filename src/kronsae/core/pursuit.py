@@ -10,30 +10,36 @@ largest latents of the encoder:
 2. each further round takes, of the candidates left, those of largest positive ``<u_f, e>``, where
    ``e = x - b_dec - sum_f z_f d_f`` is what is not yet explained: alone, f would lower ``|e|^2`` by the square of that.
    Their values start at ``start * <u_f, e> / |d_f|``;
-3. each round ends with ``refit`` projected gradient steps on all values chosen so far, at once:
-   ``z_f <- relu(z_f + step * <u_f, e> / |d_f|)``.
+3. each round ends with a refit of all values chosen so far, at once, by projected conjugate gradients on ``|e|^2``:
+   a step changes the values by ``a s_f / |d_f|``. The direction s starts as ``g_f = <u_f, e>``, 0 where a value of 0
+   would fall; the next one is ``s = g + max(0, <g, g - g'> / <g', g'>) s'``, with g' and s' of the step before (Polak
+   and Ribiere 1969). The length a is what makes ``|e|`` smallest on this line. If that leads below 0, the values there
+   become 0, of this change as much is made as lowers ``|e|`` most, and the next direction is g again. So no step raises
+   ``|e|``. The last round takes ``refit`` steps, each round before it one: its values are refitted again.
 
 The rounds share k evenly, the first ones take the remainder. Division by ``|d_f|`` makes all of it independent of how
 a latent's scale is split between value and row; where rows are of unit norm it does nothing. Latents that the encoder
 gives 0 are no candidates, so fewer than k may be active, as in TopK.
 
 Relatives: matching pursuit (Mallat and Zhang 1993) takes one atom at a time, of all F; orthogonal matching pursuit
-(Pati et al. 1993) solves for all values after each. The refit is ISTA (Daubechies et al. 2004) on a support that is
-given; LISTA (Gregor and LeCun 2010) learns such steps. Inference-time optimisation of SAEs (Nanda et al. 2024) and the
-amortisation gap (O'Neill et al., arXiv 2411.13117) measure what an encoder loses to an optimiser; MP-SAE (Costa et
-al., arXiv 2506.03093) trains with matching pursuit over all F latents. Here only candidates are looked at, which a
-factorised encoder finds exactly, so a round costs ``candidates * k`` row reads instead of F.
+(Pati et al. 1993) solves for all values after each, which a few conjugate gradients almost do. ISTA (Daubechies et al.
+2004) takes gradient steps of one size with a threshold; LISTA (Gregor and LeCun 2010) learns them. Inference-time
+optimisation of SAEs (Nanda et al. 2024) and the amortisation gap (O'Neill et al., arXiv 2411.13117) measure what an
+encoder loses to an optimiser; MP-SAE (Costa et al., arXiv 2506.03093) trains with matching pursuit over all F latents.
+Here only candidates are looked at, which a factorised encoder finds exactly, so a round costs ``candidates * k`` row
+reads instead of F.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kronsae import kernels
 from kronsae.core.checks import check_count
 from kronsae.core.codes import SparseCodes
 from kronsae.core.decoders import Decoder
@@ -59,15 +65,13 @@ class Pursuit:
     Args:
         rounds: how many times latents are chosen, at most k.
         candidates: C; the encoder proposes its ``C * k`` largest latents. One round takes k of them: C is then 1.
-        refit: gradient steps on the values after each round.
-        step: size of these steps; 1 is exact for orthogonal rows, and too large where chosen rows are alike.
+        refit: conjugate gradient steps on the values after the last round; 0: none after any round.
         start: share of ``<u_f, e> / |d_f|`` at which a value of a further round starts.
     """
 
     rounds: int = 2
     candidates: int = 2
     refit: int = 2
-    step: float = 0.5
     start: float = 0.7
 
     def __post_init__(self) -> None:
@@ -75,10 +79,8 @@ class Pursuit:
         check_count("pursuit.candidates", self.candidates)
         if isinstance(self.refit, bool) or not isinstance(self.refit, int) or self.refit < 0:
             raise UserError(f"pursuit.refit must be a whole number from 0; got {self.refit!r}.")
-        for name in ("step", "start"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise UserError(f"pursuit.{name} must be above 0 and at most 1; got {value!r}.")
+        if not 0 < self.start <= 1:
+            raise UserError(f"pursuit.start must be above 0 and at most 1; got {self.start!r}.")
 
     @property
     def changes_nothing(self) -> bool:
@@ -93,19 +95,24 @@ class Pursuit:
         """How many latents each round takes: ``k // rounds``, and one more in each of the first ``k % rounds``."""
         return tuple(k // self.rounds + (number < k % self.rounds) for number in range(self.rounds))
 
+    def planned(self, k: int) -> PursuitRounds:
+        """What the rounds do, for `kronsae.kernels.pursue`."""
+        steps = (min(self.refit, 1),) * (self.rounds - 1) + (self.refit,)
+        return PursuitRounds(self.sizes(k), steps, self.start)
+
     def multiply_adds(self, k: int, d_in: int) -> int:
         """Multiply-adds per token besides the encoder's and the decoder's: ``d_in`` for each row read.
 
-        A further round reads the candidates left; what is chosen is subtracted, and each refit step reads all chosen
-        twice, for their products and to subtract what has changed. Nothing is subtracted at the end.
+        A further round reads the candidates left; what is chosen is subtracted, if anything follows; and each refit
+        step reads all chosen twice, for their products and for what the step does to the reconstruction.
         """
-        rows, chosen, last = 0, 0, 0
-        for number, size in enumerate(self.sizes(k)):
+        rows, chosen = 0, 0
+        for number, (size, steps) in enumerate(zip(*self.planned(k)[:2], strict=True)):
             rows += 0 if number == 0 else self.proposed(k) - chosen
             chosen += size
-            rows += size + 2 * self.refit * chosen
-            last = chosen if self.refit else size
-        return (rows - last) * d_in
+            rows += size if steps or number + 1 < self.rounds else 0
+            rows += 2 * steps * chosen
+        return rows * d_in
 
     def check(self, sparsifier: str, k: int, latents_per_token: int, role: str) -> None:
         """Refuse an SAE for which it is not defined.
@@ -155,7 +162,7 @@ def choose_own_and_pursue(
         codes = pursue(pursuit, x_BD, candidates, decoder, k)
     if candidates.values.shape[1] == k:
         return codes, candidates, *rest
-    alone = PursuitRounds((k,), 0, pursuit.step, pursuit.start)  # a round without refit: the k largest candidates
+    alone = replace(pursuit, rounds=1, refit=0).planned(k)  # a round without refit: the k largest candidates
     own = decoder.pursue(x_BD, candidates, alone)
     values_BK = torch.where(own.places_BK >= 0, candidates.values.gather(1, own.places_BK.clamp_min(0)), 0.0)
     return codes, SparseCodes(values_BK, own.latents_BK, candidates.d_sae), *rest
@@ -180,7 +187,7 @@ def pursue(
     if pursuit.changes_nothing:
         return candidates
     target_BD = x_BD - decoder.b_dec
-    rounds = PursuitRounds(pursuit.sizes(k), pursuit.refit, pursuit.step, pursuit.start)
+    rounds = pursuit.planned(k)
     found = decoder.pursue(target_BD, candidates, rounds)
     values_BK = found.values_BK
     if torch.is_grad_enabled():
@@ -199,30 +206,20 @@ def unrolled_values(
 
     Nothing larger than B x K and B x D is kept; the dictionary's gradient consists of the rows touched.
     """
-    inverse_norm_BK = decoder.inverse_norms(found.latents_BK)
+    inverse_BK = decoder.inverse_norms(found.latents_BK)
     chosen_BK = found.places_BK >= 0
     values_BK = target_BD.new_zeros(len(target_BD), 0)
-    column = 0
-
-    def shares(start: int, stop: int) -> Tensor:
-        """``<u_f, e> / |d_f|`` of the latents in these columns; 0 where there is none."""
-        known = values_BK.shape[1]
-        residual_BD = target_BD
-        if known:
-            chosen = SparseCodes(values_BK, found.latents_BK[:, :known], candidates.d_sae)
-            residual_BD = target_BD - decoder.combine(chosen)
-        products_BR = decoder.products(residual_BD, found.latents_BK[:, start:stop])
-        return torch.where(chosen_BK[:, start:stop], products_BR * inverse_norm_BK[:, start:stop].square(), 0.0)
-
-    for number, size in enumerate(rounds.sizes):
-        stop = column + size
+    for number, (size, steps) in enumerate(zip(rounds.sizes, rounds.steps, strict=True)):
+        column = values_BK.shape[1]
+        new = slice(column, column + size)
         if number == 0:
-            first_BK = candidates.values.gather(1, found.places_BK[:, :size].clamp_min(0))
-            started_BK = torch.where(chosen_BK[:, :size], first_BK, 0.0)
+            worth_BK = candidates.values.gather(1, found.places_BK[:, new].clamp_min(0))
         else:
-            started_BK = rounds.start * shares(column, stop)
-        values_BK = torch.cat([values_BK, started_BK], dim=1)
-        for _ in range(rounds.refit):
-            values_BK = (values_BK + rounds.step * shares(0, stop)).relu()
-        column = stop
+            known = SparseCodes(values_BK, found.latents_BK[:, :column], candidates.d_sae)
+            products_BK = decoder.products(target_BD - decoder.combine(known), found.latents_BK[:, new])
+            worth_BK = rounds.start * products_BK * inverse_BK[:, new].square()
+        values_BK = torch.cat([values_BK, torch.where(chosen_BK[:, new], worth_BK, 0.0)], dim=1)
+        held = slice(0, column + size)
+        rows = decoder.rows(SparseCodes(values_BK, found.latents_BK[:, held], candidates.d_sae))
+        values_BK = kernels.refit_by(rows, inverse_BK[:, held], target_BD, values_BK, chosen_BK[:, held], steps)
     return values_BK

@@ -272,6 +272,7 @@ class DividedDecoder(nn.Module):
     """
 
     normalize = Decoder.normalize
+    rows = Decoder.rows
 
     def __init__(self, d_own: int, d_out: int, group: Group) -> None:
         super().__init__()
@@ -286,7 +287,8 @@ class DividedDecoder(nn.Module):
     def combine(self, codes: SparseCodes) -> Float[Tensor, "B O"]:
         """Return the reconstruction without ``b_dec``."""
         own_BK, rows_BK = self._rows(codes.indices)
-        own = SparseCodes(codes.values, rows_BK, len(self.W_dec)).only(own_BK)
+        seen_BK: Tensor = _Seen.apply(codes.values, self._group)  # values of others may depend on own ones: a pursuit
+        own = SparseCodes(seen_BK, rows_BK, len(self.W_dec)).only(own_BK)
         part_BO = kernels.decode(own.values, own.indices, self.W_dec, torch.zeros_like(self.b_dec))
         return self._summed(part_BO)
 
@@ -307,13 +309,10 @@ class DividedDecoder(nn.Module):
     @torch.no_grad()
     def pursue(self, target_BO: Float[Tensor, "B O"], candidates: SparseCodes, rounds: PursuitRounds) -> Pursued:
         """Return the pursuit of a target, less the bias, among the candidates; it has no gradient."""
-
-        def fit(z_BC: Tensor) -> Tensor:
-            explained_BO = self.combine(SparseCodes(z_BC, candidates.indices, candidates.d_sae))
-            return self.products(target_BO - explained_BO, candidates.indices)
-
         inverse_BC = self.inverse_norms(candidates.indices)
-        return kernels.pursue_by(fit, inverse_BC, candidates.values, candidates.indices, rounds)
+        proposed = (candidates.values, candidates.indices)
+        rows = self.rows(candidates)  # type: ignore[misc]  # Decoder's, which uses nothing that is not here
+        return kernels.pursue_by(rows, inverse_BC, target_BO, *proposed, rounds)
 
     def _rows(self, latents_BR: Int[Tensor, "B R"]) -> tuple[Bool[Tensor, "B R"], Int[Tensor, "B R"]]:
         """Return which latents are own ones, and their rows; 0 for the others."""

@@ -18,7 +18,8 @@ from kronsae.kernels.autograd import (
 )
 from kronsae.kernels.dispatch import explain, use
 from kronsae.kernels.optimizer import RowAdamW, clip_scale, grad_norm
-from kronsae.kernels.portable import inverse_norms, pursue_by
+from kronsae.kernels.portable import inverse_norms
+from kronsae.kernels.pursuit import Rows, pursue_by, refit_by
 from kronsae.kernels.requests import kronecker_linear_select
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import (
@@ -56,6 +57,7 @@ __all__ = [
     "RowAdamW",
     "RowGradient",
     "RowGradients",
+    "Rows",
     "Term",
     "adamw",
     "cells_per_head",
@@ -78,6 +80,7 @@ __all__ = [
     "parents",
     "pursue",
     "pursue_by",
+    "refit_by",
     "sampled_products",
     "use",
 ]

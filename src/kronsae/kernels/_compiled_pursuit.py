@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
-from kronsae.kernels._compiled_rows import _add_rows
+from kronsae.kernels._compiled_rows import _add_rows, _dot
 from kronsae.kernels._compiled_selection import PLAIN, SUMS, _cut
 
 
@@ -53,9 +53,65 @@ def _mark_best(scores, latents, left, size, marks):
 
 
 @njit(**PLAIN)
+def _ratio(above, below, zero):
+    """``above / below``; 0 where there is nothing below, or more than the dtype holds."""
+    return above / below if below > 0 and math.isfinite(below) and math.isfinite(above) else zero
+
+
+@njit(**SUMS)
+def _refit(
+    steps, is_last, count, rows, values, inverse_norm_F, matrix_FD, residual_D,
+    grads, last_grads, directions, changes, excesses, raised_rows, moved_D,
+):  # fmt: skip
+    """`pursuit.refit_by` of one token: change ``values`` in place, and the residual too unless nothing reads it."""
+    zero, one = values.dtype.type(0), values.dtype.type(1)
+    last_square = zero
+    for t in range(steps):
+        _products(residual_D, matrix_FD, rows, count, grads)
+        square, difference = zero, zero
+        for n in range(count):
+            grad = grads[n] * inverse_norm_F[rows[n]]
+            grad = grad if values[n] > 0 or grad > 0 else zero
+            square += grad * grad
+            difference += grad * (grad - last_grads[n])
+            grads[n] = grad
+        memory = max(zero, _ratio(difference, last_square, zero)) if t > 0 else zero
+        product = zero
+        for n in range(count):
+            free = grads[n] != 0 or values[n] > 0
+            direction = grads[n] + memory * directions[n] if free else zero
+            product += direction * grads[n]
+            directions[n], changes[n], last_grads[n] = direction, direction * inverse_norm_F[rows[n]], grads[n]
+        last_square = square
+        moved_D[:] = zero
+        _add_rows(changes, rows, 0, count, matrix_FD, moved_D)
+        share = _ratio(product, _dot(moved_D, moved_D), zero)
+        raised = 0
+        for n in range(count):
+            change = share * changes[n]
+            excess = -values[n] - change
+            excesses[raised], raised_rows[raised] = excess, rows[n]
+            raised += excess > 0
+            changes[n] = max(change, -values[n])
+        if raised > 0:
+            for d in range(len(moved_D)):
+                moved_D[d] *= share
+            _add_rows(excesses, raised_rows, 0, raised, matrix_FD, moved_D)
+            share = min(one, max(zero, _ratio(_dot(moved_D, residual_D), _dot(moved_D, moved_D), zero)))
+            for n in range(count):
+                changes[n] *= share
+            last_square = zero
+        for n in range(count):
+            values[n] = max(zero, values[n] + changes[n])
+        if not is_last or t + 1 < steps:
+            for d in range(len(residual_D)):
+                residual_D[d] -= share * moved_D[d]
+
+
+@njit(**PLAIN)
 def pursue(
     start, stop, target_BD, matrix_FD, inverse_norm_F, values_BC, latents_BC,
-    sizes_R, refit, step, first_share, values_BK, latents_BK, places_BK,
+    sizes_R, steps_R, first_share, values_BK, latents_BK, places_BK,
 ):  # fmt: skip
     """`reference.pursue` of some tokens.
 
@@ -66,8 +122,11 @@ def pursue(
     residual_D = np.empty(target_BD.shape[1], target_BD.dtype)
     left_latents, left_places = np.empty(candidates, np.int64), np.empty(candidates, np.int64)
     scores, marks = np.empty(candidates, values_BC.dtype), np.empty(candidates, np.bool_)
-    rows, columns, places = np.empty((3, k + 1), np.int64)  # one more place than is needed: written, never read
-    values, products, removed = np.empty((3, k + 1), values_BC.dtype)
+    rows, columns, places, raised_rows = np.empty(
+        (4, k + 1), np.int64
+    )  # one more place than is needed: written, never read
+    values, removed, grads, last_grads, directions, excesses = np.zeros((6, k + 1), values_BC.dtype)
+    moved_D = np.empty_like(residual_D)
     for b in range(start, stop):
         finite, left = True, 0
         for c in range(candidates):
@@ -101,18 +160,12 @@ def pursue(
                     values[n] = first_share * values[n] * inverse_norm_F[rows[n]]
                 columns[n], removed[n] = column + n - known, -values[n]
             column += sizes_R[r]
-            if r + 1 < rounds or refit > 0:
+            if r + 1 < rounds or steps_R[r] > 0:
                 _add_rows(removed, rows, known, count, matrix_FD, residual_D)
-            for t in range(refit):
-                _products(residual_D, matrix_FD, rows, count, products)
-                for n in range(count):
-                    inverse = inverse_norm_F[rows[n]]
-                    value = values[n] + step * products[n] * inverse * inverse
-                    value = zero if value < 0 else value
-                    removed[n] = values[n] - value
-                    values[n] = value
-                if r + 1 < rounds or t + 1 < refit:
-                    _add_rows(removed, rows, 0, count, matrix_FD, residual_D)
+            _refit(
+                steps_R[r], r + 1 == rounds, count, rows, values, inverse_norm_F, matrix_FD, residual_D,
+                grads, last_grads, directions, removed, excesses, raised_rows, moved_D,
+            )  # fmt: skip
         for n in range(count):
             column = columns[n]
             values_BK[b, column], latents_BK[b, column], places_BK[b, column] = values[n], rows[n], places[n]

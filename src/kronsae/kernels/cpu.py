@@ -407,8 +407,7 @@ def pursue(
     shape = (len(target_BD), sum(rounds.sizes))
     found = Pursued(torch.empty(shape, dtype=values_BC.dtype), *(torch.empty(shape, dtype=torch.int64) for _ in "12"))
     inputs = map(_to_numpy, (target_BD, matrix_FD, inverse_norms(matrix_FD.detach()), values_BC, latents_BC))
-    step, start = _to_scalars(values_BC.dtype, rounds.step, rounds.start)
-    settings = (np.array(rounds.sizes), rounds.refit, step, start)
+    settings = (np.array(rounds.sizes), np.array(rounds.steps), *_to_scalars(values_BC.dtype, rounds.start))
     run_parts(_compiled_pursuit.pursue, split_evenly(len(target_BD)), *inputs, *settings, *map(_to_numpy, found))
     return found
 

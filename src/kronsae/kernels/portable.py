@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from torch.nn.functional import pad as pad_columns
 
+from kronsae.kernels.pursuit import Rows, pursue_by
 from kronsae.kernels.rows import AdamW, RowGradient, Term
 from kronsae.kernels.selection import (
     NULL_PRODUCTS,
@@ -329,62 +329,10 @@ def pursue(
     chunk = max(1, CHUNK_ELEMENTS // (latents_BC.shape[1] * matrix_FD.shape[1]))
     found = []
     for target, z, latents in zip(target_BD.split(chunk), values_BC.split(chunk), latents_BC.split(chunk), strict=True):
-        fit = partial(_fit, target, matrix_FD[latents])
-        found.append(pursue_by(fit, inverse_F[latents], z, latents, rounds))
+        rows_BCD = matrix_FD[latents]
+        dictionary = Rows(partial(torch.einsum, "bcd,bd->bc", rows_BCD), partial(torch.einsum, "bcd,bc->bd", rows_BCD))
+        found.append(pursue_by(dictionary, inverse_F[latents], target, z, latents, rounds))
     return Pursued(*map(torch.cat, zip(*found, strict=True)))
-
-
-def pursue_by(
-    fit: Callable[[Float[Tensor, "B C"]], Float[Tensor, "B C"]],
-    inverse_BC: Float[Tensor, "B C"],
-    values_BC: Float[Tensor, "B C"],
-    latents_BC: Int[Tensor, "B C"],
-    rounds: PursuitRounds,
-) -> Pursued:
-    """A pursuit that sees the dictionary only through ``fit``, wherever its rows are.
-
-    Args:
-        fit: returns ``<d_c, target - sum_c z_c d_c>`` for each candidate, given values z of all candidates.
-        inverse_BC: ``1 / |d_c|``.
-        values_BC, latents_BC, rounds: as for `pursue`.
-    """
-    by_latent_BC = latents_BC.argsort(dim=1)  # of equal worth the smaller latent comes first
-    left_BC, chosen_BC = values_BC > 0, torch.zeros_like(values_BC, dtype=torch.bool)
-    z_BC, worth_BC = torch.zeros_like(values_BC), values_BC
-    columns = []
-    for number, size in enumerate(rounds.sizes):
-        if number > 0:
-            worth_BC = fit(z_BC) * inverse_BC
-        worth_BC = torch.where(left_BC & (worth_BC > 0), worth_BC, 0.0)
-        order_BC = worth_BC.gather(1, by_latent_BC).sort(dim=1, stable=True, descending=True).indices
-        places_BK = by_latent_BC.gather(1, order_BC[:, :size])
-        taken_BC = torch.zeros_like(chosen_BC).scatter_(1, places_BK, True) & (worth_BC > 0)
-        start_BC = values_BC if number == 0 else rounds.start * worth_BC * inverse_BC
-        z_BC = torch.where(taken_BC, start_BC, z_BC)
-        left_BC, chosen_BC = left_BC & ~taken_BC, chosen_BC | taken_BC
-        columns.append(_listed_places(taken_BC, size))
-        for _ in range(rounds.refit):
-            step_BC = rounds.step * fit(z_BC) * inverse_BC.square()
-            z_BC = torch.where(chosen_BC, (z_BC + step_BC).relu(), 0.0)
-    places_BK = torch.cat(columns, dim=1)
-    is_chosen_BK, at_BK = places_BK >= 0, places_BK.clamp_min(0)
-    values_BK = torch.where(is_chosen_BK, z_BC.gather(1, at_BK), 0.0)
-    values_BK = values_BK.masked_fill(~values_BC.isfinite().all(1, keepdim=True), torch.nan)
-    is_chosen_BK &= ~values_BK.isnan()
-    return Pursued(values_BK, latents_BC.gather(1, at_BK).where(is_chosen_BK, 0), places_BK.where(is_chosen_BK, -1))
-
-
-def _fit(target_BD: Tensor, rows_BCD: Tensor, z_BC: Tensor) -> Tensor:
-    """``<d_f, target - sum_c z_c d_c>`` for each row."""
-    residual_BD = target_BD - torch.einsum("bc,bcd->bd", z_BC, rows_BCD)
-    return torch.einsum("bd,bcd->bc", residual_BD, rows_BCD)
-
-
-def _listed_places(taken_BC: Tensor, size: int) -> Tensor:
-    """The places marked, ascending; -1 fills up."""
-    marked_BC, places_BC = taken_BC.to(torch.int8).sort(dim=1, stable=True, descending=True)
-    places_BK = places_BC[:, :size].masked_fill(marked_BC[:, :size] == 0, -1)
-    return pad_columns(places_BK, (0, size - places_BK.shape[1]), value=-1)
 
 
 def group_rows(terms: Sequence[Term], height: int) -> RowGradient:

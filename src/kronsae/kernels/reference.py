@@ -226,7 +226,9 @@ def pursue(
 
     With ``e = target - z matrix`` and ``g_f = <d_f, e> / |d_f|``, the first round takes the largest values and each
     further one the largest positive g of the candidates left, which start at ``start * g_f / |d_f|``; of equal ones
-    the smaller latent comes first. A refit step is ``z_f <- relu(z_f + step * g_f / |d_f|)`` for all chosen at once.
+    the smaller latent comes first. A refit step moves all chosen at once, in a direction s that is g plus what
+    conjugate gradients keep of the last one, as far as ``|e|`` falls; where this leads below 0, on the line to what
+    is left of the step above 0, again as far as ``|e|`` falls.
     """
     k = sum(rounds.sizes)
     out = Pursued(
@@ -251,10 +253,26 @@ def pursue(
                 z_F[f] = values_BC[b, place_of[f]] if number == 0 else rounds.start * g_F[f] * inverse_F[f]
             left = [f for f in left if f not in column_of]
             column += size
-            chosen = list(column_of)
-            for _ in range(rounds.refit):
-                g_F = matrix_FD @ (target_D - z_F @ matrix_FD) * inverse_F
-                z_F[chosen] = (z_F + rounds.step * g_F * inverse_F)[chosen].relu()
+            last_F = s_F = torch.zeros_like(z_F)
+            for step in range(rounds.steps[number]):
+                e_D = target_D - z_F @ matrix_FD
+                g_F = torch.zeros_like(z_F)
+                for f in column_of:
+                    g_F[f] = matrix_FD[f] @ e_D * inverse_F[f]
+                    if z_F[f] == 0 and g_F[f] <= 0:
+                        g_F[f] = 0
+                change = g_F @ (g_F - last_F)
+                memory = change / (last_F @ last_F) if step > 0 and change > 0 and last_F.any() else 0.0
+                s_F = torch.where((z_F > 0) | (g_F > 0), g_F + memory * s_F, 0.0)
+                moved_D = (s_F * inverse_F) @ matrix_FD
+                share = (moved_D @ e_D) / (moved_D @ moved_D) if moved_D.any() else 0.0
+                reached_F, last_F = z_F + share * s_F * inverse_F, g_F
+                if (reached_F < 0).any():
+                    moved_D = (reached_F.relu() - z_F) @ matrix_FD
+                    share = float((moved_D @ e_D) / (moved_D @ moved_D)) if moved_D.any() else 0.0
+                    reached_F = z_F + min(1.0, max(0.0, share)) * (reached_F.relu() - z_F)
+                    last_F = torch.zeros_like(g_F)
+                z_F = reached_F
         for f, place in column_of.items():
             out.values_BK[b, place], out.latents_BK[b, place], out.places_BK[b, place] = z_F[f], f, place_of[f]
     return out

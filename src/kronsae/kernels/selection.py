@@ -106,14 +106,13 @@ def composed(
 
 
 class PursuitRounds(NamedTuple):
-    """What a pursuit does: how many latents each round takes, refit steps after each, their size, the first share.
+    """What a pursuit does: how many latents each round takes, how many refit steps follow, and the first share.
 
     `kronsae.core.pursuit` says what these mean.
     """
 
     sizes: tuple[int, ...]
-    refit: int
-    step: float
+    steps: tuple[int, ...]
     start: float
 
 

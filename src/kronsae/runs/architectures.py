@@ -65,7 +65,7 @@ class TrainingOptions(TypedDict, total=False):
         write: hooks written, if not the hooks read (a transcoder).
         skip: add a transcoder's linear path ``W_skip x``.
         pursuit_rounds: pursue the codes, in training and afterwards, in so many rounds (`kronsae.core.pursuit`).
-        pursuit_candidates, pursuit_refit, pursuit_step, pursuit_start: its other settings; defaults as in `Pursuit`.
+        pursuit_candidates, pursuit_refit, pursuit_start: its other settings; defaults as in `Pursuit`.
         pursuit_learning: ``two_losses`` or ``unrolled`` (`kronsae.core.pursuit.PursuitLearning`).
     """
 
@@ -82,7 +82,6 @@ class TrainingOptions(TypedDict, total=False):
     pursuit_rounds: int
     pursuit_candidates: int
     pursuit_refit: int
-    pursuit_step: float
     pursuit_start: float
     pursuit_learning: PursuitLearning
 
