@@ -163,6 +163,43 @@ def test_a_token_that_is_not_finite_is_seen_and_alone(path: str, bad: float) -> 
     assert torch.equal(got.values_BK[[0, 2]], want.values_BK[[0, 2]])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("where", ["target", "row"])
+@pytest.mark.parametrize("rounds", [PursuitRounds((8,), (1,), 0.7), PursuitRounds((4, 4), (1, 2), 0.7)])
+def test_what_is_not_finite_is_seen_and_stays_where_it_is(
+    path: str, bad: float, where: str, rounds: PursuitRounds
+) -> None:
+    """A target or a row with NaN, infinity or a square that overflows: of other tokens not one bit differs."""
+    if path == "reference" and where == "row":
+        pytest.skip("it multiplies all rows, most of them by 0")
+    inputs = case((60, 5, 40, 8), torch.float32, seed=4)
+    want = operation(path, "pursue")(*inputs, rounds)
+    target_BD, matrix_FD, values_BC, latents_BC = (part.clone() for part in inputs)
+    touched_B = torch.arange(60) == 7
+    if where == "target":
+        target_BD[7, 2] = bad
+    else:
+        matrix_FD[3, 2] = bad
+        touched_B = (latents_BC == 3).any(1)
+    assert 0 < touched_B.sum() < 30
+    got = operation(path, "pursue")(target_BD, matrix_FD, values_BC, latents_BC, rounds)
+    assert torch.equal(got.values_BK[~touched_B], want.values_BK[~touched_B])
+    assert torch.equal(got.latents_BK[~touched_B], want.latents_BK[~touched_B])
+    assert got.values_BK[touched_B].isnan().any()
+
+
+def test_float16_is_refitted_though_its_squares_overflow() -> None:
+    target_BD, matrix_FD, values_BC, latents_BC = case((40, 32, 90, 16), torch.float32, seed=3)
+    rounds, scale = PursuitRounds((4, 4), (1, 2), 0.7), 200
+    exact = (target_BD * scale, matrix_FD, values_BC * scale, latents_BC)
+    rounded = [part.half() if part.is_floating_point() else part for part in exact]
+    want, got = (operation("portable", "pursue")(*inputs, rounds) for inputs in (exact, rounded))
+    assert (target_BD * scale).square().sum(1).max() > torch.finfo(torch.float16).max
+    dense = [torch.zeros(40, 90).scatter_add_(1, found.latents_BK, found.values_BK.float()) for found in (want, got)]
+    same_share = ((dense[0] - dense[1]).abs() <= 0.02 * scale).all(1).float().mean()
+    assert same_share > 0.8  # the others choose another latent of nearly equal worth
+
+
 def test_memory_is_written_before_it_is_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, rounds = case((9, 17, 33, 8)), PursuitRounds((3, 3), (1, 2), 0.7)
     want = reference.pursue(*inputs, rounds)

@@ -77,7 +77,7 @@ def evaluate(
     pursuit: Annotated[
         str | None,
         typer.Option(
-            help="Also with pursued codes, 'rounds=2 candidates=2' (besides: refit, step, start); rows side by side."
+            help="Also with pursued codes, 'rounds=2 candidates=2' (besides: refit, start); rows side by side."
         ),
     ] = None,
     as_json: Json = False,

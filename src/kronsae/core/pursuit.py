@@ -13,9 +13,10 @@ largest latents of the encoder:
 3. each round ends with a refit of all values chosen so far, at once, by projected conjugate gradients on ``|e|^2``:
    a step changes the values by ``a s_f / |d_f|``. The direction s starts as ``g_f = <u_f, e>``, 0 where a value of 0
    would fall; the next one is ``s = g + max(0, <g, g - g'> / <g', g'>) s'``, with g' and s' of the step before (Polak
-   and Ribiere 1969). The length a is what makes ``|e|`` smallest on this line. If that leads below 0, the values there
-   become 0, of this change as much is made as lowers ``|e|`` most, and the next direction is g again. So no step raises
-   ``|e|``. The last round takes ``refit`` steps, each round before it one: its values are refitted again.
+   and Ribiere 1969, with the customary maximum). The length a minimises ``|e|``. Where a value would become negative,
+   the changes are cut so that it becomes 0, of the cut changes the share from 0 to 1 that minimises ``|e|`` is made,
+   and the next direction is g again. So, apart from rounding, no step raises ``|e|``. The last round takes ``refit``
+   steps, each round before it one; none takes any if ``refit`` is 0.
 
 The rounds share k evenly, the first ones take the remainder. Division by ``|d_f|`` makes all of it independent of how
 a latent's scale is split between value and row; where rows are of unit norm it does nothing. Latents that the encoder
@@ -174,8 +175,10 @@ def pursue(
     """The pursued codes, K a token; the columns hold one round after another.
 
     Which latents are chosen carries no gradient. Under autograd their values do: as functions of the encoder's values
-    of round 1, of the dictionary and bias through every residual, and of x. Only ``|d_f|`` is held fixed, so the
-    gradient of a row is exact but for its component along the row, which a decoder of unit norm does not have.
+    of round 1, of the dictionary and bias through every residual, and of x. The closer the refit comes to the best
+    values, the less these depend on the encoder's: after as many steps as latents, hardly at all. Only ``|d_f|`` is
+    held fixed, so the gradient of a row is exact but for its component along the row, which a decoder of unit norm does
+    not have.
 
     Args:
         pursuit: how.
@@ -208,18 +211,20 @@ def unrolled_values(
     """
     inverse_BK = decoder.inverse_norms(found.latents_BK)
     chosen_BK = found.places_BK >= 0
-    values_BK = target_BD.new_zeros(len(target_BD), 0)
+    residual_BD, values_BK = target_BD, target_BD.new_zeros(len(target_BD), 0)
     for number, (size, steps) in enumerate(zip(rounds.sizes, rounds.steps, strict=True)):
         column = values_BK.shape[1]
-        new = slice(column, column + size)
+        new, held = slice(column, column + size), slice(0, column + size)
+        latents_BK = found.latents_BK[:, new]
         if number == 0:
-            worth_BK = candidates.values.gather(1, found.places_BK[:, new].clamp_min(0))
+            started_BK = candidates.values.gather(1, found.places_BK[:, new].clamp_min(0))
         else:
-            known = SparseCodes(values_BK, found.latents_BK[:, :column], candidates.d_sae)
-            products_BK = decoder.products(target_BD - decoder.combine(known), found.latents_BK[:, new])
-            worth_BK = rounds.start * products_BK * inverse_BK[:, new].square()
-        values_BK = torch.cat([values_BK, torch.where(chosen_BK[:, new], worth_BK, 0.0)], dim=1)
-        held = slice(0, column + size)
+            started_BK = rounds.start * decoder.products(residual_BD, latents_BK) * inverse_BK[:, new].square()
+        started_BK = torch.where(chosen_BK[:, new], started_BK, 0.0)
+        residual_BD = residual_BD - decoder.combine(SparseCodes(started_BK, latents_BK, candidates.d_sae))
+        values_BK = torch.cat([values_BK, started_BK], dim=1)
         rows = decoder.rows(SparseCodes(values_BK, found.latents_BK[:, held], candidates.d_sae))
-        values_BK = kernels.refit_by(rows, inverse_BK[:, held], target_BD, values_BK, chosen_BK[:, held], steps)
-    return values_BK
+        values_BK, residual_BD = kernels.refit_by(
+            rows, inverse_BK[:, held], residual_BD, values_BK, chosen_BK[:, held], steps
+        )
+    return values_BK.masked_fill(found.values_BK.isnan(), torch.nan)

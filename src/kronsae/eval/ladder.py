@@ -35,7 +35,7 @@ class Ladder:
         tokens: tokens measured.
         k: latents per token.
         encoded: the encoder's own codes.
-        one_step: its support; one step ``relu(z + <d_f, e> / (2 |d_f|^2))`` on all values.
+        one_step: its support; one conjugate gradient step on all values, ``Pursuit(rounds=1, refit=1)``.
         best_values: its support; the values of least squared error.
         pursuit: `Pursuit()`, two rounds among the encoder's 2k best.
         among_2k, among_4k: orthogonal matching pursuit among the encoder's 2k and 4k best, or all where a token has

@@ -53,17 +53,20 @@ def _mark_best(scores, latents, left, size, marks):
 
 
 @njit(**PLAIN)
-def _ratio(above, below, zero):
-    """``above / below``; 0 where there is nothing below, or more than the dtype holds."""
-    return above / below if below > 0 and math.isfinite(below) and math.isfinite(above) else zero
+def _ratio(above, below, least, zero):
+    """``above / below``; 0 if ``below`` is less than ``least``, or one of them is not finite."""
+    return above / below if below >= least and math.isfinite(below) and math.isfinite(above) else zero
 
 
 @njit(**SUMS)
 def _refit(
-    steps, is_last, count, rows, values, inverse_norm_F, matrix_FD, residual_D,
+    steps, is_last, count, rows, values, inverse_norm_F, matrix_FD, residual_D, least,
     grads, last_grads, directions, changes, excesses, raised_rows, moved_D,
 ):  # fmt: skip
-    """`pursuit.refit_by` of one token: change ``values`` in place, and the residual too unless nothing reads it."""
+    """`pursuit.refit_by` of one token: change ``values`` in place, and the residual too unless nothing reads it.
+
+    All arrays from ``grads`` on are scratch: what they hold before does not matter.
+    """
     zero, one = values.dtype.type(0), values.dtype.type(1)
     last_square = zero
     for t in range(steps):
@@ -75,34 +78,37 @@ def _refit(
             square += grad * grad
             difference += grad * (grad - last_grads[n])
             grads[n] = grad
-        memory = max(zero, _ratio(difference, last_square, zero)) if t > 0 else zero
+        kept = _ratio(difference, last_square, least, zero) if t > 0 else zero
         product = zero
         for n in range(count):
             free = grads[n] != 0 or values[n] > 0
-            direction = grads[n] + memory * directions[n] if free else zero
+            direction = grads[n] if free else zero
+            if free and kept > 0:
+                direction += kept * directions[n]
             product += direction * grads[n]
             directions[n], changes[n], last_grads[n] = direction, direction * inverse_norm_F[rows[n]], grads[n]
         last_square = square
         moved_D[:] = zero
         _add_rows(changes, rows, 0, count, matrix_FD, moved_D)
-        share = _ratio(product, _dot(moved_D, moved_D), zero)
+        share = _ratio(product, _dot(moved_D, moved_D), least, zero)
         raised = 0
         for n in range(count):
             change = share * changes[n]
             excess = -values[n] - change
             excesses[raised], raised_rows[raised] = excess, rows[n]
             raised += excess > 0
-            changes[n] = max(change, -values[n])
+            changes[n] = -values[n] if excess > 0 else change
         if raised > 0:
             for d in range(len(moved_D)):
                 moved_D[d] *= share
             _add_rows(excesses, raised_rows, 0, raised, matrix_FD, moved_D)
-            share = min(one, max(zero, _ratio(_dot(moved_D, residual_D), _dot(moved_D, moved_D), zero)))
+            share = min(one, max(zero, _ratio(_dot(moved_D, residual_D), _dot(moved_D, moved_D), least, zero)))
             for n in range(count):
                 changes[n] *= share
             last_square = zero
         for n in range(count):
-            values[n] = max(zero, values[n] + changes[n])
+            value = values[n] + changes[n]
+            values[n] = zero if value < 0 else value  # NaN stays
         if not is_last or t + 1 < steps:
             for d in range(len(residual_D)):
                 residual_D[d] -= share * moved_D[d]
@@ -111,7 +117,7 @@ def _refit(
 @njit(**PLAIN)
 def pursue(
     start, stop, target_BD, matrix_FD, inverse_norm_F, values_BC, latents_BC,
-    sizes_R, steps_R, first_share, values_BK, latents_BK, places_BK,
+    sizes_R, steps_R, first_share, least, values_BK, latents_BK, places_BK,
 ):  # fmt: skip
     """`reference.pursue` of some tokens.
 
@@ -163,7 +169,7 @@ def pursue(
             if r + 1 < rounds or steps_R[r] > 0:
                 _add_rows(removed, rows, known, count, matrix_FD, residual_D)
             _refit(
-                steps_R[r], r + 1 == rounds, count, rows, values, inverse_norm_F, matrix_FD, residual_D,
+                steps_R[r], r + 1 == rounds, count, rows, values, inverse_norm_F, matrix_FD, residual_D, least,
                 grads, last_grads, directions, removed, excesses, raised_rows, moved_D,
             )  # fmt: skip
         for n in range(count):

@@ -407,7 +407,10 @@ def pursue(
     shape = (len(target_BD), sum(rounds.sizes))
     found = Pursued(torch.empty(shape, dtype=values_BC.dtype), *(torch.empty(shape, dtype=torch.int64) for _ in "12"))
     inputs = map(_to_numpy, (target_BD, matrix_FD, inverse_norms(matrix_FD.detach()), values_BC, latents_BC))
-    settings = (np.array(rounds.sizes), np.array(rounds.steps), *_to_scalars(values_BC.dtype, rounds.start))
+    if len(rounds.sizes) != len(rounds.steps):
+        raise ValueError(f"rounds.steps must have one entry per round; got {rounds}.")
+    scalars = _to_scalars(values_BC.dtype, rounds.start, torch.finfo(values_BC.dtype).tiny)
+    settings = (np.array(rounds.sizes), np.array(rounds.steps), *scalars)
     run_parts(_compiled_pursuit.pursue, split_evenly(len(target_BD)), *inputs, *settings, *map(_to_numpy, found))
     return found
 

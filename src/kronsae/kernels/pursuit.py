@@ -42,20 +42,23 @@ def pursue_by(
     """
     by_latent_BC = latents_BC.argsort(dim=1)  # of equal worth the smaller latent comes first
     left_BC, chosen_BC = values_BC > 0, torch.zeros_like(values_BC, dtype=torch.bool)
-    z_BC, worth_BC = torch.zeros_like(values_BC), values_BC
+    z_BC, worth_BC, residual_BD = torch.zeros_like(values_BC), values_BC, target_BD
     columns = []
-    for number, size in enumerate(rounds.sizes):
+    for number, (size, steps) in enumerate(zip(rounds.sizes, rounds.steps, strict=True)):
         if number > 0:
-            worth_BC = dictionary.products(target_BD - dictionary.combine(z_BC)) * inverse_BC
+            worth_BC = dictionary.products(residual_BD) * inverse_BC
         worth_BC = torch.where(left_BC & (worth_BC > 0), worth_BC, 0.0)
         order_BC = worth_BC.gather(1, by_latent_BC).sort(dim=1, stable=True, descending=True).indices
         places_BK = by_latent_BC.gather(1, order_BC[:, :size])
         taken_BC = torch.zeros_like(chosen_BC).scatter_(1, places_BK, True) & (worth_BC > 0)
-        start_BC = values_BC if number == 0 else rounds.start * worth_BC * inverse_BC
-        z_BC = torch.where(taken_BC, start_BC, z_BC)
         left_BC, chosen_BC = left_BC & ~taken_BC, chosen_BC | taken_BC
         columns.append(_listed_places(taken_BC, size))
-        z_BC = refit_by(dictionary, inverse_BC, target_BD, z_BC, chosen_BC, rounds.steps[number])
+        started_BC = values_BC if number == 0 else rounds.start * worth_BC * inverse_BC
+        started_BC = torch.where(taken_BC, started_BC, 0.0)
+        z_BC = z_BC + started_BC
+        if steps > 0 or number + 1 < len(rounds.sizes):
+            residual_BD = residual_BD - dictionary.combine(started_BC)
+        z_BC, residual_BD = refit_by(dictionary, inverse_BC, residual_BD, z_BC, chosen_BC, steps)
     places_BK = torch.cat(columns, dim=1)
     is_chosen_BK, at_BK = places_BK >= 0, places_BK.clamp_min(0)
     values_BK = torch.where(is_chosen_BK, z_BC.gather(1, at_BK), 0.0)
@@ -67,50 +70,52 @@ def pursue_by(
 def refit_by(
     dictionary: Rows,
     inverse_BC: Float[Tensor, "B C"],
-    target_BD: Float[Tensor, "B D"],
+    residual_BD: Float[Tensor, "B D"],
     z_BC: Float[Tensor, "B C"],
     chosen_BC: Bool[Tensor, "B C"],
     steps: int,
-) -> Float[Tensor, "B C"]:
-    """The values after some steps of projected conjugate gradients on those of the chosen; differentiable.
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B D"]]:
+    """Take some steps of projected conjugate gradients; return the values and what they leave unexplained.
 
-    Lengths are those of unit rows: ``g_c = <d_c, e> / |d_c|`` with ``e = target - sum_c z_c d_c``, 0 where a value of 0
-    would fall. The direction is ``s = g + max(0, <g, g - g'> / <g', g'>) s'`` with g' and s' of the step before (Polak
-    and Ribiere), and g at first. How far to go is exact: what makes ``|e|`` smallest on this line. Where this leads
-    below 0, the values there become 0, the line to the values thus reached is gone along as far as ``|e|`` falls, and
-    the next direction is g again: no step raises ``|e|``.
+    ``g_c = <d_c, e> / |d_c|`` with the residual e, and 0 where a value of 0 would fall. The direction is ``s = g +
+    max(0, <g, g - g'> / <g', g'>) s'``, with g' and s' of the step before; at first it is g. The values change by ``a
+    s_c / |d_c|``, where a minimises ``|e|``. Where a value would become negative, the changes are cut so that it
+    becomes 0, of the cut changes the share from 0 to 1 that minimises ``|e|`` is made, and the next direction is g
+    again. Apart from rounding, no step raises ``|e|``. Differentiable, but with ``|d_c|`` held fixed.
     """
-    last_BC = previous_BC = torch.zeros_like(z_BC)
-    residual_BD = target_BD - dictionary.combine(z_BC) if steps else target_BD
+    last_grad_BC = last_direction_BC = torch.zeros_like(z_BC)
     for step in range(steps):
         grad_BC = dictionary.products(residual_BD) * inverse_BC
         free_BC = chosen_BC & ((z_BC > 0) | (grad_BC > 0))
         grad_BC = torch.where(free_BC, grad_BC, 0.0)
         direction_BC = grad_BC
         if step > 0:
-            memory_B1 = _ratio(grad_BC * (grad_BC - last_BC), last_BC.square()).relu()
-            direction_BC = torch.where(free_BC, grad_BC + memory_B1 * previous_BC, 0.0)
-        moved_BC = direction_BC * inverse_BC
-        moved_BC = moved_BC * _along(dictionary.combine(moved_BC), residual_BD)
-        bounded_B1 = (z_BC + moved_BC < 0).any(1, keepdim=True)
-        moved_BC = (z_BC + moved_BC).relu() - z_BC
-        moved_BD = dictionary.combine(moved_BC)
-        share_B1 = torch.where(bounded_B1, _along(moved_BD, residual_BD).clamp(0, 1), 1.0)
-        z_BC, residual_BD = z_BC + share_B1 * moved_BC, residual_BD - share_B1 * moved_BD
-        last_BC, previous_BC = torch.where(bounded_B1, 0.0, grad_BC), direction_BC
-    return z_BC
+            kept_B1 = _ratio(grad_BC, grad_BC - last_grad_BC, last_grad_BC).relu()
+            direction_BC = torch.where(free_BC, grad_BC + kept_B1 * last_direction_BC, 0.0)
+        change_BC = direction_BC * inverse_BC
+        explained_BD = dictionary.combine(change_BC)
+        change_BC = _ratio(explained_BD, residual_BD, explained_BD) * change_BC
+        is_cut_B1 = (z_BC + change_BC < 0).any(1, keepdim=True)
+        change_BC = (z_BC + change_BC).relu() - z_BC
+        explained_BD = dictionary.combine(change_BC)
+        share_B1 = _ratio(explained_BD, residual_BD, explained_BD).clamp(0, 1)
+        share_B1 = torch.where(is_cut_B1, share_B1, 1.0)
+        z_BC, residual_BD = z_BC + share_B1 * change_BC, residual_BD - share_B1 * explained_BD
+        last_grad_BC, last_direction_BC = torch.where(is_cut_B1, 0.0, grad_BC), direction_BC
+    return z_BC, residual_BD
 
 
-def _along(direction_BD: Tensor, residual_BD: Tensor) -> Tensor:
-    """How far to go along the direction so that the residual becomes shortest."""
-    return _ratio(direction_BD * residual_BD, direction_BD.square())
+def _ratio(a_BN: Tensor, b_BN: Tensor, c_BN: Tensor) -> Tensor:
+    """``<a, b> / <c, c>`` of each token, summed in float32 at least; 0 where it is not defined.
 
-
-def _ratio(above_BN: Tensor, below_BN: Tensor) -> Tensor:
-    """Ratio of the sums of each token; 0 where there is nothing below, or more than the dtype holds."""
-    above_B1, below_B1 = above_BN.sum(1, keepdim=True), below_BN.sum(1, keepdim=True)
-    defined_B1 = (below_B1 > 0) & below_B1.isfinite() & above_B1.isfinite()
-    return torch.where(defined_B1, above_B1 / below_B1.where(defined_B1, 1.0), 0.0)
+    Where ``<c, c>`` is below the smallest normal number, the derivative of the ratio would overflow.
+    """
+    dtype = a_BN.dtype
+    if dtype.itemsize < 4:  # a square overflows float16 above 255
+        a_BN, b_BN, c_BN = a_BN.float(), b_BN.float(), c_BN.float()
+    above_B1, below_B1 = (a_BN * b_BN).sum(1, keepdim=True), c_BN.square().sum(1, keepdim=True)
+    is_defined_B1 = (below_B1 >= torch.finfo(below_B1.dtype).tiny) & below_B1.isfinite() & above_B1.isfinite()
+    return torch.where(is_defined_B1, above_B1 / below_B1.where(is_defined_B1, 1.0), 0.0).to(dtype)
 
 
 def _listed_places(taken_BC: Tensor, size: int) -> Tensor:

@@ -97,7 +97,7 @@ def evaluate_pursuit(
 
     Args:
         run, tokens, say, progress: as for `evaluate_run`.
-        pursuit: rounds, candidates and refit.
+        pursuit: how codes are pursued.
         saes: names of the SAEs to encode with it; empty: all.
 
     Returns:

@@ -9,14 +9,14 @@ from kronsae.eval.display import visible
 from kronsae.report.comparison import Cell, Table, TableRow
 from kronsae.report.section import Section, series_of
 
-REVISION = 1
+REVISION = 2
 """Increases when the structure of the result or the meaning of a metric changes."""
 
 RUNGS: tuple[tuple[str, str, str], ...] = (
     ("encoded", "as encoded", "the encoder's own codes"),
-    ("one_step", "one step", "the encoder's latents; one gradient step on their values"),
+    ("one_step", "one step", "the encoder's latents; one conjugate gradient step on their values"),
     ("best_values", "best values", "the encoder's latents with the non-negative values of least squared error"),
-    ("pursuit", "pursuit", "two rounds among the encoder's 2k largest latents, two refit steps after each"),
+    ("pursuit", "pursuit", "two rounds among the encoder's 2k largest latents, each followed by a refit"),
     ("among_2k", "OMP, 2k", "orthogonal matching pursuit among the encoder's 2k largest latents"),
     ("among_4k", "OMP, 4k", "among its 4k largest latents"),
     ("among_all", "OMP, all", "among all latents: what this dictionary can explain, found greedily"),
