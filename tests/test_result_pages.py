@@ -22,6 +22,7 @@ STUDIES = (
     "steering_study",
     "mixing_results",
     "pursuit_ideas",
+    "refit_study",
     "interop_results",
     "saebench_results",
     "planning_results",
