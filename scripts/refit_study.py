@@ -170,7 +170,8 @@ def markdown(kept: dict[str, Any]) -> str:
                 continue
             gains = [one[KEY] - other[KEY] for one, other in zip(own, plain, strict=True)]
             worse = max(row["tokens_worse"] for row in own)
-            cells.append(mean_and_range(gains, "{:+.4f}") + (f", up to {worse:.1%} of tokens worse" if worse else ""))
+            share = f"{worse:.1%}" if worse >= 5e-4 else "less than 0.1%"
+            cells.append(mean_and_range(gains, "{:+.4f}") + (f", {share} of tokens worse" if worse else ""))
         lines.append(cells)
     seeds, tokens = ({row[key] for row in rows} for key in ("seed", "tokens"))
     about = kept["provenance"]
@@ -178,7 +179,8 @@ def markdown(kept: dict[str, Any]) -> str:
         [
             *markdown_rows(["refit", *(f"{sae}, {model}" for model, sae in subjects)], lines),
             "",
-            f"EV per token and, for the pursuits, its gain: mean over {len(seeds)} seed(s), range in brackets; "
+            f"EV per token and, for the pursuits, its gain: mean over {len(seeds)} seed(s), range in brackets; the "
+            "largest share, of all seeds, of tokens reconstructed worse than without a pursuit; "
             f"{min(tokens):,} held-out tokens, d_sae = {rows[0]['d_sae']:,}, k = {rows[0]['k']}. "
             + made_with(about, RESULT, "results"),
         ]
