@@ -10,7 +10,11 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from kronsae.support.vector_math import warm_up as _warm_up
+from kronsae.support.openmp import limit_spinning as _limit_spinning
+
+_limit_spinning()  # before PyTorch is imported
+
+from kronsae.support.vector_math import warm_up as _warm_up  # noqa: E402
 
 if TYPE_CHECKING:
     from kronsae.core.checkpoint import save
