@@ -227,6 +227,24 @@ def variants(name: str) -> str:
     return table(headings, cells) + sizes + about(name, rows)
 
 
+def spinning() -> str:
+    """Return the table of steps with threads that spin for long or briefly."""
+    rows = rows_of("spinning")
+    cells = [
+        [
+            f"{int(row['d_sae']):,}",
+            row["d_in"],
+            row["subject"],
+            row["long_ms"],
+            row["brief_ms"],
+            f"{float(row['ratio']):.2f} ({float(row['lowest_ratio']):.2f} to {float(row['highest_ratio']):.2f})",
+        ]
+        for row in rows
+    ]
+    headings = ["F", "D", "", "ms, OpenMP's default", "ms, kronsae's", "default / kronsae's (range)"]
+    return table(headings, cells) + about("spinning", rows)
+
+
 def distributed() -> str:
     """Return the table of steps of several processes."""
     rows = rows_of("distributed_step")
@@ -430,6 +448,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "group": group,
     "processes": processes,
     "null-symbols": partial(variants, "null_symbols"),
+    "spinning": spinning,
 }
 
 
