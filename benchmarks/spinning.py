@@ -47,8 +47,10 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for size in arguments.sizes:
         found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for _ in range(arguments.turns):
-            long, brief = times(DEFAULT, size), times(SPINS, size)
+        for turn in range(arguments.turns):
+            order = (DEFAULT, SPINS) if turn % 2 == 0 else (SPINS, DEFAULT)
+            of_turn = {spins: times(spins, size) for spins in order}
+            long, brief = of_turn[DEFAULT], of_turn[SPINS]
             for subject in long:
                 found[subject].append((long[subject], brief[subject]))
         d_in, d_sae = map(int, size.split(":"))

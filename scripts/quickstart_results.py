@@ -79,7 +79,7 @@ def table(result: dict[str, Any], model: str) -> str:
     """Return the table: mean over seeds and the range in brackets."""
     runs = result["runs"]
     lines = [
-        "| SAE | latents | encoder parameters | EV | l0 | dead | CE recovered | KL recovered | step time |",
+        "| SAE | latents | encoder parameters | EV | l0 | dead | CE recovered | KL recovered | all steps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for index, first in enumerate(runs[0]["saes"]):

@@ -31,6 +31,7 @@ ANSWERS = (
     "shapes",
     "occupancy",
     "pursuit",
+    "meaning",
     "known-features",
 )
 """Studies whose verdicts the report quotes, each between marks of its own."""

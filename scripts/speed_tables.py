@@ -235,14 +235,17 @@ def spinning() -> str:
             f"{int(row['d_sae']):,}",
             row["d_in"],
             row["subject"],
-            row["long_ms"],
-            row["brief_ms"],
+            f"{float(row['long_ms']):.1f}",
+            f"{float(row['brief_ms']):.1f}",
             f"{float(row['ratio']):.2f} ({float(row['lowest_ratio']):.2f} to {float(row['highest_ratio']):.2f})",
         ]
         for row in rows
     ]
     headings = ["F", "D", "", "ms, OpenMP's default", "ms, kronsae's", "default / kronsae's (range)"]
-    return table(headings, cells) + about("spinning", rows)
+    turns = (
+        f"\n\nMedians over {rows[0]['turns']} turns, each a process with either setting; ratios are those of a turn."
+    )
+    return table(headings, cells) + turns + about("spinning", rows)
 
 
 def distributed() -> str:

@@ -10,11 +10,10 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from kronsae.support.openmp import limit_spinning as _limit_spinning
+from kronsae.support.openmp import brief_spinning as _brief_spinning
 
-_limit_spinning()  # before PyTorch is imported
-
-from kronsae.support.vector_math import warm_up as _warm_up  # noqa: E402
+with _brief_spinning():  # PyTorch is loaded here
+    from kronsae.support.vector_math import warm_up as _warm_up
 
 if TYPE_CHECKING:
     from kronsae.core.checkpoint import save
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from kronsae.core.gates import mand
     from kronsae.core.metrics import explained_variance
     from kronsae.core.objective import AuxKConfig
+    from kronsae.core.pursuit import Pursuit
     from kronsae.core.registration import register_encoder
     from kronsae.core.sae import SAE, SAEConfig
     from kronsae.core.sparsifiers import TopKConfig
@@ -44,6 +44,7 @@ _HOMES = {
     "KroneckerEncoderConfig": "core.encoders",
     "MemberConfig": "training.config",
     "OptimizerConfig": "training.config",
+    "Pursuit": "core.pursuit",
     "Run": "runs.run",
     "RunConfig": "runs.config",
     "SAE": "core.sae",
@@ -76,6 +77,7 @@ __all__ = [
     "KroneckerEncoderConfig",
     "MemberConfig",
     "OptimizerConfig",
+    "Pursuit",
     "Run",
     "RunConfig",
     "SAEConfig",

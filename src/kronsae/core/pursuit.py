@@ -2,7 +2,7 @@
 
 A sparse autoencoder encodes in one step: the k latents of largest pre-activation, with these as values. What k rows of
 the dictionary can do for x is more. Of TopK and KronSAE alike, most of what is lost at a given k is lost by values and
-ranking, not by the dictionary (`kronsae eval ladder` measures it). A pursuit wins some of it back for a few row reads
+ranking, not by the dictionary (`kronsae eval ladder` measures it). A pursuit regains some of it for a few row reads
 per token. With the dictionary's rows ``d_f``, unit rows ``u_f = d_f / |d_f|`` and candidates Q, the ``candidates * k``
 largest latents of the encoder:
 
@@ -14,9 +14,9 @@ largest latents of the encoder:
    a step changes the values by ``a s_f / |d_f|``. The direction s starts as ``g_f = <u_f, e>``, 0 where a value of 0
    would fall; the next one is ``s = g + max(0, <g, g - g'> / <g', g'>) s'``, with g' and s' of the step before (Polak
    and Ribiere 1969, with the customary maximum). The length a minimises ``|e|``. Where a value would become negative,
-   the changes are cut so that it becomes 0, of the cut changes the share from 0 to 1 that minimises ``|e|`` is made,
-   and the next direction is g again. So, apart from rounding, no step raises ``|e|``. The last round takes ``refit``
-   steps, each round before it one; none takes any if ``refit`` is 0.
+   the changes are cut so that it becomes 0, the cut changes are scaled by the factor from 0 to 1 that minimises
+   ``|e|``, and the next direction is g again. So, apart from rounding, no step raises ``|e|``. The last round takes
+   ``refit`` steps, each round before it one; none takes any if ``refit`` is 0.
 
 The rounds share k evenly, the first ones take the remainder. Division by ``|d_f|`` makes all of it independent of how
 a latent's scale is split between value and row; where rows are of unit norm it does nothing. Latents that the encoder

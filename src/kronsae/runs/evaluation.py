@@ -25,7 +25,7 @@ from kronsae.support.files import read_json, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-REVISION = 2
+REVISION = 3
 """Revision of ``evaluation.json`` and ``latents.json``; increased when their structure or a metric changes."""
 
 PURSUED = "evaluation-pursuit.json"

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 
-SPINS = 3000
-CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+NAME, SPINS = "GOMP_SPINCOUNT", 3000
+CHOICES = (NAME, "OMP_WAIT_POLICY")
 
 
-def limit_spinning() -> None:
-    """Let the threads of PyTorch's matrix products sleep soon after a product, by ``GOMP_SPINCOUNT``.
+@contextmanager
+def brief_spinning() -> Iterator[None]:
+    """Load PyTorch with threads that sleep soon after a product, by ``GOMP_SPINCOUNT``.
 
     By default GNU OpenMP's threads spin for milliseconds in case another product follows. The compiled kernels run
     between products, on threads of their own, and would share the cores with them (`benchmarks/spinning.py` measures
-    it). The variable is read when PyTorch is loaded, so this does nothing if it already is, or if the user chose how
-    threads wait. Other OpenMP libraries ignore it.
+    it). The variable is read when PyTorch is loaded, and removed again at the end: processes that are started later
+    do not see it. Nothing is set if PyTorch is loaded already, if numba is missing, so that there are no compiled
+    kernels, or if the user chose how threads wait. Other OpenMP libraries ignore the variable.
     """
-    if "torch" not in sys.modules and not any(name in os.environ for name in CHOICES):
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+    if "torch" in sys.modules or any(name in os.environ for name in CHOICES) or find_spec("numba") is None:
+        yield
+        return
+    os.environ[NAME] = str(SPINS)
+    try:
+        yield
+    finally:
+        del os.environ[NAME]
