@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from kronsae.support.files import write_csv
-from kronsae.support.openmp import SPINS
+from kronsae.support.openmp import NAME, SPINS
 from kronsae.support.provenance import provenance_columns
 
 DEFAULT = 300_000
@@ -31,7 +31,7 @@ def times(spins: int, size: str) -> dict[str, float]:
         out = Path(folder) / "times.csv"
         script = Path(__file__).with_name("pursuit_step.py")
         command = [sys.executable, str(script), "--sizes", size, "--rounds", "7", "--out", str(out)]
-        environment = os.environ | {"GOMP_SPINCOUNT": str(spins)}
+        environment = os.environ | {NAME: str(spins)}
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         with out.open(encoding="utf-8") as file:
             return {row["subject"]: float(row["median_ms"]) for row in csv.DictReader(file)}

@@ -3,9 +3,9 @@
 .venv/bin/python scripts/refit_study.py RUN[:SAE,SAE] ... [--tokens 2048] [--result FILE] [--page FILE] [--table-only]
 
 Each RUN is the folder of a run with SAEs of sparsifier TopK; without names, all that were trained without a pursuit.
-Every SAE is encoded as it is and with a pursuit of two rounds among 2k candidates, whose choice of latents is the
-same for all ways up to the second round. The library's own way is `kronsae.core.pursuit.Pursuit`; the others exist
-only here, on Gram matrices of the candidates' unit rows.
+Every SAE is encoded as it is and with a pursuit of two rounds among 2k candidates. All ways have the same
+candidates and first round; what the second takes depends on the refit before it. The library's own way is
+`kronsae.core.pursuit.Pursuit`; the others exist only here, on Gram matrices of the candidates' unit rows.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class Problem(NamedTuple):
     """``<u_c, x - b_dec>``."""
     gram_BCC: Tensor
 
+    def gradient(self, y_BC: Tensor) -> Tensor:
+        """Return ``<u_c, e>`` with the residual e of these values."""
+        return self.products_BC - torch.einsum("bce,be->bc", self.gram_BCC, y_BC)
+
 
 Refit = Callable[[Problem, Tensor, Tensor, int], Tensor]
 """From the problem, the values, which are chosen, and the number of the round to values."""
@@ -57,7 +61,7 @@ def steps_of(size: float, *counts: int) -> Refit:
 
     def refit(problem: Problem, y_BC: Tensor, chosen_BC: Tensor, number: int) -> Tensor:
         for _ in range(counts[number]):
-            grad_BC = problem.products_BC - torch.einsum("bce,be->bc", problem.gram_BCC, y_BC)
+            grad_BC = problem.gradient(y_BC)
             y_BC = torch.where(chosen_BC, (y_BC + size * grad_BC).relu(), 0.0)
         return y_BC
 
@@ -108,7 +112,7 @@ def encoded(sae: SAE, x_BD: Tensor, way: Refit | Pursuit) -> Tensor:
     left_BC = candidates.values > 0
     for number, size in enumerate(Pursuit().sizes(k)):
         if number > 0:
-            worth_BC = problem.products_BC - torch.einsum("bce,be->bc", problem.gram_BCC, y_BC)
+            worth_BC = problem.gradient(y_BC)
         worth_BC = torch.where(left_BC, worth_BC, 0.0)
         new_BC = torch.zeros_like(left_BC).scatter_(1, worth_BC.topk(size, dim=1).indices, True) & (worth_BC > 0)
         y_BC = torch.where(new_BC, candidates.values * norms_BC if number == 0 else Pursuit().start * worth_BC, y_BC)

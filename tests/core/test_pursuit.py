@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tests.core.conftest import D_IN, dense, kron, switch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from kronsae import kernels
 from kronsae.core import checkpoint
@@ -24,7 +26,7 @@ from kronsae.core.objective import AuxKConfig, objective
 from kronsae.core.pursuit import Pursuit, PursuitLearning, pursue, unrolled_values
 from kronsae.core.sae import SAE, SAEConfig
 from kronsae.core.sparsifiers import BatchTopKConfig, JumpReLUConfig, TopKConfig
-from kronsae.kernels import PursuitRounds, reference
+from kronsae.kernels import Pursued, PursuitRounds, reference
 from kronsae.support.errors import UserError
 from kronsae.support.sealed import write_sealed
 
@@ -139,19 +141,15 @@ def test_the_rows_it_reads_are_counted() -> None:
     assert forward_multiply_adds(pursued) - forward_multiply_adds(shape) == 240 * 256
 
 
-def test_gradients_of_values() -> None:
-    """Against finite differences, with what is chosen and the rows' norms held fixed: they are not differentiated."""
-    sae, x_BD = build(kron(4, 2, 3), k=4), inputs(40)
+def values_and_parts(tokens: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Pursued]:
+    """Unrolled values as a function of x, candidates and dictionary; what is chosen and the rows' norms stay fixed."""
+    sae, x_BD = build(kron(4, 2, 3), k=4), inputs(tokens)
     rounds = PursuitRounds((2, 2), (1, 3), 0.7)
     with torch.no_grad():
         candidates = sae.encoder(x_BD).choose(kernels.Choice(8))[0]
         found = kernels.pursue(x_BD - sae.b_dec, sae.W_dec, candidates.values, candidates.indices, rounds)
-        assert (found.places_BK >= 0).sum() > 120
-        assert ((found.values_BK == 0) & (found.places_BK >= 0)).sum() > 5  # some meet their bound
+        assert (found.places_BK >= 0).sum() > 3 * tokens
         norm_F = sae.W_dec.norm(dim=1, keepdim=True)
-    x_BD.requires_grad_()
-    proposed_BC = candidates.values.clone().requires_grad_()
-    W_dec = (sae.W_dec.detach() / norm_F).requires_grad_()
 
     def values(target_BD: Tensor, proposed_BC: Tensor, W_dec_FD: Tensor) -> Tensor:
         decoder, proposed = Decoder(*W_dec_FD.shape), SparseCodes(proposed_BC, candidates.indices, candidates.d_sae)
@@ -161,20 +159,37 @@ def test_gradients_of_values() -> None:
             patch.setattr(kernels, "inverse_norms", lambda W: torch.ones(len(W), dtype=W.dtype))
             return unrolled_values(target_BD, decoder, proposed, found, rounds)
 
-    parts = (x_BD, proposed_BC, W_dec)
+    parts = (x_BD, candidates.values.clone(), sae.W_dec.detach() / norm_F)
+    return values, tuple(part.requires_grad_() for part in parts), found
+
+
+def test_gradients_of_values() -> None:
+    """Every derivative against finite differences."""
+    values, parts, _ = values_and_parts(3)
+    assert torch.autograd.gradcheck(values, parts, atol=1e-7)
+    # a derivative that is wrong by a tenth is noticed
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(lambda *a: values(*a) + 0.1 * a[1][:, :4].detach(), parts)
+
+
+def test_gradients_of_values_at_their_bound() -> None:
+    """Against finite differences along random directions, of many tokens, so that some values meet their bound."""
+    values, parts, found = values_and_parts(40)
+    assert ((found.values_BK == 0) & (found.places_BK >= 0)).sum() > 5
     torch.manual_seed(0)
     weights_BK = torch.randn(40, 4, dtype=torch.float64)
     grads = torch.autograd.grad((weights_BK * values(*parts)).sum(), parts)
     for part, grad in zip(parts, grads, strict=True):
-        for _ in range(5):  # directions
+        for _ in range(5):
             direction, step = torch.randn_like(part), 1e-6
             sides = [
                 (weights_BK * values(*(one + sign * step * direction if one is part else one for one in parts))).sum()
                 for sign in (1, -1)
             ]
             slope = float((sides[0] - sides[1]).detach()) / (2 * step)
-            assert slope == pytest.approx(float((grad * direction).sum()), rel=1e-6, abs=1e-6)
-            assert abs(slope) > 1e-3  # so an error of a thousandth is noticed
+            computed = float((grad * direction).sum())
+            assert slope == pytest.approx(computed, rel=1e-6, abs=1e-6)
+            assert slope != pytest.approx(1.01 * computed, rel=1e-6, abs=1e-6)  # an error of a hundredth is noticed
 
 
 def test_gradients_are_finite_where_squares_are_hardly_numbers() -> None:

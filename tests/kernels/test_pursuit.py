@@ -118,7 +118,8 @@ def test_as_many_steps_as_rows_are_the_best_values(path: str) -> None:
         got = operation(path, "pursue")(best_BC @ matrix_FD, matrix_FD, started_BC, latents_BC, rounds)
         errors.append(float(((got.values_BK - best_BC) @ matrix_FD).square().sum()))
     assert errors == sorted(errors, reverse=True)
-    assert errors[6] < 1e-20 * errors[0] < 1e-4 * errors[1]
+    assert errors[6] < 1e-20 * errors[0]
+    assert errors[1] > 1e-4 * errors[0]  # fewer steps are not enough
 
 
 @pytest.mark.parametrize("alike", [0.0, 3.0])

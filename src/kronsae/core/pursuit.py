@@ -107,8 +107,8 @@ class Pursuit:
         A further round reads the candidates left; what is chosen is subtracted, if anything follows; and each refit
         step reads all chosen twice, for their products and for what the step does to the reconstruction.
         """
-        rows, chosen = 0, 0
-        for number, (size, steps) in enumerate(zip(*self.planned(k)[:2], strict=True)):
+        rows, chosen, planned = 0, 0, self.planned(k)
+        for number, (size, steps) in enumerate(zip(planned.sizes, planned.steps, strict=True)):
             rows += 0 if number == 0 else self.proposed(k) - chosen
             chosen += size
             rows += size if steps or number + 1 < self.rounds else 0

@@ -311,7 +311,7 @@ class DividedDecoder(nn.Module):
         """Return the pursuit of a target, less the bias, among the candidates; it has no gradient."""
         inverse_BC = self.inverse_norms(candidates.indices)
         proposed = (candidates.values, candidates.indices)
-        rows = self.rows(candidates)  # type: ignore[misc]  # Decoder's, which uses nothing that is not here
+        rows = self.rows(candidates)  # type: ignore[misc]  # Decoder's method, which calls only what this class has too
         return kernels.pursue_by(rows, inverse_BC, target_BO, *proposed, rounds)
 
     def _rows(self, latents_BR: Int[Tensor, "B R"]) -> tuple[Bool[Tensor, "B R"], Int[Tensor, "B R"]]:

@@ -226,9 +226,9 @@ def pursue(
 
     With ``e = target - z matrix`` and ``g_f = <d_f, e> / |d_f|``, the first round takes the largest values and each
     further one the largest positive g of the candidates left, which start at ``start * g_f / |d_f|``; of equal ones
-    the smaller latent comes first. A refit step moves all chosen at once, in a direction s that is g plus what
-    conjugate gradients keep of the last one, as far as ``|e|`` falls; where this leads below 0, on the line to what
-    is left of the step above 0, again as far as ``|e|`` falls.
+    the smaller latent comes first. A refit step changes all chosen at once, along g plus what conjugate gradients keep
+    of the last direction, as far as ``|e|`` falls. Where a value would become negative, the changes are cut so that it
+    becomes 0, and the cut changes are scaled by the factor from 0 to 1 at which ``|e|`` is smallest.
     """
     k = sum(rounds.sizes)
     out = Pursued(
